@@ -1,0 +1,59 @@
+"""roundwise: GPTQ quantization of large language models to 2-8 bits, streamed and verified.
+
+    import roundwise as rw
+    rw.quantize("Qwen/Qwen3-0.6B", "out", rw.QuantizeConfig(bits=4), calibration="notes.txt")
+    model, tokenizer = rw.load("out")
+    rw.perplexity(model, tokenizer, text)
+    q = rw.solve(W, H, rw.QuantizeConfig(bits=3))        # one weight, one Hessian, no model
+
+Names are resolved on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from roundwise.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from roundwise.config import QuantizeConfig
+    from roundwise.core.hessian import Hessian
+    from roundwise.core.quantized import QuantizedWeight
+    from roundwise.core.solver import round_to_nearest, solve
+    from roundwise.errors import RoundwiseError
+    from roundwise.evaluation.perplexity import perplexity
+    from roundwise.inference.load import load
+    from roundwise.pipeline.quantize import QuantizeResult, quantize
+
+__all__ = [
+    "Hessian",
+    "QuantizeConfig",
+    "QuantizeResult",
+    "QuantizedWeight",
+    "RoundwiseError",
+    "load",
+    "perplexity",
+    "quantize",
+    "round_to_nearest",
+    "solve",
+]
+
+_HOME = {
+    "Hessian": "roundwise.core.hessian",
+    "QuantizeConfig": "roundwise.config",
+    "QuantizeResult": "roundwise.pipeline.quantize",
+    "QuantizedWeight": "roundwise.core.quantized",
+    "RoundwiseError": "roundwise.errors",
+    "load": "roundwise.inference.load",
+    "perplexity": "roundwise.evaluation.perplexity",
+    "quantize": "roundwise.pipeline.quantize",
+    "round_to_nearest": "roundwise.core.solver",
+    "solve": "roundwise.core.solver",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'roundwise' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

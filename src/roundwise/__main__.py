@@ -1,0 +1,5 @@
+"""`python -m roundwise`."""
+
+from roundwise.cli import main
+
+main()

@@ -1,0 +1,77 @@
+"""The application: its commands, and how an error becomes one sentence and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from roundwise.cli.commands import demo, evaluate, generate, inspect, quantize, verify
+from roundwise.cli.output import console
+from roundwise.errors import RoundwiseError
+from roundwise.version import __version__
+
+app = typer.Typer(
+    name="roundwise",
+    help="Quantize large language models to 2-8 bits with GPTQ; measure and load the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.command)
+app.command("quantize")(quantize.command)
+app.command("inspect")(inspect.command)
+app.command("verify")(verify.command)
+app.command("eval")(evaluate.command)
+app.command("generate")(generate.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"roundwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Quantize large language models to 2-8 bits with GPTQ; measure and load the result."""
+
+
+def main() -> None:
+    """Runs the command line. Exit code 0 done, 1 failed check or run, 2 bad usage or input."""
+    # transformers draws a bar for loading; ours is enough, and stderr stays readable in a log.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except RoundwiseError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.print("stopped")
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output has gone; say nothing more, and not at shutdown either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    """SIGTERM ends a run the way Ctrl-C does: with what is finished kept."""
+    raise KeyboardInterrupt
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

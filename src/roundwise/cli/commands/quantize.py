@@ -1,0 +1,164 @@
+"""`roundwise quantize`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from roundwise.cli.output import JsonOption, Steps, print_json, size, stdout, steps
+from roundwise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from roundwise.config import QuantizeConfig
+    from roundwise.pipeline.quantize import Progress, QuantizeResult
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Model folder, or id on the Hugging Face hub.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the quantized checkpoint.")],
+    bits: Annotated[int, typer.Option(help="Width of a weight: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[
+        int, typer.Option(help="Input channels that share a scale; -1: all of them.")
+    ] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Fixed or searched zero point.")] = True,
+    desc_act: Annotated[
+        bool, typer.Option("--desc-act", help="Act-order in the file (few servers take it).")
+    ] = False,
+    order: Annotated[
+        str, typer.Option(help="Order of columns without --desc-act: natural, static, group_aware.")
+    ] = "group_aware",
+    damp_percent: Annotated[float, typer.Option(help="Damping, part of mean(diag H).")] = 0.01,
+    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest.")] = "gptq",
+    format: Annotated[str, typer.Option(help="gptq (v1) or gptq_v2.")] = "gptq",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text or JSONL file, python-stdlib, wikitext2, c4, or NAME:SPLIT:COLUMN."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Windows in one forward.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    override: Annotated[
+        list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' for some modules.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Regex of modules to leave as they are.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="true_sequential or block; chosen by memory if not given.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Budget for choosing the mode, such as 8GB.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew in this folder.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="A layer that cannot be solved is an error.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a model into a checkpoint in the standard GPTQ format.
+
+    A run that was stopped goes on where it was when the same command is given again.
+    """
+    from roundwise.config import QuantizeConfig
+    from roundwise.pipeline.quantize import quantize
+
+    config = QuantizeConfig(
+        bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, order=order,
+        damp_percent=damp_percent, method=method, format=format,
+        dynamic=parse_dynamic(override or [], skip or []),
+    )  # fmt: skip
+    if mode not in (None, "true_sequential", "block"):
+        raise ConfigError(f"mode={mode!r} is not supported: use true_sequential or block")
+    with steps("quantizing") as shown:
+        result = quantize(
+            model, out, config, calibration,
+            samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
+            mode=mode, max_memory=max_memory, restart=restart, strict=strict,  # type: ignore[arg-type]
+            progress=_Reporter(shown),
+        )  # fmt: skip
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        _print(result, config)
+
+
+def parse_dynamic(overrides: list[str], skips: list[str]) -> dict[str, dict[str, Any] | None]:
+    """`QuantizeConfig.dynamic` from --override and --skip."""
+    dynamic: dict[str, dict[str, Any] | None] = dict.fromkeys(skips)
+    for text in overrides:
+        pattern, equals, changes = text.rpartition("=")
+        found = [re.fullmatch(r"\s*(\w+)\s*:\s*([\w-]+)\s*", part) for part in changes.split(",")]
+        if not equals or not all(found):
+            raise ConfigError(f"--override {text!r}: write it as 'REGEX=bits:8,group_size:32'")
+        dynamic[pattern] = {m[1]: _value(m[2]) for m in found if m}
+    return dynamic
+
+
+def _value(text: str) -> int | bool | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+class _Reporter:
+    """Turns progress of a run into a bar or lines."""
+
+    def __init__(self, shown: Steps) -> None:
+        self._shown, self._errors = shown, list[str]()
+
+    def __call__(self, step: Progress) -> None:
+        if step.layer is not None:
+            error = step.layer["relative_error"]
+            short = step.layer["name"].rsplit(".", 1)[-1]
+            self._errors.append(f"{short} {error:.2e}" if error is not None else short)
+            self._shown.update(self._part(step, 0), f"{step.layer['name']}")
+            return
+        part = self._part(step, 1)
+        self._shown.update(part)
+        self._shown.line(
+            f"block {step.block + 1}/{step.blocks}  {'  '.join(self._errors)}  {self._shown.eta(part)}"
+        )
+        self._errors = []
+
+    @staticmethod
+    def _part(step: Progress, more: int) -> float:
+        """Finished part of what this run has to do; blocks of earlier runs do not count."""
+        return (step.block + more - step.resumed) / (step.blocks - step.resumed)
+
+
+def _print(result: QuantizeResult, config: QuantizeConfig) -> None:
+    solved = [layer for layer in result.layers if layer["fallback"] is None]
+    stdout.print(
+        f"{len(result.layers)} layers in {result.seconds:.1f} s, {result.bits_per_weight:.2f} bits per "
+        f"weight, {size(result.bytes_before)} -> {size(result.bytes_after)}, "
+        f"peak memory {size(result.peak_rss_bytes)}, mode {result.mode}",
+        highlight=False,
+    )
+    errors = [layer["relative_error"] for layer in solved if layer["relative_error"] is not None]
+    if errors:
+        worst = max(solved, key=lambda layer: layer["relative_error"] or 0.0)
+        stdout.print(
+            f"relative output error: mean {sum(errors) / len(errors):.2e}, "
+            f"largest {max(errors):.2e} ({worst['name']})",
+            highlight=False,
+        )
+    for text in [*result.warnings, *not_as_asked(result.layers)]:
+        stdout.print(f"[yellow]note:[/] {text}", highlight=False, soft_wrap=True)
+    stdout.print(f"verified, saved in {result.output}", highlight=False, soft_wrap=True)
+
+
+def not_as_asked(layers: list[dict[str, Any]]) -> list[str]:
+    """One line for each layer that fell back or needed more damping."""
+    lines = []
+    for layer in layers:
+        if layer["fallback"]:
+            lines.append(f"{layer['name']} was rounded to nearest: {layer['fallback']}")
+        elif len(layer["damp_tried"]) > 1:
+            lines.append(f"{layer['name']} needed damping {layer['damp_percent']:g}")
+    return lines

@@ -1,0 +1,135 @@
+"""QuantizeConfig: every decision about how weights become codes, in one frozen object.
+
+Knows the settings and which of them go together; knows nothing of models, files or tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from roundwise.errors import ConfigError
+
+Bits = Literal[2, 3, 4, 8]
+Order = Literal["natural", "static", "group_aware"]
+Method = Literal["gptq", "rtn"]
+Format = Literal["gptq", "gptq_v2"]
+
+#: What a per-module override may change; the keys are those of `quantization_config.dynamic`.
+OVERRIDABLE = ("bits", "group_size", "sym", "desc_act")
+
+
+class QuantizeConfig(BaseModel):
+    """How to quantize. Immutable; equal configs give equal checkpoints.
+
+    Raises `ConfigError` on construction when a value cannot be. References: GPTQ is Frantar et al.,
+    2022 (arXiv 2210.17323); act-order and static groups come with its reference implementation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Bits = Field(4, description="Width of a code.")
+    group_size: int = Field(
+        128, description="Input channels that share a scale and a zero point; -1: all of them."
+    )
+    sym: bool = Field(True, description="Symmetric grid: the zero point is fixed in the middle.")
+    desc_act: bool = Field(
+        False,
+        description="Act-order in the file: groups are formed in order of sensitivity (g_idx).",
+    )
+    order: Order = Field(
+        "group_aware",
+        description="Order of columns when desc_act is off: natural; static (grids fixed per group "
+        "first, then most sensitive column first); group_aware (sorted inside each group, groups "
+        "by their most sensitive column). All three leave g_idx trivial.",
+    )
+    damp_percent: float = Field(
+        0.01, ge=0.0, le=10.0, description="Damping: this part of mean(diag H) is added to diag H."
+    )
+    method: Method = Field("gptq", description="gptq, or rtn: round to nearest, the baseline.")
+    format: Format = Field("gptq", description="Zero points minus one (gptq) or as is (gptq_v2).")
+    dynamic: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict,
+        description="Overrides by module name: regex -> {bits, group_size, sym, desc_act}, or None "
+        "to leave the module as it is. The first pattern found in the name wins.",
+    )
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size(cls, value: int) -> int:
+        if value != -1 and (value < 8 or value % 8):
+            raise ValueError("must be -1 (one group for all input channels) or a multiple of 8")
+        return value
+
+    @field_validator("dynamic")
+    @classmethod
+    def _dynamic(cls, value: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any] | None]:
+        for pattern, changes in value.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+            unknown = set(changes or {}) - set(OVERRIDABLE)
+            if unknown:
+                raise ValueError(
+                    f"{pattern!r} changes {', '.join(sorted(unknown))}; "
+                    f"an override may change {', '.join(OVERRIDABLE)}"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _overrides_are_configs(self) -> QuantizeConfig:
+        for changes in self.dynamic.values():
+            if changes:
+                self.merged(changes)
+        return self
+
+    @property
+    def maxq(self) -> int:
+        """Largest code, 2^bits - 1."""
+        return int(2**self.bits) - 1
+
+    @property
+    def min_zero(self) -> int:
+        """Smallest zero point the file can hold: v1 stores zero - 1, so zero = 0 is avoided there."""
+        return 1 if self.format == "gptq" else 0
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups along `in_features` input channels."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    def merged(self, changes: dict[str, Any]) -> QuantizeConfig:
+        """This config with some settings replaced and no overrides of its own."""
+        return QuantizeConfig(**{**self.model_dump(exclude={"dynamic"}), **changes})
+
+    def for_module(self, name: str) -> QuantizeConfig | None:
+        """Settings for the module `name`; None: leave it as it is."""
+        for pattern, changes in self.dynamic.items():
+            if re.search(pattern, name):
+                return None if changes is None else self.merged(changes)
+        return self
+
+
+def _explain(error: ValidationError) -> str:
+    """One sentence per wrong setting, in the user's words."""
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(QuantizeConfig.model_fields)
+            lines.append(f"there is no setting {name!r}; settings are {known}")
+        elif item["type"] == "literal_error":
+            expected = item.get("ctx", {}).get("expected", "")
+            lines.append(f"{name}={item['input']!r} is not supported: use {expected}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{name}={item['input']!r}: {message}" if name else message)
+    return "; ".join(lines)

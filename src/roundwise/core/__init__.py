@@ -1,0 +1,1 @@
+"""Pure tensor maths: Hessian, grid, solver, packing. Knows torch; nothing of models or files."""

@@ -1,0 +1,63 @@
+"""The Hessian of a linear layer's output error, summed over calibration batches.
+
+For the objective ||WX - QX||² the Hessian with respect to each row of Q is H = 2 XXᵀ, the same for
+all rows (Frantar et al. 2022, section 3). A constant factor cancels everywhere, so the mean
+H = XᵀX / n over n tokens is kept, with X [tokens, in].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from roundwise.errors import NumericalError
+
+#: Columns of a tile of the symmetric update. Below it one product is faster than several.
+TILE = 512
+
+
+class Hessian:
+    """Accumulates XᵀX of one layer input in float32 (float64 when the inputs are float64).
+
+    Only the lower triangle is computed while summing (half the work), in tiles of `TILE` columns.
+    """
+
+    def __init__(self, in_features: int, *, dtype: torch.dtype = torch.float32) -> None:
+        self.sum = torch.zeros(in_features, in_features, dtype=dtype)
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Adds the inputs of one batch.
+
+        Args:
+            x: [..., in], any float dtype.
+            mask: bool, shape of `x` without its last axis; False marks padding, which is left out.
+
+        Raises:
+            NumericalError: an entry of `x` that counts is NaN or infinite, or its square overflows.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if mask is not None:
+            rows = rows[mask.reshape(-1)]
+        rows = rows.to(self.sum.dtype)
+        width = rows.shape[1]
+        for start in range(0, width, TILE):
+            stop = min(start + TILE, width)
+            self.sum[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
+        self.tokens += rows.shape[0]
+        # A NaN or infinity in channel k reaches H[k, k] whatever the signs, so the diagonal tells all.
+        bad = (~torch.isfinite(self.sum.diagonal())).nonzero().flatten()
+        if len(bad):
+            raise NumericalError(
+                f"NaN, infinite or overflowing input in {len(bad)} of {width} channels "
+                f"(first: channel {int(bad[0])})"
+            )
+
+    def mean(self) -> torch.Tensor:
+        """H = XᵀX / n, [in, in], symmetric. All zeros when no token was seen. Ends the sum."""
+        H, self.sum = self.sum, torch.empty(0)
+        H /= max(self.tokens, 1)
+        width = H.shape[0]
+        for start in range(0, width, TILE):
+            stop = min(start + TILE, width)
+            H[start:stop, stop:] = H[stop:, start:stop].T
+        return H

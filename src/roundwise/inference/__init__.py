@@ -1,0 +1,1 @@
+"""Running quantized checkpoints: QuantLinear, loading, the hook into transformers."""

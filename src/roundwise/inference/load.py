@@ -1,0 +1,100 @@
+"""Loading any checkpoint for inference: GPTQ ones of every tool and age, and plain ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from roundwise.errors import CheckpointError, ConfigError
+from roundwise.inference import plugin
+from roundwise.models.checkpoint import SINGLE, Checkpoint
+from roundwise.models.hub import local_folder
+from roundwise.models.verify import quantization_settings
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+) -> tuple[Any, Any]:
+    """Opens a checkpoint as a transformers model and its tokenizer.
+
+    Args:
+        model: folder, or id on the Hugging Face hub. Quantized in the GPTQ format (v1 or v2, by
+            roundwise, GPTQModel or AutoGPTQ, 2, 3, 4 or 8 bit), or not quantized.
+        dtype: what the model computes in; "auto" takes the checkpoint's.
+        device: where it goes.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer (None if the checkpoint has none).
+
+    Raises:
+        CheckpointError: no such model, damaged files, another quantization format.
+    """
+    plugin.register()
+    folder = local_folder(model)
+    checkpoint = Checkpoint(folder)
+    if "quantization_config" in checkpoint.config:
+        quantization_settings(checkpoint)  # refuses other methods, by name
+    with tempfile.TemporaryDirectory() as scratch:
+        if _is_old(checkpoint):
+            folder = _modernised(checkpoint, Path(scratch))
+        try:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False
+            )
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise CheckpointError(f"{model} cannot be loaded: {reason}") from error
+    return loaded.to(device).eval(), _tokenizer(checkpoint.folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _is_old(checkpoint: Checkpoint) -> bool:
+    """AutoGPTQ's early layout: settings beside config.json, weights under a name of its own."""
+    return "quantization_config" not in checkpoint.config and any(
+        name.endswith(".qweight") for name in checkpoint.tensors
+    )
+
+
+def _modernised(checkpoint: Checkpoint, scratch: Path) -> Path:
+    """A folder of links that shows an old checkpoint in today's layout."""
+    settings = {"quant_method": "gptq", **quantization_settings(checkpoint)}
+    settings.pop("model_file_base_name", None)
+    single = len(checkpoint.files) == 1
+    for path in checkpoint.folder.iterdir():
+        if path.is_file() and path.name != "config.json":
+            name = SINGLE if single and path == checkpoint.files[0] else path.name
+            (scratch / name).symlink_to(path.resolve())
+    config = {**checkpoint.config, "quantization_config": settings}
+    (scratch / "config.json").write_text(json.dumps(config))
+    return scratch
+
+
+def parse_dtype(name: str) -> torch.dtype | str:
+    """A dtype by its name; "auto" stays as it is.
+
+    Raises:
+        ConfigError: another name.
+    """
+    known: dict[str, torch.dtype | str] = {
+        "auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16
+    }  # fmt: skip
+    if name not in known:
+        raise ConfigError(f"dtype {name!r} is not supported: use {', '.join(known)}")
+    return known[name]

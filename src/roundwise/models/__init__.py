@@ -1,0 +1,1 @@
+"""What a checkpoint is: opening, mapping names to modules, formats, writing, auditing."""

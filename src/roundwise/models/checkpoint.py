@@ -1,0 +1,235 @@
+"""Reading a Hugging Face checkpoint tensor by tensor, each through a memory map of its own bytes.
+
+Only safetensors are read: nothing is unpickled, no model code runs. A tensor's pages belong to the
+process only while the tensor lives, so a block's weights cost memory only while they are in use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from roundwise.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: Bytes copied or hashed at a time.
+CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor's bytes are."""
+
+    path: Path
+    dtype: str
+    """safetensors code, such as BF16."""
+    shape: tuple[int, ...]
+    start: int
+    """Offset of the first byte in the file."""
+    nbytes: int
+
+    def read(self) -> torch.Tensor:
+        """The tensor, as a private memory map: writable, and writing changes only this copy."""
+        if self.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.path.name} holds a tensor of unsupported type {self.dtype}"
+            )
+        dtype = DTYPES[self.dtype]
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=dtype)
+        page = self.start - self.start % mmap.ALLOCATIONGRANULARITY
+        with self.path.open("rb") as file:
+            view = mmap.mmap(
+                file.fileno(), self.start - page + self.nbytes, access=mmap.ACCESS_COPY, offset=page
+            )
+        offset = self.start - page
+        if offset % dtype.itemsize:  # allowed by the format, not by the processor's fast loads
+            raw = bytearray(view[offset : offset + self.nbytes])
+            return torch.frombuffer(raw, dtype=dtype).reshape(self.shape)
+        count = self.nbytes // dtype.itemsize
+        return torch.frombuffer(view, dtype=dtype, count=count, offset=offset).reshape(self.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The raw bytes, a few MB at a time."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            left = self.nbytes
+            while left:
+                chunk = file.read(min(CHUNK, left))
+                if not chunk:
+                    raise CheckpointError(f"{self.path} ends in the middle of a tensor")
+                left -= len(chunk)
+                yield chunk
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors: names, shapes and bytes, nothing loaded.
+
+    Args:
+        folder: a local folder.
+        config_file: name of its config; only a run that is not finished uses another one.
+
+    Raises:
+        CheckpointError: no folder, no config.json, no safetensors, a damaged or missing shard, an
+            index that points outside the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, config_file: str = "config.json") -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is not a folder with a model in it")
+        self.config = read_json(self.folder / config_file)
+        self.files = self._weight_files()
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for name, info in read_header(file).items():
+                if name in self.tensors:
+                    raise CheckpointError(
+                        f"tensor {name} is both in {self.tensors[name].path.name} and {file.name}"
+                    )
+                self.tensors[name] = info
+        if not self.tensors:
+            raise CheckpointError(f"{self.folder} has no tensors in its safetensors files")
+
+    def _weight_files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if index.exists():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+                raise CheckpointError(f"{index} has no weight_map from tensor to file names")
+            files = sorted({self._inside(name) for name in names.values()})
+            missing = [file.name for file in files if not file.exists()]
+            if missing:
+                raise CheckpointError(
+                    f"{self.folder} lacks {', '.join(missing)}, named in its index"
+                )
+            return files
+        if (self.folder / SINGLE).exists():
+            return [self.folder / SINGLE]
+        found = sorted(self.folder.glob("*.safetensors"))
+        if len(found) == 1:  # names of older tools, such as gptq_model-4bit-128g.safetensors
+            return found
+        if found:
+            raise CheckpointError(
+                f"{self.folder} has {len(found)} safetensors files and no {INDEX}"
+            )
+        pickles = sorted([*self.folder.glob("*.bin"), *self.folder.glob("*.pt")])
+        if pickles:
+            raise CheckpointError(
+                f"{self.folder} has only pickled weights ({pickles[0].name}), which can run code when "
+                "opened: convert it with transformers, from_pretrained(...) then save_pretrained(...)"
+            )
+        raise CheckpointError(f"{self.folder} has no safetensors files")
+
+    def _inside(self, name: str) -> Path:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"the index of {self.folder} names {name!r}, outside the folder")
+        return self.folder / name
+
+    def side_files(self) -> list[Path]:
+        """Everything beside the weights that makes the checkpoint complete: tokenizer, licence …
+
+        Left out: other copies of the weights, config.json (it is rewritten), hidden files.
+        """
+        weights = (
+            ".safetensors",
+            ".bin",
+            ".pt",
+            ".pth",
+            ".ckpt",
+            ".h5",
+            ".msgpack",
+            ".gguf",
+            ".onnx",
+        )
+        ours = {"config.json", "quantize_config.json", "roundwise.json"}
+        return [
+            path
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and not path.name.startswith(".")
+            and not path.name.endswith((*weights, ".index.json"))
+            and path.name not in ours
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from a changed one: sizes, times and hashes of all headers."""
+        return {
+            "config": _digest(json.dumps(self.config, sort_keys=True).encode()),
+            "files": {
+                file.name: [
+                    file.stat().st_size,
+                    file.stat().st_mtime_ns,
+                    _digest(_header_bytes(file)),
+                ]
+                for file in self.files
+            },
+        }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is missing, damaged or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}, so it is not a model") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Tensor names and places of one safetensors file, validated by the safetensors library."""
+    try:
+        with safe_open(file, framework="pt"):
+            header = _header_bytes(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from None
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    base = 8 + len(header)
+    return {
+        name: TensorInfo(
+            path=file,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=base + entry["data_offsets"][0],
+            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in entries.items()
+    }
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _header_bytes(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(int.from_bytes(stream.read(8), "little"))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,129 @@
+"""The standard GPTQ format: names, tensors and the configuration that readers look for.
+
+v1 ("gptq") stores zero points minus one, "gptq_v2" stores them as they are. Both are written by
+AutoGPTQ, GPTQModel and us, and read by vLLM, transformers and others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from roundwise.config import QuantizeConfig
+from roundwise.core.packing import codes_per_block, pack, unpack
+from roundwise.core.quantized import QuantizedWeight
+from roundwise.errors import CheckpointError, ConfigError
+from roundwise.version import __version__
+
+#: What replaces NAME.weight.
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def check_shape(name: str, out_features: int, in_features: int, config: QuantizeConfig) -> None:
+    """Raises ConfigError, with the sizes that would fit, when a weight cannot be stored."""
+    size = config.group_size
+    if size != -1 and in_features % size:
+        fits = [str(n) for n in (16, 32, 64, 128, 256, 512) if in_features % n == 0] + ["-1"]
+        raise ConfigError(
+            f"{name} has {in_features} input channels, which group_size={size} does not divide: "
+            f"use {' or '.join(fits)}, for this module alone with "
+            f"--override '{name}=group_size:{fits[-2] if len(fits) > 1 else -1}'"
+        )
+    block = codes_per_block(config.bits)
+    for label, features in (("input", in_features), ("output", out_features)):
+        if features % block:
+            raise ConfigError(
+                f"{name} has {features} {label} channels; {config.bits}-bit codes pack in multiples "
+                f"of {block}: give it another width with --override '{name}=bits:8' "
+                f"or leave it as it is with --skip '{name}'"
+            )
+
+
+def encode(q: QuantizedWeight, config: QuantizeConfig) -> dict[str, torch.Tensor]:
+    """The four tensors of a quantized weight, by suffix.
+
+    qweight int32 [in·bits/32, out], qzeros int32 [groups, out·bits/32], scales float16
+    [groups, out], g_idx int32 [in].
+    """
+    zeros = (q.zeros - 1) & config.maxq if config.format == "gptq" else q.zeros
+    return {
+        "qweight": pack(q.codes.T, q.bits),
+        "qzeros": pack(zeros, q.bits).T.contiguous(),
+        "scales": q.scales.T.contiguous(),
+        "g_idx": q.g_idx,
+    }
+
+
+def decode(tensors: dict[str, torch.Tensor], checkpoint_format: str, name: str) -> QuantizedWeight:
+    """The inverse of `encode` for any tool's file; the width follows from the shapes.
+
+    Args:
+        tensors: qweight, qzeros, scales and, unless trivial, g_idx.
+        checkpoint_format: "gptq" (zeros stored minus one) or "gptq_v2".
+        name: for messages.
+
+    Raises:
+        CheckpointError: shapes that contradict each other.
+    """
+    qweight, qzeros, scales = (tensors[suffix] for suffix in SUFFIXES[:3])
+    groups = scales.shape[0]
+    bits = infer_bits(tensors, name)
+    codes = unpack(qweight, bits).T.contiguous()
+    zeros = unpack(qzeros.T.contiguous(), bits).to(torch.int32)
+    if checkpoint_format == "gptq":
+        zeros = (zeros + 1) & (2**bits - 1)
+    g_idx = tensors.get("g_idx")
+    if g_idx is None:
+        g_idx = torch.arange(codes.shape[1], dtype=torch.int32) // (-(-codes.shape[1] // groups))
+    if g_idx.shape != (codes.shape[1],) or int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        raise CheckpointError(
+            f"{name}.g_idx does not assign {codes.shape[1]} channels to {groups} groups"
+        )
+    return QuantizedWeight(
+        codes=codes, scales=scales.T.contiguous(), zeros=zeros,
+        g_idx=g_idx.to(torch.int32), bits=bits,
+    )  # fmt: skip
+
+
+def infer_bits(tensors: dict[str, torch.Tensor], name: str) -> int:
+    """Width of the codes: qzeros is [groups, out·bits/32] and scales is [groups, out]."""
+    qzeros, scales, qweight = tensors["qzeros"], tensors["scales"], tensors["qweight"]
+    if any(t.ndim != 2 for t in (qzeros, scales, qweight)) or not scales.numel():
+        raise CheckpointError(f"{name}: qweight, qzeros and scales must be matrices")
+    bits, rest = divmod(qzeros.shape[1] * 32, scales.shape[1])
+    if rest or bits not in (2, 3, 4, 8) or qzeros.shape[0] != scales.shape[0]:
+        raise CheckpointError(
+            f"{name}: qzeros {list(qzeros.shape)} and scales {list(scales.shape)} do not fit together"
+        )
+    if qweight.shape[1] != scales.shape[1]:
+        raise CheckpointError(
+            f"{name}: qweight {list(qweight.shape)} and scales {list(scales.shape)} do not fit together"
+        )
+    return bits
+
+
+def quantization_config(config: QuantizeConfig, *, true_sequential: bool) -> dict[str, Any]:
+    """`quantization_config` of config.json, with the keys that vLLM, transformers and others read."""
+    dynamic: dict[str, dict[str, Any]] = {}
+    for pattern, changes in config.dynamic.items():
+        # Readers match dynamic patterns from the start of the name; ours may stand anywhere in it.
+        anchored = f".*(?:{pattern})"
+        dynamic[f"-:{anchored}" if changes is None else f"+:{anchored}"] = changes or {}
+    return {
+        "quant_method": "gptq",
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "desc_act": config.desc_act,
+        "sym": config.sym,
+        "lm_head": False,
+        "checkpoint_format": config.format,
+        "true_sequential": true_sequential,
+        "damp_percent": config.damp_percent,
+        **({"dynamic": dynamic} if dynamic else {}),
+        "meta": {
+            "quantizer": [f"roundwise:{__version__}"],
+            "method": config.method,
+            "order": config.order,
+        },
+    }

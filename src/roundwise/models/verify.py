@@ -1,0 +1,213 @@
+"""Auditing a finished checkpoint from its files alone: nothing is taken from memory or on trust.
+
+Every check is one finding: what was checked, and what was wrong. Works on checkpoints of other tools
+too, as far as there is something to hold them against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from roundwise.core.quantized import QuantizedWeight
+from roundwise.errors import CheckpointError, RoundwiseError, VerificationError
+from roundwise.models.checkpoint import Checkpoint, TensorInfo, file_digest, read_json
+from roundwise.models.formats import SUFFIXES, decode
+
+MANIFEST = "roundwise.json"
+#: Recorded and recomputed weight errors may differ by summation order only.
+TOLERANCE = 1e-3
+
+
+@dataclass
+class Audit:
+    """What was checked and what was found wrong."""
+
+    folder: Path
+    checked: dict[str, int] = field(default_factory=dict)
+    """Kind of check -> how many were made."""
+    failures: list[str] = field(default_factory=list)
+
+    def check(self, kind: str, wrong: str | None) -> None:
+        """Counts one check; `wrong` says what failed."""
+        self.checked[kind] = self.checked.get(kind, 0) + 1
+        if wrong:
+            self.failures.append(wrong)
+
+    def raise_on_failure(self) -> None:
+        """Raises VerificationError naming the first failures."""
+        if self.failures:
+            more = f" (and {len(self.failures) - 3} more)" if len(self.failures) > 3 else ""
+            raise VerificationError(
+                f"{self.folder} failed verification: {'; '.join(self.failures[:3])}{more}"
+            )
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A quantized linear as it stands in a checkpoint."""
+
+    name: str
+    parts: dict[str, TensorInfo]
+
+    def read(self, checkpoint_format: str) -> QuantizedWeight:
+        """Its codes, scales and zeros."""
+        tensors = {suffix: info.read() for suffix, info in self.parts.items()}
+        return decode(tensors, checkpoint_format, self.name)
+
+
+def quantized_layers(checkpoint: Checkpoint) -> Iterator[QuantizedLayer]:
+    """All quantized linears of a GPTQ checkpoint, recognised by their tensors.
+
+    Raises:
+        CheckpointError: one of a layer's tensors is missing.
+    """
+    for tensor in checkpoint.tensors:
+        if tensor.endswith(".qweight"):
+            name = tensor.removesuffix(".qweight")
+            parts = {
+                suffix: checkpoint.tensors[f"{name}.{suffix}"]
+                for suffix in SUFFIXES
+                if f"{name}.{suffix}" in checkpoint.tensors
+            }
+            missing = {"qweight", "qzeros", "scales"} - set(parts)
+            if missing:
+                raise CheckpointError(f"{name} lacks {', '.join(sorted(missing))}")
+            yield QuantizedLayer(name, parts)
+
+
+def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`quantization_config` of config.json, or the quantize_config.json of older tools.
+
+    Raises:
+        CheckpointError: neither is there, or the method is not gptq.
+    """
+    settings = checkpoint.config.get("quantization_config")
+    if settings is None and (checkpoint.folder / "quantize_config.json").exists():
+        settings = read_json(checkpoint.folder / "quantize_config.json")
+    if not isinstance(settings, dict):
+        raise CheckpointError(
+            f"{checkpoint.folder} is not quantized: there is no quantization_config"
+        )
+    method = settings.get("quant_method", "gptq")
+    if method != "gptq":
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantized with {method}, not in the GPTQ format"
+        )
+    return settings
+
+
+def audit(
+    folder: Path, *, against: Checkpoint | None = None, config_file: str = "config.json"
+) -> Audit:
+    """Reads a checkpoint back and checks all that can be checked.
+
+    Args:
+        folder: the checkpoint.
+        against: the model it was made from: tensors that were not quantized must be equal byte for
+            byte, and the weight error of each layer must be what the manifest says.
+        config_file: where its config stands; a run audits before config.json has its name.
+    """
+    report = Audit(folder)
+    try:
+        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+        if manifest is not None:
+            _check_files(report, folder, manifest["files"], config_file)
+        if not report.failures:
+            checkpoint = Checkpoint(folder, config_file=config_file)
+            _check_layers(report, checkpoint, against, manifest)
+            if against is not None:
+                _check_rest(report, checkpoint, against)
+    except RoundwiseError as error:
+        report.check("readable", str(error))
+    return report
+
+
+def _check_files(report: Audit, folder: Path, files: dict[str, str], config_file: str) -> None:
+    """Every file that the run wrote is there with the bytes it had."""
+    for name, digest in files.items():
+        path = folder / (config_file if name == "config.json" else name)
+        if not path.exists():
+            report.check("files", f"{name} is missing")
+        else:
+            changed = file_digest(path) != digest
+            report.check("files", f"{name} was changed since it was written" if changed else None)
+
+
+def _check_layers(
+    report: Audit,
+    checkpoint: Checkpoint,
+    against: Checkpoint | None,
+    manifest: dict[str, Any] | None,
+) -> None:
+    settings = quantization_settings(checkpoint)
+    recorded = {layer["name"]: layer for layer in (manifest or {}).get("layers", [])}
+    layers = list(quantized_layers(checkpoint))
+    report.check("readable", None if layers else "no quantized layers")
+    for layer in layers:
+        try:
+            q = layer.read(settings.get("checkpoint_format", "gptq"))
+        except RoundwiseError as error:
+            report.check("layers", str(error))
+            continue
+        report.check("layers", _wrong_values(layer.name, q, settings))
+        line = next((v for k, v in recorded.items() if k.endswith(layer.name)), None)
+        if against is not None:
+            report.check("weight errors", _wrong_error(layer.name, q, against, line))
+
+
+def _wrong_values(name: str, q: QuantizedWeight, settings: dict[str, Any]) -> str | None:
+    if not bool(torch.isfinite(q.scales).all()) or not bool((q.scales > 0).all()):
+        return f"{name} has a scale that is not finite and positive"
+    counts = torch.bincount(q.g_idx, minlength=q.scales.shape[1])
+    size = -(-len(q.g_idx) // q.scales.shape[1])
+    if int(counts.max()) > size:
+        return f"{name}.g_idx puts {int(counts.max())} channels into a group of {size}"
+    trivial = bool((q.g_idx == torch.arange(len(q.g_idx)) // size).all())
+    if not trivial and not settings.get("desc_act"):
+        return f"{name}.g_idx is in act-order, but the config says desc_act is off"
+    return None
+
+
+def _wrong_error(
+    name: str, q: QuantizedWeight, against: Checkpoint, line: dict[str, Any] | None
+) -> str | None:
+    info = against.tensors.get(f"{name}.weight")
+    if info is None:
+        return f"{name} is quantized, but {against.folder} has no {name}.weight"
+    W, Q = info.read().to(torch.float32), q.dequantize()
+    if W.shape != Q.shape:
+        W = W.T  # Conv1D keeps [in, out]
+    if W.shape != Q.shape:
+        return f"{name} is {list(Q.shape)}, but its original is {list(info.shape)}"
+    error = float((W - Q).square().sum()) / max(float(W.square().sum()), 1e-30)
+    if line is None:
+        return f"{name} is no better than nothing: weight error {error:.2f}" if error > 1 else None
+    expected = float(line["weight_error"])
+    if abs(error - expected) > TOLERANCE * max(expected, 1e-6):
+        return f"{name} has weight error {error:.6g}, but {expected:.6g} was recorded"
+    return None
+
+
+def _check_rest(report: Audit, checkpoint: Checkpoint, against: Checkpoint) -> None:
+    """Tensors that were not quantized, and side files, equal the original's byte for byte."""
+    stems = {layer.name for layer in quantized_layers(checkpoint)}
+    for name, original in against.tensors.items():
+        if name.removesuffix(".weight") in stems and name.endswith(".weight"):
+            continue
+        copy = checkpoint.tensors.get(name)
+        wrong = None
+        if copy is None:
+            wrong = f"tensor {name} is missing"
+        elif (copy.dtype, copy.shape) != (original.dtype, original.shape):
+            wrong = f"tensor {name} is {copy.dtype} {list(copy.shape)}, it was {original.dtype}"
+        elif any(a != b for a, b in zip(copy.chunks(), original.chunks(), strict=True)):
+            wrong = f"tensor {name} differs from the original"
+        report.check("tensors carried over", wrong)
+    for path in against.side_files():
+        missing = not (checkpoint.folder / path.name).exists()
+        report.check("side files", f"{path.name} is missing" if missing else None)

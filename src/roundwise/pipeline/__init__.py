@@ -1,0 +1,1 @@
+"""The run: calibration text in, paused forward through the blocks, shards and journal out."""

@@ -1,0 +1,125 @@
+"""The end of a run: what is not in a block, side files, manifest, audit; config.json last.
+
+Until config.json is there, no library takes the folder for a model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from roundwise.config import QuantizeConfig
+from roundwise.models.checkpoint import INDEX, file_digest, read_header, read_json
+from roundwise.models.formats import SUFFIXES, quantization_config
+from roundwise.models.skeleton import Skeleton
+from roundwise.models.verify import MANIFEST, audit
+from roundwise.models.writer import copy_file, write_json, write_safetensors
+
+__all__ = ["MANIFEST", "Manifest", "finish", "shard_name"]
+
+
+def shard_name(index: int, blocks: int) -> str:
+    """File of block `index`; the tensors outside the blocks come last, as number `blocks`."""
+    return f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
+
+
+class Manifest:
+    """roundwise.json: what was done, to which model, with which result. Holds no times or places,
+    so equal runs write equal manifests.
+    """
+
+    @staticmethod
+    def run(fingerprint: dict[str, Any]) -> dict[str, Any]:
+        """The fingerprint without what depends on this machine's file system."""
+        model = fingerprint["model"]
+        files = {name: [size, header] for name, (size, _mtime, header) in model["files"].items()}
+        return {**fingerprint, "model": {**model, "files": files}}
+
+    @staticmethod
+    def read(folder: Path) -> dict[str, Any] | None:
+        """The manifest of a checkpoint; None when it was not made by roundwise."""
+        path = folder / MANIFEST
+        return read_json(path) if path.exists() else None
+
+
+def finish(
+    skeleton: Skeleton,
+    out: Path,
+    config: QuantizeConfig,
+    fingerprint: dict[str, Any],
+    done: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Completes the checkpoint around its finished blocks, audits it, and returns the manifest.
+
+    Raises:
+        VerificationError: what is on the disk is not what was computed.
+        StorageError: the disk is full or failed.
+    """
+    source, blocks = skeleton.checkpoint, len(skeleton.blocks)
+    last = shard_name(blocks, blocks)
+    files = {line["shard"]: line["sha256"] for line in done}
+    files[last] = write_safetensors(out / last, skeleton.other_tensors())
+    _write_index(out, sorted(files))
+    for path in source.side_files():
+        copy_file(path, out / path.name)
+    settings = quantization_config(config, true_sequential=fingerprint["mode"] == "true_sequential")
+    write_json(out / "quantize_config.json", settings)
+    # The hash of config.json is taken from the same bytes under a name that no library looks for.
+    draft = out / "config.json.draft"
+    write_json(draft, {**source.config, "quantization_config": settings})
+    names = [INDEX, "quantize_config.json", *(path.name for path in source.side_files())]
+    files |= {name: file_digest(out / name) for name in names}
+    files["config.json"] = file_digest(draft)
+    layers = [layer for line in done for layer in line["layers"]]
+    manifest = {
+        "run": Manifest.run(fingerprint),
+        "mode": fingerprint["mode"],
+        "bits_per_weight": _bits_per_weight(out, sorted(files), layers, skeleton),
+        "bytes_before": sum(info.nbytes for info in source.tensors.values()),
+        "bytes_after": sum(
+            info.nbytes
+            for name in files
+            if name.endswith(".safetensors")
+            for info in read_header(out / name).values()
+        ),
+        "layers": layers,
+        "files": files,
+    }
+    write_json(out / MANIFEST, manifest)
+    audit(out, against=source, config_file=draft.name).raise_on_failure()
+    shutil.move(draft, out / "config.json")
+    return manifest
+
+
+def _write_index(out: Path, shards: list[str]) -> None:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in shards:
+        header = read_header(out / shard)
+        weight_map |= dict.fromkeys(header, shard)
+        total += sum(info.nbytes for info in header.values())
+    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _bits_per_weight(
+    out: Path, files: list[str], layers: list[dict[str, Any]], skeleton: Skeleton
+) -> float:
+    """Stored bits of the quantized layers, everything counted, per weight they stand for."""
+    stems = {
+        skeleton.source_of[f"{layer['name']}.weight"].removesuffix("weight") for layer in layers
+    }
+    stored = sum(
+        info.nbytes
+        for name in files
+        if name.endswith(".safetensors")
+        for tensor, info in read_header(out / name).items()
+        for suffix in SUFFIXES
+        if tensor.endswith(suffix) and tensor.removesuffix(suffix) in stems
+    )
+    tensors = skeleton.checkpoint.tensors
+    weights = 0
+    for stem in stems:
+        rows, columns = tensors[f"{stem}weight"].shape
+        weights += rows * columns
+    return 8 * stored / weights

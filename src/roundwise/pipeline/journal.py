@@ -1,0 +1,132 @@
+"""The work folder of a run: lock, journal, activations. What makes a run resumable.
+
+    OUT/.roundwise/lock            held by the process that works here
+    OUT/.roundwise/journal.jsonl   line 1: fingerprint; then one line per finished block
+    OUT/.roundwise/activations-N.safetensors   what block N returned to every batch
+
+A block's activations and shard are on the disk before its journal line is, so a line is proof of both.
+A last line without a newline was being written when the process died: it does not count.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from roundwise.errors import OutputError, RunError
+from roundwise.models.checkpoint import read_header
+from roundwise.models.writer import PARTIAL, storage_error, write_safetensors
+
+WORK = ".roundwise"
+
+
+class Journal:
+    """The journal of one output folder.
+
+    Args:
+        out: output folder; made if it is not there.
+
+    Raises:
+        OutputError: another process works in it.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / WORK
+        self.path = self.folder / "journal.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise OutputError(f"cannot write to {out}: {error.strerror}") from None
+        try:
+            # The kernel lets go of it when the process ends, however it ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise OutputError(f"another roundwise process is working in {out}") from None
+
+    def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """The fingerprint (None: fresh folder) and the lines of finished blocks."""
+        if not self.path.exists():
+            return None, []
+        whole, _, _torn = self.path.read_bytes().rpartition(b"\n")
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError:
+            raise OutputError(f"{self.path} is damaged: start anew with --restart") from None
+        return (lines[0]["fingerprint"], lines[1:]) if lines else (None, [])
+
+    def start(self, fingerprint: dict[str, Any]) -> None:
+        """Begins an empty journal."""
+        self.path.unlink(missing_ok=True)
+        self._append({"fingerprint": fingerprint})
+
+    def trim(self) -> None:
+        """Drops a torn last line and files that were being written, so that work can go on."""
+        whole, newline, torn = self.path.read_bytes().rpartition(b"\n")
+        if torn:
+            os.truncate(self.path, len(whole + newline))
+        for path in [*self.folder.glob("*" + PARTIAL), *self.folder.parent.glob("*" + PARTIAL)]:
+            path.unlink()
+
+    def block_done(self, line: dict[str, Any]) -> None:
+        """Records a finished block; activations of earlier blocks are no longer needed."""
+        self._append(line)
+        keep = (line["activations"] or {}).get("file")
+        for path in self.folder.glob("activations-*.safetensors"):
+            if path.name != keep:
+                path.unlink()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        try:
+            with self.path.open("ab") as file:
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+
+    def save_outputs(self, index: int, outputs: list[Any]) -> dict[str, Any]:
+        """Writes what block `index` returned to each player; what `load_outputs` needs to know.
+
+        Raises:
+            RunError: the block returned something else than a tensor or a tuple of tensors.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        for player, output in enumerate(outputs):
+            values = output if isinstance(output, tuple) else (output,)
+            for place, value in enumerate(values):
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{player}.{place}"] = value.contiguous()
+                elif value is not None:
+                    raise RunError(f"block {index} returns a {type(value).__name__}, not a tensor")
+        name = f"activations-{index:05d}.safetensors"
+        write_safetensors(self.folder / name, tensors)
+        places = len(outputs[0]) if isinstance(outputs[0], tuple) else None
+        return {"file": name, "players": len(outputs), "places": places}
+
+    def load_outputs(self, saved: dict[str, Any]) -> list[Any]:
+        """The inverse of `save_outputs`; tensors are memory-mapped."""
+        infos = read_header(self.folder / saved["file"])
+        tensors = {name: info.read() for name, info in infos.items()}
+        if saved["places"] is None:
+            return [tensors[f"{player}.0"] for player in range(saved["players"])]
+        return [
+            tuple(tensors.get(f"{player}.{place}") for place in range(saved["places"]))
+            for player in range(saved["players"])
+        ]
+
+    def finish(self) -> None:
+        """Removes the work folder: the checkpoint beside it is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def close(self) -> None:
+        """Lets go of the lock; everything stays for the next run."""
+        self._lock.close()

@@ -1,0 +1,60 @@
+"""How much memory a run may take, and which mode of the paused forward that allows."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import Literal
+
+from roundwise.errors import ConfigError
+from roundwise.models.skeleton import Skeleton, weight_of
+
+Mode = Literal["true_sequential", "block"]
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGT", start=1)}
+
+
+def parse_size(text: str | int | None) -> int | None:
+    """Bytes of a size such as 8GB, 512MiB or 900M; None stays None."""
+    if text is None or isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?)B?\s*", text, flags=re.IGNORECASE)
+    unit = match[2].upper().replace("I", "i") if match else "?"
+    if match is None or unit not in UNITS:
+        raise ConfigError(f"{text!r} is no size: write it as 8GB, 512MiB or 900MB")
+    return int(float(match[1]) * UNITS[unit])
+
+
+def available() -> int:
+    """Bytes of memory that are free or can be made free."""
+    try:
+        with Path("/proc/meminfo").open(encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def choose_mode(skeleton: Skeleton, tokens: int, budget: int | None) -> Mode:
+    """`true_sequential`, unless the activations of all paused batches would not fit.
+
+    Paused inside a block, each token holds the input of the group (at most the widest), the
+    residual stream and about as much again in the frames around it; paused between blocks, only the
+    block's input. Half of the available memory is the budget when none is given.
+    """
+    widest = max(
+        weight_of(linear).shape[1] for block in skeleton.blocks for linear in block.linears.values()
+    )
+    hidden = int(skeleton.model.config.get_text_config().hidden_size)
+    needed = tokens * (widest + 4 * hidden) * skeleton.dtype.itemsize
+    return "true_sequential" if needed <= (budget or available() // 2) else "block"

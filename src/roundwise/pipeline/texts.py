@@ -1,0 +1,144 @@
+"""Where calibration and evaluation texts come from: files, named sets, the interpreter's own library.
+
+A source is read as a list of documents, each a text or a chat (list of messages).
+"""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from roundwise.errors import CalibrationError
+
+Document = str | list[dict[str, Any]]
+
+#: Short names for public sets: data set, its configuration, column.
+NAMED_SETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
+    "c4": ("allenai/c4", "en", "text"),
+    "ptb": ("ptb-text-only/ptb_text_only", None, "sentence"),
+}
+#: Documents taken at most from a public set: it may be far larger than any calibration needs.
+MAX_DOCUMENTS = 20_000
+
+
+def read_documents(source: str, *, held_out: bool = False) -> list[Document]:
+    """The documents of a source, in a fixed order.
+
+    Args:
+        source: a text file; a JSONL file with a `text` or a chat `messages` in each line;
+            `python-stdlib`; one of `NAMED_SETS`; or NAME:SPLIT:COLUMN of a Hugging Face data set.
+        held_out: the part meant for evaluation, where the source has one.
+
+    Raises:
+        CalibrationError: nothing of that name, an unreadable file, or no text in it.
+    """
+    path = Path(source)
+    if path.is_file():
+        documents = (
+            _read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else [_read_text(path)]
+        )
+    elif source == "python-stdlib":
+        documents = list(_stdlib(held_out=held_out))
+    elif source in NAMED_SETS or source.count(":") == 2:
+        documents = _read_named(source, held_out=held_out)
+    else:
+        raise CalibrationError(
+            f"there is no file {source!r}, nor a set of that name: give a .txt or .jsonl file, "
+            f"python-stdlib, {', '.join(NAMED_SETS)}, or NAME:SPLIT:COLUMN of a Hugging Face data set"
+        )
+    documents = [document for document in documents if _has_content(document)]
+    if not documents:
+        raise CalibrationError(f"{source} holds no text")
+    return documents
+
+
+def _has_content(document: Document) -> bool:
+    """Whether there is anything but white space in it."""
+    return bool(document.strip()) if isinstance(document, str) else bool(document)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read_jsonl(path: Path) -> list[Document]:
+    documents: list[Document] = []
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"{path}, line {number} is no JSON: {error}") from None
+        value = record.get("text", record.get("messages")) if isinstance(record, dict) else None
+        if not (isinstance(value, str) or _is_chat(value)):
+            raise CalibrationError(f"{path}, line {number} has neither a `text` nor `messages`")
+        documents.append(value)
+    return documents
+
+
+def _is_chat(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and {"role", "content"} <= set(message) for message in value
+    )
+
+
+def _stdlib(*, held_out: bool) -> Iterator[str]:
+    """Python's own library as text: sources of the running interpreter, every 20th file held out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "test", "tests", "encodings", "__pycache__"}
+    files = [
+        file
+        for file in sorted(root.rglob("*.py"))
+        if not left_out & set(file.relative_to(root).parts[:-1])
+    ]
+    for index, file in enumerate(files):
+        if (index % 20 == 7) == held_out:
+            yield file.read_text(encoding="utf-8", errors="replace")
+
+
+def _read_named(source: str, *, held_out: bool) -> list[Document]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise CalibrationError(
+            f"{source} is a Hugging Face data set: pip install 'roundwise[datasets]' to read it, "
+            "or give a text file"
+        ) from None
+    load: Callable[..., Any] = load_dataset
+    if source in NAMED_SETS:
+        name, subset, column = NAMED_SETS[source]
+        split = "test" if held_out and source != "c4" else "validation" if held_out else "train"
+    else:
+        name, split, column = source.split(":")
+        subset = None
+    try:
+        rows = load(name, subset, split=split, streaming=True)
+        return [row[column] for row in islice(rows, MAX_DOCUMENTS)]
+    except KeyError:
+        raise CalibrationError(f"{name} has no column {column!r}") from None
+    except Exception as error:  # network, unknown set, missing split: the library has many kinds
+        reason = str(error).strip().split("\n", 1)[0]
+        raise CalibrationError(f"data set {name} ({split}) cannot be read: {reason}") from error
+
+
+def read_text(source: str) -> str:
+    """The part of a source that is meant for evaluation, as one text, documents joined by newlines.
+
+    Raises:
+        CalibrationError: as `read_documents`, or the source holds chats.
+    """
+    documents = read_documents(source, held_out=True)
+    if not all(isinstance(document, str) for document in documents):
+        raise CalibrationError(f"{source} holds chats; perplexity is measured on plain text")
+    return "\n".join(document for document in documents if isinstance(document, str))
