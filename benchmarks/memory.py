@@ -1,7 +1,7 @@
 """Peak memory of quantizing generated Llamas: does it depend on one block, or on the model?
 
-    python benchmarks/memory.py                       1.2B and 2.4B parameters (same blocks, twice as many)
-    python benchmarks/memory.py --shape 7b            a 7B-shaped model, to the end
+    python benchmarks/memory.py                   1.2B and 2.4B parameters (twice as many blocks)
+    python benchmarks/memory.py --shape 7b        a 7B-shaped model, to the end
 
 The models are random bf16 weights in shards, written block by block. Each run is a process of its own;
 its peak is read from the kernel (VmHWM), and what the interpreter takes with torch imported is
@@ -44,8 +44,10 @@ import roundwise as rw
 model, out, samples, length, seed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 draw = random.Random(seed)
 windows = [[draw.randrange(32000) for _ in range(length)] for _ in range(samples)]
-result = rw.quantize(model, out, rw.QuantizeConfig(), windows, samples=samples, seq_len=length, batch_size=4)
-print(json.dumps({"base": base, "peak": status("VmHWM"), "seconds": result.seconds, "mode": result.mode}))
+limits = {"samples": samples, "seq_len": length, "batch_size": 4}
+result = rw.quantize(model, out, rw.QuantizeConfig(), windows, **limits)
+peak = status("VmHWM")
+print(json.dumps({"base": base, "peak": peak, "seconds": result.seconds, "mode": result.mode}))
 """
 
 

@@ -95,7 +95,8 @@ def obq(w: torch.Tensor, H: torch.Tensor, scale: float, zero: int, maxq: int) ->
     left = list(range(len(w)))
     q = torch.zeros_like(w)
     while left:
-        rounded = {i: scale * (min(max(round(float(w[i]) / scale) + zero, 0), maxq) - zero) for i in left}
+        codes = {i: min(max(round(float(w[i]) / scale) + zero, 0), maxq) for i in left}
+        rounded = {i: scale * (code - zero) for i, code in codes.items()}
         i = min(left, key=lambda k: (rounded[k] - float(w[k])) ** 2 / float(Hinv[k, k]))
         q[i] = rounded[i]
         w -= (w[i] - q[i]) / Hinv[i, i] * Hinv[:, i]

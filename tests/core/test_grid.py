@@ -15,7 +15,9 @@ from roundwise.errors import NumericalError
 @pytest.mark.parametrize("shift", [-1.0, 0.0, 1.0])
 def test_every_weight_is_within_a_step(bits: int, sym: bool, min_zero: int, shift: float) -> None:
     maxq = 2**bits - 1
-    W = shift + torch.rand(16, 64, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
+    W = shift + torch.rand(
+        16, 64, generator=torch.Generator().manual_seed(bits), dtype=torch.float64
+    )
     grid = minmax(W, maxq, sym=sym, min_zero=min_zero)
     assert torch.equal(grid.scale, grid.scale.half().double())
     codes = encode(W.T, grid, maxq)

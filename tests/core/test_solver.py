@@ -14,11 +14,11 @@ from roundwise.errors import ConfigError, NumericalError, SingularError
 from tests.core import oracle
 
 
-def layer(seed: int, rows: int, width: int, tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def layer(seed: int, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight and the Hessian of correlated inputs with uneven channel norms."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
-    X = torch.randn(tokens or 4 * width, width, generator=generator, dtype=torch.float64) @ mix
+    X = torch.randn(4 * width, width, generator=generator, dtype=torch.float64) @ mix
     X *= torch.rand(width, generator=generator, dtype=torch.float64) + 0.1
     W = 0.05 * torch.randn(rows, width, generator=generator, dtype=torch.float64)
     return W, X.T @ X / len(X)
@@ -82,7 +82,9 @@ def test_float32_is_as_good_as_the_float64_oracle(width: int) -> None:
     reference = oracle.gptq(W, H, processing_order(H.diagonal(), config), bits=3, sym=True)
     q = solve(W.float(), H.float(), config)
     assert (q.codes.long() == reference.codes).float().mean() > 0.995
-    assert oracle.output_error(W, q.dequantize(), H) <= 1.001 * oracle.output_error(W, reference.Q, H)
+    assert oracle.output_error(W, q.dequantize(), H) <= 1.001 * oracle.output_error(
+        W, reference.Q, H
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -126,7 +128,9 @@ class TestWorkedExample:
         # -0.40 -> -0.50, which is on the grid.
         assert Q == [1.0, -0.5]
         W = torch.tensor([[0.80, -0.40]])
-        candidates = {q: oracle.output_error(W, torch.tensor([q]), H) for q in ((1.0, -0.5), (0.5, -0.5))}
+        candidates = {
+            q: oracle.output_error(W, torch.tensor([q]), H) for q in ((1.0, -0.5), (0.5, -0.5))
+        }
         assert candidates[1.0, -0.5] < candidates[0.5, -0.5]
 
     def test_exercise(self) -> None:

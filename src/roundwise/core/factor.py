@@ -7,6 +7,7 @@ flip(H) = L Lᵀ, R = flip(L) is upper triangular with H = R Rᵀ; U = R / diag 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,36 +33,36 @@ class Factor(NamedTuple):
     """Every damping tried, in order."""
 
 
-def factor(H: torch.Tensor, damp_percent: float) -> Factor:
+def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
     """Damps and factors H, raising the damping tenfold (at least to 1e-4) while it is indefinite.
 
     Args:
-        H: [in, in], symmetric, in processing order. Overwritten.
+        H: [in, in], symmetric; not changed.
+        perm: int64 [in], the processing order; U and D are in this order.
         damp_percent: damping to start with, as a part of mean(diag H).
 
     Raises:
         SingularError: H is zero, or stays indefinite up to `MAX_DAMP`.
         NumericalError: H is not finite.
     """
+    # One pass and no temporary: a NaN or infinity anywhere makes the sum one.
+    if not math.isfinite(float(H.sum(dtype=torch.float64))):
+        raise NumericalError("NaN or infinity in the Hessian")
     mean = float(H.diagonal().mean())
-    if not torch.isfinite(torch.tensor(mean)):
-        raise NumericalError("the Hessian is not finite")
     if mean <= 0.0:
         raise SingularError("the Hessian is zero: no calibration input reached this layer")
-    diagonal = H.diagonal().clone()
+    backwards = perm.flip(0)
+    flipped = H[backwards[:, None], backwards]
+    diagonal = flipped.diagonal().clone()
     tried: list[float] = []
     damp = damp_percent
     while damp <= MAX_DAMP:
         tried.append(damp)
-        H.diagonal().copy_(diagonal + damp * mean)
-        L, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
-        if not int(failed):
-            R = L.flip(0, 1)
-            del L
-            root = R.diagonal().clone()
-            if bool(torch.isfinite(root).all()) and float(root.min()) > 0.0:
-                return Factor(R.div_(root), root.square(), damp * mean, damp, tuple(tried))
+        flipped.diagonal().copy_(diagonal + damp * mean)
+        L, failed = torch.linalg.cholesky_ex(flipped)
+        root = L.diagonal().flip(0)
+        if not int(failed) and bool(torch.isfinite(root).all()) and float(root.min()) > 0.0:
+            del flipped
+            return Factor(L.flip(0, 1).div_(root), root.square(), damp * mean, damp, tuple(tried))
         damp = max(10 * damp, 1e-4)
-    raise SingularError(
-        f"the Hessian is indefinite even with damping {tried[-1] if tried else damp:g}"
-    )
+    raise SingularError(f"the Hessian is indefinite even with damping {tried[-1]:g}")

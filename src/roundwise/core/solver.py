@@ -12,7 +12,9 @@ needed and finished columns are never rewritten. Rows are independent given H.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -27,9 +29,31 @@ from roundwise.errors import ConfigError, NumericalError
 PANEL = 128
 
 
+class Prepared(NamedTuple):
+    """What all weights that read the same input share: the order of columns and the factor of H."""
+
+    order: Order
+    factor: Factor
+
+
+def prepare(H: torch.Tensor, config: QuantizeConfig) -> Prepared:
+    """Orders the columns and factors the Hessian, once for all weights that share it.
+
+    Args:
+        H: Hessian XᵀX / n [in, in] of the layer's input (any constant factor cancels); not changed.
+        config: its `group_size`, `desc_act`, `order` and `damp_percent` count.
+
+    Raises:
+        SingularError: H is zero, or no damping makes it definite.
+        NumericalError: NaN or infinity in H.
+    """
+    order = processing_order(H.diagonal(), config)
+    return Prepared(order, factor(H, order.perm, config.damp_percent))
+
+
 def solve(
     W: torch.Tensor,
-    H: torch.Tensor,
+    H: torch.Tensor | Prepared,
     config: QuantizeConfig | None = None,
     *,
     grids: Grid | None = None,
@@ -38,7 +62,8 @@ def solve(
 
     Args:
         W: weight [out, in], any float dtype. Work is done in float32, or float64 if W is float64.
-        H: Hessian XᵀX / n [in, in] of the layer's input (any constant factor cancels).
+        H: Hessian XᵀX / n [in, in] of the layer's input (any constant factor cancels), or what
+            `prepare` made of it with the same settings.
         config: settings; `dynamic` is not looked at here.
         grids: fixed grids, `scale` and `zero` each [out, groups], instead of searched ones; the
             scales should be float16 values.
@@ -48,29 +73,24 @@ def solve(
 
     Raises:
         ConfigError: shapes that do not fit.
-        NumericalError: NaN or infinity in W or H, or an H that no damping makes definite.
+        SingularError: H is zero, or no damping makes it definite.
+        NumericalError: NaN or infinity in W or H.
     """
     config = config or QuantizeConfig()
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
     W = _checked(W, dtype)
-    if H.shape != (W.shape[1], W.shape[1]):
-        raise ConfigError(f"H is {tuple(H.shape)}; W {tuple(W.shape)} needs [in, in]")
-    if not bool(torch.isfinite(H).all()):
-        raise NumericalError("NaN or infinity in the Hessian")
-    H = H.to(dtype)
-    order = processing_order(H.diagonal(), config)
-    F = factor(H[order.perm][:, order.perm], config.damp_percent)
-    Wt = W.T[order.perm].contiguous()
-    columns = _Columns(Wt, F, order, config)
+    if isinstance(H, torch.Tensor):
+        if H.shape != (W.shape[1], W.shape[1]):
+            raise ConfigError(f"H is {tuple(H.shape)}; W {tuple(W.shape)} needs [in, in]")
+        H = prepare(H.to(dtype), config)
+    order, F = H
+    if len(F.D) != W.shape[1]:
+        raise ConfigError(f"H has {len(F.D)} channels, W {tuple(W.shape)} has {W.shape[1]}")
+    columns = _Columns(W.T[order.perm].contiguous(), F, order, config)
     if grids is not None or order.fixed_grids:
         columns.set_grids(grids or _grids_by_group(W, config))
-    loss = columns.round_all()
-    E2 = float(columns.E.square().sum())
-    return columns.result(
-        # The loss counts the damping; the reported error does not: tr(E H Eᵀ) = loss - shift·||E||².
-        relative_error=_ratio(max(loss - F.shift * E2, 0.0), float(((W @ H) * W).sum())),
-        weight_error=_ratio(E2, float(Wt.square().sum())),
-    )
+    columns.round_all()
+    return columns.result()
 
 
 def round_to_nearest(
@@ -106,12 +126,16 @@ class _Columns:
     """The recursion's state, transposed so that a column of W is one contiguous row.
 
     Wt, E [in, out]: weights and errors w - q; scale, zero [groups, out]; codes uint8 [in, out].
+    `loss` and `energy` sum up tr(E Ĥ Eᵀ) and tr(W Ĥ Wᵀ) with the damped Ĥ = U D Uᵀ.
     """
 
     def __init__(self, Wt: torch.Tensor, F: Factor, order: Order, config: QuantizeConfig) -> None:
-        self.Wt, self.F, self.order, self.config = Wt, F, order, config
+        self.F, self.order, self.config = F, order, config
         groups = config.groups(Wt.shape[0])
-        self.E = torch.zeros_like(Wt)
+        # Side by side, so that one matrix product looks back at both.
+        self.EW = torch.cat([torch.zeros_like(Wt), Wt], dim=1)
+        self.E, self.Wt = torch.split(self.EW, Wt.shape[1], dim=1)
+        self.loss = self.energy = 0.0
         self.codes = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
         self.scale = Wt.new_empty(groups, Wt.shape[1])
         self.zero = Wt.new_empty(groups, Wt.shape[1])
@@ -123,21 +147,23 @@ class _Columns:
         self.zero.copy_(grids.zero.T)
         self.grids_known = True
 
-    def round_all(self) -> float:
-        """Rounds every column in order; the loss tr(E (H + damping) Eᵀ)."""
-        loss = 0.0
+    def round_all(self) -> None:
+        """Rounds every column in order."""
+        U, D = self.F.U, self.F.D
         for start, stop in self._segments():
-            # What all finished columns ask of this segment: one matrix product.
-            T = self.F.U[:start, start:stop].T @ self.E[:start]
+            # What all finished columns ask of this segment, and the same of W itself.
+            asked = U[:start, start:stop].T @ self.EW[:start]
+            T, V = torch.split(asked, self.Wt.shape[1], dim=1)
+            V = V + U[start:stop, start:stop].T @ self.Wt[start:stop]
+            self.energy += float(D[start:stop] @ V.square().sum(dim=1))
             if not self.grids_known:
                 self._find_grid(start, stop, T)
-            T += self.Wt[start:stop]
+            T = T + self.Wt[start:stop]
             for a in range(start, stop, PANEL):
                 b = min(a + PANEL, stop)
                 if a > start:
-                    T[a - start : b - start] += self.F.U[start:a, a:b].T @ self.E[start:a]
-                loss += self._round_panel(a, b, T[a - start : b - start])
-        return loss
+                    T[a - start : b - start] += U[start:a, a:b].T @ self.E[start:a]
+                self._round_panel(a, b, T[a - start : b - start])
 
     def _segments(self) -> list[tuple[int, int]]:
         """Runs of columns with one grid; panels when grids are known beforehand."""
@@ -169,7 +195,7 @@ class _Columns:
         )
         self.scale[group], self.zero[group] = grid
 
-    def _round_panel(self, a: int, b: int, T: torch.Tensor) -> float:
+    def _round_panel(self, a: int, b: int, T: torch.Tensor) -> None:
         """Rounds columns a … b-1; T [b - a, out] holds what columns before `a` ask of them."""
         group = self.order.group[a:b].tolist()
         U, E, Wt = self.F.U[a:b, a:b], self.E[a:b], self.Wt[a:b]
@@ -183,10 +209,14 @@ class _Columns:
         self.codes[a:b] = codes.to(torch.uint8)
         # t - q = (t - w) + (w - q)
         residual = T - Wt + E
-        return float(self.F.D[a:b] @ residual.square().sum(dim=1))
+        self.loss += float(self.F.D[a:b] @ residual.square().sum(dim=1))
 
-    def result(self, *, relative_error: float, weight_error: float) -> QuantizedWeight:
+    def result(self) -> QuantizedWeight:
         """Back to [out, in] and the original channel order."""
+        errors, weights = float(self.E.square().sum()), float(self.Wt.square().sum())
+        # Damping is not part of the reported error: tr(E H Eᵀ) = tr(E Ĥ Eᵀ) - shift·||E||².
+        loss = max(self.loss - self.F.shift * errors, 0.0)
+        energy = max(self.energy - self.F.shift * weights, 0.0)
         codes = torch.empty_like(self.codes)
         codes[self.order.perm] = self.codes
         return QuantizedWeight(
@@ -195,8 +225,8 @@ class _Columns:
             zeros=self.zero.T.contiguous().to(torch.int32),
             g_idx=self.order.g_idx(),
             bits=self.config.bits,
-            relative_error=relative_error,
-            weight_error=weight_error,
+            relative_error=_ratio(loss, energy),
+            weight_error=_ratio(errors, weights),
             damp_percent=self.F.damp_percent,
             damp_tried=self.F.tried,
         )
@@ -219,7 +249,7 @@ def _checked(W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if W.ndim != 2 or not W.numel():
         raise ConfigError(f"W is {tuple(W.shape)}; a weight is [out, in]")
     W = W.detach().to(dtype)
-    if not bool(torch.isfinite(W).all()):
+    if not math.isfinite(float(W.sum(dtype=torch.float64))):
         raise NumericalError("NaN or infinity in the weight")
     return W
 

@@ -1,58 +1,27 @@
-"""The run from checkpoint to checkpoint, one block at a time.
-
-For each block: read its weights; let all calibration batches play it, solving each group of linears
-where they stop; write the shard; record it in the journal; drop the weights. What is finished stays
-finished: the same command goes on at the first block that is not.
-"""
+"""`roundwise.quantize`: checks everything that can be checked beforehand, runs, and reports."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.quantized import QuantizedWeight
-from roundwise.core.solver import round_to_nearest, solve
-from roundwise.errors import (
-    CalibrationError,
-    ConfigError,
-    Interrupted,
-    NumericalError,
-    OutputError,
-    RunError,
-    SingularError,
-)
-from roundwise.models.checkpoint import Checkpoint, file_digest
-from roundwise.models.formats import check_shape, encode
+from roundwise.errors import CalibrationError, ConfigError, Interrupted
+from roundwise.models.checkpoint import Checkpoint
+from roundwise.models.formats import check_shape
 from roundwise.models.hub import local_folder
-from roundwise.models.skeleton import Block, Skeleton, open_skeleton, set_weight, weight_of
-from roundwise.models.writer import write_safetensors
+from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
 from roundwise.pipeline.calibration import Calibration, load_calibration
-from roundwise.pipeline.conduct import Conductor, Group
-from roundwise.pipeline.finish import MANIFEST, Manifest, finish, shard_name
-from roundwise.pipeline.journal import WORK, Journal
 from roundwise.pipeline.memory import Mode, choose_mode, parse_size, peak_rss
-from roundwise.version import __version__
+from roundwise.pipeline.run import Progress, Run
 
-
-@dataclass(frozen=True)
-class Progress:
-    """One step forward, for whoever shows it."""
-
-    block: int
-    blocks: int
-    resumed: int
-    """Blocks that an earlier run had finished."""
-    layer: dict[str, Any] | None
-    """The layer just solved, as in the result; None: the whole block is written."""
+__all__ = ["Progress", "QuantizeResult", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +89,7 @@ def quantize(
     )  # fmt: skip
     if config.method == "gptq" and mode is None:
         mode = choose_mode(skeleton, texts.tokens if texts else 0, parse_size(max_memory))
-    run = _Run(skeleton, Path(out), config, texts, mode, strict, progress)
+    run = Run(skeleton, Path(out), config, texts, mode, strict, progress)
     journal = run.open(restart=restart)
     try:
         manifest = run.finished() or run.work(journal)
@@ -144,202 +113,6 @@ def quantize(
         layers=manifest["layers"],
         warnings=[*(texts.warnings if texts else []), *skipped],
     )
-
-
-@dataclass
-class _Run:
-    """One run; the methods follow it in time."""
-
-    skeleton: Skeleton
-    out: Path
-    config: QuantizeConfig
-    texts: Calibration | None
-    mode: Mode | None
-    strict: bool
-    progress: Callable[[Progress], None] | None
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the result."""
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "model": self.skeleton.checkpoint.identity(),
-            "calibration": self.texts.describe() if self.texts else None,
-            "mode": self.mode or "none",
-            "versions": {
-                "roundwise": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
-
-    def open(self, *, restart: bool) -> Journal:
-        """Locks the output folder; refuses one that holds something else."""
-        ours = (self.out / WORK).is_dir() or (self.out / MANIFEST).is_file()
-        if self.out.exists() and not self.out.is_dir():
-            raise OutputError(f"{self.out} is a file, not a folder")
-        if not ours and self.out.is_dir() and any(self.out.iterdir()):
-            raise OutputError(
-                f"{self.out} already holds something else: give an empty or new folder"
-            )
-        if self.out.resolve() == self.skeleton.checkpoint.folder.resolve():
-            raise OutputError(f"{self.out} is the model itself: give another folder")
-        journal = Journal(self.out)
-        if restart:
-            for path in [*self.out.iterdir(), *journal.folder.iterdir()]:
-                if path.name not in (WORK, "lock"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return journal
-
-    def finished(self) -> dict[str, Any] | None:
-        """The manifest, if this very run was completed in the output folder before."""
-        if not (self.out / "config.json").exists():
-            return None
-        manifest = Manifest.read(self.out)
-        if manifest is None or manifest["run"] != Manifest.run(self.fingerprint()):
-            raise OutputError(
-                f"{self.out} holds a finished checkpoint made otherwise: give another folder, "
-                "or --restart to replace it"
-            )
-        return manifest
-
-    def work(self, journal: Journal) -> dict[str, Any]:
-        """All blocks that are not finished, then the rest of the checkpoint."""
-        fingerprint = self.fingerprint()
-        known, done = journal.read()
-        if known is None:
-            journal.start(fingerprint)
-        elif known != fingerprint:
-            raise OutputError(
-                f"{self.out} holds an unfinished run that differs in {_difference(known, fingerprint)}: "
-                "use the same settings to go on, or --restart to begin anew"
-            )
-        journal.trim()
-        for line in done:
-            if file_digest(self.out / line["shard"]) != line["sha256"]:
-                raise RunError(f"{line['shard']} was changed since it was written: use --restart")
-        if len(done) < len(self.skeleton.blocks):
-            self._blocks(journal, done)
-        return finish(self.skeleton, self.out, self.config, fingerprint, done)
-
-    def _blocks(self, journal: Journal, done: list[dict[str, Any]]) -> None:
-        first = len(done)
-        if self.texts is None:
-            for index in range(first, len(self.skeleton.blocks)):
-                self._block(index, journal, done, first, None)
-            return
-        self.skeleton.load_outside_blocks()
-        outputs = journal.load_outputs(done[-1]["activations"]) if done else None
-        with Conductor(
-            self.skeleton.model,
-            self.skeleton.blocks,
-            self.texts.batches,
-            skip=first,
-            outputs=outputs,
-        ) as conductor:
-            for index in range(first, len(self.skeleton.blocks)):
-                conductor.enter()
-                self._block(index, journal, done, first, conductor)
-
-    def _block(
-        self,
-        index: int,
-        journal: Journal,
-        done: list[dict[str, Any]],
-        first: int,
-        conductor: Conductor | None,
-    ) -> None:
-        """One block from weights on disk to shard on disk."""
-        block = self.skeleton.blocks[index]
-        solved: dict[str, QuantizedWeight] = {}
-        layers: list[dict[str, Any]] = []
-
-        def solve_group(group: Group) -> None:
-            H = group.hessian.mean() if group.hessian else None
-            tokens = group.hessian.tokens if group.hessian else 0
-            for name in group.names:
-                settings = self.config.for_module(name)
-                if settings is None:
-                    continue
-                q = self._solve(name, weight_of(block.linears[name]), H, settings)
-                set_weight(block.linears[name], q.dequantize())
-                solved[name] = q
-                layers.append(_layer(name, q, settings, tokens))
-                self._tell(index, first, layers[-1])
-
-        self.skeleton.load(block.module, block.name)
-        activations = None
-        if conductor is not None:
-            groups = conductor.probe()
-            conductor.play(groups, solve_group, sequential=self.mode == "true_sequential")
-            activations = journal.save_outputs(index, conductor.outputs())
-            # From here on the batches live in the file just written, not in memory.
-            conductor.replace_outputs(journal.load_outputs(activations))
-        # Linears that the model's forward never called, or all of them without calibration.
-        solve_group(Group([name for name in block.linears if name not in solved]))
-        shard = shard_name(index, len(self.skeleton.blocks))
-        digest = write_safetensors(self.out / shard, self._shard(index, block, solved))
-        self.skeleton.unload(block.module, block.name)
-        line = {
-            "block": index, "shard": shard, "sha256": digest,
-            "activations": activations, "layers": layers,
-        }  # fmt: skip
-        journal.block_done(line)
-        done.append(line)
-        self._tell(index, first, None)
-
-    def _solve(
-        self, name: str, W: torch.Tensor, H: torch.Tensor | None, settings: QuantizeConfig
-    ) -> QuantizedWeight:
-        """One weight; a named error, or rounding to nearest with the reason recorded."""
-        try:
-            if settings.method == "rtn":
-                return round_to_nearest(W, settings)
-            try:
-                if H is None:
-                    raise SingularError("no calibration token reached this layer")
-                return solve(W, H, settings)
-            except SingularError as error:
-                if self.strict:
-                    raise
-                return round_to_nearest(W, settings, fallback=str(error))
-        except NumericalError as error:
-            raise NumericalError(f"{name}: {error}") from error
-
-    def _shard(
-        self, index: int, block: Block, solved: dict[str, QuantizedWeight]
-    ) -> dict[str, Any]:
-        """The block's tensors as they go to disk: quantized ones packed, all others as they were."""
-        replaced = {self.skeleton.source_of[f"{name}.weight"]: name for name in solved}
-        tensors: dict[str, Any] = {}
-        for tensor, info in self.skeleton.block_tensors(index).items():
-            if tensor in replaced:
-                name = replaced[tensor]
-                stem = tensor.removesuffix("weight")
-                settings = self.config.for_module(name)
-                assert settings is not None
-                parts = encode(solved[name], settings)
-                tensors.update({stem + suffix: part for suffix, part in parts.items()})
-            else:
-                tensors[tensor] = info
-        return tensors
-
-    def _tell(self, index: int, first: int, layer: dict[str, Any] | None) -> None:
-        if self.progress is not None:
-            self.progress(Progress(index, len(self.skeleton.blocks), first, layer))
-
-
-def _layer(name: str, q: QuantizedWeight, settings: QuantizeConfig, tokens: int) -> dict[str, Any]:
-    return {
-        "name": name,
-        "bits": q.bits,
-        "group_size": settings.group_size,
-        "relative_error": q.relative_error,
-        "weight_error": q.weight_error,
-        "damp_percent": q.damp_percent,
-        "damp_tried": list(q.damp_tried),
-        "tokens": tokens,
-        "fallback": q.fallback,
-    }
 
 
 def _check(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
@@ -410,16 +183,3 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     except Exception as error:  # transformers raises many kinds here; all mean the same to a user
         reason = str(error).strip().split("\n", 1)[0]
         raise CalibrationError(f"{checkpoint.folder} has no usable tokenizer: {reason}") from error
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """Where two nested values differ, in words."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = [
-            _difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-            for key in sorted({*old, *new})
-            if old.get(key) != new.get(key)
-        ]
-        return ", ".join(parts)
-    short = [str(value) if len(str(value)) < 24 else "…" for value in (old, new)]
-    return f"{path} ({short[0]} -> {short[1]})" if short[0] != short[1] else path
