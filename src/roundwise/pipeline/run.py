@@ -8,7 +8,8 @@ finished: the same command goes on at the first block that is not.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,19 @@ class Run:
     strict: bool
     progress: Callable[[Progress], None] | None
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the result."""
+    def fingerprint(self, threads: int) -> dict[str, Any]:
+        """Everything that decides the bytes of the result.
+
+        The number of threads does: matrix products are summed up in another order. So a resumed run
+        takes the number that it was begun with, whatever this machine's is.
+        """
         return {
             "config": self.config.model_dump(mode="json"),
             "model": self.skeleton.checkpoint.identity(),
             "calibration": self.texts.describe() if self.texts else None,
             "mode": self.mode or "none",
+            "threads": threads,
+            "processor": torch.backends.cpu.get_cpu_capability(),
             "versions": {
                 "roundwise": __version__,
                 "torch": torch.__version__,
@@ -94,7 +101,8 @@ class Run:
         if not (self.out / "config.json").exists():
             return None
         manifest = Manifest.read(self.out)
-        if manifest is None or manifest["run"] != Manifest.run(self.fingerprint()):
+        known = (manifest or {}).get("run", {})
+        if known != Manifest.run(self.fingerprint(known.get("threads", 0))):
             raise OutputError(
                 f"{self.out} holds a finished checkpoint made otherwise: give another folder, "
                 "or --restart to replace it"
@@ -103,8 +111,8 @@ class Run:
 
     def work(self, journal: Journal) -> dict[str, Any]:
         """All blocks that are not finished, then the rest of the checkpoint."""
-        fingerprint = self.fingerprint()
         known, done = journal.read()
+        fingerprint = self.fingerprint((known or {}).get("threads", torch.get_num_threads()))
         if known is None:
             journal.start(fingerprint)
         elif known != fingerprint:
@@ -117,7 +125,8 @@ class Run:
             if file_digest(self.out / line["shard"]) != line["sha256"]:
                 raise RunError(f"{line['shard']} was changed since it was written: use --restart")
         if len(done) < len(self.skeleton.blocks):
-            self._blocks(journal, done)
+            with _threads(fingerprint["threads"]):
+                self._blocks(journal, done)
         return finish(self.skeleton, self.out, self.config, fingerprint, done)
 
     def _blocks(self, journal: Journal, done: list[dict[str, Any]]) -> None:
@@ -222,6 +231,17 @@ class Run:
     def _tell(self, index: int, first: int, layer: dict[str, Any] | None) -> None:
         if self.progress is not None:
             self.progress(Progress(index, len(self.skeleton.blocks), first, layer))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Computes with `count` threads in this block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Shared:
