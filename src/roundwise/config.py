@@ -17,6 +17,18 @@ Order = Literal["natural", "static", "group_aware"]
 Method = Literal["gptq", "rtn"]
 Format = Literal["gptq", "gptq_v2"]
 
+Recipe = Literal["best", "textbook"]
+GridSearch = Literal["minmax", "mse", "pivot"]
+
+#: What a recipe sets; each setting can still be given.
+RECIPES: dict[str, dict[str, Any]] = {
+    "best": {},
+    "textbook": {
+        "order": "natural", "grid": "minmax", "grid_candidates": 1,
+        "alpha": 0.0, "beta": 0.0, "refine": 0,
+    },
+}  # fmt: skip
+
 #: What a per-module override may change; the keys are those of `quantization_config.dynamic`.
 OVERRIDABLE = ("bits", "group_size", "sym", "desc_act")
 
@@ -50,6 +62,34 @@ class QuantizeConfig(BaseModel):
     )
     method: Method = Field("gptq", description="gptq, or rtn: round to nearest, the baseline.")
     format: Format = Field("gptq", description="Zero points minus one (gptq) or as is (gptq_v2).")
+    recipe: Recipe = Field(
+        "best",
+        description="Where order, grid, grid_candidates, alpha, beta and refine start from: best, or "
+        "textbook: GPTQ exactly as published.",
+    )
+    grid: GridSearch = Field(
+        "pivot",
+        description="Range of a group: minmax; mse (least squared error); pivot (errors weighed by what "
+        "they cost after compensation).",
+    )
+    grid_candidates: int = Field(
+        8,
+        ge=1,
+        le=64,
+        description="Grids per group that are rounded with to compare their true loss.",
+    )
+    alpha: float = Field(
+        1.0,
+        ge=0.0,
+        le=1.0,
+        description="Correction for the drift of a layer's input (GPTAQ, Qronos).",
+    )
+    beta: float = Field(
+        1.0, ge=0.0, le=1.0, description="Correction for the drift of the residual stream added to."
+    )
+    refine: int = Field(
+        2, ge=0, le=20, description="Rounds of scale refit and coordinate descent after rounding."
+    )
     dynamic: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
         description="Overrides by module name: regex -> {bits, group_size, sym, desc_act}, or None "
@@ -58,7 +98,7 @@ class QuantizeConfig(BaseModel):
 
     def __init__(self, **data: Any) -> None:
         try:
-            super().__init__(**data)
+            super().__init__(**{**RECIPES.get(data.get("recipe", "best"), {}), **data})
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
 
@@ -102,9 +142,19 @@ class QuantizeConfig(BaseModel):
         """Smallest zero point the file can hold: v1 stores zero - 1, so zero = 0 is avoided there."""
         return 1 if self.format == "gptq" else 0
 
+    @property
+    def needs_reference(self) -> bool:
+        """The original model must be run beside the quantized one."""
+        each = [self, *(self.merged(changes) for changes in self.dynamic.values() if changes)]
+        return self.method == "gptq" and any(config.alpha > 0 or config.beta > 0 for config in each)
+
+    def columns_per_group(self, in_features: int) -> int:
+        """Input channels that share a grid."""
+        return in_features if self.group_size == -1 else self.group_size
+
     def groups(self, in_features: int) -> int:
         """Number of groups along `in_features` input channels."""
-        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+        return -(-in_features // self.columns_per_group(in_features))
 
     def merged(self, changes: dict[str, Any]) -> QuantizeConfig:
         """This config with some settings replaced and no overrides of its own."""

@@ -24,6 +24,10 @@ def layer(seed: int, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]
     return W, X.T @ X / len(X)
 
 
+def textbook(**kwargs: object) -> QuantizeConfig:
+    return QuantizeConfig(recipe="textbook", **kwargs)
+
+
 def agree(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> None:
     """Codes equal the oracle's in each row, up to the first column that is a rounding tie."""
     q = solve(W, H, config)
@@ -51,7 +55,7 @@ def agree(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> None:
 def test_codes_equal_the_oracle(bits: int, sym: bool, group_size: int, order: str) -> None:
     W, H = layer(bits, rows=24, width=256)
     ordering = {"desc_act": True} if order == "desc_act" else {"order": order}
-    agree(W, H, QuantizeConfig(bits=bits, sym=sym, group_size=group_size, **ordering))
+    agree(W, H, textbook(bits=bits, sym=sym, group_size=group_size, **ordering))
 
 
 @settings(max_examples=25, deadline=None)
@@ -71,14 +75,14 @@ def test_codes_equal_the_oracle_for_any_shape(
     W, H = layer(seed, rows, width)
     agree(
         W, H,
-        QuantizeConfig(bits=bits, sym=sym, group_size=group_size, order=order, damp_percent=damp),
+        textbook(bits=bits, sym=sym, group_size=group_size, order=order, damp_percent=damp),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [256, 640])
 def test_float32_is_as_good_as_the_float64_oracle(width: int) -> None:
     W, H = layer(1, rows=64, width=width)
-    config = QuantizeConfig(bits=3)
+    config = textbook(bits=3)
     reference = oracle.gptq(W, H, processing_order(H.diagonal(), config), bits=3, sym=True)
     q = solve(W.float(), H.float(), config)
     assert (q.codes.long() == reference.codes).float().mean() > 0.995
@@ -91,7 +95,7 @@ def test_float32_is_as_good_as_the_float64_oracle(width: int) -> None:
 def test_obq_then_gptq_then_rounding(bits: int) -> None:
     """Greedy order costs cubic time per row and gains little: GPTQ's claim (section 3, step 1)."""
     W, H = layer(7, rows=16, width=48)
-    config = QuantizeConfig(bits=bits, group_size=-1, order="natural", damp_percent=1e-6)
+    config = textbook(bits=bits, group_size=-1, order="natural", damp_percent=1e-6)
     nearest = round_to_nearest(W, config)
     grids = Grid(nearest.scales.double(), nearest.zeros.double())
     greedy = torch.stack(
@@ -112,7 +116,7 @@ class TestWorkedExample:
     """The two-weight example of the GPTQ literature, on the grid of multiples of 0.5."""
 
     grids = Grid(torch.tensor([[0.5]]).double(), torch.tensor([[8.0]]).double())
-    config = QuantizeConfig(bits=4, group_size=-1, order="natural", damp_percent=0.0)
+    config = textbook(bits=4, group_size=-1, damp_percent=0.0)
 
     def solve(self, W: list[float], X: list[list[float]]) -> tuple[list[float], torch.Tensor]:
         inputs = torch.tensor(X).double()
@@ -168,9 +172,9 @@ class TestReport:
 
     def test_v1_files_never_get_zero_point_0(self) -> None:
         W, H = layer(6, rows=8, width=64)
-        q = solve(W.abs() + 0.1, H, QuantizeConfig(sym=False))
+        q = solve(W.abs() + 0.1, H, textbook(sym=False))
         assert q.zeros.min() == 1
-        q = solve(W.abs() + 0.1, H, QuantizeConfig(sym=False, format="gptq_v2"))
+        q = solve(W.abs() + 0.1, H, textbook(sym=False, format="gptq_v2"))
         assert q.zeros.min() == 0
 
 
@@ -195,7 +199,7 @@ class TestDifficultInput:
         W, H = layer(9, rows=8, width=64)
         dead = [3, 40]
         H[dead], H[:, dead] = 0.0, 0.0
-        q = solve(W, H, QuantizeConfig(group_size=-1, order="natural"))
+        q = solve(W, H, textbook(group_size=-1, order="natural"))
         step = q.scales.double()
         assert ((W - q.dequantize())[:, dead].abs() <= step / 2 + 1e-9).all()
         alive = [k for k in range(64) if k not in dead]
@@ -203,7 +207,7 @@ class TestDifficultInput:
         only = solve(
             W[:, alive], H[alive][:, alive],
             # the mean of the diagonal, which damping refers to, counts the dead columns too
-            QuantizeConfig(group_size=-1, order="natural", damp_percent=0.01 * 62 / 64), grids=grids,
+            textbook(group_size=-1, order="natural", damp_percent=0.01 * 62 / 64), grids=grids,
         )  # fmt: skip
         assert torch.equal(only.codes, q.codes[:, alive])
 

@@ -16,6 +16,8 @@ from roundwise.errors import NumericalError, SingularError
 
 #: Largest damping tried: beyond it the result is rounding to nearest in all but name.
 MAX_DAMP = 10.0
+#: Columns of a matrix product; U is triangular, so products in panels do half the work.
+PANEL = 256
 
 
 class Factor(NamedTuple):
@@ -31,6 +33,23 @@ class Factor(NamedTuple):
     """The damping that succeeded."""
     tried: tuple[float, ...]
     """Every damping tried, in order."""
+
+    def quadratic(self, Xt: torch.Tensor) -> float:
+        """tr(X Ĥ Xᵀ) = Σ_j D_j ||(X U)_j||² for Xt = Xᵀ [in, rows] in processing order."""
+        total = 0.0
+        for a in range(0, len(Xt), PANEL):
+            b = min(a + PANEL, len(Xt))
+            part = self.U[:b, a:b].T @ Xt[:b]
+            total += float(self.D[a:b] @ part.square_().sum(dim=1))
+        return total
+
+    def divide(self, Y: torch.Tensor) -> torch.Tensor:
+        """Y Ĥ⁻¹ for Y [rows, in] in processing order."""
+        Z = torch.linalg.solve_triangular(self.U.T, Y, upper=False, left=False, unitriangular=True)
+        Z /= self.D
+        Z = torch.linalg.solve_triangular(self.U, Z, upper=True, left=False, unitriangular=True)
+        assert isinstance(Z, torch.Tensor)
+        return Z
 
 
 def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:

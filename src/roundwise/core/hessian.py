@@ -15,6 +15,12 @@ from roundwise.errors import NumericalError
 TILE = 512
 
 
+def counted(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The rows of `x` [..., in] that count, as [tokens, in]."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    return rows if mask is None else rows[mask.reshape(-1)]
+
+
 class Hessian:
     """Accumulates XᵀX of one layer input in float32 (float64 when the inputs are float64).
 
@@ -35,10 +41,7 @@ class Hessian:
         Raises:
             NumericalError: an entry of `x` that counts is NaN or infinite, or its square overflows.
         """
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if mask is not None:
-            rows = rows[mask.reshape(-1)]
-        rows = rows.to(self.sum.dtype)
+        rows = counted(x, mask).to(self.sum.dtype)
         width = rows.shape[1]
         for start in range(0, width, TILE):
             stop = min(start + TILE, width)
@@ -61,3 +64,32 @@ class Hessian:
             stop = min(start + TILE, width)
             H[start:stop, stop:] = H[stop:, start:stop].T
         return H
+
+
+class CrossMoment:
+    """Accumulates (Ỹ - Y)ᵀX: how the distance from the original model goes with the input X.
+
+    Args:
+        rows: channels of Y.
+        columns: channels of X.
+    """
+
+    def __init__(self, rows: int, columns: int, *, dtype: torch.dtype = torch.float32) -> None:
+        self.sum = torch.zeros(rows, columns, dtype=dtype)
+        self.tokens = 0
+
+    def add(
+        self, original: torch.Tensor, y: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None
+    ) -> None:
+        """Adds one batch: Ỹ and Y [..., rows], X [..., columns], mask as for `Hessian.add`."""
+        dtype = self.sum.dtype
+        y, x = counted(y, mask), counted(x, mask)
+        self.tokens += len(x)
+        distance = counted(original, mask).to(dtype) - y.to(dtype)
+        if bool(distance.any()):  # in front of the first quantized layer there is none
+            self.sum.addmm_(distance.T, x.to(dtype))
+
+    def mean(self) -> torch.Tensor:
+        """(Ỹ - Y)ᵀX / n, [rows, columns]. Ends the sum."""
+        moment, self.sum = self.sum, torch.empty(0)
+        return moment.div_(max(self.tokens, 1))

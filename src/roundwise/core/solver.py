@@ -1,37 +1,45 @@
 """GPTQ in its LDL form: rounds the columns of W one after another, each making up for those before.
 
-With H = U D Uᵀ (core.factor) the layer's loss splits into one term per column,
+With Ĥ = U D Uᵀ (core.factor) the layer's loss splits into one term per column,
 
-    tr((W - Q) H (W - Q)ᵀ) = Σ_j D_j (t_j - q_j)²,    t_j = w_j + Σ_{i<j} (w_i - q_i) U[i, j]
+    tr((T - Q) Ĥ (T - Q)ᵀ) = Σ_j D_j (t_j - q_j)²,    t_j = T_j + Σ_{i<j} (T_i - q_i) U[i, j]
 
 so q_j = round(t_j) is the greedy choice, column by column. These are the codes of the published
 recursion (Frantar et al. 2022, algorithm 1), which pushes each error forward through the Cholesky
-factor of H⁻¹; here past errors are looked *back* at through a panel of U, so that no inverse is
-needed and finished columns are never rewritten. Rows are independent given H.
+factor of Ĥ⁻¹; here past errors are looked *back* at through a panel of U, so that no inverse is
+needed and finished columns are never rewritten. Rows are independent given Ĥ. T is W, or W corrected
+for what earlier layers lost (core.correct).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
 from roundwise.config import QuantizeConfig
+from roundwise.core.correct import Drift, corrected
 from roundwise.core.factor import Factor, factor
 from roundwise.core.grid import Grid, decode, encode, minmax
 from roundwise.core.order import Order, processing_order
 from roundwise.core.quantized import QuantizedWeight
+from roundwise.core.refine import refine
+from roundwise.core.search import best_grids
 from roundwise.errors import ConfigError, NumericalError
 
 #: Columns rounded between two matrix products with all past errors.
 PANEL = 128
+#: Entries of the largest temporary while grids are compared; rows are taken in parts to keep to it.
+WORKSPACE = 1 << 23
 
 
 class Prepared(NamedTuple):
-    """What all weights that read the same input share: the order of columns and the factor of H."""
+    """What all weights that read the same input share: H, the order of columns, the factor of H."""
 
+    H: torch.Tensor
     order: Order
     factor: Factor
 
@@ -48,7 +56,7 @@ def prepare(H: torch.Tensor, config: QuantizeConfig) -> Prepared:
         NumericalError: NaN or infinity in H.
     """
     order = processing_order(H.diagonal(), config)
-    return Prepared(order, factor(H, order.perm, config.damp_percent))
+    return Prepared(H, order, factor(H, order.perm, config.damp_percent))
 
 
 def solve(
@@ -56,6 +64,7 @@ def solve(
     H: torch.Tensor | Prepared,
     config: QuantizeConfig | None = None,
     *,
+    drift: Drift | None = None,
     grids: Grid | None = None,
 ) -> QuantizedWeight:
     """Quantizes one weight so that its output on the calibration inputs survives.
@@ -65,6 +74,8 @@ def solve(
         H: Hessian XᵀX / n [in, in] of the layer's input (any constant factor cancels), or what
             `prepare` made of it with the same settings.
         config: settings; `dynamic` is not looked at here.
+        drift: how the input differs from the original model's; with it the original output is
+            aimed at, as far as `config.alpha` and `config.beta` say.
         grids: fixed grids, `scale` and `zero` each [out, groups], instead of searched ones; the
             scales should be float16 values.
 
@@ -83,14 +94,18 @@ def solve(
         if H.shape != (W.shape[1], W.shape[1]):
             raise ConfigError(f"H is {tuple(H.shape)}; W {tuple(W.shape)} needs [in, in]")
         H = prepare(H.to(dtype), config)
-    order, F = H
-    if len(F.D) != W.shape[1]:
-        raise ConfigError(f"H has {len(F.D)} channels, W {tuple(W.shape)} has {W.shape[1]}")
-    columns = _Columns(W.T[order.perm].contiguous(), F, order, config)
+    if len(H.H) != W.shape[1]:
+        raise ConfigError(f"H has {len(H.H)} channels, W {tuple(W.shape)} has {W.shape[1]}")
+    order, F = H.order, H.factor
+    T = W if drift is None else corrected(W, drift, order.perm, F, config.alpha, config.beta)
+    columns = _Columns(T.T[order.perm].contiguous(), F, order, config)
     if grids is not None or order.fixed_grids:
-        columns.set_grids(grids or _grids_by_group(W, config))
+        columns.set_grids(grids or _fixed_grids(T, H.H, config))
     columns.round_all()
-    return columns.result()
+    q = columns.result()
+    if config.refine:
+        q = refine(q, T, H.H, F.shift, rounds=config.refine, keep_scales=grids is not None)
+    return _measured(q, W, H)
 
 
 def round_to_nearest(
@@ -100,13 +115,18 @@ def round_to_nearest(
 
     Args:
         W: weight [out, in].
-        config: settings; `desc_act`, `order` and `damp_percent` do not matter.
+        config: settings; only `bits`, `group_size`, `sym` and `format` matter.
         fallback: recorded in the result when this stands in for `solve`.
     """
     config = config or QuantizeConfig()
     W = _checked(W, torch.float64 if W.dtype == torch.float64 else torch.float32)
-    grids = _grids_by_group(W, config)
-    size = W.shape[1] if config.group_size == -1 else config.group_size
+    size = config.columns_per_group(W.shape[1])
+    grids = _stacked(
+        [
+            minmax(part, config.maxq, sym=config.sym, min_zero=config.min_zero)
+            for part in torch.split(W, size, dim=1)
+        ]
+    )
     g_idx = torch.arange(W.shape[1]) // size
     wide = Grid(grids.scale[:, g_idx], grids.zero[:, g_idx])
     codes = encode(W, wide, config.maxq)
@@ -123,22 +143,18 @@ def round_to_nearest(
 
 
 class _Columns:
-    """The recursion's state, transposed so that a column of W is one contiguous row.
+    """The recursion's state, transposed so that a column of T is one contiguous row.
 
-    Wt, E [in, out]: weights and errors w - q; scale, zero [groups, out]; codes uint8 [in, out].
-    `loss` and `energy` sum up tr(E Ĥ Eᵀ) and tr(W Ĥ Wᵀ) with the damped Ĥ = U D Uᵀ.
+    Tt, E [in, out]: targets, and errors T - q; scale, zero [groups, out]; codes uint8 [in, out].
     """
 
-    def __init__(self, Wt: torch.Tensor, F: Factor, order: Order, config: QuantizeConfig) -> None:
-        self.F, self.order, self.config = F, order, config
-        groups = config.groups(Wt.shape[0])
-        # Side by side, so that one matrix product looks back at both.
-        self.EW = torch.cat([torch.zeros_like(Wt), Wt], dim=1)
-        self.E, self.Wt = torch.split(self.EW, Wt.shape[1], dim=1)
-        self.loss = self.energy = 0.0
-        self.codes = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
-        self.scale = Wt.new_empty(groups, Wt.shape[1])
-        self.zero = Wt.new_empty(groups, Wt.shape[1])
+    def __init__(self, Tt: torch.Tensor, F: Factor, order: Order, config: QuantizeConfig) -> None:
+        self.Tt, self.F, self.order, self.config = Tt, F, order, config
+        groups = config.groups(Tt.shape[0])
+        self.E = torch.zeros_like(Tt)
+        self.codes = torch.empty(Tt.shape, dtype=torch.uint8, device=Tt.device)
+        self.scale = Tt.new_empty(groups, Tt.shape[1])
+        self.zero = Tt.new_empty(groups, Tt.shape[1])
         self.grids_known = False
 
     def set_grids(self, grids: Grid) -> None:
@@ -148,75 +164,102 @@ class _Columns:
         self.grids_known = True
 
     def round_all(self) -> None:
-        """Rounds every column in order."""
-        U, D = self.F.U, self.F.D
-        for start, stop in self._segments():
-            # What all finished columns ask of this segment, and the same of W itself.
-            asked = U[:start, start:stop].T @ self.EW[:start]
-            T, V = torch.split(asked, self.Wt.shape[1], dim=1)
-            V = V + U[start:stop, start:stop].T @ self.Wt[start:stop]
-            self.energy += float(D[start:stop] @ V.square().sum(dim=1))
-            if not self.grids_known:
-                self._find_grid(start, stop, T)
-            T = T + self.Wt[start:stop]
-            for a in range(start, stop, PANEL):
-                b = min(a + PANEL, stop)
-                if a > start:
-                    T[a - start : b - start] += U[start:a, a:b].T @ self.E[start:a]
-                self._round_panel(a, b, T[a - start : b - start])
+        """Rounds every column in order, one segment after another."""
+        for a, b in self._segments():
+            # What all finished columns ask of this segment: one matrix product.
+            asked = self.F.U[:a, a:b].T @ self.E[:a]
+            if self.grids_known:
+                group = self.order.group[a:b]
+                grid = Grid(self.scale[group], self.zero[group])
+                self._keep(a, b, slice(None), self._rounded(a, b, asked, slice(None), grid))
+                continue
+            rows = max(1, WORKSPACE // ((b - a) * max(1, self.config.grid_candidates)))
+            for start in range(0, asked.shape[1], rows):
+                self._group(a, b, asked, slice(start, start + rows))
 
     def _segments(self) -> list[tuple[int, int]]:
-        """Runs of columns with one grid; panels when grids are known beforehand."""
-        width = len(self.Wt)
-        size = PANEL if self.grids_known else self.config.group_size
-        if size == -1:
-            return [(0, width)]
-        # A short group (in not divisible by group_size) need not be processed last.
-        groups = self.order.group
-        cuts = [0, *range(size, width, size), width]
-        if not self.grids_known:
-            cuts = [0, *((groups[1:] != groups[:-1]).nonzero().flatten() + 1).tolist(), width]
-        return list(pairwise(cuts))
+        """Runs of columns that share a grid; panels when all grids are known beforehand."""
+        width, groups = len(self.Tt), self.order.group
+        if self.grids_known:
+            return list(pairwise([*range(0, width, PANEL), width]))
+        # Found from the groups, not by counting: a shorter one need not be processed last.
+        cuts = ((groups[1:] != groups[:-1]).nonzero().flatten() + 1).tolist()
+        return list(pairwise([0, *cuts, width]))
 
-    def _find_grid(self, start: int, stop: int, T: torch.Tensor) -> None:
-        """The group's grid, fitted to its weights as updated by all finished columns.
+    def _group(self, a: int, b: int, asked: torch.Tensor, rows: slice) -> None:
+        """Finds the grid of one group for some rows, and rounds it.
 
-        T looks back only at finished columns; the updated weights also let the group's own later
-        columns move freely: W_g = w_g + (t_g - w_g) U_gg⁻¹ (a unit-triangular solve).
+        The grid must fit the group's weights as updated by all finished columns, with the group's
+        own later columns free to move: W_g = T_g + (t_g - T_g) U_gg⁻¹, a unit-triangular solve.
         """
-        U = self.F.U[start:stop, start:stop]
-        moved = torch.linalg.solve_triangular(U.T, T, upper=False, unitriangular=True)
-        group = self.order.group[start]
-        grid = minmax(
-            (self.Wt[start:stop] + moved).T,
-            self.config.maxq,
-            sym=self.config.sym,
-            min_zero=self.config.min_zero,
-        )
-        self.scale[group], self.zero[group] = grid
+        config, U = self.config, self.F.U[a:b, a:b]
+        moved = torch.linalg.solve_triangular(U.T, asked[:, rows], upper=False, unitriangular=True)
+        W_g = moved.add_(self.Tt[a:b, rows])
+        if config.grid == "minmax":
+            grid = minmax(W_g.T, config.maxq, sym=config.sym, min_zero=config.min_zero)
+            best = self._rounded(a, b, asked, rows, grid)
+        else:
+            weights = self.F.D[a:b] if config.grid == "pivot" else torch.ones_like(self.F.D[a:b])
+            grids = best_grids(
+                W_g, weights, config.maxq,
+                sym=config.sym, min_zero=config.min_zero, keep=config.grid_candidates,
+            )  # fmt: skip
+            grid, best = self._cheapest(a, b, asked, rows, grids)
+        group = self.order.group[a]
+        self.scale[group, rows], self.zero[group, rows] = grid
+        self._keep(a, b, rows, best)
 
-    def _round_panel(self, a: int, b: int, T: torch.Tensor) -> None:
-        """Rounds columns a … b-1; T [b - a, out] holds what columns before `a` ask of them."""
-        group = self.order.group[a:b].tolist()
-        U, E, Wt = self.F.U[a:b, a:b], self.E[a:b], self.Wt[a:b]
-        codes = torch.empty_like(T)
+    def _cheapest(
+        self, a: int, b: int, asked: torch.Tensor, rows: slice, grids: Grid
+    ) -> tuple[Grid, tuple[torch.Tensor, torch.Tensor]]:
+        """Rounds the group with each of the grids [candidates, rows]; per row, the least loss wins."""
+        count, width = grids.scale.shape
+        if count == 1:
+            grid = Grid(grids.scale[0], grids.zero[0])
+            return grid, self._rounded(a, b, asked, rows, grid)
+        flat = Grid(grids.scale.reshape(-1), grids.zero.reshape(-1))
+        codes, E, loss = self._rounded_with_loss(a, b, asked, rows, flat, repeat=count)
+        best = loss.view(count, width).argmin(dim=0)
+        pick = best * width + torch.arange(width, device=best.device)
+        return Grid(flat.scale[pick], flat.zero[pick]), (codes[:, pick], E[:, pick])
+
+    def _rounded(
+        self, a: int, b: int, asked: torch.Tensor, rows: slice, grid: Grid
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, E, _ = self._rounded_with_loss(a, b, asked, rows, grid, repeat=1)
+        return codes, E
+
+    def _rounded_with_loss(
+        self, a: int, b: int, asked: torch.Tensor, rows: slice, grid: Grid, *, repeat: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The recursion on columns a … b-1: codes and errors [b - a, rows], loss [rows].
+
+        `grid` is one per row, or one per column and row; `repeat` rounds each row that many times.
+        """
+        U = self.F.U[a:b, a:b]
+        targets = self.Tt[a:b, rows].repeat(1, repeat)
+        t = asked[:, rows].repeat(1, repeat) + targets
+        codes, E = torch.empty_like(t), torch.empty_like(t)
+        scale, zero = grid.scale.expand_as(t), grid.zero.expand_as(t)
         for j in range(b - a):
-            if j:
-                T[j].addmv_(E[:j].T, U[:j, j])
-            grid = Grid(self.scale[group[j]], self.zero[group[j]])
-            codes[j] = encode(T[j], grid, self.config.maxq)
-            torch.sub(Wt[j], decode(codes[j], grid), out=E[j])
-        self.codes[a:b] = codes.to(torch.uint8)
-        # t - q = (t - w) + (w - q)
-        residual = T - Wt + E
-        self.loss += float(self.F.D[a:b] @ residual.square().sum(dim=1))
+            start = j - j % PANEL
+            if start and start == j:
+                stop = min(j + PANEL, b - a)
+                t[j:stop] += U[:j, j:stop].T @ E[:j]
+            if j > start:
+                t[j].addmv_(E[start:j].T, U[start:j, j])
+            at = Grid(scale[j], zero[j])
+            codes[j] = encode(t[j], at, self.config.maxq)
+            torch.sub(targets[j], decode(codes[j], at), out=E[j])
+        # t - q = (t - T) + (T - q)
+        loss = self.F.D[a:b] @ t.sub_(targets).add_(E).square_()
+        return codes, E, loss
+
+    def _keep(self, a: int, b: int, rows: slice, best: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.codes[a:b, rows], self.E[a:b, rows] = best[0].to(torch.uint8), best[1]
 
     def result(self) -> QuantizedWeight:
         """Back to [out, in] and the original channel order."""
-        errors, weights = float(self.E.square().sum()), float(self.Wt.square().sum())
-        # Damping is not part of the reported error: tr(E H Eᵀ) = tr(E Ĥ Eᵀ) - shift·||E||².
-        loss = max(self.loss - self.F.shift * errors, 0.0)
-        energy = max(self.energy - self.F.shift * weights, 0.0)
         codes = torch.empty_like(self.codes)
         codes[self.order.perm] = self.codes
         return QuantizedWeight(
@@ -225,24 +268,45 @@ class _Columns:
             zeros=self.zero.T.contiguous().to(torch.int32),
             g_idx=self.order.g_idx(),
             bits=self.config.bits,
-            relative_error=_ratio(loss, energy),
-            weight_error=_ratio(errors, weights),
             damp_percent=self.F.damp_percent,
             damp_tried=self.F.tried,
         )
 
 
-def _grids_by_group(W: torch.Tensor, config: QuantizeConfig) -> Grid:
-    """Min-max grids of the original groups of W [out, in]: scale and zero, each [out, groups]."""
-    size = W.shape[1] if config.group_size == -1 else config.group_size
-    grids = [
-        minmax(part, config.maxq, sym=config.sym, min_zero=config.min_zero)
-        for part in torch.split(W, size, dim=1)
-    ]
-    return Grid(
-        torch.stack([grid.scale for grid in grids], dim=1),
-        torch.stack([grid.zero for grid in grids], dim=1),
-    )
+def _measured(q: QuantizedWeight, W: torch.Tensor, H: Prepared) -> QuantizedWeight:
+    """With the errors of what is stored, against W: damping and corrections are not part of them."""
+    perm, F = H.order.perm, H.factor
+    E = (W - q.dequantize(W.dtype)).T[perm]
+    Wt = W.T[perm]
+    errors, weights = float(E.square().sum()), float(Wt.square().sum())
+    # tr(E H Eᵀ) = tr(E Ĥ Eᵀ) - shift·||E||²
+    loss = max(F.quadratic(E) - F.shift * errors, 0.0)
+    energy = max(F.quadratic(Wt) - F.shift * weights, 0.0)
+    return replace(q, relative_error=_ratio(loss, energy), weight_error=_ratio(errors, weights))
+
+
+def _fixed_grids(T: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> Grid:
+    """Grids of the original groups of T [out, in] before any column is rounded, each [out, groups]."""
+    size = config.columns_per_group(T.shape[1])
+    found = []
+    for start in range(0, T.shape[1], size):
+        part = T[:, start : start + size]
+        if config.grid == "minmax":
+            found.append(minmax(part, config.maxq, sym=config.sym, min_zero=config.min_zero))
+            continue
+        weights = H.diagonal()[start : start + size]
+        weights = weights if config.grid == "pivot" else torch.ones_like(weights)
+        grids = best_grids(
+            part.T, weights, config.maxq, sym=config.sym, min_zero=config.min_zero, keep=1
+        )
+        found.append(Grid(grids.scale[0], grids.zero[0]))
+    return _stacked(found)
+
+
+def _stacked(grids: list[Grid]) -> Grid:
+    """Grids of [out] each, as one of [out, groups]."""
+    scales, zeros = zip(*grids, strict=True)
+    return Grid(torch.stack(scales, dim=1), torch.stack(zeros, dim=1))
 
 
 def _checked(W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

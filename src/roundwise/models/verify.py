@@ -161,8 +161,9 @@ def _check_layers(
 
 
 def _wrong_values(name: str, q: QuantizedWeight, settings: dict[str, Any]) -> str | None:
-    if not bool(torch.isfinite(q.scales).all()) or not bool((q.scales > 0).all()):
-        return f"{name} has a scale that is not finite and positive"
+    # A negative scale is sound: it turns a symmetric range, which has one more code below, around.
+    if not bool(torch.isfinite(q.scales).all()) or not bool((q.scales != 0).all()):
+        return f"{name} has a scale that is zero or not finite"
     counts = torch.bincount(q.g_idx, minlength=q.scales.shape[1])
     size = -(-len(q.g_idx) // q.scales.shape[1])
     if int(counts.max()) > size:

@@ -1,8 +1,8 @@
 """The paused forward: the model's own forward runs, we only stop it in front of groups of linears.
 
-Each calibration batch is a *player*: a greenlet that runs `model(input_ids, use_cache=False)` exactly
-as transformers wrote it. Hooks hand control back to the conductor; only one player runs at a time,
-all on one thread. A player stops
+Each calibration batch is a *player*: a greenlet that runs `model(input_ids, use_cache=False)` just as
+transformers wrote it. Hooks hand control back to the conductor; only one player runs at a time, all on
+one thread. A player stops
 
     ENTER      in front of a block, before it needs the block's weights
     0, 1, …    in front of the first linear of each group that shares an input (sequential mode)
@@ -10,38 +10,31 @@ all on one thread. A player stops
     EXIT       behind the block, with its output
 
 so the conductor always knows that every batch has reached the same place. The first player is a
-probe of a few tokens: it finds out which linears read the same input and in which order.
+probe of a few tokens: it finds out which linears read the same input and in which order. With a
+reference, each batch has a *twin* that plays the original weights in lock-step: what it meets in front
+of a group tells how far the quantized model has drifted.
 
-Knows hooks and Hessians; nothing of files, solving, or formats.
+Knows hooks and what they sum up; nothing of files, solving, or formats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
-from roundwise.core.hessian import Hessian
 from roundwise.errors import NumericalError, RunError
 from roundwise.models.skeleton import Block
 from roundwise.pipeline.calibration import Batch
+from roundwise.pipeline.probe import Captured, Group, taking_notes
 
 ENTER, GATHERED, EXIT = -1, 1 << 20, 1 << 21
 #: Tokens of the probe: enough for any local attention pattern to be well formed.
 PROBE_TOKENS = 8
-
-
-@dataclass
-class Group:
-    """Linears of one block that read the same input."""
-
-    names: list[str]
-    hessian: Hessian | None = None
-    """Set when the first batch gets here; still None when none did."""
 
 
 @dataclass
@@ -51,10 +44,18 @@ class Player:
     batch: Batch
     number: int
     """Place among the batches; -1 is the probe."""
+    twin: Player | None = None
+    """The player of the same batch in the original model."""
+    original: bool = False
+    """Plays the original weights."""
     task: greenlet | None = None
     at: int = EXIT
     output: Any = None
     """What the block returned, while the player stands behind it."""
+    captured: dict[str, Captured] = field(default_factory=dict)
+    """Of an original player: what it met in front of each group that its twin has yet to reach."""
+    streams: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Inputs of the modules that see the residual stream."""
 
 
 class Conductor:
@@ -64,8 +65,9 @@ class Conductor:
         model: its parameters outside the blocks are loaded; those of a block are when it is played.
         blocks: the repeated blocks, in the order in which the model calls them.
         batches: calibration batches.
+        reference: also play the original model.
         skip: resuming, the number of finished blocks; they are not played.
-        outputs: resuming, what the last finished block returned to each player, the probe first.
+        outputs: resuming, what the last finished block returned to each player.
     """
 
     def __init__(
@@ -74,17 +76,25 @@ class Conductor:
         blocks: list[Block],
         batches: list[Batch],
         *,
+        reference: bool = False,
         skip: int = 0,
         outputs: list[Any] | None = None,
     ) -> None:
         self.model, self.blocks, self.skip = model, blocks, skip
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
-        self.players = [Player(batch, i - 1) for i, batch in enumerate([probe, *batches])]
+        self.probe_player = Player(probe, -1)
+        self.quantized = [Player(batch, i) for i, batch in enumerate(batches)]
+        if reference:
+            for player in self.quantized:
+                player.twin = Player(player.batch, player.number, original=True)
+        self.originals = [player.twin for player in self.quantized if player.twin]
+        self.players = [self.probe_player, *self.originals, *self.quantized]
         for player, output in zip(self.players, outputs or [], strict=bool(outputs)):
             player.output = output
         self._leaders: dict[str, tuple[int, Group]] = {}
         self._sequential = True
-        self._calls: list[tuple[str, torch.Tensor]] = []
+        self._variants: list[tuple[nn.Module, Any, Any]] = []
+        self._showing_original = False
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Conductor:
@@ -107,38 +117,37 @@ class Conductor:
 
     def enter(self) -> None:
         """Brings every player to the entrance of the next block."""
+        self._variants = []
         for player in self.players:
             self._resume(player)
             if player.at != ENTER:
                 raise RunError("the model does not call its blocks one after another, each once")
 
-    def probe(self) -> list[Group]:
+    def probe(self, block: Block) -> list[Group]:
         """Plays the block with the probe: its groups, in the order in which they are reached.
 
         Raises:
             RunError: the block calls a linear more than once.
         """
-        self._calls = []
-        self._advance(self.players[0], EXIT)
-        # Same memory, size and version: the same values, also when seen through another view.
-        groups: dict[tuple[int, int, int], Group] = {}
-        for name, x in self._calls:
-            groups.setdefault((x.data_ptr(), x.numel(), x._version), Group([])).names.append(name)
-        names = [name for name, _ in self._calls]
-        self._calls = []
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise RunError(
-                f"{twice} is called more than once in its block; leave it out with --skip"
-            )
-        return list(groups.values())
+        with taking_notes(block) as notes:
+            self._advance(self.probe_player, EXIT)
+        output = self.probe_player.output
+        result = output[0] if isinstance(output, tuple) else output
+        notes.stream.append((block.name, result))
+        return notes.groups()
 
     def play(
-        self, groups: list[Group], solve: Callable[[Group], None], *, sequential: bool
+        self,
+        block: Block,
+        groups: list[Group],
+        solve: Callable[[Group], None],
+        *,
+        sequential: bool,
     ) -> None:
         """Plays the block with all batches and solves its groups.
 
         Args:
+            block: the block all players have entered.
             groups: what `probe` returned.
             solve: replaces the weights of a group's linears; its Hessian is complete.
             sequential: stop at every group, so that each sees already quantized predecessors;
@@ -146,23 +155,51 @@ class Conductor:
         """
         self._sequential = sequential
         self._leaders = {group.names[0]: (i, group) for i, group in enumerate(groups)}
+        taps = self._tap(block, groups) if self.originals else []
+        if not sequential:
+            for player in self.quantized:
+                if player.twin is not None:
+                    self._advance(player.twin, GATHERED)
+                self._advance(player, GATHERED)
         for index, group in enumerate(groups):
-            for player in self.players[1:]:
-                self._advance(player, index if sequential else GATHERED)
-            solve(group)
-            group.hessian = None
+            if sequential:
+                for player in [*self.originals, *self.quantized]:
+                    self._advance(player, index)
+            self._solve(block, group, solve)
         self._leaders = {}
-        for player in self.players[1:]:
+        for hook in taps:
+            hook.remove()
+        for player in [*self.originals, *self.quantized]:
             self._advance(player, EXIT)
+            player.captured.clear()
+            player.streams.clear()
 
     def outputs(self) -> list[Any]:
-        """What the block returned to each player, all standing behind it; the probe's first."""
+        """What the block returned to each player, all standing behind it."""
         return [player.output for player in self.players]
 
     def replace_outputs(self, outputs: list[Any]) -> None:
         """Lets the players go on with these outputs instead of their own."""
         for player, output in zip(self.players, outputs, strict=True):
             player.output = output
+
+    def _solve(self, block: Block, group: Group, solve: Callable[[Group], None]) -> None:
+        """Solves a group, and remembers its original weights for the original players."""
+        self._show(original=False)
+        linears = [block.linears[name] for name in group.names]
+        before: list[Any] = [linear.weight for linear in linears]
+        solve(group)
+        group.forget()
+        if self.originals:
+            for linear, weight in zip(linears, before, strict=True):
+                self._variants.append((linear, weight, linear.weight))
+
+    def _show(self, *, original: bool) -> None:
+        """Gives the block's solved linears their original or their quantized weights."""
+        if original != self._showing_original:
+            for linear, before, after in self._variants:
+                linear.weight = before if original else after
+            self._showing_original = original
 
     def _play(self, player: Player) -> None:
         with torch.no_grad():
@@ -175,6 +212,7 @@ class Conductor:
 
     def _resume(self, player: Player) -> None:
         assert player.task is not None
+        self._show(original=player.original)
         stopped = player.task.switch() if player.task else player.task.switch(player)
         player.at = EXIT if player.task.dead else stopped
 
@@ -189,9 +227,10 @@ class Conductor:
             player.output = None
             stop(ENTER)
             if player.number >= 0 and not self._sequential:
-                original(*args, **kwargs)
+                player.output = original(*args, **kwargs)
                 stop(GATHERED)
-            player.output = original(*args, **kwargs)
+            if player.output is None or not player.original:
+                player.output = original(*args, **kwargs)
             stop(EXIT)
             output, player.output = player.output, None
             return output
@@ -199,28 +238,50 @@ class Conductor:
         return forward
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        """In front of a linear: the probe takes notes, the others add to the Hessian and stop."""
+        """In front of a linear: sums up what it is fed with, and stops."""
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             player = self._current()
-            if player.number < 0:
-                self._calls.append((name, args[0]))
-                return
             index, group = self._leaders.get(name, (GATHERED, None))
-            if group is None or index <= player.at:
+            if player.number < 0 or group is None or index <= player.at:
                 return
-            if group.hessian is None:
-                group.hessian = Hessian(args[0].shape[-1])
-            try:
-                group.hessian.add(args[0], _fitting_mask(player.batch.mask, args[0]))
-            except NumericalError as error:
-                raise NumericalError(
-                    f"{name}, calibration batch {player.number}: {error}"
-                ) from None
+            stream = player.streams.get(group.residual or "")
+            if player.original:
+                player.captured[name] = Captured(args[0], stream)
+            else:
+                self._add(player, name, group, args[0], stream)
             if self._sequential:
                 stop(index)
 
         return hook
+
+    def _add(
+        self, player: Player, name: str, group: Group, x: torch.Tensor, stream: torch.Tensor | None
+    ) -> None:
+        mask = _fitting_mask(player.batch.mask, x)
+        try:
+            group.add(x, mask)
+        except NumericalError as error:
+            raise NumericalError(f"{name}, calibration batch {player.number}: {error}") from None
+        if player.twin is not None and name in player.twin.captured:
+            group.add_drift(x, player.twin.captured.pop(name), stream, mask)
+
+    def _tap(self, block: Block, groups: list[Group]) -> list[Any]:
+        """Hooks that keep the residual stream where a group adds to it."""
+
+        def tap(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                self._current().streams[name] = args[0]
+
+            return hook
+
+        names = {group.residual for group in groups if group.residual}
+        return [
+            block.module.get_submodule(
+                name.removeprefix(f"{block.name}.")
+            ).register_forward_pre_hook(tap(name))
+            for name in sorted(names)
+        ]
 
     def _current(self) -> Player:
         task = getcurrent()

@@ -45,16 +45,17 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def choose_mode(skeleton: Skeleton, tokens: int, budget: int | None) -> Mode:
+def choose_mode(skeleton: Skeleton, tokens: int, budget: int | None, *, reference: bool) -> Mode:
     """`true_sequential`, unless the activations of all paused batches would not fit.
 
     Paused inside a block, each token holds the input of the group (at most the widest), the
     residual stream and about as much again in the frames around it; paused between blocks, only the
-    block's input. Half of the available memory is the budget when none is given.
+    block's input. With a reference, all of it twice. Half of the available memory is the budget
+    when none is given.
     """
     widest = max(
         weight_of(linear).shape[1] for block in skeleton.blocks for linear in block.linears.values()
     )
     hidden = int(skeleton.model.config.get_text_config().hidden_size)
-    needed = tokens * (widest + 4 * hidden) * skeleton.dtype.itemsize
+    needed = (1 + reference) * tokens * (widest + 4 * hidden) * skeleton.dtype.itemsize
     return "true_sequential" if needed <= (budget or available() // 2) else "block"

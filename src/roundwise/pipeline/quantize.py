@@ -88,7 +88,8 @@ def quantize(
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     if config.method == "gptq" and mode is None:
-        mode = choose_mode(skeleton, texts.tokens if texts else 0, parse_size(max_memory))
+        tokens, budget = texts.tokens if texts else 0, parse_size(max_memory)
+        mode = choose_mode(skeleton, tokens, budget, reference=config.needs_reference)
     run = Run(skeleton, Path(out), config, texts, mode, strict, progress)
     journal = run.open(restart=restart)
     try:

@@ -18,7 +18,6 @@ import torch
 import transformers
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.hessian import Hessian
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.solver import Prepared, prepare, round_to_nearest, solve
 from roundwise.errors import NumericalError, OutputError, RunError, SingularError
@@ -27,10 +26,11 @@ from roundwise.models.formats import encode
 from roundwise.models.skeleton import Block, Skeleton, set_weight, weight_of
 from roundwise.models.writer import write_safetensors
 from roundwise.pipeline.calibration import Calibration
-from roundwise.pipeline.conduct import Conductor, Group
+from roundwise.pipeline.conduct import Conductor
 from roundwise.pipeline.finish import MANIFEST, Manifest, finish, shard_name
 from roundwise.pipeline.journal import WORK, Journal
 from roundwise.pipeline.memory import Mode
+from roundwise.pipeline.probe import Group
 from roundwise.version import __version__
 
 
@@ -141,6 +141,7 @@ class Run:
             self.skeleton.model,
             self.skeleton.blocks,
             self.texts.batches,
+            reference=self.config.needs_reference,
             skip=first,
             outputs=outputs,
         ) as conductor:
@@ -162,22 +163,22 @@ class Run:
         layers: list[dict[str, Any]] = []
 
         def solve_group(group: Group) -> None:
-            hessian = _Shared(group.hessian)
+            inputs = _Inputs(group)
             for name in group.names:
                 settings = self.config.for_module(name)
                 if settings is None:
                     continue
-                q = self._solve(name, weight_of(block.linears[name]), hessian, settings)
+                q = self._solve(name, weight_of(block.linears[name]), inputs, settings)
                 set_weight(block.linears[name], q.dequantize())
                 solved[name] = q
-                layers.append(_layer(name, q, settings, hessian.tokens))
+                layers.append(_layer(name, q, settings, inputs.tokens))
                 self._tell(index, first, layers[-1])
 
         self.skeleton.load(block.module, block.name)
         activations = None
         if conductor is not None:
-            groups = conductor.probe()
-            conductor.play(groups, solve_group, sequential=self.mode == "true_sequential")
+            groups = conductor.probe(block)
+            conductor.play(block, groups, solve_group, sequential=self.mode == "true_sequential")
             activations = journal.save_outputs(index, conductor.outputs())
             # From here on the batches live in the file just written, not in memory.
             conductor.replace_outputs(journal.load_outputs(activations))
@@ -195,14 +196,14 @@ class Run:
         self._tell(index, first, None)
 
     def _solve(
-        self, name: str, W: torch.Tensor, hessian: _Shared, settings: QuantizeConfig
+        self, name: str, W: torch.Tensor, inputs: _Inputs, settings: QuantizeConfig
     ) -> QuantizedWeight:
         """One weight; a named error, or rounding to nearest with the reason recorded."""
         try:
             if settings.method == "rtn":
                 return round_to_nearest(W, settings)
             try:
-                return solve(W, hessian.prepared(settings), settings)
+                return solve(W, inputs.prepared(settings), settings, drift=inputs.drift)
             except SingularError as error:
                 if self.strict:
                     raise
@@ -244,13 +245,14 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Shared:
-    """A group's Hessian, factored once for all its linears with the same settings."""
+class _Inputs:
+    """What is known of a group's input; its Hessian is factored once for all linears alike."""
 
-    def __init__(self, hessian: Hessian | None) -> None:
-        self._H = hessian.mean() if hessian else None
+    def __init__(self, group: Group) -> None:
+        self.tokens = group.hessian.tokens if group.hessian else 0
+        self.drift = group.drift()
+        self._H = group.hessian.mean() if group.hessian else None
         self._known: dict[tuple[Any, ...], Prepared] = {}
-        self.tokens = hessian.tokens if hessian else 0
 
     def prepared(self, settings: QuantizeConfig) -> Prepared:
         """Order and factor; SingularError when there is no Hessian."""

@@ -1,0 +1,149 @@
+"""What one small forward tells about a block: which linears share an input, which add to the stream.
+
+Nothing is known about the architecture; everything is read off the tensors that pass by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from roundwise.core.correct import Drift
+from roundwise.core.hessian import CrossMoment, Hessian
+from roundwise.errors import RunError
+from roundwise.models.skeleton import Block
+
+
+@dataclass
+class Group:
+    """Linears of one block that read the same input, and what is summed up about it."""
+
+    names: list[str]
+    residual: str | None = None
+    """Module whose input is the residual stream that the group's one linear adds to."""
+    hessian: Hessian | None = None
+    """Set when the first batch gets here; still None when none did."""
+    input_drift: CrossMoment | None = None
+    residual_drift: CrossMoment | None = None
+
+    def add(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Adds a batch of inputs to the Hessian."""
+        if self.hessian is None:
+            self.hessian = Hessian(x.shape[-1])
+        self.hessian.add(x, mask)
+
+    def add_drift(
+        self,
+        x: torch.Tensor,
+        original: Captured,
+        stream: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> None:
+        """Adds how far a batch's input and residual stream are from the original model's."""
+        width = x.shape[-1]
+        if self.input_drift is None:
+            self.input_drift = CrossMoment(width, width)
+        self.input_drift.add(original.x, x, x, mask)
+        if stream is not None and original.stream is not None:
+            if self.residual_drift is None:
+                self.residual_drift = CrossMoment(stream.shape[-1], width)
+            self.residual_drift.add(original.stream, stream, x, mask)
+
+    def drift(self) -> Drift:
+        """The mean cross moments. Ends the sums."""
+        moments = (self.input_drift, self.residual_drift)
+        return Drift(*(moment.mean() if moment else None for moment in moments))
+
+    def forget(self) -> None:
+        """Frees the sums."""
+        self.hessian = self.input_drift = self.residual_drift = None
+
+
+@dataclass
+class Captured:
+    """What the original model feeds a group with: its input, and the residual stream beside it."""
+
+    x: torch.Tensor
+    stream: torch.Tensor | None
+
+
+@dataclass
+class Notes:
+    """Tensors that passed during a probe, in order of time."""
+
+    inputs: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    """(linear, its input)."""
+    outputs: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)
+    """(linear, its output, how many of `stream` had been seen by then)."""
+    stream: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    """(module, its input) for every module of the block; last, the block's output."""
+
+    def groups(self) -> list[Group]:
+        """Groups in the order in which they are reached.
+
+        Raises:
+            RunError: a linear is called more than once.
+        """
+        names = [name for name, _ in self.inputs]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise RunError(
+                f"{twice} is called more than once in its block; leave it out with --skip"
+            )
+        # Same memory, size and version: the same values, also when seen through another view.
+        found: dict[tuple[int, int, int], Group] = {}
+        for name, x in self.inputs:
+            found.setdefault((x.data_ptr(), x.numel(), x._version), Group([])).names.append(name)
+        outputs = {name: (y, seen) for name, y, seen in self.outputs}
+        for group in found.values():
+            if len(group.names) == 1 and group.names[0] in outputs:
+                group.residual = self._added_to(*outputs[group.names[0]])
+        return list(found.values())
+
+    def _added_to(self, y: torch.Tensor, seen: int) -> str | None:
+        """The module whose input r gave r + y, exactly, something that was seen after y."""
+        for module, r in self.stream[:seen]:
+            if r.numel() == y.numel() and r.shape[-1] == y.shape[-1]:
+                total = (r.reshape(y.shape) + y).reshape(-1)
+                later = (z.reshape(-1) for _, z in self.stream[seen:] if z.numel() == y.numel())
+                if any(torch.equal(total, z) for z in later):
+                    return module
+        return None
+
+
+@contextmanager
+def taking_notes(block: Block) -> Iterator[Notes]:
+    """Hooks on every module of the block while the probe plays it."""
+    notes = Notes()
+    hooks: list[Any] = []
+
+    def before(name: str, linear: bool) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], torch.Tensor):
+                notes.stream.append((name, args[0]))
+                if linear:
+                    notes.inputs.append((name, args[0]))
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(_: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
+            notes.outputs.append((name, output, len(notes.stream)))
+
+        return hook
+
+    for path, module in block.module.named_modules(prefix=block.name):
+        if module is not block.module:
+            hooks.append(module.register_forward_pre_hook(before(path, path in block.linears)))
+        if path in block.linears:
+            hooks.append(module.register_forward_hook(after(path)))
+    try:
+        yield notes
+    finally:
+        for hook in hooks:
+            hook.remove()
