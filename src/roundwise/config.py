@@ -61,7 +61,10 @@ class QuantizeConfig(BaseModel):
         0.01, ge=0.0, le=10.0, description="Damping: this part of mean(diag H) is added to diag H."
     )
     method: Method = Field("gptq", description="gptq, or rtn: round to nearest, the baseline.")
-    format: Format = Field("gptq", description="Zero points minus one (gptq) or as is (gptq_v2).")
+    format: Format = Field(
+        "gptq",
+        description="Zero points minus one (gptq) or as they are (gptq_v2, the default if not sym).",
+    )
     recipe: Recipe = Field(
         "best",
         description="Where order, grid, grid_candidates, alpha, beta and refine start from: best, or "
@@ -98,7 +101,7 @@ class QuantizeConfig(BaseModel):
 
     def __init__(self, **data: Any) -> None:
         try:
-            super().__init__(**{**RECIPES.get(data.get("recipe", "best"), {}), **data})
+            super().__init__(**{**_defaults(data), **data})
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
 
@@ -166,6 +169,13 @@ class QuantizeConfig(BaseModel):
             if re.search(pattern, name):
                 return None if changes is None else self.merged(changes)
         return self
+
+
+def _defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """What follows from other settings, unless given."""
+    # GPTQModel reads asymmetric v1 files only if it wrote them itself; v2 it reads from everyone.
+    follows = {} if data.get("sym", True) else {"format": "gptq_v2"}
+    return {**follows, **RECIPES.get(data.get("recipe", "best"), {})}
 
 
 def _explain(error: ValidationError) -> str:
