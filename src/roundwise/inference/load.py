@@ -17,6 +17,11 @@ from roundwise.models.checkpoint import SINGLE, Checkpoint
 from roundwise.models.hub import local_folder
 from roundwise.models.verify import quantization_settings
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
+    "vocab.json", "vocab.txt", "tekken.json",
+)  # fmt: skip
+
 
 def load(
     model: str | os.PathLike[str],
@@ -47,18 +52,23 @@ def load(
         if _is_old(checkpoint):
             folder = _modernised(checkpoint, Path(scratch))
         try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False
+            loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
             )
         except CheckpointError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise CheckpointError(f"{model} cannot be loaded: {reason}") from error
+    if info["missing_keys"]:  # transformers would make them up
+        raise CheckpointError(f"{model} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
     return loaded.to(device).eval(), _tokenizer(checkpoint.folder)
 
 
 def _tokenizer(folder: Path) -> Any:
+    # Without files, transformers would make up an empty tokenizer of the model's kind.
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError):

@@ -40,6 +40,18 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
         replace_linears(model, tensors, zero_offset=1 if version == "gptq" else 0)
         return model
 
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear) and module.g_idx is not None:
+                low, high = int(module.g_idx.min()), int(module.g_idx.max())
+                if low < 0 or high >= module.groups:
+                    raise CheckpointError(
+                        f"{name}.g_idx names groups {low} … {high}; there are {module.groups}"
+                    )
+        return model
+
     def is_serializable(self) -> bool:
         """A state dict of QuantLinear layers is a checkpoint in the same format."""
         return True

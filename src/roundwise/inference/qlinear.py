@@ -42,6 +42,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         codes_per_block(bits)  # refuses other widths
         self.in_features, self.out_features = in_features, out_features
+        self.dtype = dtype or torch.get_default_dtype()
         self.bits, self.groups, self.zero_offset = bits, groups, zero_offset
         words = in_features * bits // 32
         self.qweight: torch.Tensor
@@ -57,6 +58,17 @@ class QuantLinear(nn.Module):
         self.register_buffer("g_idx", g_idx)
         self.bias: torch.Tensor | None
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Empty: for model code that asks a linear's weight for its dtype or device.
+
+        Some models initialise `layer.weight` by name when they are loaded; the mark makes
+        transformers pass over it.
+        """
+        stand_in = torch.empty(0, dtype=self.dtype, device=self.qweight.device)
+        stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+        return stand_in
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Q as [in, out]: the transpose of a linear's weight, which is how it is stored."""

@@ -32,6 +32,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 #: Bytes copied or hashed at a time.
 CHUNK = 8 << 20
+#: Of a tensor in memory; torch's own allocations have it too.
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,14 @@ class TensorInfo:
                 file.fileno(), self.start - page + self.nbytes, access=mmap.ACCESS_COPY, offset=page
             )
         offset = self.start - page
-        if offset % dtype.itemsize:  # allowed by the format, not by the processor's fast loads
-            raw = bytearray(view[offset : offset + self.nbytes])
-            return torch.frombuffer(raw, dtype=dtype).reshape(self.shape)
+        if offset % ALIGNMENT:
+            # Kernels may sum up unaligned data in another order: copied, so that equal weights give
+            # equal results wherever they stand in their file.
+            copy = torch.empty(self.shape, dtype=dtype)
+            copy.view(-1).view(torch.uint8).numpy()[:] = memoryview(view)[
+                offset : offset + self.nbytes
+            ]
+            return copy
         count = self.nbytes // dtype.itemsize
         return torch.frombuffer(view, dtype=dtype, count=count, offset=offset).reshape(self.shape)
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.errors import CheckpointError, ConfigError
@@ -223,10 +225,25 @@ def _model_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
 def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     """Model tensor name -> checkpoint tensor name.
 
-    Checkpoints of a base model lack its prefix (GPT-2's `h.0…` for `transformer.h.0…`); tied
-    parameters may be stored under any of their names.
+    Old names and missing base prefixes (GPT-2's `h.0…` for `transformer.h.0…`) are translated by
+    transformers; tied parameters may be stored under any of their names.
+
+    Raises:
+        CheckpointError: a tensor that the model needs is missing, or only there in parts.
     """
-    prefix = model.base_model_prefix
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    computed = {name for name, _ in model.named_non_persistent_buffers()}
+    names = dict(model.named_parameters(remove_duplicate=False))
+    names |= {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in computed}
+    stored: dict[str, str] = {}
+    for key in checkpoint.tensors:
+        name, converter = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, names
+        )
+        if converter is None:
+            stored[name] = key
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     partners: dict[str, list[str]] = {}
     for left, right in ties.items():
@@ -234,16 +251,8 @@ def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> d
         partners.setdefault(right, []).append(left)
     found: dict[str, str] = {}
     missing = []
-    computed = {name for name, _ in model.named_non_persistent_buffers()}
-    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    names += [n for n, _ in model.named_buffers(remove_duplicate=False) if n not in computed]
     for name in names:
-        spellings = [
-            spelling
-            for alias in [name, *partners.get(name, [])]
-            for spelling in (alias, alias.removeprefix(f"{prefix}."), f"{prefix}.{alias}")
-        ]
-        match = next((s for s in spellings if s in checkpoint.tensors), None)
+        match = next((stored[n] for n in [name, *partners.get(name, [])] if n in stored), None)
         if match is None:
             missing.append(name)
         else:
@@ -258,11 +267,8 @@ def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> d
 
 
 def _blocks_of_tensors(skeleton: Skeleton) -> Iterator[tuple[str, int]]:
-    """(checkpoint tensor, block index) for every tensor whose name lies under a block's name."""
-    prefix = f"{skeleton.model.base_model_prefix}."
-    spelled = [{b.name + ".", b.name.removeprefix(prefix) + "."} for b in skeleton.blocks]
-    for name in skeleton.checkpoint.tensors:
-        for index, starts in enumerate(spelled):
-            if name.startswith(tuple(starts)):
-                yield name, index
-                break
+    """(checkpoint tensor, block index) for every tensor that a block loads."""
+    for name, key in skeleton.source_of.items():
+        for index, block in enumerate(skeleton.blocks):
+            if name.startswith(f"{block.name}."):
+                yield key, index

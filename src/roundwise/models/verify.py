@@ -21,6 +21,8 @@ from roundwise.models.formats import SUFFIXES, decode
 MANIFEST = "roundwise.json"
 #: Recorded and recomputed weight errors may differ by summation order only.
 TOLERANCE = 1e-3
+#: Mean error in steps of the grid beyond which the zero points must have been misread.
+ONE_OFF = 0.5
 
 
 @dataclass
@@ -114,7 +116,7 @@ def audit(
     """
     report = Audit(folder)
     try:
-        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+        manifest = read_manifest(folder)
         if manifest is not None:
             _check_files(report, folder, manifest["files"], config_file)
         if not report.failures:
@@ -125,6 +127,22 @@ def audit(
     except RoundwiseError as error:
         report.check("readable", str(error))
     return report
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """roundwise.json of a checkpoint; None when it was not made by roundwise.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_json(folder / MANIFEST)
+    layers, files = manifest.get("layers"), manifest.get("files")
+    whole = isinstance(files, dict) and isinstance(layers, list) and "run" in manifest
+    if not whole or not all(isinstance(line, dict) and "name" in line for line in layers or []):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged")
+    return manifest
 
 
 def _check_files(report: Audit, folder: Path, files: dict[str, str], config_file: str) -> None:
@@ -180,13 +198,17 @@ def _wrong_error(
     info = against.tensors.get(f"{name}.weight")
     if info is None:
         return f"{name} is quantized, but {against.folder} has no {name}.weight"
-    W, Q = info.read().to(torch.float32), q.dequantize()
-    if W.shape != Q.shape:
-        W = W.T  # Conv1D keeps [in, out]
-    if W.shape != Q.shape:
+    stored, Q = info.read().to(torch.float32), q.dequantize()
+    # Conv1D keeps [in, out]; a square weight does not tell, so the nearer of both is meant.
+    candidates = [W for W in (stored, stored.T) if W.shape == Q.shape]
+    if not candidates:
         return f"{name} is {list(Q.shape)}, but its original is {list(info.shape)}"
+    W = min(candidates, key=lambda W: float((W - Q).square().sum()))
     error = float((W - Q).square().sum()) / max(float(W.square().sum()), 1e-30)
     if line is None:
+        steps = float(((W - Q) / q.scales.to(torch.float32)[:, q.g_idx.long()]).mean())
+        if abs(steps) > ONE_OFF:
+            return f"{name} is off by one step everywhere: is checkpoint_format right?"
         return f"{name} is no better than nothing: weight error {error:.2f}" if error > 1 else None
     expected = float(line["weight_error"])
     if abs(error - expected) > TOLERANCE * max(expected, 1e-6):

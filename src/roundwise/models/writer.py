@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 
 from roundwise.errors import StorageError
-from roundwise.models.checkpoint import CODES, TensorInfo
+from roundwise.models.checkpoint import ALIGNMENT, CODES, TensorInfo
 
 #: Suffix of files being written; whatever carries it after a crash is worthless.
 PARTIAL = ".partial"
@@ -50,7 +50,7 @@ def write_safetensors(
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
     digest = hashlib.sha256()
     with replacing(path, sync=sync) as file:
         for piece in _pieces(text, tensors.values()):

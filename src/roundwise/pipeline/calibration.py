@@ -164,6 +164,8 @@ def _item_tokens(item: Any, tokenizer: Any) -> list[int]:
     if hasattr(item, "keys"):
         item, mask = item["input_ids"], item.get("attention_mask")
     tokens = torch.as_tensor(item).reshape(-1)
+    if not tokens.numel():
+        return []
     if tokens.is_floating_point():
         raise CalibrationError("calibration items must be strings or token ids, not fractions")
     if mask is not None:

@@ -95,9 +95,13 @@ class Conductor:
         self._sequential = True
         self._variants: list[tuple[nn.Module, Any, Any]] = []
         self._showing_original = False
+        self._grad = True
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Conductor:
+        # Grad mode belongs to the thread, which all players share: switched off here, once.
+        self._grad = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
         for index, block in enumerate(self.blocks):
             block.module.forward = self._gate(index, block.module.forward)
             for name, linear in block.linears.items():
@@ -114,6 +118,7 @@ class Conductor:
             vars(block.module).pop("forward", None)
         for hook in self._hooks:
             hook.remove()
+        torch.set_grad_enabled(self._grad)
 
     def enter(self) -> None:
         """Brings every player to the entrance of the next block."""
@@ -202,8 +207,7 @@ class Conductor:
             self._showing_original = original
 
     def _play(self, player: Player) -> None:
-        with torch.no_grad():
-            self.model(**player.batch.inputs(), use_cache=False)
+        self.model(**player.batch.inputs(), use_cache=False)
 
     def _advance(self, player: Player, target: int) -> None:
         """Lets a player run until it stops at `target` or beyond."""

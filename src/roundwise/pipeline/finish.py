@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from roundwise.config import QuantizeConfig
-from roundwise.models.checkpoint import INDEX, file_digest, read_header, read_json
+from roundwise.models.checkpoint import INDEX, file_digest, read_header
 from roundwise.models.formats import SUFFIXES, quantization_config
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.verify import MANIFEST, audit
 from roundwise.models.writer import copy_file, write_json, write_safetensors
 
-__all__ = ["MANIFEST", "Manifest", "finish", "shard_name"]
+__all__ = ["MANIFEST", "described", "finish", "shard_name"]
 
 
 def shard_name(index: int, blocks: int) -> str:
@@ -24,23 +24,14 @@ def shard_name(index: int, blocks: int) -> str:
     return f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 
-class Manifest:
-    """roundwise.json: what was done, to which model, with which result. Holds no times or places,
-    so equal runs write equal manifests.
+def described(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint of a run without what depends on this machine's file system.
+
+    So the manifest, roundwise.json, holds no times or places: equal runs write equal manifests.
     """
-
-    @staticmethod
-    def run(fingerprint: dict[str, Any]) -> dict[str, Any]:
-        """The fingerprint without what depends on this machine's file system."""
-        model = fingerprint["model"]
-        files = {name: [size, header] for name, (size, _mtime, header) in model["files"].items()}
-        return {**fingerprint, "model": {**model, "files": files}}
-
-    @staticmethod
-    def read(folder: Path) -> dict[str, Any] | None:
-        """The manifest of a checkpoint; None when it was not made by roundwise."""
-        path = folder / MANIFEST
-        return read_json(path) if path.exists() else None
+    model = fingerprint["model"]
+    files = {name: [size, header] for name, (size, _mtime, header) in model["files"].items()}
+    return {**fingerprint, "model": {**model, "files": files}}
 
 
 def finish(
@@ -73,7 +64,7 @@ def finish(
     files["config.json"] = file_digest(draft)
     layers = [layer for line in done for layer in line["layers"]]
     manifest = {
-        "run": Manifest.run(fingerprint),
+        "run": described(fingerprint),
         "mode": fingerprint["mode"],
         "bits_per_weight": _bits_per_weight(out, sorted(files), layers, skeleton),
         "bytes_before": sum(info.nbytes for info in source.tensors.values()),

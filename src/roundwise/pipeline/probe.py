@@ -24,10 +24,10 @@ class Group:
     """Linears of one block that read the same input, and what is summed up about it."""
 
     names: list[str]
-    residual: str | None = None
-    """Module whose input is the residual stream that the group's one linear adds to."""
     hessian: Hessian | None = None
     """Set when the first batch gets here; still None when none did."""
+    residual: str | None = None
+    """Module whose input is the residual stream that the group's one linear adds to."""
     input_drift: CrossMoment | None = None
     residual_drift: CrossMoment | None = None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from roundwise.config import QuantizeConfig
@@ -162,10 +163,11 @@ def _calibration(
         samples=samples, seq_len=min(seq_len, limit), batch_size=batch_size, seed=seed, widest=widest,
     )  # fmt: skip
     vocabulary = int(text_config.vocab_size)
-    highest = max(int(batch.input_ids.max()) for batch in loaded.batches)
-    if highest >= vocabulary:
+    ends = [int(end) for batch in loaded.batches for end in torch.aminmax(batch.input_ids)]
+    wrong = next((token for token in ends if not 0 <= token < vocabulary), None)
+    if wrong is not None:
         raise CalibrationError(
-            f"calibration has token id {highest}, but the model knows {vocabulary}: "
+            f"calibration has token id {wrong}, but the model knows {vocabulary}: "
             "is it another model's tokenizer?"
         )
     if seq_len > limit:

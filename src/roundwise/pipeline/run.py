@@ -24,10 +24,11 @@ from roundwise.errors import NumericalError, OutputError, RunError, SingularErro
 from roundwise.models.checkpoint import file_digest
 from roundwise.models.formats import encode
 from roundwise.models.skeleton import Block, Skeleton, set_weight, weight_of
+from roundwise.models.verify import read_manifest
 from roundwise.models.writer import write_safetensors
 from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
-from roundwise.pipeline.finish import MANIFEST, Manifest, finish, shard_name
+from roundwise.pipeline.finish import MANIFEST, described, finish, shard_name
 from roundwise.pipeline.journal import WORK, Journal
 from roundwise.pipeline.memory import Mode
 from roundwise.pipeline.probe import Group
@@ -80,6 +81,8 @@ class Run:
 
     def open(self, *, restart: bool) -> Journal:
         """Locks the output folder; refuses one that holds something else."""
+        if self.out.resolve() == self.skeleton.checkpoint.folder.resolve():
+            raise OutputError(f"{self.out} is the model itself: give another folder")
         ours = (self.out / WORK).is_dir() or (self.out / MANIFEST).is_file()
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out} is a file, not a folder")
@@ -87,8 +90,6 @@ class Run:
             raise OutputError(
                 f"{self.out} already holds something else: give an empty or new folder"
             )
-        if self.out.resolve() == self.skeleton.checkpoint.folder.resolve():
-            raise OutputError(f"{self.out} is the model itself: give another folder")
         journal = Journal(self.out)
         if restart:
             for path in [*self.out.iterdir(), *journal.folder.iterdir()]:
@@ -100,9 +101,9 @@ class Run:
         """The manifest, if this very run was completed in the output folder before."""
         if not (self.out / "config.json").exists():
             return None
-        manifest = Manifest.read(self.out)
+        manifest = read_manifest(self.out)
         known = (manifest or {}).get("run", {})
-        if known != Manifest.run(self.fingerprint(known.get("threads", 0))):
+        if known != described(self.fingerprint(known.get("threads", 0))):
             raise OutputError(
                 f"{self.out} holds a finished checkpoint made otherwise: give another folder, "
                 "or --restart to replace it"

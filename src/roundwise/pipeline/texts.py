@@ -73,7 +73,7 @@ def _read_text(path: Path) -> str:
 
 def _read_jsonl(path: Path) -> list[Document]:
     documents: list[Document] = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -124,12 +124,15 @@ def _read_named(source: str, *, held_out: bool) -> list[Document]:
         subset = None
     try:
         rows = load(name, subset, split=split, streaming=True)
-        return [row[column] for row in islice(rows, MAX_DOCUMENTS)]
+        documents = [row[column] for row in islice(rows, MAX_DOCUMENTS)]
     except KeyError:
         raise CalibrationError(f"{name} has no column {column!r}") from None
     except Exception as error:  # network, unknown set, missing split: the library has many kinds
         reason = str(error).strip().split("\n", 1)[0]
         raise CalibrationError(f"data set {name} ({split}) cannot be read: {reason}") from error
+    if not all(isinstance(document, str) or _is_chat(document) for document in documents):
+        raise CalibrationError(f"column {column!r} of {name} holds neither text nor chats")
+    return documents
 
 
 def read_text(source: str) -> str:

@@ -23,9 +23,13 @@ def command(
     import torch
     from transformers import TextStreamer
 
-    from roundwise.errors import CheckpointError
+    from roundwise.errors import CheckpointError, ConfigError
     from roundwise.inference.load import load, parse_dtype
 
+    if not prompt:
+        raise ConfigError("the prompt is empty: give some text to go on with")
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
     loaded, tokenizer = load(model, dtype=parse_dtype(dtype))
     if tokenizer is None:
         raise CheckpointError(f"{model} has no tokenizer")

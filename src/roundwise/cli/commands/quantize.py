@@ -27,12 +27,32 @@ def command(
     desc_act: Annotated[
         bool, typer.Option("--desc-act", help="Act-order in the file (few servers take it).")
     ] = False,
+    recipe: Annotated[str, typer.Option(help="best, or textbook: GPTQ as published.")] = "best",
     order: Annotated[
-        str, typer.Option(help="Order of columns without --desc-act: natural, static, group_aware.")
-    ] = "group_aware",
+        str | None,
+        typer.Option(help="Order of columns without --desc-act: natural, static, group_aware."),
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="How ranges are chosen: minmax, mse, pivot.")
+    ] = None,
+    grid_candidates: Annotated[
+        int | None, typer.Option(help="Ranges per group that are compared by their true loss.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Correction for the input's drift, 0 … 1.")
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Correction for the residual stream's drift, 0 … 1.")
+    ] = None,
+    refine: Annotated[
+        int | None, typer.Option(help="Rounds of scale refit and coordinate descent.")
+    ] = None,
     damp_percent: Annotated[float, typer.Option(help="Damping, part of mean(diag H).")] = 0.01,
     method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest.")] = "gptq",
-    format: Annotated[str, typer.Option(help="gptq (v1) or gptq_v2.")] = "gptq",
+    format: Annotated[
+        str | None,
+        typer.Option(help="gptq (v1) or gptq_v2; the default is v1 with --sym, else v2."),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -68,10 +88,14 @@ def command(
     from roundwise.config import QuantizeConfig
     from roundwise.pipeline.quantize import quantize
 
+    given = {
+        "order": order, "grid": grid, "grid_candidates": grid_candidates, "alpha": alpha,
+        "beta": beta, "refine": refine, "format": format,
+    }  # fmt: skip
     config = QuantizeConfig(
-        bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, order=order,
-        damp_percent=damp_percent, method=method, format=format,
-        dynamic=parse_dynamic(override or [], skip or []),
+        bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
+        damp_percent=damp_percent, method=method, dynamic=parse_dynamic(override or [], skip or []),
+        **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     if mode not in (None, "true_sequential", "block"):
         raise ConfigError(f"mode={mode!r} is not supported: use true_sequential or block")

@@ -1,0 +1,132 @@
+"""Reading safetensors tensor by tensor: the same values as the library, from the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from roundwise.errors import CheckpointError
+from roundwise.models.checkpoint import DTYPES, Checkpoint, read_header, read_json
+from tests.helpers import raw, tensors_of
+
+DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+@DTYPE
+def test_every_dtype_is_read_as_it_was_written(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = torch.arange(24).reshape(4, 6) % 2
+    # One byte first, so that what follows begins at an odd place.
+    tensors = {"a": torch.ones(1, dtype=torch.uint8), "b": values.to(dtype), "c": torch.empty(0, 3)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    infos = read_header(tmp_path / "x.safetensors")
+    assert set(infos) == set(tensors)
+    for name, tensor in tensors.items():
+        read = infos[name].read()
+        assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
+        assert raw(read) == raw(tensor) == b"".join(infos[name].chunks())
+
+
+def test_an_odd_offset_is_read_too(tmp_path: Path) -> None:
+    # The format allows it, though its own library sorts tensors so that it does not happen.
+    values = torch.arange(5, dtype=torch.float32)
+    header = {
+        "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "float": {"dtype": "F32", "shape": [5], "data_offsets": [3, 23]},
+    }
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + b"abc" + values.numpy().tobytes()
+    (tmp_path / "x.safetensors").write_bytes(data)
+    assert torch.equal(read_header(tmp_path / "x.safetensors")["float"].read(), values)
+
+
+def test_what_is_read_can_be_changed_without_changing_the_file(llama: Path) -> None:
+    before = (llama / "model.safetensors").read_bytes()
+    tensor = Checkpoint(llama).tensors["model.norm.weight"].read()
+    tensor.zero_()
+    assert (llama / "model.safetensors").read_bytes() == before
+
+
+def test_all_tensors_of_a_checkpoint(llama: Path) -> None:
+    expected = tensors_of(llama)
+    tensors = Checkpoint(llama).tensors
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(info.read(), expected[name]) for name, info in tensors.items())
+
+
+def test_a_tensor_in_two_files_is_refused(llama: Path, tmp_path: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    names = list(tensors)
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({names[0]: tensors[names[0]]}, tmp_path / "b.safetensors")
+    index = {"weight_map": {names[0]: "a.safetensors", names[1]: "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is both in a\.safetensors and b\.safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_several_files_without_an_index_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has 2 safetensors files and no model\.saf"):
+        Checkpoint(tmp_path)
+
+
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no tensors"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"[1]", b"", b"[" * 100_000])
+def test_json_that_is_no_object_is_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")
+
+
+def test_side_files_are_everything_but_weights(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    kept = ["LICENSE", "README.md", "chat_template.jinja", "generation_config.json", "merges.txt"]
+    left = [
+        "config.json",
+        "model.bin",
+        "tf_model.h5",
+        "x.gguf",
+        ".git",
+        "pytorch_model.bin.index.json",
+    ]
+    for name in [*kept, *left]:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "folder").mkdir()
+    assert [path.name for path in Checkpoint(tmp_path).side_files()] == kept
+
+
+class TestIdentity:
+    """What tells a model from a changed one."""
+
+    def test_the_same_model_is_the_same(self, llama: Path) -> None:
+        assert Checkpoint(llama).identity() == Checkpoint(llama).identity()
+
+    def test_other_weights_of_the_same_size(self, llama: Path, tmp_path: Path) -> None:
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / name).write_bytes((llama / name).read_bytes())
+        before = Checkpoint(tmp_path).identity()
+        data = bytearray((tmp_path / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (tmp_path / "model.safetensors").write_bytes(data)
+        assert Checkpoint(tmp_path).identity() != before
+
+    def test_another_config(self, llama: Path, tmp_path: Path) -> None:
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / name).write_bytes((llama / name).read_bytes())
+        before = Checkpoint(tmp_path).identity()
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+        assert Checkpoint(tmp_path).identity() != before

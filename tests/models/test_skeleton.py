@@ -1,0 +1,118 @@
+"""Blocks and linears are found by their shape, on the meta device, whatever the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from roundwise.errors import CheckpointError, ConfigError
+from roundwise.models.bundled import bundled_model
+from roundwise.models.skeleton import find_blocks, open_skeleton, set_weight, weight_of
+from tests.helpers import ARCHITECTURES, Architecture, linear_names, tensors_of
+
+NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+@NAMES
+def test_blocks_and_linears(name: str, folder_of: Callable[[str], Path]) -> None:
+    architecture: Architecture = ARCHITECTURES[name]
+    skeleton = open_skeleton(folder_of(name))
+    count = len(skeleton.model.get_submodule(architecture.blocks))
+    assert [b.name for b in skeleton.blocks] == [f"{architecture.blocks}.{i}" for i in range(count)]
+    found = {linear for block in skeleton.blocks for linear in block.linears}
+    assert found == set(linear_names(skeleton.model, architecture))
+
+
+@NAMES
+def test_nothing_is_loaded_before_it_is_needed(name: str, folder_of: Callable[[str], Path]) -> None:
+    model = open_skeleton(folder_of(name)).model
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder_of(name))
+    computed = dict(model.named_non_persistent_buffers())
+    for buffer, value in plain.named_non_persistent_buffers():
+        assert torch.equal(computed[buffer], value)
+
+
+@NAMES
+def test_every_tensor_of_the_checkpoint_is_somewhere(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    skeleton = open_skeleton(folder_of(name))
+    parts = [skeleton.block_tensors(i) for i in range(len(skeleton.blocks))]
+    parts.append(skeleton.other_tensors())
+    names = [tensor for part in parts for tensor in part]
+    assert len(names) == len(set(names))
+    assert set(names) == set(tensors_of(folder_of(name)))
+
+
+@NAMES
+def test_loading_gives_the_values_and_unloading_takes_them_back(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    skeleton = open_skeleton(folder_of(name))
+    plain = dict(
+        transformers.AutoModelForCausalLM.from_pretrained(folder_of(name)).named_parameters()
+    )
+    block = skeleton.blocks[1]
+    skeleton.load(block.module, block.name)
+    loaded = {f"{block.name}.{n}": p for n, p in block.module.named_parameters()}
+    assert loaded
+    assert all(torch.equal(value, plain[key]) for key, value in loaded.items())
+    skeleton.unload(block.module, block.name)
+    assert all(parameter.device.type == "meta" for parameter in block.module.parameters())
+    skeleton.load_outside_blocks()
+    head = skeleton.model.get_output_embeddings().weight
+    for key, parameter in skeleton.model.named_parameters():
+        inside = key.startswith(f"{ARCHITECTURES[name].blocks}.")
+        if not inside and parameter is not head:
+            assert torch.equal(parameter, plain[key])
+
+
+def test_a_conv1d_is_seen_as_a_linear() -> None:
+    conv = Conv1D(6, 4)
+    assert weight_of(conv).shape == (6, 4)
+    W = torch.randn(6, 4)
+    set_weight(conv, W)
+    assert torch.equal(weight_of(conv), W)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(conv(x), x @ W.T + conv.bias)
+
+
+def test_the_weight_keeps_its_dtype() -> None:
+    linear = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    set_weight(linear, torch.randn(4, 4))
+    assert linear.weight.dtype == torch.bfloat16
+
+
+def test_a_model_without_repeated_blocks() -> None:
+    with pytest.raises(ConfigError, match="Sequential has no repeated blocks with linear layers"):
+        find_blocks(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+
+
+def test_of_several_lists_the_heaviest_counts() -> None:
+    model = torch.nn.Module()
+    model.adapters = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(5))
+    model.layers = torch.nn.ModuleList(
+        torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2)) for _ in range(3)
+    )
+    assert [block.name for block in find_blocks(model)] == ["layers.0", "layers.1", "layers.2"]
+    assert list(find_blocks(model)[1].linears) == ["layers.1.0", "layers.1.1"]
+
+
+def test_the_bundled_model_is_there() -> None:
+    skeleton = open_skeleton(bundled_model())
+    assert skeleton.dtype == torch.bfloat16
+    assert len(skeleton.blocks) > 1
+
+
+def test_another_shape_than_the_config_asks_for(copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of("llama")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"vocab_size": 128', '"vocab_size": 96'))
+    with pytest.raises(CheckpointError, match=r"has shape \[128, 64\].*asks for \[96, 64\]"):
+        open_skeleton(folder).load_outside_blocks()
