@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import roundwise as rw
+from roundwise import QuantizeConfig
 from roundwise.errors import Interrupted, OutputError, RunError
 from roundwise.models import writer
 from tests.conftest import QUICK
@@ -237,7 +238,10 @@ class TestRefused:
         [
             ({"config": QUICK.merged({"bits": 8})}, r"config.bits \(4 -> 8\)"),
             ({"config": QUICK.merged({"sym": False})}, r"config.sym \(True -> False\)"),
-            ({"config": rw.QuantizeConfig(group_size=32, dynamic={"k_proj": None})}, "k_proj"),
+            (
+                {"config": QuantizeConfig(**{**QUICK.model_dump(), "dynamic": {"k_proj": None}})},
+                "dynamic",
+            ),
             ({"calibration": windows(seed=1)}, "calibration.sha256"),
             ({"samples": 3}, r"calibration.samples \(4 -> 3\)"),
             ({"seed": 1}, r"calibration.seed \(0 -> 1\)"),
@@ -284,7 +288,9 @@ class TestRefused:
     def test_a_finished_shard_that_was_changed(self, stopped: tuple[Path, Path]) -> None:
         model, out = stopped
         shard = next(out.glob("model-00001-*"))
-        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
         with pytest.raises(RunError, match=r"model-00001.* was changed.*--restart"):
             quantize(model, out)
 

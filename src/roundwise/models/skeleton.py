@@ -61,11 +61,6 @@ class Skeleton:
             if current is None or current.device.type != "meta" or key not in self.source_of:
                 continue
             info = self.checkpoint.tensors[self.source_of[key]]
-            if tuple(current.shape) != info.shape:
-                raise CheckpointError(
-                    f"tensor {self.source_of[key]} has shape {list(info.shape)}; "
-                    f"the model's config asks for {list(current.shape)}"
-                )
             value = info.read()
             if value.is_floating_point():
                 value = value.to(current.dtype)
@@ -229,7 +224,7 @@ def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> d
     transformers; tied parameters may be stored under any of their names.
 
     Raises:
-        CheckpointError: a tensor that the model needs is missing, or only there in parts.
+        CheckpointError: a tensor that the model needs is missing, or has another shape.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -255,8 +250,13 @@ def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> d
         match = next((stored[n] for n in [name, *partners.get(name, [])] if n in stored), None)
         if match is None:
             missing.append(name)
-        else:
-            found[name] = match
+            continue
+        found[name] = match
+        has, wants = checkpoint.tensors[match].shape, tuple(names[name].shape)
+        if has != wants:
+            raise CheckpointError(
+                f"tensor {match} has shape {list(has)}; the model's config asks for {list(wants)}"
+            )
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(

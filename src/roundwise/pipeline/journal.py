@@ -128,5 +128,7 @@ class Journal:
         self._lock.close()
 
     def close(self) -> None:
-        """Lets go of the lock; everything stays for the next run."""
+        """Lets go of the lock; what was begun stays for the next run."""
+        if not self.path.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()

@@ -19,7 +19,7 @@ from roundwise.models.formats import check_shape
 from roundwise.models.hub import local_folder
 from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
 from roundwise.pipeline.calibration import Calibration, load_calibration
-from roundwise.pipeline.memory import Mode, choose_mode, parse_size, peak_rss
+from roundwise.pipeline.memory import Mode, parse_size, peak_rss
 from roundwise.pipeline.run import Progress, Run
 
 __all__ = ["Progress", "QuantizeResult", "quantize"]
@@ -88,10 +88,7 @@ def quantize(
         skeleton, config, calibration,
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
     )  # fmt: skip
-    if config.method == "gptq" and mode is None:
-        tokens, budget = texts.tokens if texts else 0, parse_size(max_memory)
-        mode = choose_mode(skeleton, tokens, budget, reference=config.needs_reference)
-    run = Run(skeleton, Path(out), config, texts, mode, strict, progress)
+    run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), strict, progress)
     journal = run.open(restart=restart)
     try:
         manifest = run.finished() or run.work(journal)

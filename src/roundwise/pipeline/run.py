@@ -30,7 +30,7 @@ from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
 from roundwise.pipeline.finish import MANIFEST, described, finish, shard_name
 from roundwise.pipeline.journal import WORK, Journal
-from roundwise.pipeline.memory import Mode
+from roundwise.pipeline.memory import Mode, choose_mode
 from roundwise.pipeline.probe import Group
 from roundwise.version import __version__
 
@@ -56,21 +56,32 @@ class Run:
     config: QuantizeConfig
     texts: Calibration | None
     mode: Mode | None
+    """None: as an earlier run in this folder chose, else as memory allows."""
+    budget: int | None
+    """Bytes, for that choice."""
     strict: bool
     progress: Callable[[Progress], None] | None
 
-    def fingerprint(self, threads: int) -> dict[str, Any]:
+    def fingerprint(self, known: dict[str, Any] | None) -> dict[str, Any]:
         """Everything that decides the bytes of the result.
 
-        The number of threads does: matrix products are summed up in another order. So a resumed run
-        takes the number that it was begun with, whatever this machine's is.
+        What was not asked for but found on the machine is taken over from a `known` run: the mode that
+        its memory allowed, and the number of threads, which decides the order of summation.
         """
+        config = self.config.model_dump(mode="json")
+        # The first pattern that matches wins: their order counts, which a JSON object's does not.
+        config["dynamic"] = [list(item) for item in config["dynamic"].items()]
+        self.mode = self.mode or (known or {}).get("mode")
+        if self.mode is None and self.texts is not None:
+            self.mode = choose_mode(
+                self.skeleton, self.texts.tokens, self.budget, reference=self.config.needs_reference
+            )
         return {
-            "config": self.config.model_dump(mode="json"),
+            "config": config,
             "model": self.skeleton.checkpoint.identity(),
             "calibration": self.texts.describe() if self.texts else None,
             "mode": self.mode or "none",
-            "threads": threads,
+            "threads": (known or {}).get("threads", torch.get_num_threads()),
             "processor": torch.backends.cpu.get_cpu_capability(),
             "versions": {
                 "roundwise": __version__,
@@ -102,8 +113,8 @@ class Run:
         if not (self.out / "config.json").exists():
             return None
         manifest = read_manifest(self.out)
-        known = (manifest or {}).get("run", {})
-        if known != described(self.fingerprint(known.get("threads", 0))):
+        known = (manifest or {}).get("run")
+        if known != described(self.fingerprint(known)):
             raise OutputError(
                 f"{self.out} holds a finished checkpoint made otherwise: give another folder, "
                 "or --restart to replace it"
@@ -113,7 +124,7 @@ class Run:
     def work(self, journal: Journal) -> dict[str, Any]:
         """All blocks that are not finished, then the rest of the checkpoint."""
         known, done = journal.read()
-        fingerprint = self.fingerprint((known or {}).get("threads", torch.get_num_threads()))
+        fingerprint = self.fingerprint(known)
         if known is None:
             journal.start(fingerprint)
         elif known != fingerprint:
@@ -123,8 +134,11 @@ class Run:
             )
         journal.trim()
         for line in done:
-            if file_digest(self.out / line["shard"]) != line["sha256"]:
-                raise RunError(f"{line['shard']} was changed since it was written: use --restart")
+            shard = self.out / line["shard"]
+            if not shard.exists() or file_digest(shard) != line["sha256"]:
+                raise RunError(
+                    f"{shard} was changed or removed since it was written: use --restart"
+                )
         if len(done) < len(self.skeleton.blocks):
             with _threads(fingerprint["threads"]):
                 self._blocks(journal, done)
@@ -283,7 +297,7 @@ def _difference(old: Any, new: Any, path: str = "") -> str:
     """Where two nested values differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         parts = [
-            _difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+            _difference(old.get(key, "none"), new.get(key, "none"), f"{path}.{key}".lstrip("."))
             for key in sorted({*old, *new})
             if old.get(key) != new.get(key)
         ]
