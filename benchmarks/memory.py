@@ -1,6 +1,7 @@
 """Peak memory of quantizing generated Llamas: does it depend on one block, or on the model?
 
     python benchmarks/memory.py                   1.2B and 2.4B parameters (twice as many blocks)
+    python benchmarks/memory.py --recipe textbook the same with GPTQ as published (much faster here)
     python benchmarks/memory.py --shape 7b        a 7B-shaped model, to the end
 
 The models are random bf16 weights in shards, written block by block. Each run is a process of its own;
@@ -41,11 +42,12 @@ import torch
 base = status("VmRSS")
 import random
 import roundwise as rw
-model, out, samples, length, seed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
-draw = random.Random(seed)
+model, out, recipe = sys.argv[1:4]
+samples, length = map(int, sys.argv[4:])
+draw = random.Random(0)
 windows = [[draw.randrange(32000) for _ in range(length)] for _ in range(samples)]
 limits = {"samples": samples, "seq_len": length, "batch_size": 4}
-result = rw.quantize(model, out, rw.QuantizeConfig(), windows, **limits)
+result = rw.quantize(model, out, rw.QuantizeConfig(recipe=recipe), windows, **limits)
 peak = status("VmHWM")
 print(json.dumps({"base": base, "peak": peak, "seconds": result.seconds, "mode": result.mode}))
 """
@@ -105,23 +107,26 @@ def write_model(
     return total
 
 
-def measure(shape: str, samples: int, length: int, scratch: Path) -> float:
+def measure(
+    shape: str, recipe: str, blocks: int, samples: int, length: int, scratch: Path
+) -> float:
     """Generates, quantizes and deletes one model; prints a line; the peak above torch in MB."""
     source, out = scratch / f"model-{shape}", scratch / f"out-{shape}"
     source.mkdir()
-    parameters = write_model(source, **SHAPES[shape])
+    sizes = SHAPES[shape] | ({"blocks": blocks} if blocks else {})
+    parameters = write_model(source, **sizes)
     begun = time.monotonic()
-    arguments = [str(source), str(out), str(samples), str(length), "0"]
+    arguments = [str(source), str(out), recipe, str(samples), str(length)]
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments], check=True, capture_output=True, text=True
     )
     found = json.loads(done.stdout.splitlines()[-1])
     above = (found["peak"] - found["base"]) / 1e6
     print(
-        f"{shape}: {parameters / 1e9:.2f}B parameters, {SHAPES[shape]['blocks']} blocks, "
-        f"{samples} x {length} tokens, mode {found['mode']}: peak {above:.0f} MB above torch "
+        f"{shape}: {parameters / 1e9:.2f}B parameters, {sizes['blocks']} blocks, "
+        f"{samples} x {length} tokens, {recipe}, mode {found['mode']}: peak {above:.0f} MB above torch "
         f"({found['peak'] / 1e6:.0f} MB in all), {found['seconds']:.0f} s "
-        f"({found['seconds'] / SHAPES[shape]['blocks']:.1f} s per block), "
+        f"({found['seconds'] / sizes['blocks']:.1f} s per block), "
         f"{time.monotonic() - begun:.0f} s wall",
         flush=True,
     )
@@ -135,6 +140,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--recipe", choices=["best", "textbook"], default="best")
+    parser.add_argument("--blocks", type=int, default=0, help="other than the shape's")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--scratch", type=Path, help="where models are written (needs their size)")
@@ -146,7 +153,10 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         shapes = args.shape or ["1.2b", "2.4b"]
-        peaks = [measure(shape, args.samples, args.seq_len, Path(scratch)) for shape in shapes]
+        peaks = [
+            measure(shape, args.recipe, args.blocks, args.samples, args.seq_len, Path(scratch))
+            for shape in shapes
+        ]
     if not args.shape:
         print(f"twice the blocks: {peaks[1] / peaks[0] - 1:+.1%} peak memory")
 

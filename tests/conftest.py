@@ -18,8 +18,9 @@ from tests.helpers import ARCHITECTURES, LLAMA, Commands, random_model, windows
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-#: Small and quick: what most tests quantize with.
+#: What tests quantize with: the quick recipe, where it is not the subject, and the default one.
 QUICK = rw.QuantizeConfig(group_size=32, recipe="textbook")
+BEST = rw.QuantizeConfig(group_size=32)
 
 
 @pytest.fixture(autouse=True, scope="session")

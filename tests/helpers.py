@@ -139,19 +139,20 @@ def conduct(
     solve: Callable[[Group], None] = lambda group: None,
     *,
     sequential: bool = True,
-) -> Iterator[tuple[list[Group], list[Any]]]:
-    """Leads batches through all blocks; yields the groups of each and what it returned, probe aside."""
+    reference: bool = False,
+) -> Iterator[tuple[list[Group], Conductor]]:
+    """Leads batches through all blocks; yields the groups of each, all players standing behind it."""
     skeleton.load_outside_blocks()
-    with Conductor(skeleton.model, skeleton.blocks, played) as conductor:
+    with Conductor(skeleton.model, skeleton.blocks, played, reference=reference) as conductor:
         for block in skeleton.blocks:
             conductor.enter()
             skeleton.load(block.module, block.name)
             groups = conductor.probe(block)
             conductor.play(block, groups, solve, sequential=sequential)
-            yield groups, conductor.outputs()[1:]
+            yield groups, conductor
 
 
-def first_tensor(output: Any) -> torch.Tensor:
+def hidden(output: Any) -> torch.Tensor:
     """The hidden states among what a block returns."""
     return output[0] if isinstance(output, tuple) else output
 

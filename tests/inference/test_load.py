@@ -166,7 +166,8 @@ def test_dtype(dtype: torch.dtype, quantized: Callable[..., Path]) -> None:
 
 
 def test_generates_with_its_cache(tiny: Path, text: Path, tmp_path: Path) -> None:
-    rw.quantize(tiny, tmp_path / "out", None, str(text), samples=2, seq_len=64)
+    config = rw.QuantizeConfig(recipe="textbook")
+    rw.quantize(tiny, tmp_path / "out", config, str(text), samples=2, seq_len=64)
     model, tokenizer = rw.load(tmp_path / "out", dtype=torch.float32)
     inputs = tokenizer("def read_file(path):\n", return_tensors="pt")
     output = model.generate(inputs["input_ids"], max_new_tokens=8, do_sample=False)[0]

@@ -14,7 +14,7 @@ from roundwise.errors import NumericalError, RunError
 from roundwise.models.skeleton import open_skeleton
 from roundwise.pipeline.calibration import load_calibration
 from roundwise.pipeline.conduct import Conductor, Group
-from tests.helpers import ARCHITECTURES, batches, conduct, first_tensor, windows
+from tests.helpers import ARCHITECTURES, batches, conduct, hidden, windows
 
 MODES = pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "block"])
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -25,7 +25,7 @@ def block_outputs(folder: Path, blocks: str, inputs: dict[str, torch.Tensor]) ->
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     seen: list[torch.Tensor] = []
     for block in model.get_submodule(blocks):
-        block.register_forward_hook(lambda _m, _a, output: seen.append(first_tensor(output)))
+        block.register_forward_hook(lambda _m, _a, output: seen.append(hidden(output)))
     with torch.no_grad():
         model(**inputs, use_cache=False)
     return seen
@@ -46,29 +46,51 @@ def collected(folder: Path, rows: list[list[int]], size: int, *, sequential: boo
     return found
 
 
+@pytest.mark.parametrize("reference", [False, True], ids=["alone", "with reference"])
 @MODES
 @NAMES
 def test_hidden_states_are_those_of_the_plain_model_bit_for_bit(
-    name: str, sequential: bool, folder_of: Callable[[str], Path]
+    name: str, sequential: bool, reference: bool, folder_of: Callable[[str], Path]
 ) -> None:
     folder, played = folder_of(name), batches(windows())
     expected = [block_outputs(folder, ARCHITECTURES[name].blocks, b.inputs()) for b in played]
-    behind = conduct(open_skeleton(folder), played, sequential=sequential)
-    for index, (_, outputs) in enumerate(behind):
-        for number, output in enumerate(outputs):
-            assert torch.equal(first_tensor(output), expected[number][index])
-    assert index == len(expected[0]) - 1
+    skeleton = open_skeleton(folder)
+    behind = conduct(skeleton, played, sequential=sequential, reference=reference)
+    for index, (_, conductor) in enumerate(behind):
+        assert len(conductor.originals) == (len(played) if reference else 0)
+        for player in [*conductor.quantized, *conductor.originals]:
+            assert torch.equal(hidden(player.output), expected[player.number][index])
+    assert index == len(skeleton.blocks) - 1
 
 
 def test_hidden_states_of_the_trained_model_in_bfloat16(tiny: Path) -> None:
     played = batches(windows(length=200), size=4)
     expected = block_outputs(tiny, "model.layers", played[0].inputs())
     assert expected[0].dtype == torch.bfloat16
-    behind = list(conduct(open_skeleton(tiny), played))
-    assert all(
-        torch.equal(first_tensor(outputs[0]), plain)
-        for (_, outputs), plain in zip(behind, expected, strict=True)
-    )
+    for index, (_, conductor) in enumerate(conduct(open_skeleton(tiny), played)):
+        assert torch.equal(hidden(conductor.quantized[0].output), expected[index])
+
+
+@MODES
+@NAMES
+def test_the_reference_stays_the_original_whatever_is_replaced(
+    name: str, sequential: bool, folder_of: Callable[[str], Path]
+) -> None:
+    folder, played = folder_of(name), batches(windows())
+    expected = [block_outputs(folder, ARCHITECTURES[name].blocks, b.inputs()) for b in played]
+    skeleton = open_skeleton(folder)
+
+    def double(group: Group) -> None:
+        for block in skeleton.blocks:
+            for linear in [block.linears[n] for n in group.names if n in block.linears]:
+                linear.weight = torch.nn.Parameter(2 * linear.weight, requires_grad=False)
+
+    behind = conduct(skeleton, played, double, sequential=sequential, reference=True)
+    for index, (_, conductor) in enumerate(behind):
+        for player in conductor.originals:
+            assert torch.equal(hidden(player.output), expected[player.number][index])
+        for player in conductor.quantized:
+            assert not torch.equal(hidden(player.output), expected[player.number][index])
 
 
 @NAMES
@@ -163,10 +185,10 @@ def test_every_batch_sees_the_replaced_weights(llama: Path, sequential: bool) ->
 
     played = batches(windows())
     behind = conduct(skeleton, played, clear, sequential=sequential)
-    _, outputs = next(behind)
+    _, conductor = next(behind)
     embedding = skeleton.model.get_input_embeddings()
-    for batch, output in zip(played, outputs, strict=True):
-        assert torch.equal(first_tensor(output), embedding(batch.input_ids))
+    for player in conductor.quantized:
+        assert torch.equal(hidden(player.output), embedding(player.batch.input_ids))
     behind.close()
 
 
@@ -188,8 +210,8 @@ def test_grad_mode_is_left_as_it_was(enabled: bool, blocks: int, llama: Path) ->
     with torch.set_grad_enabled(enabled):
         behind = conduct(open_skeleton(llama), batches(windows(6)))
         for _ in range(blocks):
-            _, outputs = next(behind)
-            assert not first_tensor(outputs[0]).requires_grad
+            _, conductor = next(behind)
+            assert not hidden(conductor.quantized[0].output).requires_grad
         for _ in behind if blocks == 2 else ():
             pass
         behind.close()

@@ -33,10 +33,12 @@ def test_the_mode_follows_the_budget(llama: Path) -> None:
     skeleton = open_skeleton(llama)
     # Per token 96 + 4·64 numbers of 4 bytes.
     needed = 1000 * (96 + 4 * 64) * 4
-    assert choose_mode(skeleton, 1000, needed) == "true_sequential"
-    assert choose_mode(skeleton, 1000, needed - 1) == "block"
-    assert choose_mode(skeleton, 1000, None) == "true_sequential"
-    assert choose_mode(skeleton, 10**12, None) == "block"
+    for reference in (False, True):
+        budget = (1 + reference) * needed
+        assert choose_mode(skeleton, 1000, budget, reference=reference) == "true_sequential"
+        assert choose_mode(skeleton, 1000, budget - 1, reference=reference) == "block"
+    assert choose_mode(skeleton, 1000, None, reference=False) == "true_sequential"
+    assert choose_mode(skeleton, 10**12, None, reference=False) == "block"
 
 
 def test_what_this_machine_has() -> None:

@@ -11,11 +11,12 @@ import torch
 import transformers
 
 import roundwise as rw
+from roundwise.core.correct import Drift
 from roundwise.errors import CalibrationError, ConfigError, NumericalError, RunError
 from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.skeleton import weight_of
 from roundwise.models.verify import quantized_layers
-from tests.conftest import QUICK
+from tests.conftest import BEST, QUICK
 from tests.helpers import (
     ARCHITECTURES,
     Stop,
@@ -32,63 +33,96 @@ from tests.helpers import (
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
-def plain_gptq(
-    folder: Path,
-    name: str,
-    rows: list[list[int]],
-    ours: dict[str, rw.QuantizedWeight],
-    *,
-    sequential: bool,
-) -> dict[str, rw.QuantizedWeight]:
-    """GPTQ as a textbook has it: the whole model in memory, one forward per group, float64 sums.
+#: Modules whose input is the residual stream that a linear adds to.
+STREAMS: dict[str, dict[str, str]] = {
+    "llama": {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"},
+    "gpt2": {"attn.c_proj": "ln_1", "mlp.c_proj": "ln_2"},
+    # A norm stands between the linears and the stream.
+    "gemma3": {},
+    # The attention's output is added to the MLP's in place, and both together to the stream.
+    "falcon": {"mlp.dense_4h_to_h": "input_layernorm"},
+}
 
-    It goes on with `ours`: a rounding tie that fell the other way is seen once, not in all that
-    follows.
-    """
-    architecture = ARCHITECTURES[name]
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    solved: dict[str, rw.QuantizedWeight] = {}
 
-    def hessian(linear: str) -> torch.Tensor:
+class Plain:
+    """GPTQ as a textbook has it: whole models in memory, one forward per group, float64 sums."""
+
+    def __init__(self, folder: Path, name: str, rows: list[list[int]]) -> None:
+        self.model, self.original = (
+            transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2)
+        )
+        self.name, self.rows = name, rows
+
+    @torch.no_grad()
+    def inputs(self, model: Any, module: str) -> torch.Tensor:
+        """Everything that a module reads, [tokens, channels]."""
         seen: list[torch.Tensor] = []
-        hook = model.get_submodule(linear).register_forward_pre_hook(
+        hook = model.get_submodule(module).register_forward_pre_hook(
             lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]).double())
         )
-        with torch.no_grad():
-            for row in rows:
-                model(input_ids=torch.tensor([row]), use_cache=False)
+        for row in self.rows:
+            model(input_ids=torch.tensor([row]), use_cache=False)
         hook.remove()
-        X = torch.cat(seen)
-        return X.T @ X / len(X)
+        return torch.cat(seen)
 
-    for index in range(len(model.get_submodule(architecture.blocks))):
-        prefix = f"{architecture.blocks}.{index}."
-        groups = [[prefix + n for n in group] for group in architecture.groups]
-        before = {group[0]: hessian(group[0]) for group in groups}
-        for group in groups:
-            H = hessian(group[0]) if sequential else before[group[0]]
-            for linear in group:
-                W = weight_of(model.get_submodule(linear)).detach()
-                solved[linear] = rw.solve(W.clone(), H.float(), QUICK)
-                assign(model, linear, ours[linear].dequantize())
-    return solved
+    def moments(self, prefix: str, linear: str, *, best: bool) -> tuple[torch.Tensor, Drift | None]:
+        """Hessian of a linear's input, and how far the input is from the original model's."""
+        X = self.inputs(self.model, prefix + linear)
+        H = (X.T @ X / len(X)).float()
+        if not best:
+            return H, None
+        drift = [(self.inputs(self.original, prefix + linear) - X).T @ X / len(X)]
+        if stream := STREAMS[self.name].get(linear):
+            R, before = (self.inputs(m, prefix + stream) for m in (self.model, self.original))
+            drift.append((before - R).T @ X / len(X))
+        return H, Drift(*(moment.float() for moment in drift))
+
+    def run(
+        self, ours: dict[str, rw.QuantizedWeight], config: rw.QuantizeConfig, *, sequential: bool
+    ) -> dict[str, rw.QuantizedWeight]:
+        """Solves every group; goes on with `ours`, so that a rounding tie is seen only once."""
+        architecture = ARCHITECTURES[self.name]
+        solved: dict[str, rw.QuantizedWeight] = {}
+        best = config.needs_reference
+        for index in range(len(self.model.get_submodule(architecture.blocks))):
+            prefix = f"{architecture.blocks}.{index}."
+            leaders = [group[0] for group in architecture.groups]
+            before = {leader: self.moments(prefix, leader, best=best) for leader in leaders}
+            for group in architecture.groups:
+                now = self.moments(prefix, group[0], best=best) if sequential else before[group[0]]
+                for linear in group:
+                    name = prefix + linear
+                    W = weight_of(self.model.get_submodule(name)).detach()
+                    solved[name] = rw.solve(W.clone(), now[0], config, drift=now[1])
+                    assign(self.model, name, ours[name].dequantize())
+        return solved
 
 
 @pytest.mark.parametrize("mode", ["true_sequential", "block"])
-@NAMES
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *(pytest.param(name, QUICK, id=f"{name}-textbook") for name in ARCHITECTURES),
+        *(pytest.param(name, BEST, id=f"{name}-best") for name in STREAMS),
+    ],
+)
 def test_streaming_equals_the_plain_implementation(
-    name: str, mode: Any, folder_of: Callable[[str], Path], tmp_path: Path
+    name: str,
+    mode: Any,
+    config: rw.QuantizeConfig,
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     rows = windows(16)
     result = rw.quantize(
-        folder_of(name), tmp_path / "out", QUICK, rows,
+        folder_of(name), tmp_path / "out", config, rows,
         samples=16, seq_len=32, batch_size=5, mode=mode,
     )  # fmt: skip
     assert result.mode == mode
     errors = {layer["name"]: layer["relative_error"] for layer in result.layers}
     ours = {layer.name: layer.read("gptq") for layer in quantized_layers(Checkpoint(result.output))}
     sequential = mode == "true_sequential"
-    expected = plain_gptq(folder_of(name), name, rows, ours, sequential=sequential)
+    expected = Plain(folder_of(name), name, rows).run(ours, config, sequential=sequential)
     assert errors.keys() == expected.keys()
     same = total = 0
     for linear, theirs in expected.items():
@@ -254,12 +288,11 @@ class TestOutputFolder:
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(
-    tiny: Path, text: Path, tmp_path: Path
+    text_model: Path, text: Path, tmp_path: Path
 ) -> None:
-    config = rw.QuantizeConfig(bits=4, group_size=128)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         rw.quantize(
-            tiny, tmp_path / name, config, str(text), samples=2, seq_len=64, seed=seed
+            text_model, tmp_path / name, BEST, str(text), samples=2, seq_len=64, seed=seed
         )  # fmt: skip
     a, b, c = (contents(tmp_path / name) for name in "abc")
     assert a == b

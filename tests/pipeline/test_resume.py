@@ -17,7 +17,7 @@ import roundwise as rw
 from roundwise import QuantizeConfig
 from roundwise.errors import Interrupted, OutputError, RunError
 from roundwise.models import writer
-from tests.conftest import QUICK
+from tests.conftest import BEST, QUICK
 from tests.helpers import Commands, Stop, contents, journal_blocks, stop_after, windows
 
 KILLS = 20
@@ -45,18 +45,26 @@ def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def best(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the default recipe, which plays the original model too."""
+    out = tmp_path_factory.mktemp("best") / "out"
+    quantize(llama, out, config=BEST)
+    return out
+
+
 @pytest.mark.parametrize("count", range(1, EVENTS + 1))
 def test_stopped_after_any_layer_or_block(
-    count: int, llama: Path, whole: Path, tmp_path: Path
+    count: int, llama: Path, best: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stop):
-        quantize(llama, tmp_path / "out", progress=stop_after(count))
+        quantize(llama, tmp_path / "out", config=BEST, progress=stop_after(count))
     assert not (tmp_path / "out" / "config.json").exists()
     steps: list[int] = []
-    quantize(llama, tmp_path / "out", progress=lambda step: steps.append(step.block))
+    quantize(llama, tmp_path / "out", config=BEST, progress=lambda step: steps.append(step.block))
     finished = count // 8
     assert set(steps) == set(range(finished, 2))
-    assert contents(tmp_path / "out") == contents(whole)
+    assert contents(tmp_path / "out") == contents(best)
 
 
 def test_stopped_at_any_write(
@@ -110,7 +118,7 @@ def test_every_architecture_goes_on_from_its_saved_activations(
     model = folder_of(name)
     # Windows of several lengths: a padded batch must come back as it was.
     texts = [row[:length] for row, length in zip(windows(), (32, 20, 32, 9), strict=True)]
-    quantize(model, tmp_path / "whole", calibration=texts, batch_size=2, mode=mode)
+    quantize(model, tmp_path / "whole", config=BEST, calibration=texts, batch_size=2, mode=mode)
 
     def after_first_block(step: Any) -> None:
         if step.layer is None:
@@ -118,11 +126,11 @@ def test_every_architecture_goes_on_from_its_saved_activations(
 
     with pytest.raises(Stop):
         quantize(
-            model, tmp_path / "out", calibration=texts, batch_size=2, mode=mode,
+            model, tmp_path / "out", config=BEST, calibration=texts, batch_size=2, mode=mode,
             progress=after_first_block,
         )  # fmt: skip
     assert journal_blocks(tmp_path / "out") == [0]
-    quantize(model, tmp_path / "out", calibration=texts, batch_size=2, mode=mode)
+    quantize(model, tmp_path / "out", config=BEST, calibration=texts, batch_size=2, mode=mode)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -146,7 +154,7 @@ class TestKilled:
         def command(out: Path) -> tuple[object, ...]:
             return (
                 "quantize", tiny, out, "--calibration", text, "--group-size", 64,
-                "--samples", 2, "--seq-len", 32,
+                "--samples", 2, "--seq-len", 32, "--recipe", "textbook",
             )  # fmt: skip
 
         assert commands.run(*command(tmp_path / "whole")).code == 0
@@ -196,7 +204,7 @@ class TestInterrupted:
         out = tmp_path / "out"
         command = (
             "quantize", tiny, out, "--calibration", text, "--group-size", 64,
-            "--samples", 2, "--seq-len", 32,
+            "--samples", 2, "--seq-len", 32, "--recipe", "textbook",
         )  # fmt: skip
         running = commands.start(*command)
         running.reach(lambda: bool(journal_blocks(out)))
@@ -245,6 +253,7 @@ class TestRefused:
             ({"calibration": windows(seed=1)}, "calibration.sha256"),
             ({"samples": 3}, r"calibration.samples \(4 -> 3\)"),
             ({"seed": 1}, r"calibration.seed \(0 -> 1\)"),
+            ({"config": BEST}, r"config.recipe \(textbook -> best\)"),
             ({"mode": "block"}, r"mode \(true_sequential -> block\)"),
         ],
     )
@@ -359,7 +368,7 @@ class TestLock:
     ) -> None:
         command = (
             "quantize", text_model, tmp_path / "out", "--calibration", text, "--group-size", 32,
-            "--samples", 2, "--seq-len", 32,
+            "--samples", 2, "--seq-len", 32, "--recipe", "textbook",
         )  # fmt: skip
         ended = []
 

@@ -104,7 +104,7 @@ def command(
             model, out, config, calibration,
             samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
             mode=mode, max_memory=max_memory, restart=restart, strict=strict,  # type: ignore[arg-type]
-            progress=_Reporter(shown),
+            progress=Reporter(shown),
         )  # fmt: skip
     if as_json:
         print_json(result.as_dict())
@@ -130,13 +130,14 @@ def _value(text: str) -> int | bool | str:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
-class _Reporter:
+class Reporter:
     """Turns progress of a run into a bar or lines."""
 
     def __init__(self, shown: Steps) -> None:
         self._shown, self._errors = shown, list[str]()
 
     def __call__(self, step: Progress) -> None:
+        """Takes one step of the run."""
         if step.layer is not None:
             error = step.layer["relative_error"]
             short = step.layer["name"].rsplit(".", 1)[-1]
