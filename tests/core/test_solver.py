@@ -172,9 +172,9 @@ class TestReport:
 
     def test_v1_files_never_get_zero_point_0(self) -> None:
         W, H = layer(6, rows=8, width=64)
-        q = solve(W.abs() + 0.1, H, textbook(sym=False))
+        q = solve(W.abs() + 0.1, H, textbook(sym=False, format="gptq"))
         assert q.zeros.min() == 1
-        q = solve(W.abs() + 0.1, H, textbook(sym=False, format="gptq_v2"))
+        q = solve(W.abs() + 0.1, H, textbook(sym=False))
         assert q.zeros.min() == 0
 
 

@@ -28,6 +28,10 @@ class Drift:
     residual: torch.Tensor | None = None
     """(R̃ - R)ᵀX / n, [out, in], where the layer's output is added to the residual stream R."""
 
+    def rows(self, part: slice) -> Drift:
+        """The drift that concerns some rows of the weight."""
+        return Drift(self.input, None if self.residual is None else self.residual[part])
+
 
 def corrected(
     W: torch.Tensor, drift: Drift, perm: torch.Tensor, F: Factor, alpha: float, beta: float

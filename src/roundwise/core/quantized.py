@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+#: Rows dequantized at a time: the float32 temporaries stay small.
+ROWS = 512
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -34,7 +37,11 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Q [out, in] = scales · (codes - zeros), computed in float32, returned as `dtype`."""
         groups = self.g_idx.long()
-        Q = self.codes.to(torch.float32)
-        Q -= self.zeros.to(torch.float32)[:, groups]
-        Q *= self.scales.to(torch.float32)[:, groups]
-        return Q.to(dtype)
+        Q = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        for start in range(0, len(Q), ROWS):
+            rows = slice(start, start + ROWS)
+            part = self.codes[rows].to(torch.float32)
+            part -= self.zeros[rows].to(torch.float32)[:, groups]
+            part *= self.scales[rows].to(torch.float32)[:, groups]
+            Q[rows] = part
+        return Q

@@ -100,7 +100,6 @@ def refine(
     q: QuantizedWeight,
     T: torch.Tensor,
     H: torch.Tensor,
-    shift: float,
     *,
     rounds: int,
     keep_scales: bool,
@@ -110,15 +109,12 @@ def refine(
     Args:
         q: the weight as solved.
         T: target [out, in].
-        H: Hessian [in, in]; `shift` is added to its diagonal, as when it was factored.
-        shift: damping.
+        H: damped Hessian [in, in], as it was factored.
         rounds: repetitions.
         keep_scales: only the codes are improved.
     """
-    damped = H.clone()
-    damped.diagonal().add_(shift)
     state = Refiner(
-        T, damped, q.codes.to(T.dtype), q.scales.to(T.dtype), q.zeros.to(T.dtype),
+        T, H, q.codes.to(T.dtype), q.scales.to(T.dtype), q.zeros.to(T.dtype),
         q.g_idx.long(), 2**q.bits - 1,
     )  # fmt: skip
     for _ in range(rounds):

@@ -14,6 +14,8 @@ for what earlier layers lost (core.correct).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -33,7 +35,9 @@ from roundwise.errors import ConfigError, NumericalError
 #: Columns rounded between two matrix products with all past errors.
 PANEL = 128
 #: Entries of the largest temporary while grids are compared; rows are taken in parts to keep to it.
-WORKSPACE = 1 << 23
+WORKSPACE = 1 << 21
+#: Entries of the part of a weight that is solved at a time.
+ROW_WORKSPACE = 1 << 22
 
 
 class Prepared(NamedTuple):
@@ -96,6 +100,31 @@ def solve(
         H = prepare(H.to(dtype), config)
     if len(H.H) != W.shape[1]:
         raise ConfigError(f"H has {len(H.H)} channels, W {tuple(W.shape)} has {W.shape[1]}")
+    # Rows are independent given H: taken in parts, all temporaries are small.
+    parts, sums = [], torch.zeros(4, dtype=torch.float64)
+    step = max(1, ROW_WORKSPACE // W.shape[1])
+    with _damped(H):
+        for start in range(0, W.shape[0], step):
+            rows = slice(start, start + step)
+            fixed = None if grids is None else Grid(grids.scale[rows], grids.zero[rows])
+            q = _solve_rows(W[rows], H, config, drift and drift.rows(rows), fixed)
+            parts.append(q)
+            sums += _errors(q, W[rows], H)
+    loss, energy, errors, weights = sums.tolist()
+    return replace(
+        parts[0],
+        codes=torch.cat([q.codes for q in parts]),
+        scales=torch.cat([q.scales for q in parts]),
+        zeros=torch.cat([q.zeros for q in parts]),
+        relative_error=_ratio(loss, energy),
+        weight_error=_ratio(errors, weights),
+    )
+
+
+def _solve_rows(
+    W: torch.Tensor, H: Prepared, config: QuantizeConfig, drift: Drift | None, grids: Grid | None
+) -> QuantizedWeight:
+    """Corrects, rounds and refines some rows; H.H is damped while this runs."""
     order, F = H.order, H.factor
     T = W if drift is None else corrected(W, drift, order.perm, F, config.alpha, config.beta)
     columns = _Columns(T.T[order.perm].contiguous(), F, order, config)
@@ -104,8 +133,8 @@ def solve(
     columns.round_all()
     q = columns.result()
     if config.refine:
-        q = refine(q, T, H.H, F.shift, rounds=config.refine, keep_scales=grids is not None)
-    return _measured(q, W, H)
+        q = refine(q, T, H.H, rounds=config.refine, keep_scales=grids is not None)
+    return q
 
 
 def round_to_nearest(
@@ -273,16 +302,26 @@ class _Columns:
         )
 
 
-def _measured(q: QuantizedWeight, W: torch.Tensor, H: Prepared) -> QuantizedWeight:
-    """With the errors of what is stored, against W: damping and corrections are not part of them."""
+@contextmanager
+def _damped(H: Prepared) -> Iterator[None]:
+    """Damping on the diagonal of H.H while the block runs; a damped copy would be as large as H."""
+    diagonal = H.H.diagonal().clone()
+    H.H.diagonal().add_(H.factor.shift)
+    try:
+        yield
+    finally:
+        H.H.diagonal().copy_(diagonal)
+
+
+def _errors(q: QuantizedWeight, W: torch.Tensor, H: Prepared) -> torch.Tensor:
+    """tr(E H Eᵀ), tr(W H Wᵀ), ||E||², ||W||² of what is stored, E = W - Q; without any damping."""
     perm, F = H.order.perm, H.factor
-    E = (W - q.dequantize(W.dtype)).T[perm]
-    Wt = W.T[perm]
-    errors, weights = float(E.square().sum()), float(Wt.square().sum())
-    # tr(E H Eᵀ) = tr(E Ĥ Eᵀ) - shift·||E||²
-    loss = max(F.quadratic(E) - F.shift * errors, 0.0)
-    energy = max(F.quadratic(Wt) - F.shift * weights, 0.0)
-    return replace(q, relative_error=_ratio(loss, energy), weight_error=_ratio(errors, weights))
+    found = []
+    for X in (W - q.dequantize(W.dtype), W):
+        norm = float(X.square().sum())
+        found.append((max(F.quadratic(X.T[perm]) - F.shift * norm, 0.0), norm))
+    (loss, errors), (energy, weights) = found
+    return torch.tensor([loss, energy, errors, weights], dtype=torch.float64)
 
 
 def _fixed_grids(T: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> Grid:

@@ -48,8 +48,13 @@ class TensorInfo:
     """Offset of the first byte in the file."""
     nbytes: int
 
-    def read(self) -> torch.Tensor:
-        """The tensor, as a private memory map: writable, and writing changes only this copy."""
+    def read(self, views: list[mmap.mmap] | None = None) -> torch.Tensor:
+        """The tensor, as a private memory map: writable, and writing changes only this copy.
+
+        Args:
+            views: maps are added to it, and used even if they are not aligned for fast kernels, so
+                that the caller can give their memory back.
+        """
         if self.dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.path.name} holds a tensor of unsupported type {self.dtype}"
@@ -63,7 +68,8 @@ class TensorInfo:
                 file.fileno(), self.start - page + self.nbytes, access=mmap.ACCESS_COPY, offset=page
             )
         offset = self.start - page
-        if offset % ALIGNMENT:
+        aligned = offset % ALIGNMENT == 0 or (views is not None and offset % dtype.itemsize == 0)
+        if not aligned:
             # Kernels may sum up unaligned data in another order: copied, so that equal weights give
             # equal results wherever they stand in their file.
             copy = torch.empty(self.shape, dtype=dtype)
@@ -71,6 +77,8 @@ class TensorInfo:
                 offset : offset + self.nbytes
             ]
             return copy
+        if views is not None:
+            views.append(view)
         count = self.nbytes // dtype.itemsize
         return torch.frombuffer(view, dtype=dtype, count=count, offset=offset).reshape(self.shape)
 

@@ -6,6 +6,7 @@ blocks are found by shape, not by name: no file per architecture.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class Skeleton:
     """Name of a parameter or buffer in the model -> name of the tensor in the checkpoint."""
     dtype: torch.dtype
     _block_of: dict[str, int] = field(default_factory=dict)
+    _outside: list[mmap.mmap] = field(default_factory=list)
 
     def block_tensors(self, index: int) -> dict[str, TensorInfo]:
         """All tensors of the checkpoint that belong to block `index`, by their names there."""
@@ -54,20 +56,39 @@ class Skeleton:
         """The tensors of the checkpoint outside all blocks."""
         return {n: info for n, info in self.checkpoint.tensors.items() if n not in self._block_of}
 
-    def load(self, module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
-        """Gives the meta parameters and buffers of `module` (named `prefix`) their values."""
+    def load(
+        self,
+        module: nn.Module,
+        prefix: str,
+        *,
+        recurse: bool = True,
+        views: list[mmap.mmap] | None = None,
+    ) -> None:
+        """Gives the meta parameters and buffers of `module` (named `prefix`) their values.
+
+        With `views`, tensors are mapped even if their place in the file is not aligned, and the maps
+        are added to the list.
+        """
         for owner, name, key in _tensors_of(module, prefix, recurse=recurse):
             current = owner._parameters.get(name, owner._buffers.get(name))
             if current is None or current.device.type != "meta" or key not in self.source_of:
                 continue
             info = self.checkpoint.tensors[self.source_of[key]]
-            value = info.read()
+            value = info.read(views)
             if value.is_floating_point():
                 value = value.to(current.dtype)
             if name in owner._parameters:
                 owner._parameters[name] = nn.Parameter(value, requires_grad=False)
             else:
                 owner._buffers[name] = value
+
+    def release_pages(self) -> None:
+        """Gives memory of what `load_outside_blocks` mapped back; it is read again when needed.
+
+        Once all batches are in the first block, nobody needs the embeddings.
+        """
+        for view in self._outside:
+            view.madvise(mmap.MADV_DONTNEED)
 
     def load_outside_blocks(self) -> None:
         """Loads embeddings, norms and whatever else is not in a block; the head only when tied."""
@@ -77,7 +98,7 @@ class Skeleton:
             inside = any(path == name or path.startswith(f"{name}.") for name in names)
             # The paused forward ends behind the last block: the head is never reached.
             if not inside and owner is not head:
-                self.load(owner, path, recurse=False)
+                self.load(owner, path, recurse=False, views=self._outside)
 
     def unload(self, module: nn.Module, prefix: str) -> None:
         """Puts what `load` gave back on the meta device, freeing its memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -59,3 +60,10 @@ def choose_mode(skeleton: Skeleton, tokens: int, budget: int | None, *, referenc
     hidden = int(skeleton.model.config.get_text_config().hidden_size)
     needed = (1 + reference) * tokens * (widest + 4 * hidden) * skeleton.dtype.itemsize
     return "true_sequential" if needed <= (budget or available() // 2) else "block"
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, where the C library can: glibc keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -30,7 +30,7 @@ from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
 from roundwise.pipeline.finish import MANIFEST, described, finish, shard_name
 from roundwise.pipeline.journal import WORK, Journal
-from roundwise.pipeline.memory import Mode, choose_mode
+from roundwise.pipeline.memory import Mode, choose_mode, give_back
 from roundwise.pipeline.probe import Group
 from roundwise.version import __version__
 
@@ -162,6 +162,7 @@ class Run:
         ) as conductor:
             for index in range(first, len(self.skeleton.blocks)):
                 conductor.enter()
+                self.skeleton.release_pages()
                 self._block(index, journal, done, first, conductor)
 
     def _block(
@@ -183,8 +184,10 @@ class Run:
                 settings = self.config.for_module(name)
                 if settings is None:
                     continue
-                q = self._solve(name, weight_of(block.linears[name]), inputs, settings)
-                set_weight(block.linears[name], q.dequantize())
+                linear = block.linears[name]
+                q = self._solve(name, weight_of(linear), inputs, settings)
+                set_weight(linear, q.dequantize(weight_of(linear).dtype))
+                give_back()
                 solved[name] = q
                 layers.append(_layer(name, q, settings, inputs.tokens))
                 self._tell(index, first, layers[-1])
