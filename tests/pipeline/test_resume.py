@@ -212,7 +212,8 @@ class TestInterrupted:
         assert ended.code == 1
         assert re.search(r"\d of \d+ blocks are finished and kept", ended.sentence)
         assert str(out) in ended.sentence
-        assert "run the same command again" in ended.sentence
+        assert "run the same command again" in ended.stderr
+        assert f"resume with: roundwise quantize {tiny} {out}" in ended.stderr
         assert not (out / "config.json").exists()
         kept = finished_shards(out)
         assert kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from types import FrameType
@@ -13,7 +14,7 @@ import typer
 
 from roundwise.cli.commands import demo, evaluate, generate, inspect, quantize, verify
 from roundwise.cli.output import console
-from roundwise.errors import RoundwiseError
+from roundwise.errors import Interrupted, RoundwiseError
 from roundwise.version import __version__
 
 app = typer.Typer(
@@ -58,6 +59,11 @@ def main() -> None:
         if "--json" in sys.argv:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        if isinstance(error, Interrupted):
+            again = [word for word in sys.argv[1:] if word != "--restart"]
+            console.print(
+                f"resume with: {_escape(shlex.join(['roundwise', *again]))}", soft_wrap=True
+            )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         console.print("stopped")
