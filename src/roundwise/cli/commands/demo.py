@@ -83,7 +83,9 @@ def _measured(name: str, folder: Path, base: Any, quantized: Any, ids: list[int]
     from roundwise.models.checkpoint import Checkpoint
 
     with steps(f"evaluating {name}") as shown:
-        measured = divergence(base, quantized, ids, window=WINDOW, progress=shown.update)
+        measured = divergence(
+            base, quantized, ids, window=min(WINDOW, len(ids)), progress=shown.update
+        )
     console.print(f"{name}: KL to the original {measured.kl_divergence:.5f}", highlight=False)
     return {
         "name": name,
