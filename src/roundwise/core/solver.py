@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.correct import Drift, corrected
+from roundwise.core.correct import corrected
 from roundwise.core.factor import Factor, factor
 from roundwise.core.grid import Grid, decode, encode, minmax
 from roundwise.core.order import Order, processing_order
@@ -68,7 +68,7 @@ def solve(
     H: torch.Tensor | Prepared,
     config: QuantizeConfig | None = None,
     *,
-    drift: Drift | None = None,
+    lost: torch.Tensor | None = None,
     grids: Grid | None = None,
 ) -> QuantizedWeight:
     """Quantizes one weight so that its output on the calibration inputs survives.
@@ -78,8 +78,8 @@ def solve(
         H: Hessian XᵀX / n [in, in] of the layer's input (any constant factor cancels), or what
             `prepare` made of it with the same settings.
         config: settings; `dynamic` is not looked at here.
-        drift: how the input differs from the original model's; with it the original output is
-            aimed at, as far as `config.alpha` and `config.beta` say.
+        lost: what earlier layers lost and this one is to make up for, [out, in]; see
+            `core.correct.Drift.lost`.
         grids: fixed grids, `scale` and `zero` each [out, groups], instead of searched ones; the
             scales should be float16 values.
 
@@ -107,7 +107,7 @@ def solve(
         for start in range(0, W.shape[0], step):
             rows = slice(start, start + step)
             fixed = None if grids is None else Grid(grids.scale[rows], grids.zero[rows])
-            q = _solve_rows(W[rows], H, config, drift and drift.rows(rows), fixed)
+            q = _solve_rows(W[rows], H, config, None if lost is None else lost[rows], fixed)
             parts.append(q)
             sums += _errors(q, W[rows], H)
     loss, energy, errors, weights = sums.tolist()
@@ -122,11 +122,11 @@ def solve(
 
 
 def _solve_rows(
-    W: torch.Tensor, H: Prepared, config: QuantizeConfig, drift: Drift | None, grids: Grid | None
+    W: torch.Tensor, H: Prepared, config: QuantizeConfig, lost: torch.Tensor | None, grids: Grid | None
 ) -> QuantizedWeight:
     """Corrects, rounds and refines some rows; H.H is damped while this runs."""
     order, F = H.order, H.factor
-    T = W if drift is None else corrected(W, drift, order.perm, F, config.alpha, config.beta)
+    T = W if lost is None else corrected(W, lost, order.perm, F)
     columns = _Columns(T.T[order.perm].contiguous(), F, order, config)
     if grids is not None or order.fixed_grids:
         columns.set_grids(grids or _fixed_grids(T, H.H, config))
