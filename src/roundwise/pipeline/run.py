@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from roundwise.config import QuantizeConfig
+from roundwise.core import native
 from roundwise.core.correct import Drift
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.solver import Prepared, prepare, round_to_nearest, solve
@@ -84,6 +85,7 @@ class Run:
             "mode": self.mode or "none",
             "threads": (known or {}).get("threads", torch.get_num_threads()),
             "processor": torch.backends.cpu.get_cpu_capability(),
+            "solver": native.load()[1].active or "torch",
             "versions": {
                 "roundwise": __version__,
                 "torch": torch.__version__,
