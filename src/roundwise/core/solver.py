@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from roundwise.config import QuantizeConfig
+from roundwise.core.clock import clock
 from roundwise.core.columns import Columns
 from roundwise.core.correct import corrected
 from roundwise.core.factor import Factor, factor, finite
@@ -135,7 +136,8 @@ def _solve_rows(
     columns.round_all()
     q = columns.result()
     if config.refine:
-        q = refine(q, T, H.H, rounds=config.refine, keep_scales=keep_scales)
+        with clock.phase("refine"):
+            q = refine(q, T, H.H, rounds=config.refine, keep_scales=keep_scales)
     return q
 
 
