@@ -57,6 +57,7 @@ PEERS: dict[str, dict[str, Settings]] = {
         "no actorder": {"actorder": None},
         "mse observer": {"observer": "mse"},
         "imatrix_mse observer": {"observer": "imatrix_mse"},
+        "imatrix_mse observer, float32": {"observer": "imatrix_mse", "dtype": "float32"},
     },
     "autoround": {
         "default (200 iterations)": {},
