@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py --only roundwise         rtn, textbook and best, three seeds
     python benchmarks/accuracy.py --only roundwise --ablation --seeds 0
     python benchmarks/accuracy.py --only gptqmodel --bits 3 --seeds 0 --method default
-    python benchmarks/accuracy.py --table                  only prints what is already measured
+    python benchmarks/accuracy.py --table --docs docs/accuracy.md    what is already measured
     python benchmarks/accuracy.py --model DIR --text FILE  another model, on a text of its own
 
 Each job is a process of its own; its time and peak memory (VmHWM) are its own. All tools get the
@@ -126,6 +126,14 @@ def measure(args: argparse.Namespace, evaluator: Evaluator, results: Results) ->
         )
 
 
+def insert(tables: str, docs: Path, model: str) -> None:
+    """Puts the tables of a model between its two marks in a document."""
+    begin, end = f"<!-- measured: {model} -->", f"<!-- end: {model} -->"
+    head, rest = docs.read_text(encoding="utf-8").split(begin)
+    tail = rest.split(end)[1]
+    docs.write_text(f"{head}{begin}\n{tables}\n{end}{tail}", encoding="utf-8")
+
+
 def names(text: str) -> list[str]:
     return text.split(",")
 
@@ -155,6 +163,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of every job")
     parser.add_argument("--redo", action="store_true", help="measure again what was measured")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the tables")
+    parser.add_argument(
+        "--docs", type=Path, help="a document whose tables of this model are renewed"
+    )
     args = parser.parse_args()
     unknown = (set(args.only) - set(TOOLS)) | {str(b) for b in args.bits if b not in GROUPS}
     if unknown:
@@ -165,7 +176,10 @@ def main() -> None:
         results = Results(args.cache / "results.jsonl")
         if not args.table:
             measure(args, evaluator, results)
-    print(report(results.of(evaluator.identity())))
+    tables = report(results.of(evaluator.identity()))
+    print(tables)
+    if args.docs:
+        insert(tables, args.docs, args.model.name)
 
 
 if __name__ == "__main__":

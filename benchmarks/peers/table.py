@@ -27,7 +27,7 @@ def report(records: list[Record]) -> str:
     ordered = sorted(groups, key=lambda group: (not group[1], group[0]))
     lines = _summary({group: groups[group] for group in ordered})
     for bits, sym in ordered:
-        lines += ["", f"## {_title(bits, sym)}", "", *_details(groups[bits, sym])]
+        lines += ["", f"### {_title(bits, sym)}", "", *_details(groups[bits, sym])]
     return "\n".join([*lines, "", *_provenance(records)])
 
 
