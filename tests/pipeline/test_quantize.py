@@ -93,7 +93,8 @@ class Plain:
                 for linear in group:
                     name = prefix + linear
                     W = weight_of(self.model.get_submodule(name)).detach()
-                    solved[name] = rw.solve(W.clone(), now[0], config, drift=now[1])
+                    lost = now[1] and now[1].lost(W, config.alpha, config.beta)
+                    solved[name] = rw.solve(W.clone(), now[0], config, lost=lost)
                     assign(self.model, name, ours[name].dequantize())
         return solved
 

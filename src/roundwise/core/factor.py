@@ -71,17 +71,31 @@ def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
     if mean <= 0.0:
         raise SingularError("the Hessian is zero: no calibration input reached this layer")
     backwards = perm.flip(0)
-    flipped = H[backwards[:, None], backwards]
-    diagonal = flipped.diagonal().clone()
     tried: list[float] = []
     damp = damp_percent
     while damp <= MAX_DAMP:
         tried.append(damp)
-        flipped.diagonal().copy_(diagonal + damp * mean)
-        L, failed = torch.linalg.cholesky_ex(flipped)
+        L = H[backwards[:, None], backwards]
+        L.diagonal().add_(damp * mean)
+        # In place: H is symmetric, so its transpose is the column-major matrix that LAPACK works on.
+        failed = torch.empty((), dtype=torch.int32, device=H.device)
+        torch.linalg.cholesky_ex(L.mT, out=(L.mT, failed))
         root = L.diagonal().flip(0)
         if not int(failed) and bool(torch.isfinite(root).all()) and float(root.min()) > 0.0:
-            del flipped
-            return Factor(L.flip(0, 1).div_(root), root.square(), damp * mean, damp, tuple(tried))
+            _turn(L)
+            return Factor(L.mT.div_(root), root.square(), damp * mean, damp, tuple(tried))
         damp = max(10 * damp, 1e-4)
     raise SingularError(f"the Hessian is indefinite even with damping {tried[-1]:g}")
+
+
+def _turn(A: torch.Tensor) -> None:
+    """Flips a square matrix in both axes, in place: a copy would be as large as H."""
+    width = len(A)
+    middle = width // 2
+    for a in range(0, middle, PANEL):
+        b = min(a + PANEL, middle)
+        front = A[a:b].flip(0, 1)
+        A[a:b] = A[width - b : width - a].flip(0, 1)
+        A[width - b : width - a] = front
+    if width % 2:
+        A[middle] = A[middle].flip(0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from roundwise.core import native
 from roundwise.errors import ConfigError
 
 WIDTHS = (2, 3, 4, 8)
@@ -42,6 +43,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         raise ConfigError(f"{bits}-bit codes pack in multiples of {per_block}, not {n}")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ConfigError(f"codes outside 0 … {2**bits - 1} cannot be packed in {bits} bits")
+    if native.usable(codes):
+        return native.pack(codes.T.to(torch.uint8).contiguous(), bits)
     words = per_block * bits // 32
     blocks = codes.reshape(n // per_block, per_block, m)
     packed = torch.zeros(n // per_block, words, m, dtype=torch.int64)

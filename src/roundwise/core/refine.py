@@ -8,58 +8,60 @@ arXiv 2309.01885, and CDQuant, arXiv 2406.17542, use the same step).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from roundwise.core.grid import MAX_SCALE, MIN_SCALE
+from roundwise.core.grid import MAX_SCALE, MIN_SCALE, Grid
 from roundwise.core.quantized import QuantizedWeight
-
-#: Columns updated between two matrix products with the whole Hessian.
-PANEL = 128
+from roundwise.core.recursion import PANEL, descend
 
 
-@dataclass
 class Refiner:
-    """Codes and scales of one weight while they are being improved; everything in channel order.
+    """A solved weight while it is being improved; like in the solver, [columns, rows of the weight].
 
-    T target [out, in]; H damped Hessian [in, in]; codes floats [out, in]; scale, zero [out, groups];
-    g_idx int64 [in].
+    Columns are in order of their groups, which is their own order unless the file has a g_idx.
+
+    Args:
+        q: the weight as solved.
+        T: target [out, in].
+        H: damped Hessian [in, in], as it was factored.
     """
 
-    T: torch.Tensor
-    H: torch.Tensor
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor
-    g_idx: torch.Tensor
-    maxq: int
-
-    def dequantize(self) -> torch.Tensor:
-        """Q [out, in]."""
-        return (self.codes - self.zero[:, self.g_idx]) * self.scale[:, self.g_idx]
-
-    def loss(self) -> torch.Tensor:
-        """(Q - T) Ĥ (Q - T)ᵀ of each row, [out]."""
-        E = self.dequantize() - self.T
-        return ((E @ self.H) * E).sum(dim=1)
+    def __init__(self, q: QuantizedWeight, T: torch.Tensor, H: torch.Tensor) -> None:
+        index = q.g_idx.long()
+        self.perm = torch.argsort(index, stable=True)
+        self.trivial = bool((index[1:] >= index[:-1]).all())
+        self.H, self.index, self.maxq = H, index[self.perm], 2**q.bits - 1
+        self.T = T.T[self.perm].contiguous()
+        self.codes = q.codes.T[self.perm].contiguous()
+        self.grids = Grid(*(part.T.to(T.dtype).contiguous() for part in (q.scales, q.zeros)))
+        self._TH: torch.Tensor | None = None
 
     def refit(self) -> None:
         """Codes fixed, the best scales of each row: s = M⁻¹ b, kept where the row's loss falls.
 
         With V = codes - zeros: M[g, h] = Σ_{i in g, k in h} V_i Ĥ_ik V_k, b[g] = Σ_{i in g} V_i (T Ĥ)_i.
         """
-        V = self.codes - self.zero[:, self.g_idx]
-        rows, groups = self.scale.shape
-        b = V.new_zeros(rows, groups).index_add_(1, self.g_idx, V * (self.T @ self.H))
-        M = V.new_zeros(rows, groups, groups)
+        if self._TH is None:
+            self._TH = self._times_h(self.T)
+        V = self.codes - self.grids.zero[self.index]
+        groups, rows = self.grids.scale.shape
+        b = V.new_zeros(groups, rows).index_add_(0, self.index, V * self._TH)
+        M = V.new_zeros(groups, groups, rows)
         for group in range(groups):
-            members = (self.g_idx == group).nonzero().flatten()
-            M[:, group].index_add_(1, self.g_idx, (V[:, members] @ self.H[members]) * V)
+            # M is symmetric: the groups from this one on are enough.
+            start = int(torch.searchsorted(self.index, group))
+            stop = int(torch.searchsorted(self.index, group, right=True))
+            product = self._block(slice(start, None), slice(start, stop)) @ V[start:stop]
+            M[group].index_add_(0, self.index[start:], product.mul_(V[start:]))
+            M[group + 1 :, group] = M[group, group + 1 :]
+        M, b = M.permute(2, 0, 1).contiguous(), b.T.contiguous()
+        scale = self.grids.scale.T
         # A group whose codes all sit on the zero point has no say in the loss: keep its scale.
         silent = M.diagonal(dim1=1, dim2=2) <= 0
         M.diagonal(dim1=1, dim2=2)[silent] = 1.0
-        b = torch.where(silent, self.scale, b)
+        b = torch.where(silent, scale, b)
         fitted, failed = torch.linalg.solve_ex(M, b)
         stored = fitted.sign() * fitted.abs().clamp(MIN_SCALE, MAX_SCALE)
         stored = stored.to(torch.float16).to(fitted.dtype)
@@ -68,57 +70,60 @@ class Refiner:
             return ((M @ s[:, :, None])[:, :, 0] * s).sum(dim=1) - 2 * (b * s).sum(dim=1)
 
         # A scale keeps its sign: a symmetric range turned around would be another grid.
-        same_sign = (stored.sign() == self.scale.sign()).all(dim=1) & torch.isfinite(stored).all(
-            dim=1
-        )
-        better = same_sign & (failed == 0) & (loss(stored) < loss(self.scale))
-        self.scale = torch.where(better[:, None], stored, self.scale)
+        same_sign = (stored.sign() == scale.sign()) & torch.isfinite(stored)
+        better = same_sign.all(dim=1) & (failed == 0) & (loss(stored) < loss(scale))
+        self.grids.scale.copy_(torch.where(better[:, None], stored, scale).T)
 
     def descend(self) -> None:
         """One sweep over the columns: each weight to its best grid point, all others fixed."""
-        G = (self.dequantize() - self.T) @ self.H
-        width = self.codes.shape[1]
-        Gt, Ct = G.T.contiguous(), self.codes.T.contiguous()
-        St, Zt = self.scale.T.contiguous(), self.zero.T.contiguous()
-        for a in range(0, width, PANEL):
-            b = min(a + PANEL, width)
-            change = torch.zeros_like(Gt[a:b])
-            for j in range(a, b):
-                scale, zero = St[self.g_idx[j]], Zt[self.g_idx[j]]
-                q = (Ct[j] - zero) * scale
-                best = ((q - Gt[j] / self.H[j, j]) / scale).round_().add_(zero).clamp_(0, self.maxq)
-                moved = (best - Ct[j]) * scale
-                Ct[j] = best
-                change[j - a] = moved
-                if j + 1 < b:
-                    Gt[j + 1 : b].addr_(self.H[j + 1 : b, j], moved)
-            Gt[b:].addmm_(self.H[b:, a:b], change)
-        self.codes = Ct.T.contiguous()
+        scale, zero = self.grids
+        Q = (self.codes - zero[self.index]).mul_(scale[self.index])
+        G = self._times_h(Q.sub_(self.T))
+        del Q
+        for a in range(0, len(G), PANEL):
+            b = min(a + PANEL, len(G))
+            block = self._block(slice(a, None), slice(a, b))
+            change = descend(
+                block[: b - a], G[a:b], self.grids, self.index[a:b], self.maxq, self.codes[a:b]
+            )
+            G[b:].addmm_(block[b - a :], change)
+
+    def result(self, q: QuantizedWeight) -> QuantizedWeight:
+        """`q` with the improved codes and scales."""
+        codes = torch.empty_like(self.codes)
+        codes[self.perm] = self.codes
+        return replace(
+            q,
+            codes=codes.T.contiguous(),
+            scales=self.grids.scale.T.contiguous().to(torch.float16),
+        )
+
+    def _block(self, rows: slice, columns: slice) -> torch.Tensor:
+        """A part of H in the order used here; never all of it at once, which would be a copy."""
+        if self.trivial:
+            return self.H[rows, columns]
+        return self.H[self.perm[rows, None], self.perm[columns]]
+
+    def _times_h(self, X: torch.Tensor) -> torch.Tensor:
+        """H X for X [columns, rows]."""
+        if self.trivial:
+            return self.H @ X
+        product = torch.empty_like(X)
+        for a in range(0, len(X), PANEL):
+            product[a : a + PANEL] = self._block(slice(a, a + PANEL), slice(None)) @ X
+        return product
 
 
 def refine(
-    q: QuantizedWeight,
-    T: torch.Tensor,
-    H: torch.Tensor,
-    *,
-    rounds: int,
-    keep_scales: bool,
+    q: QuantizedWeight, T: torch.Tensor, H: torch.Tensor, *, rounds: int, keep_scales: bool
 ) -> QuantizedWeight:
-    """`rounds` times the scales and then the codes of a solved weight.
+    """`rounds` times the scales and then the codes of a solved weight; arguments as for `Refiner`.
 
-    Args:
-        q: the weight as solved.
-        T: target [out, in].
-        H: damped Hessian [in, in], as it was factored.
-        rounds: repetitions.
-        keep_scales: only the codes are improved.
+    With `keep_scales` only the codes are improved.
     """
-    state = Refiner(
-        T, H, q.codes.to(T.dtype), q.scales.to(T.dtype), q.zeros.to(T.dtype),
-        q.g_idx.long(), 2**q.bits - 1,
-    )  # fmt: skip
+    state = Refiner(q, T, H)
     for _ in range(rounds):
         if not keep_scales:
             state.refit()
         state.descend()
-    return replace(q, codes=state.codes.to(torch.uint8), scales=state.scale.to(torch.float16))
+    return state.result(q)

@@ -40,8 +40,8 @@ def best_grids(
         scores.append(D @ error)
         scales.append(grid.scale)
         zeros.append(grid.zero)
-    keep = min(keep, len(scores))
-    best = torch.stack(scores).topk(keep, dim=0, largest=False).indices
+    # Grids can be equal (all codes shifted by one): the one that was tried first wins.
+    best = torch.stack(scores).sort(dim=0, stable=True).indices[:keep]
     return Grid(torch.stack(scales).gather(0, best), torch.stack(zeros).gather(0, best))
 
 

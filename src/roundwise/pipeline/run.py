@@ -18,6 +18,8 @@ import torch
 import transformers
 
 from roundwise.config import QuantizeConfig
+from roundwise.core import native
+from roundwise.core.correct import Drift
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.solver import Prepared, prepare, round_to_nearest, solve
 from roundwise.errors import NumericalError, OutputError, RunError, SingularError
@@ -83,6 +85,7 @@ class Run:
             "mode": self.mode or "none",
             "threads": (known or {}).get("threads", torch.get_num_threads()),
             "processor": torch.backends.cpu.get_cpu_capability(),
+            "solver": native.load()[1].active or "torch",
             "versions": {
                 "roundwise": __version__,
                 "torch": torch.__version__,
@@ -221,7 +224,8 @@ class Run:
             if settings.method == "rtn":
                 return round_to_nearest(W, settings)
             try:
-                return solve(W, inputs.prepared(settings), settings, drift=inputs.drift)
+                lost = inputs.lost(W, settings)
+                return solve(W, inputs.prepared(settings), settings, lost=lost)
             except SingularError as error:
                 if self.strict:
                     raise
@@ -268,9 +272,19 @@ class _Inputs:
 
     def __init__(self, group: Group) -> None:
         self.tokens = group.hessian.tokens if group.hessian else 0
-        self.drift = group.drift()
+        self._drift = group.drift()
+        self._waiting = len(group.names)
         self._H = group.hessian.mean() if group.hessian else None
         self._known: dict[tuple[Any, ...], Prepared] = {}
+
+    def lost(self, W: torch.Tensor, settings: QuantizeConfig) -> torch.Tensor | None:
+        """What the weight W is to make up for; asked once for each linear, and freed with the last."""
+        Y = self._drift.lost(W, settings.alpha, settings.beta)
+        self._waiting -= 1
+        if not self._waiting:
+            # A moment may be as large as H, whose factor is still to come.
+            self._drift = Drift()
+        return Y
 
     def prepared(self, settings: QuantizeConfig) -> Prepared:
         """Order and factor; SingularError when there is no Hessian."""

@@ -1,0 +1,90 @@
+// What the extension computes, per instruction set. Matrices are row-major: pointer, sizes, strides in
+// entries. Columns of a weight are rows here: [columns, rows of the weight], so that the lanes of a
+// vector are rows of the weight, which are independent of one another given the Hessian.
+#pragma once
+#include <cstdint>
+
+namespace roundwise {
+
+using Index = std::int64_t;
+
+enum class Search : int { minmax = 0, weighted = 1 };
+
+// One group of columns whose grid is to be found; see core/columns.py for the maths.
+template <class T>
+struct Group {
+    Index columns, rows;
+    const T *Ut; // Ut[j * ld_u + i] = U[i, j], j and i within the group
+    Index ld_u;
+    const T *D; // [columns]: the cost of a squared error in each column
+    const T *target, *asked; // [columns, rows]: T, and what finished columns ask for
+    Index ld_target, ld_asked;
+    Search search;
+    const T *weights; // [columns]: of squared errors in the search
+    const T *shrink; // ranges tried, as parts of the full one
+    Index shrinks, keep;
+    int maxq, min_zero;
+    bool sym;
+    T *scale, *zero; // out: [rows]
+    std::uint8_t *codes; // out: [columns, rows]
+    Index ld_codes;
+    T *E; // out: [columns, rows], target - value
+    Index ld_E;
+};
+
+// Columns whose grids are known: grid[j] is the row of `scale` and `zero` that column j uses.
+template <class T>
+struct Known {
+    Index columns, rows;
+    const T *Ut;
+    Index ld_u;
+    const T *target, *asked;
+    Index ld_target, ld_asked;
+    const T *scale, *zero; // [groups, rows]
+    Index ld_scale, ld_zero;
+    const Index *grid; // [columns]
+    int maxq;
+    std::uint8_t *codes;
+    Index ld_codes;
+    T *E;
+    Index ld_E;
+};
+
+// Coordinate descent on a panel of columns: G = (Q - T)H as it was in front of the panel.
+template <class T>
+struct Panel {
+    Index columns, rows;
+    const T *H; // H[j * ld_h + i] within the panel
+    Index ld_h;
+    const T *G; // [columns, rows]
+    Index ld_G;
+    const T *scale, *zero; // [groups, rows]
+    Index ld_scale, ld_zero;
+    const Index *grid; // [columns]
+    int maxq;
+    std::uint8_t *codes; // in and out: [columns, rows]
+    Index ld_codes;
+    T *change; // out: [columns, rows], by how much each value moved
+    Index ld_change;
+};
+
+// The kernels of one instruction set. `group` returns false where a scale does not fit float16.
+struct Kernels {
+    const char *name;
+    bool (*group_f32)(const Group<float> &, int threads);
+    bool (*group_f64)(const Group<double> &, int threads);
+    void (*known_f32)(const Known<float> &, int threads);
+    void (*known_f64)(const Known<double> &, int threads);
+    void (*descend_f32)(const Panel<float> &, int threads);
+    void (*descend_f64)(const Panel<double> &, int threads);
+    // codes [rows, columns] to words [columns * bits / 32, rows], lowest bits first.
+    void (*pack)(const std::uint8_t *codes, Index rows, Index columns, int bits,
+                 std::uint32_t *words, int threads);
+};
+
+extern const Kernels baseline;
+#ifdef ROUNDWISE_X86
+extern const Kernels avx2, avx512;
+#endif
+
+} // namespace roundwise

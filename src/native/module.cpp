@@ -1,0 +1,170 @@
+// roundwise._native: hands arrays from Python to the kernels of this machine's instruction set. Checks
+// shapes and strides, so that no mistake in Python becomes a wild pointer. Knows nothing of torch.
+#include "kernels.hpp"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace nb = nanobind;
+using namespace roundwise;
+
+namespace {
+
+template <class T>
+using Matrix = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
+template <class T>
+using Vector = nb::ndarray<T, nb::ndim<1>, nb::device::cpu>;
+
+const Kernels *chosen = nullptr;
+
+std::vector<const Kernels *> supported() {
+    std::vector<const Kernels *> found;
+#ifdef ROUNDWISE_X86
+    if (__builtin_cpu_supports("x86-64-v4")) found.push_back(&avx512);
+    if (__builtin_cpu_supports("x86-64-v3")) found.push_back(&avx2);
+#endif
+    found.push_back(&baseline);
+    return found;
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels *kernels : supported()) names.emplace_back(kernels->name);
+    return names;
+}
+
+void use(const std::string &name) {
+    for (const Kernels *kernels : supported()) {
+        if (name == kernels->name) {
+            chosen = kernels;
+            return;
+        }
+    }
+    throw std::invalid_argument("this processor has no " + name);
+}
+
+void require(bool holds, const char *what) {
+    if (!holds) throw std::invalid_argument(std::string("roundwise._native: ") + what);
+}
+
+// A matrix of this shape whose rows are contiguous; returns the distance between rows.
+template <class M>
+Index rows_of(const M &matrix, Index rows, Index columns, const char *what) {
+    require(Index(matrix.shape(0)) == rows && Index(matrix.shape(1)) == columns, what);
+    require(matrix.stride(1) == 1 || columns <= 1, what);
+    require(matrix.stride(0) >= columns || rows <= 1, what);
+    return matrix.stride(0);
+}
+template <class V>
+void vector_of(const V &vector, Index length, const char *what) {
+    require(Index(vector.shape(0)) == length && (vector.stride(0) == 1 || length <= 1), what);
+}
+template <class M>
+void grid_of(const Vector<const Index> &grid, Index columns, const M &scale) {
+    vector_of(grid, columns, "grid");
+    for (Index j = 0; j < columns; ++j)
+        require(grid.data()[j] >= 0 && grid.data()[j] < Index(scale.shape(0)), "grid");
+}
+
+template <class T>
+bool group(Matrix<const T> Ut, Vector<const T> D, Matrix<const T> target, Matrix<const T> asked,
+           bool weighted, Vector<const T> weights, Vector<const T> shrink, int keep, int maxq,
+           int min_zero, bool sym, Vector<T> scale, Vector<T> zero, Matrix<std::uint8_t> codes,
+           Matrix<T> E, int threads) {
+    const Index n = target.shape(0), rows = target.shape(1);
+    require(keep >= 1 && maxq >= 1 && maxq <= 255 && min_zero >= 0 && min_zero < maxq, "settings");
+    vector_of(D, n, "D");
+    vector_of(weights, n, "weights");
+    vector_of(scale, rows, "scale");
+    vector_of(zero, rows, "zero");
+    const Group<T> g{
+        n, rows, Ut.data(), rows_of(Ut, n, n, "Ut"), D.data(), target.data(), asked.data(),
+        rows_of(target, n, rows, "target"), rows_of(asked, n, rows, "asked"),
+        weighted ? Search::weighted : Search::minmax, weights.data(), shrink.data(),
+        Index(shrink.shape(0)), keep, maxq, min_zero, sym, scale.data(), zero.data(), codes.data(),
+        rows_of(codes, n, rows, "codes"), E.data(), rows_of(E, n, rows, "E"),
+    };
+    nb::gil_scoped_release release;
+    if constexpr (sizeof(T) == 4) {
+        return chosen->group_f32(g, threads);
+    } else {
+        return chosen->group_f64(g, threads);
+    }
+}
+
+template <class T>
+void known(Matrix<const T> Ut, Matrix<const T> target, Matrix<const T> asked, Matrix<const T> scale,
+           Matrix<const T> zero, Vector<const Index> grid, int maxq, Matrix<std::uint8_t> codes,
+           Matrix<T> E, int threads) {
+    const Index n = target.shape(0), rows = target.shape(1), groups = scale.shape(0);
+    grid_of(grid, n, scale);
+    const Known<T> g{
+        n, rows, Ut.data(), rows_of(Ut, n, n, "Ut"), target.data(), asked.data(),
+        rows_of(target, n, rows, "target"), rows_of(asked, n, rows, "asked"), scale.data(),
+        zero.data(), rows_of(scale, groups, rows, "scale"), rows_of(zero, groups, rows, "zero"),
+        grid.data(), maxq, codes.data(), rows_of(codes, n, rows, "codes"), E.data(),
+        rows_of(E, n, rows, "E"),
+    };
+    nb::gil_scoped_release release;
+    if constexpr (sizeof(T) == 4) {
+        chosen->known_f32(g, threads);
+    } else {
+        chosen->known_f64(g, threads);
+    }
+}
+
+template <class T>
+void descend(Matrix<const T> H, Matrix<const T> G, Matrix<const T> scale, Matrix<const T> zero,
+             Vector<const Index> grid, int maxq, Matrix<std::uint8_t> codes, Matrix<T> change,
+             int threads) {
+    const Index n = G.shape(0), rows = G.shape(1), groups = scale.shape(0);
+    grid_of(grid, n, scale);
+    const Panel<T> p{
+        n, rows, H.data(), rows_of(H, n, n, "H"), G.data(), rows_of(G, n, rows, "G"), scale.data(),
+        zero.data(), rows_of(scale, groups, rows, "scale"), rows_of(zero, groups, rows, "zero"),
+        grid.data(), maxq, codes.data(), rows_of(codes, n, rows, "codes"), change.data(),
+        rows_of(change, n, rows, "change"),
+    };
+    nb::gil_scoped_release release;
+    if constexpr (sizeof(T) == 4) {
+        chosen->descend_f32(p, threads);
+    } else {
+        chosen->descend_f64(p, threads);
+    }
+}
+
+void pack(Matrix<const std::uint8_t> codes, int bits, Matrix<std::int32_t> words, int threads) {
+    const Index rows = codes.shape(0), columns = codes.shape(1);
+    require(bits >= 1 && bits <= 8 && columns * bits % 32 == 0, "bits");
+    require(rows_of(codes, rows, columns, "codes") == columns || rows <= 1, "codes");
+    require(rows_of(words, columns * bits / 32, rows, "words") == rows || columns == 0, "words");
+    nb::gil_scoped_release release;
+    chosen->pack(codes.data(), rows, columns, bits, reinterpret_cast<std::uint32_t *>(words.data()),
+                 threads);
+}
+
+template <class T>
+void bind(nb::module_ &m) {
+    m.def("group", &group<T>);
+    m.def("known", &known<T>);
+    m.def("descend", &descend<T>);
+}
+
+} // namespace
+
+NB_MODULE(_native, m) {
+    chosen = supported().front();
+    m.doc() = "The solver's inner loops in C++; core/native.py is the one who calls them.";
+    m.def("instruction_sets", &instruction_sets, "What this processor can run, the widest first.");
+    m.def("active", [] { return std::string(chosen->name); });
+    m.def("use", &use);
+    bind<float>(m);
+    bind<double>(m);
+    m.def("pack", &pack);
+}

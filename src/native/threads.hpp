@@ -1,0 +1,24 @@
+// Parts of a job on several threads. Threads live as long as the call: a job takes milliseconds or more.
+#pragma once
+#include <cstdint>
+
+namespace roundwise {
+
+// Hands out 0 … count - 1, each once, to whoever asks; then -1.
+class Parts {
+public:
+    explicit Parts(std::int64_t count) : count_(count) {}
+    std::int64_t next() {
+        const std::int64_t mine = __atomic_fetch_add(&taken_, 1, __ATOMIC_RELAXED);
+        return mine < count_ ? mine : -1;
+    }
+
+private:
+    std::int64_t count_, taken_ = 0;
+};
+
+// Calls work(context, parts) on up to `threads` threads, this one included, and waits for all.
+// Throws std::bad_alloc if one of them did.
+void on_threads(std::int64_t count, int threads, void (*work)(void *, Parts &), void *context);
+
+} // namespace roundwise

@@ -1,0 +1,112 @@
+"""The C++ extension: what it is used for, and why not where it is not.
+
+Everything it does exists in plain torch as well (`core/recursion.py`, `core/packing.py`), tested to give
+the same codes; it is only much faster. It takes float32 and float64 tensors, and codes, on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from roundwise.core.grid import MAX_SCALE, Grid
+from roundwise.errors import ConfigError, NumericalError
+
+#: Environment variable: "off", or the instruction set to use instead of the best there is.
+VARIABLE = "ROUNDWISE_NATIVE"
+
+
+class Status(NamedTuple):
+    """Whether the extension is used."""
+
+    active: str | None
+    """The instruction set in use; None: plain torch."""
+    reason: str
+    """Why, in a few words."""
+
+
+@cache
+def load() -> tuple[Any, Status]:
+    """The extension's module (None where it is not used), and the reason.
+
+    Raises:
+        ConfigError: the environment asks for an instruction set that is not there.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "off":
+        return None, Status(None, f"switched off by {VARIABLE}=off")
+    try:
+        module = importlib.import_module("roundwise._native")
+    except ImportError as error:
+        if wanted:
+            raise ConfigError(
+                f"{VARIABLE}={wanted}, but the extension is missing: {error}"
+            ) from error
+        return None, Status(
+            None, f"not built ({error}): install a C++ compiler and roundwise again"
+        )
+    if wanted:
+        if wanted not in module.instruction_sets():
+            known = ", ".join(module.instruction_sets())
+            raise ConfigError(f"{VARIABLE}={wanted}: this processor has {known}; or use off")
+        module.use(wanted)
+        return module, Status(wanted, f"chosen by {VARIABLE}")
+    return module, Status(module.active(), "the best this processor has")
+
+
+def usable(tensor: torch.Tensor) -> bool:
+    """The extension is there and takes tensors like this one."""
+    other = (torch.float16, torch.bfloat16)
+    return tensor.device.type == "cpu" and tensor.dtype not in other and load()[0] is not None
+
+
+def round_group(
+    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor,
+    *, weights: torch.Tensor | None, shrink: torch.Tensor, keep: int, maxq: int, min_zero: int,
+    sym: bool,
+) -> tuple[Grid, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`core.recursion.round_group`, natively."""
+    scale, zero = torch.empty_like(target[0]), torch.empty_like(target[0])
+    codes, E = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
+    fits = load()[0].group(
+        U.T, D, target, asked, weights is not None, D if weights is None else weights, shrink,
+        keep, maxq, min_zero, sym, scale, zero, codes, E, torch.get_num_threads(),
+    )  # fmt: skip
+    if not fits:
+        raise NumericalError(f"a scale does not fit float16 (largest {MAX_SCALE:g})")
+    return Grid(scale, zero), codes, E
+
+
+def round_known(
+    U: torch.Tensor, target: torch.Tensor, asked: torch.Tensor, grids: Grid, index: torch.Tensor,
+    maxq: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`core.recursion.round_known`, natively."""
+    codes, E = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
+    load()[0].known(
+        U.T, target, asked, grids.scale, grids.zero, index, maxq, codes, E, torch.get_num_threads()
+    )
+    return codes, E
+
+
+def descend(
+    H: torch.Tensor, G: torch.Tensor, grids: Grid, index: torch.Tensor, maxq: int,
+    codes: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """`core.recursion.descend`, natively."""
+    change = torch.empty_like(G)
+    load()[0].descend(
+        H, G, grids.scale, grids.zero, index, maxq, codes, change, torch.get_num_threads()
+    )
+    return change
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [in·bits/32, out] of uint8 codes [out, in], which must be contiguous."""
+    words = torch.empty(codes.shape[1] * bits // 32, codes.shape[0], dtype=torch.int32)
+    load()[0].pack(codes, bits, words, torch.get_num_threads())
+    return words

@@ -1,0 +1,150 @@
+"""The inner loops of the solver, column by column: rounding a group, and descending on a panel.
+
+All matrices here are [columns, rows of the weight], so that one column of the weight is contiguous. On
+the CPU the native extension does the same much faster (`core/native.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from roundwise.core import native
+from roundwise.core.grid import Grid, decode, encode, minmax
+from roundwise.core.search import SHRINK, best_grids
+
+#: Columns between two matrix products with the errors before them.
+PANEL = 128
+#: Entries of the largest temporary while grids are compared; rows are taken in parts to keep to it.
+WORKSPACE = 1 << 21
+
+
+def round_group(
+    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor,
+    *, weights: torch.Tensor | None, keep: int, maxq: int, min_zero: int, sym: bool,
+) -> tuple[Grid, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Finds the grid of one group of columns and rounds them, one after another.
+
+    The grid must fit the group's weights as updated by all finished columns, with the group's own later
+    columns free to move: W_g = T_g + (t_g - T_g) U_gg⁻¹, a unit-triangular solve.
+
+    Args:
+        U: [n, n], the group's block of the unit upper triangular factor.
+        D: [n], its pivots.
+        target: [n, rows], T_g.
+        asked: [n, rows], t_g - T_g as far as finished columns ask for it.
+        weights: [n], of squared errors in the grid search; None: the range of the weights, no search.
+        keep: grids that are rounded with, to choose the one of least true loss.
+        maxq, min_zero, sym: the grid, see `core.grid`.
+
+    Returns:
+        The grid of each row; codes uint8 [n, rows]; E = target - value [n, rows].
+
+    Raises:
+        NumericalError: a scale does not fit float16.
+    """
+    shrink = SHRINK.to(target.dtype)
+    if native.usable(target):
+        return native.round_group(
+            U, D, target, asked,
+            weights=weights, shrink=shrink, keep=keep, maxq=maxq, min_zero=min_zero, sym=sym,
+        )  # fmt: skip
+    rows = max(1, WORKSPACE // (len(target) * keep))
+    found = []
+    for start in range(0, target.shape[1], rows):
+        T, asks = target[:, start : start + rows], asked[:, start : start + rows]
+        moved = torch.linalg.solve_triangular(U.T, asks, upper=False, unitriangular=True)
+        W_g = moved.add_(T)
+        if weights is None:
+            grid = minmax(W_g.T, maxq, sym=sym, min_zero=min_zero)
+            codes, E, _ = _rounded(U, D, T, asks, grid, maxq)
+            found.append((*grid, codes, E))
+        else:
+            grids = best_grids(W_g, weights, maxq, sym=sym, min_zero=min_zero, keep=keep)
+            found.append(_cheapest(U, D, T, asks, grids, maxq))
+    scale, zero, codes, E = (torch.cat(part, dim=-1) for part in zip(*found, strict=True))
+    return Grid(scale, zero), codes.to(torch.uint8), E
+
+
+def round_known(
+    U: torch.Tensor, target: torch.Tensor, asked: torch.Tensor, grids: Grid, index: torch.Tensor,
+    maxq: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Rounds columns whose grids are known: column j uses row `index[j]` of grids [groups, rows].
+
+    Returns:
+        codes uint8 [n, rows]; E = target - value [n, rows].
+    """
+    if native.usable(target):
+        return native.round_known(U, target, asked, grids, index, maxq)
+    grid = Grid(grids.scale[index], grids.zero[index])
+    codes, E, _ = _rounded(U, torch.ones_like(U[0]), target, asked, grid, maxq)
+    return codes.to(torch.uint8), E
+
+
+def descend(
+    H: torch.Tensor, G: torch.Tensor, grids: Grid, index: torch.Tensor, maxq: int,
+    codes: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Coordinate descent on a panel of columns: each weight to its best grid point, others fixed.
+
+    Args:
+        H: [n, n], the panel's block of the Hessian.
+        G: [n, rows], (Q - T) H as it was in front of the panel.
+        grids: [groups, rows].
+        index: int64 [n], the row of `grids` that each column uses.
+        maxq: largest code.
+        codes: uint8 [n, rows], improved in place.
+
+    Returns:
+        By how much each value of Q moved, [n, rows].
+    """
+    if native.usable(G):
+        return native.descend(H, G, grids, index, maxq, codes)
+    G, change = G.clone(), torch.empty_like(G)
+    for j in range(len(G)):
+        grid = Grid(grids.scale[index[j]], grids.zero[index[j]])
+        before = codes[j].to(G.dtype)
+        best = (decode(before, grid) - G[j] / H[j, j]).div_(grid.scale)
+        after = best.round_().add_(grid.zero).clamp_(0, maxq)
+        change[j] = (after - before).mul_(grid.scale)
+        codes[j] = after.to(torch.uint8)
+        if j + 1 < len(G):
+            G[j + 1 :].addr_(H[j + 1 :, j], change[j])
+    return change
+
+
+def _cheapest(
+    U: torch.Tensor, D: torch.Tensor, T: torch.Tensor, asked: torch.Tensor, grids: Grid, maxq: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rounds with each of the grids [candidates, rows]; scale, zero, codes, E of the least loss."""
+    count, width = grids.scale.shape
+    flat = Grid(grids.scale.reshape(-1), grids.zero.reshape(-1))
+    codes, E, loss = _rounded(U, D, T.repeat(1, count), asked.repeat(1, count), flat, maxq)
+    best = loss.view(count, width).argmin(dim=0)
+    pick = best * width + torch.arange(width, device=best.device)
+    return flat.scale[pick], flat.zero[pick], codes[:, pick], E[:, pick]
+
+
+def _rounded(
+    U: torch.Tensor, D: torch.Tensor, T: torch.Tensor, asked: torch.Tensor, grid: Grid, maxq: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The recursion: codes (floats) and errors [n, rows], loss [rows].
+
+    `grid` is one per row, or one per column and row.
+    """
+    t = asked + T
+    codes, E = torch.empty_like(t), torch.empty_like(t)
+    scale, zero = grid.scale.expand_as(t), grid.zero.expand_as(t)
+    for j in range(len(t)):
+        start = j - j % PANEL
+        if start and start == j:
+            stop = min(j + PANEL, len(t))
+            t[j:stop] += U[:j, j:stop].T @ E[:j]
+        if j > start:
+            t[j].addmv_(E[start:j].T, U[start:j, j])
+        at = Grid(scale[j], zero[j])
+        codes[j] = encode(t[j], at, maxq)
+        torch.sub(T[j], decode(codes[j], at), out=E[j])
+    # t - q = (t - T) + (T - q)
+    loss = D @ t.sub_(T).add_(E).square_()
+    return codes, E, loss

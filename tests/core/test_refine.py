@@ -1,0 +1,105 @@
+"""Refit and descent never raise the loss, never leave the grid, and are exact where that is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from roundwise import QuantizeConfig, QuantizedWeight, solve
+from roundwise.core.refine import Refiner, refine
+from tests.core.test_solver import layer
+
+
+def losses(q: QuantizedWeight, T: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """(Q - T) H (Q - T)ᵀ of each row."""
+    E = q.dequantize(T.dtype) - T
+    return ((E @ H) * E).sum(dim=1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 20), groups=st.integers(1, 4), bits=st.sampled_from([2, 3, 4, 8]),
+    sym=st.booleans(), desc_act=st.booleans(), recipe=st.sampled_from(["best", "textbook"]),
+    seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_each_step_is_monotone(
+    rows: int, groups: int, bits: int, sym: bool, desc_act: bool, recipe: str, seed: int
+) -> None:
+    T, H = layer(seed, rows, groups * 32)
+    config = QuantizeConfig(
+        recipe=recipe, bits=bits, sym=sym, desc_act=desc_act, group_size=32, refine=0
+    )
+    q = solve(T, H, config)
+    state = Refiner(q, T, H)
+    before = losses(q, T, H)
+    for step in [state.refit, state.descend] * 3:
+        step()
+        after = losses(state.result(q), T, H)
+        assert (after <= before * (1 + 1e-9) + 1e-15).all()
+        before = after
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_refining_helps_and_stays_on_the_grid(desc_act: bool) -> None:
+    T, H = layer(1, rows=32, width=256)
+    q = solve(T, H, QuantizeConfig(bits=3, refine=0, desc_act=desc_act))
+    better = refine(q, T, H, rounds=4, keep_scales=False)
+    assert losses(better, T, H).sum() < 0.98 * losses(q, T, H).sum()
+    assert int(better.codes.max()) <= 7
+    assert better.scales.dtype == torch.float16
+    assert torch.equal(better.zeros, q.zeros)
+    assert (better.scales.sign() == q.scales.sign()).all()
+
+
+def test_descent_ends_where_no_single_code_can_be_bettered() -> None:
+    T, H = layer(2, rows=4, width=32)
+    q = solve(T, H, QuantizeConfig(bits=2, refine=0, group_size=16))
+    best = refine(q, T, H, rounds=50, keep_scales=True)
+    floor = losses(best, T, H)
+    for column in range(32):
+        for change in (-1, 1):
+            codes = best.codes.long()
+            codes[:, column] = (codes[:, column] + change).clamp(0, 3)
+            other = losses(replace(best, codes=codes.to(torch.uint8)), T, H)
+            assert (other >= floor * (1 - 1e-9)).all()
+
+
+def test_the_refit_is_the_least_squares_solution() -> None:
+    """One group: s = (V H Tᵀ) / (V H Vᵀ), up to float16."""
+    T, H = layer(3, rows=8, width=64)
+    q = solve(T, H, QuantizeConfig(bits=3, group_size=-1, refine=0))
+    state = Refiner(q, T, H)
+    state.refit()
+    V = q.codes.double() - q.zeros.double()
+    expected = ((V @ H) * T).sum(dim=1) / ((V @ H) * V).sum(dim=1)
+    found = state.result(q).scales[:, 0].double()
+    changed = found != q.scales[:, 0].double()
+    assert changed.any()
+    assert torch.allclose(found[changed], expected[changed], rtol=1e-3)
+
+
+def test_a_group_that_is_all_zero_keeps_its_scale() -> None:
+    T, H = layer(4, rows=4, width=64)
+    T[:, :32] = 0
+    H[:32, 32:] = H[32:, :32] = 0
+    q = solve(T, H, QuantizeConfig(bits=4, group_size=32, refine=0))
+    better = refine(q, T, H, rounds=2, keep_scales=False)
+    assert torch.equal(better.scales[:, 0], q.scales[:, 0])
+    assert (better.dequantize()[:, :32] == 0).all()
+
+
+def test_the_choice_of_the_grid_by_true_loss_never_raises_it() -> None:
+    """One group: the best of eight candidates cannot lose to the first alone."""
+    T, H = layer(5, rows=64, width=64)
+    few, many = (
+        solve(T, H, QuantizeConfig(bits=3, group_size=-1, refine=0, grid_candidates=count))
+        for count in (1, 8)
+    )
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(64, dtype=H.dtype)
+    one, eight = losses(few, T, damped), losses(many, T, damped)
+    assert (eight <= one * (1 + 1e-9)).all()
+    assert eight.sum() < one.sum()
