@@ -7,7 +7,7 @@
     python benchmarks/accuracy.py --table --docs docs/accuracy.md    what is already measured
     python benchmarks/accuracy.py --model DIR --text FILE  another model, on a text of its own
 
-Each job is a process of its own; its time and peak memory (VmHWM) are its own. All tools get the
+Each job is a process of its own; its CPU time and peak memory (VmHWM) are its own. All tools get the
 same calibration windows as token ids; their checkpoints are decoded by one reader (peers/reader.py)
 and judged by one evaluator in float32, on held-out tokens. Each peer lives in an environment of its
 own under .venv-peers, made on first use (a gigabyte each). Results are kept as JSON lines and not
@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace, evaluator: Evaluator, results: Results) ->
         begun = time.strftime("%H:%M:%S")
         found = run(job, evaluator, args.threads, results.file.parent / "logs")
         results.add({"key": key, "threads": args.threads, "machine": machine, **found})
-        said = found.get("error") or f"KL {found['kl']:.5f}, {found['seconds']:.0f} s"
+        said = found.get("error") or f"KL {found['kl']:.5f}, {found['cpu_seconds']:.0f} s"
         print(
             f"{begun} [{number}/{len(selected)}] {job.row}, {job.bits} bit, "
             f"{'sym' if job.sym else 'asym'}, seed {job.seed}: {said}",

@@ -49,8 +49,10 @@ PEERS: dict[str, dict[str, Settings]] = {
         "GPTAQ": {"gptaq": GPTAQ},
         "FOEM": {"foem": FOEM},
         "GPTAQ + FOEM": {"foem": {"alpha": 0.25, "beta": 0.2}},
+        "mse 2.4, GPTAQ": {"mse": 2.4, "gptaq": GPTAQ},
         "desc_act, mse 2.4": {"desc_act": True, "mse": 2.4},
         "desc_act, mse 2.4, GPTAQ": {"desc_act": True, "mse": 2.4, "gptaq": GPTAQ},
+        "desc_act, mse 2.4, GPTAQ 1.0": {"desc_act": True, "mse": 2.4, "gptaq": {"alpha": 1.0}},
     },
     "llmcompressor": {
         "default (actorder static)": {},

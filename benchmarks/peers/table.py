@@ -75,7 +75,7 @@ def _details(group: Group) -> list[str]:
     base = next(r["base_perplexity"] for records in group.values() for r in records if "kl" in r)
     lines = [
         f"| method (original perplexity {base:.3f}) | seeds | perplexity | KL to the original "
-        "| top-1 agreement | over RTN | over textbook | trivial g_idx | seconds | peak MB |",
+        "| top-1 agreement | over RTN | over textbook | trivial g_idx | CPU seconds | peak MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     rtn, textbook = _kl(group, "roundwise rtn"), _kl(group, "roundwise textbook")
@@ -90,7 +90,7 @@ def _details(group: Group) -> list[str]:
             f"{fmean(r['top1'] for r in good):.2%}",
             f"{kl / rtn:.3f}" if rtn else "", f"{kl / textbook:.3f}" if textbook else "",
             "yes" if all(r["trivial_g_idx"] for r in good) else "no",
-            f"{fmean(r['seconds'] for r in good):.0f}",
+            f"{fmean(r['cpu_seconds'] for r in good):.0f}",
             f"{max(r['peak_bytes'] for r in good) / 1e6:.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
