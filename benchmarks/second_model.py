@@ -30,7 +30,7 @@ from roundwise import perplexity
 
 PACKAGES = ("torch", "numpy")
 SHORTEST = 200  # characters of a docstring that is prose
-WINDOW, BATCH, VOCABULARY = 256, 16, 2048
+WINDOW, BATCH, VOCABULARY = 256, 8, 2048
 
 
 def docstrings(package: str) -> Iterator[str]:
