@@ -1,0 +1,1 @@
+"""What `benchmarks/accuracy.py` is made of: methods, their environments, one reader, one evaluator."""

@@ -1,0 +1,130 @@
+"""What is measured: every tool, its settings, and at which bits and seeds.
+
+Settings of the peers are those that their own documentation recommends or offers for accuracy.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Settings = dict[str, Any]
+
+#: Bits -> group size of the rows of the table.
+GROUPS = {2: 64, 3: 128, 4: 128}
+
+#: roundwise: the two baselines and the default.
+MAIN: dict[str, Settings] = {
+    "rtn": {"method": "rtn"},
+    "textbook": {"recipe": "textbook"},
+    "best": {},
+}
+#: One ingredient taken from `best`, or added to `textbook`.
+ABLATION: dict[str, Settings] = {
+    "best, natural order": {"order": "natural"},
+    "best, static groups": {"order": "static"},
+    "best, act-order in the file": {"desc_act": True},
+    "best, grid min-max": {"grid": "minmax"},
+    "best, grid mse": {"grid": "mse"},
+    "best, 1 grid candidate": {"grid_candidates": 1},
+    "best, alpha 0": {"alpha": 0.0},
+    "best, beta 0": {"beta": 0.0},
+    "best, alpha 0 and beta 0": {"alpha": 0.0, "beta": 0.0},
+    "best, no refinement": {"refine": 0},
+    "textbook, group-aware order": {"order": "group_aware"},
+    "textbook, static groups": {"order": "static"},
+    "textbook, act-order in the file": {"desc_act": True},
+    "textbook, grid mse": {"grid": "mse"},
+    "textbook, grid pivot": {"grid": "pivot"},
+    "textbook, grid pivot, 8 candidates": {"grid": "pivot", "grid_candidates": 8},
+    "textbook, alpha 1": {"alpha": 1.0},
+    "textbook, alpha 1 and beta 1": {"alpha": 1.0, "beta": 1.0},
+    "textbook, refinement": {"refine": 2},
+}
+GPTAQ, FOEM = {"alpha": 0.25}, {"alpha": 0.0, "beta": 0.2}
+PEERS: dict[str, dict[str, Settings]] = {
+    "gptqmodel": {
+        "default": {},
+        "desc_act": {"desc_act": True},
+        "mse 2.4": {"mse": 2.4},
+        "GPTAQ": {"gptaq": GPTAQ},
+        "FOEM": {"foem": FOEM},
+        "GPTAQ + FOEM": {"foem": {"alpha": 0.25, "beta": 0.2}},
+        "mse 2.4, GPTAQ": {"mse": 2.4, "gptaq": GPTAQ},
+        "desc_act, mse 2.4": {"desc_act": True, "mse": 2.4},
+        "desc_act, mse 2.4, GPTAQ": {"desc_act": True, "mse": 2.4, "gptaq": GPTAQ},
+        "desc_act, mse 2.4, GPTAQ 1.0": {"desc_act": True, "mse": 2.4, "gptaq": {"alpha": 1.0}},
+    },
+    "llmcompressor": {
+        "default (actorder static)": {},
+        "no actorder": {"actorder": None},
+        "mse observer": {"observer": "mse"},
+        "imatrix_mse observer": {"observer": "imatrix_mse"},
+        "imatrix_mse observer, float32": {"observer": "imatrix_mse", "dtype": "float32"},
+    },
+    "autoround": {
+        "default (200 iterations)": {},
+        "light (50 iterations)": {"iters": 50, "lr": 5e-3},
+        "best (1000 iterations)": {"iters": 1000},
+        "enable_alg_ext": {"enable_alg_ext": True},
+    },
+}  # fmt: skip
+TOOLS = ("roundwise", *PEERS)
+#: What runs with every seed; everything else runs with the first one, unless asked for.
+ALL_SEEDS = ("textbook", "best", *(next(iter(options)) for options in PEERS.values()))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one tool."""
+
+    tool: str
+    method: str
+    bits: int
+    sym: bool
+    seed: int
+    settings: Settings
+
+    @property
+    def row(self) -> str:
+        """How the tables call it."""
+        return f"{self.tool} {self.method}"
+
+
+def jobs(
+    tools: list[str],
+    bits: list[int],
+    syms: list[bool],
+    seeds: list[int],
+    ablation: bool,
+    wanted: str,
+) -> Iterator[Job]:
+    """All jobs of the selected tools; `wanted` is a part of a method's name, or empty."""
+    for tool in tools:
+        methods = MAIN | (ABLATION if ablation else {}) if tool == "roundwise" else PEERS[tool]
+        for method, options in methods.items():
+            if wanted not in method:
+                continue
+            chosen = seeds if method in ALL_SEEDS or wanted else seeds[:1]
+            for seed in chosen[:1] if method == "rtn" else chosen:
+                for width in bits:
+                    for sym in syms:
+                        settings = _settings(tool, options, width, sym)
+                        yield Job(tool, method, width, sym, seed, settings)
+
+
+def _settings(tool: str, options: Settings, bits: int, sym: bool) -> Settings:
+    """`options` with bits, group size and symmetry in the tool's own words."""
+    group_size = GROUPS[bits]
+    if tool == "llmcompressor":
+        weights = {
+            "num_bits": bits, "type": "int", "symmetric": sym, "strategy": "group",
+            "group_size": group_size,
+        }  # fmt: skip
+        rest = dict(options)
+        if "observer" in rest:
+            weights["observer"] = rest.pop("observer")
+        return {"weights": weights, **rest}
+    common = {"bits": bits, "group_size": group_size, "sym": sym}
+    if tool == "gptqmodel" and not sym:
+        common["format"] = "gptq_v2"  # v1 cannot hold a zero point of 0
+    return common | options

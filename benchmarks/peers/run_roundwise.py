@@ -1,0 +1,19 @@
+"""roundwise: settings are those of QuantizeConfig."""
+
+from typing import Any
+
+from measure import run
+
+import roundwise
+
+
+def quantize(model: str, out: str, windows: list[list[int]], settings: dict[str, Any]) -> None:
+    """As `measure.Quantize`."""
+    roundwise.quantize(
+        model, out, roundwise.QuantizeConfig(**settings), windows,
+        samples=len(windows), seq_len=len(windows[0]),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run("roundwise", quantize)

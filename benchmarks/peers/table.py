@@ -1,0 +1,120 @@
+"""Results as markdown: a summary per bits and symmetry, then every method."""
+
+from collections import defaultdict
+from statistics import fmean
+from typing import Any
+
+from peers.methods import ABLATION, GROUPS, MAIN, PEERS
+
+Record = dict[str, Any]
+Group = dict[str, list[Record]]
+#: KL of the default recipe over that of rounding and of textbook GPTQ: at most this is wanted.
+TARGETS = {2: (0.10, 0.27), 3: (0.125, 0.36), 4: (0.145, 0.43)}
+ORDER = [
+    *(f"roundwise {name}" for name in [*MAIN, *ABLATION]),
+    *(f"{tool} {name}" for tool, options in PEERS.items() for name in options),
+]
+
+
+def report(records: list[Record]) -> str:
+    """All tables of one model and text."""
+    groups: dict[tuple[int, bool], Group] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        key = record["key"]
+        groups[key["bits"], key["sym"]][f"{key['tool']} {key['method']}"].append(record)
+    if not groups:
+        return "nothing is measured yet"
+    ordered = sorted(groups, key=lambda group: (not group[1], group[0]))
+    lines = _summary({group: groups[group] for group in ordered})
+    for bits, sym in ordered:
+        lines += ["", f"### {_title(bits, sym)}", "", *_details(groups[bits, sym])]
+    return "\n".join([*lines, "", *_provenance(records)])
+
+
+def _title(bits: int, sym: bool) -> str:
+    return f"{bits} bit, g{GROUPS[bits]}, {'symmetric' if sym else 'asymmetric'}"
+
+
+def _kl(group: Group, row: str) -> float | None:
+    values = [record["kl"] for record in group.get(row, []) if "kl" in record]
+    return fmean(values) if values else None
+
+
+def _best_peer(group: Group) -> tuple[str, float] | None:
+    found = [
+        (row, kl)
+        for row in group
+        if not row.startswith("roundwise") and (kl := _kl(group, row)) is not None
+    ]
+    return min(found, key=lambda item: item[1], default=None)
+
+
+def _summary(groups: dict[tuple[int, bool], Group]) -> list[str]:
+    """One row per bits and symmetry: the default recipe against the baselines and the best peer."""
+    lines = [
+        "| | KL of roundwise | over RTN's (wanted) | over textbook GPTQ's (wanted) "
+        "| best peer | its KL | roundwise over it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (bits, sym), group in groups.items():
+        best = _kl(group, "roundwise best")
+        if best is None:
+            continue
+        cells = [_title(bits, sym), f"{best:.5f}"]
+        for row, wanted in zip(("rtn", "textbook"), TARGETS[bits], strict=True):
+            base = _kl(group, f"roundwise {row}")
+            cells.append(f"{best / base:.3f} (≤ {wanted:g})" if base else "")
+        peer = _best_peer(group)
+        cells += [peer[0], f"{peer[1]:.5f}", f"{best / peer[1]:.2f}"] if peer else ["", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _details(group: Group) -> list[str]:
+    """One row per method."""
+    base = next(r["base_perplexity"] for records in group.values() for r in records if "kl" in r)
+    lines = [
+        f"| method (original perplexity {base:.3f}) | seeds | perplexity | KL to the original "
+        "| top-1 agreement | over RTN | over textbook | trivial g_idx | CPU seconds | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rtn, textbook = _kl(group, "roundwise rtn"), _kl(group, "roundwise textbook")
+    for row in sorted(group, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
+        good = [record for record in group[row] if "kl" in record]
+        if not good:
+            lines.append(f"| {row} | | {_escaped(group[row][0]['error'])} | | | | | | | |")
+            continue
+        kl = fmean(record["kl"] for record in good)
+        cells = [
+            row, str(len(good)), _spread(good, "perplexity", 3), _spread(good, "kl", 5),
+            f"{fmean(r['top1'] for r in good):.2%}",
+            f"{kl / rtn:.3f}" if rtn else "", f"{kl / textbook:.3f}" if textbook else "",
+            "yes" if all(r["trivial_g_idx"] for r in good) else "no",
+            f"{fmean(r['cpu_seconds'] for r in good):.0f}",
+            f"{max(r['peak_bytes'] for r in good) / 1e6:.0f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _spread(records: list[Record], field: str, digits: int) -> str:
+    """Mean, and half of the range over the seeds."""
+    values = [record[field] for record in records]
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _provenance(records: list[Record]) -> list[str]:
+    """Versions and machines of the results."""
+    versions = {f"{r['key']['tool']} {r['version']}" for r in records if "version" in r}
+    machines = {record["machine"] for record in records}
+    key = records[0]["key"]
+    return [
+        f"Versions: {', '.join(sorted(versions))}. Machine: {'; '.join(sorted(machines))}. "
+        f"Model {key['model']}, text {key['text']}: {key['windows'][0]} windows of {key['windows'][1]} "
+        f"tokens for calibration, {key['tokens']} held-out tokens."
+    ]
