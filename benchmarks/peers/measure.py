@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Quantize = Callable[[str, str, list[list[int]], dict[str, Any]], None]
+#: What it returns, if anything, goes into the result.
+Quantize = Callable[[str, str, list[list[int]], dict[str, Any]], dict[str, Any] | None]
 
 
 def status(field: str) -> int:
@@ -31,7 +32,8 @@ def run(package: str, quantize: Quantize) -> None:
     result["base_bytes"] = status("VmRSS")
     wall, cpu = time.monotonic(), time.process_time()
     try:
-        quantize(job["model"], job["out"], job["windows"], job["settings"])
+        more = quantize(job["model"], job["out"], job["windows"], job["settings"])
+        result.update(more or {})
     except Exception as error:  # whatever a tool refuses with belongs into the table
         traceback.print_exc()
         first = str(error).strip().split("\n", 1)[0][:300]

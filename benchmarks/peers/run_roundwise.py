@@ -7,12 +7,15 @@ from measure import run
 import roundwise
 
 
-def quantize(model: str, out: str, windows: list[list[int]], settings: dict[str, Any]) -> None:
-    """As `measure.Quantize`."""
-    roundwise.quantize(
+def quantize(
+    model: str, out: str, windows: list[list[int]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """As `measure.Quantize`, with the seconds of each phase."""
+    done = roundwise.quantize(
         model, out, roundwise.QuantizeConfig(**settings), windows,
         samples=len(windows), seq_len=len(windows[0]),
     )  # fmt: skip
+    return {"phases": done.phases}
 
 
 if __name__ == "__main__":

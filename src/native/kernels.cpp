@@ -332,6 +332,7 @@ bool group(const Group<T> &g, int threads) {
             for (Index j = 0; j < n; ++j) store<T>(g.E + j * g.ld_E + row, E[j], count);
             store<T>(g.scale + row, best.scale[0], count);
             store<T>(g.zero + row, best.zero[0], count);
+            store<T>(g.loss + row, loss[0], count);
             if (!searcher.fits) __atomic_store_n(&fits, false, __ATOMIC_RELAXED);
         }
     });
@@ -347,6 +348,7 @@ void known(const Known<T> &g, int threads) {
         for (Index tile; (tile = parts.next()) >= 0;) {
             const Index row = tile * L;
             const int count = static_cast<int>(least(L, g.rows - row));
+            Vec<T> loss{};
             sweep<T, 1>(
                 g.columns, g.Ut, g.ld_u, E,
                 [&](Index j, int) {
@@ -357,10 +359,12 @@ void known(const Known<T> &g, int threads) {
                     const Vec<T> scale = load<T>(g.scale + g.grid[j] * g.ld_scale + row, count);
                     const Vec<T> zero = load<T>(g.zero + g.grid[j] * g.ld_zero + row, count);
                     const Vec<T> high = static_cast<T>(g.maxq) - zero;
-                    const Vec<T> code = nearest<T>(t / scale, -zero, high);
+                    const Vec<T> code = nearest<T>(t / scale, -zero, high), d = t - code * scale;
+                    loss += d * d * g.D[j];
                     store_codes<T>(g.codes + j * g.ld_codes + row, code + zero, count);
                     return target[j] - code * scale;
                 });
+            store<T>(g.loss + row, loss, count);
             for (Index j = 0; j < g.columns; ++j) store<T>(g.E + j * g.ld_E + row, E[j], count);
         }
     });

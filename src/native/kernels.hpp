@@ -25,7 +25,7 @@ struct Group {
     Index shrinks, keep;
     int maxq, min_zero;
     bool sym;
-    T *scale, *zero; // out: [rows]
+    T *scale, *zero, *loss; // out: [rows]
     std::uint8_t *codes; // out: [columns, rows]
     Index ld_codes;
     T *E; // out: [columns, rows], target - value
@@ -38,12 +38,14 @@ struct Known {
     Index columns, rows;
     const T *Ut;
     Index ld_u;
+    const T *D;
     const T *target, *asked;
     Index ld_target, ld_asked;
     const T *scale, *zero; // [groups, rows]
     Index ld_scale, ld_zero;
     const Index *grid; // [columns]
     int maxq;
+    T *loss; // out: [rows]
     std::uint8_t *codes;
     Index ld_codes;
     T *E;

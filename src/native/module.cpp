@@ -1,6 +1,7 @@
 // roundwise._native: hands arrays from Python to the kernels of this machine's instruction set. Checks
 // shapes and strides, so that no mistake in Python becomes a wild pointer. Knows nothing of torch.
 #include "kernels.hpp"
+#include "threads.hpp"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -76,20 +77,21 @@ void grid_of(const Vector<const Index> &grid, Index columns, const M &scale) {
 template <class T>
 bool group(Matrix<const T> Ut, Vector<const T> D, Matrix<const T> target, Matrix<const T> asked,
            bool weighted, Vector<const T> weights, Vector<const T> shrink, int keep, int maxq,
-           int min_zero, bool sym, Vector<T> scale, Vector<T> zero, Matrix<std::uint8_t> codes,
-           Matrix<T> E, int threads) {
+           int min_zero, bool sym, Vector<T> scale, Vector<T> zero, Vector<T> loss,
+           Matrix<std::uint8_t> codes, Matrix<T> E, int threads) {
     const Index n = target.shape(0), rows = target.shape(1);
     require(keep >= 1 && maxq >= 1 && maxq <= 255 && min_zero >= 0 && min_zero < maxq, "settings");
     vector_of(D, n, "D");
     vector_of(weights, n, "weights");
     vector_of(scale, rows, "scale");
     vector_of(zero, rows, "zero");
+    vector_of(loss, rows, "loss");
     const Group<T> g{
         n, rows, Ut.data(), rows_of(Ut, n, n, "Ut"), D.data(), target.data(), asked.data(),
         rows_of(target, n, rows, "target"), rows_of(asked, n, rows, "asked"),
         weighted ? Search::weighted : Search::minmax, weights.data(), shrink.data(),
-        Index(shrink.shape(0)), keep, maxq, min_zero, sym, scale.data(), zero.data(), codes.data(),
-        rows_of(codes, n, rows, "codes"), E.data(), rows_of(E, n, rows, "E"),
+        Index(shrink.shape(0)), keep, maxq, min_zero, sym, scale.data(), zero.data(), loss.data(),
+        codes.data(), rows_of(codes, n, rows, "codes"), E.data(), rows_of(E, n, rows, "E"),
     };
     nb::gil_scoped_release release;
     if constexpr (sizeof(T) == 4) {
@@ -100,16 +102,18 @@ bool group(Matrix<const T> Ut, Vector<const T> D, Matrix<const T> target, Matrix
 }
 
 template <class T>
-void known(Matrix<const T> Ut, Matrix<const T> target, Matrix<const T> asked, Matrix<const T> scale,
-           Matrix<const T> zero, Vector<const Index> grid, int maxq, Matrix<std::uint8_t> codes,
-           Matrix<T> E, int threads) {
+void known(Matrix<const T> Ut, Vector<const T> D, Matrix<const T> target, Matrix<const T> asked, Matrix<const T> scale,
+           Matrix<const T> zero, Vector<const Index> grid, int maxq, Vector<T> loss,
+           Matrix<std::uint8_t> codes, Matrix<T> E, int threads) {
     const Index n = target.shape(0), rows = target.shape(1), groups = scale.shape(0);
     grid_of(grid, n, scale);
+    vector_of(D, n, "D");
+    vector_of(loss, rows, "loss");
     const Known<T> g{
-        n, rows, Ut.data(), rows_of(Ut, n, n, "Ut"), target.data(), asked.data(),
+        n, rows, Ut.data(), rows_of(Ut, n, n, "Ut"), D.data(), target.data(), asked.data(),
         rows_of(target, n, rows, "target"), rows_of(asked, n, rows, "asked"), scale.data(),
         zero.data(), rows_of(scale, groups, rows, "scale"), rows_of(zero, groups, rows, "zero"),
-        grid.data(), maxq, codes.data(), rows_of(codes, n, rows, "codes"), E.data(),
+        grid.data(), maxq, loss.data(), codes.data(), rows_of(codes, n, rows, "codes"), E.data(),
         rows_of(E, n, rows, "E"),
     };
     nb::gil_scoped_release release;
@@ -207,6 +211,8 @@ NB_MODULE(_native, m) {
     bind<float>(m);
     bind<double>(m);
     m.def("pack", &pack);
+    m.def("use_team", [](std::uintptr_t address) { use_team(reinterpret_cast<RunOnTeam>(address)); },
+          "Address of GOMP_parallel in the OpenMP runtime whose threads are to be used; 0: none.");
     m.def("has_bf16", &has_bf16);
     m.def("moment", &moment<float>);
     m.def("moment_bf16", &moment<std::uint16_t>, "bfloat16 as its 16 bits.");

@@ -1,4 +1,5 @@
-// Parts of a job on several threads. Threads live as long as the call: a job takes milliseconds or more.
+// Parts of a job on several threads: those of an OpenMP runtime that is there already, such as torch's, whose
+// idle threads would otherwise spin beside ours; else on threads that live as long as the call.
 #pragma once
 #include <cstdint>
 
@@ -16,6 +17,10 @@ public:
 private:
     std::int64_t count_, taken_ = 0;
 };
+
+// GOMP_parallel of an OpenMP runtime: calls work(data) on `threads` threads and waits for them.
+typedef void (*RunOnTeam)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+void use_team(RunOnTeam run);
 
 // Calls work(context, parts) on up to `threads` threads, this one included, and waits for all.
 // Throws std::bad_alloc if one of them did.

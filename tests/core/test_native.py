@@ -157,14 +157,14 @@ def test_wrong_arrays_are_refused() -> None:
     with pytest.raises(ValueError, match=r"target|asked|Ut"):
         module.group(
             torch.eye(8), D, torch.zeros(8, 4), torch.zeros(7, 4), False, D, D, 1, 15, 0, True,
-            torch.zeros(4), torch.zeros(4), torch.zeros(8, 4, dtype=torch.uint8),
+            torch.zeros(4), torch.zeros(4), torch.zeros(4), torch.zeros(8, 4, dtype=torch.uint8),
             torch.zeros(8, 4), 1,
         )  # fmt: skip
     with pytest.raises(ValueError, match="grid"):
         module.known(
-            torch.eye(8), torch.zeros(8, 4), torch.zeros(8, 4), torch.ones(1, 4),
-            torch.ones(1, 4), torch.full((8,), 1), 15, torch.zeros(8, 4, dtype=torch.uint8),
-            torch.zeros(8, 4), 1,
+            torch.eye(8), D, torch.zeros(8, 4), torch.zeros(8, 4), torch.ones(1, 4),
+            torch.ones(1, 4), torch.full((8,), 1), 15, torch.zeros(4),
+            torch.zeros(8, 4, dtype=torch.uint8), torch.zeros(8, 4), 1,
         )  # fmt: skip
 
 

@@ -151,9 +151,16 @@ class TestWorkedExample:
 
 
 class TestReport:
-    def test_relative_error_is_measured_on_the_stored_result(self) -> None:
-        W, H = layer(3, rows=16, width=128)
-        q = solve(W.float(), H.float(), QuantizeConfig(bits=3))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        "config", [{}, {"recipe": "textbook"}, {"recipe": "textbook", "order": "static"}], ids=str
+    )
+    def test_relative_error_is_measured_on_the_stored_result(
+        self, dtype: torch.dtype, config: dict[str, str]
+    ) -> None:
+        W, H = layer(3, rows=16, width=700)
+        W = W.to(dtype).double()
+        q = solve(W.to(dtype), H.float(), QuantizeConfig(bits=3, group_size=-1, **config))
         error = oracle.output_error(W, q.dequantize(), H) / oracle.output_error(W, 0 * W, H)
         assert q.relative_error == pytest.approx(error, rel=1e-3)
         weights = float((W - q.dequantize()).square().sum() / W.square().sum())

@@ -31,6 +31,7 @@ class Columns:
         self.Tt, self.F, self.order, self.config = Tt, F, order, config
         self.E = torch.empty_like(Tt)
         self.codes = torch.empty_like(Tt, dtype=torch.uint8)
+        self.loss = 0.0
         self.known = grids is not None
         if grids is None:
             shape = (config.groups(len(Tt)), Tt.shape[1])
@@ -39,7 +40,10 @@ class Columns:
             self.grids = Grid(*(part.to(Tt.dtype).T.contiguous() for part in grids))
 
     def round_all(self) -> None:
-        """Rounds every column in order, one segment after another."""
+        """Rounds every column in order, one segment after another; adds up the loss.
+
+        It is Σ_j D_j (t_j - q_j)² over all rows and columns: tr((T - Q) Ĥ (T - Q)ᵀ).
+        """
         U, D, config = self.F.U, self.F.D, self.config
         for a, b in self._segments():
             # What all finished columns ask of this segment: one matrix product.
@@ -47,9 +51,11 @@ class Columns:
             target, block = self.Tt[a:b], U[a:b, a:b]
             if self.known:
                 index = self.order.group[a:b]
-                codes, E = round_known(block, target, asked, self.grids, index, config.maxq)
+                codes, E, loss = round_known(
+                    block, D[a:b], target, asked, self.grids, index, config.maxq
+                )
             else:
-                grid, codes, E = round_group(
+                grid, codes, E, loss = round_group(
                     block, D[a:b], target, asked, weights=self._weights(a, b),
                     keep=1 if config.grid == "minmax" else config.grid_candidates,
                     maxq=config.maxq, min_zero=config.min_zero, sym=config.sym,
@@ -57,6 +63,7 @@ class Columns:
                 group = self.order.group[a]
                 self.grids.scale[group], self.grids.zero[group] = grid
             self.codes[a:b], self.E[a:b] = codes, E
+            self.loss += float(loss.sum())
 
     def _weights(self, a: int, b: int) -> torch.Tensor | None:
         """What a squared error in each column counts while grids are compared."""

@@ -6,9 +6,13 @@ the same codes; it is only much faster. It takes float32 and float64 tensors, an
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
+import re
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +53,7 @@ def load() -> tuple[Any, Status]:
         return None, Status(
             None, f"not built ({error}): install a C++ compiler and roundwise again"
         )
+    module.use_team(_openmp())
     if wanted:
         if wanted not in module.instruction_sets():
             known = ", ".join(module.instruction_sets())
@@ -56,6 +61,24 @@ def load() -> tuple[Any, Status]:
         module.use(wanted)
         return module, Status(wanted, f"chosen by {VARIABLE}")
     return module, Status(module.active(), "the best this processor has")
+
+
+def _openmp() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; 0 where there is none.
+
+    Threads of two runtimes would fight for the same cores: torch's spin for a while after each product.
+    """
+    try:
+        with Path("/proc/self/maps").open(encoding="utf-8") as maps:
+            files = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line}
+    except OSError:  # no Linux
+        return 0
+    for file in sorted(files):
+        if re.search(r"lib[gi]?omp\d?[-.\w]*$", file):
+            with suppress(OSError, AttributeError):
+                function = ctypes.CDLL(file).GOMP_parallel
+                return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
 
 
 def usable(tensor: torch.Tensor) -> bool:
@@ -90,29 +113,31 @@ def round_group(
     U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor,
     *, weights: torch.Tensor | None, shrink: torch.Tensor, keep: int, maxq: int, min_zero: int,
     sym: bool,
-) -> tuple[Grid, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[Grid, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """`core.recursion.round_group`, natively."""
-    scale, zero = torch.empty_like(target[0]), torch.empty_like(target[0])
+    scale, zero, loss = (torch.empty_like(target[0]) for _ in range(3))
     codes, E = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
     fits = load()[0].group(
         U.T, D, target, asked, weights is not None, D if weights is None else weights, shrink,
-        keep, maxq, min_zero, sym, scale, zero, codes, E, torch.get_num_threads(),
+        keep, maxq, min_zero, sym, scale, zero, loss, codes, E, torch.get_num_threads(),
     )  # fmt: skip
     if not fits:
         raise NumericalError(f"a scale does not fit float16 (largest {MAX_SCALE:g})")
-    return Grid(scale, zero), codes, E
+    return Grid(scale, zero), codes, E, loss
 
 
 def round_known(
-    U: torch.Tensor, target: torch.Tensor, asked: torch.Tensor, grids: Grid, index: torch.Tensor,
-    maxq: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor, grids: Grid,
+    index: torch.Tensor, maxq: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """`core.recursion.round_known`, natively."""
     codes, E = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
+    loss = torch.empty_like(target[0])
     load()[0].known(
-        U.T, target, asked, grids.scale, grids.zero, index, maxq, codes, E, torch.get_num_threads()
-    )
-    return codes, E
+        U.T, D, target, asked, grids.scale, grids.zero, index, maxq, loss, codes, E,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, E, loss
 
 
 def descend(

@@ -21,7 +21,7 @@ WORKSPACE = 1 << 21
 def round_group(
     U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor,
     *, weights: torch.Tensor | None, keep: int, maxq: int, min_zero: int, sym: bool,
-) -> tuple[Grid, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[Grid, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Finds the grid of one group of columns and rounds them, one after another.
 
     The grid must fit the group's weights as updated by all finished columns, with the group's own later
@@ -37,7 +37,8 @@ def round_group(
         maxq, min_zero, sym: the grid, see `core.grid`.
 
     Returns:
-        The grid of each row; codes uint8 [n, rows]; E = target - value [n, rows].
+        The grid of each row; codes uint8 [n, rows]; E = target - value [n, rows]; the loss of each
+        row, Σ_j D_j (t_j - q_j)².
 
     Raises:
         NumericalError: a scale does not fit float16.
@@ -49,36 +50,35 @@ def round_group(
             weights=weights, shrink=shrink, keep=keep, maxq=maxq, min_zero=min_zero, sym=sym,
         )  # fmt: skip
     rows = max(1, WORKSPACE // (len(target) * keep))
-    found = []
+    found: list[tuple[torch.Tensor, ...]] = []
     for start in range(0, target.shape[1], rows):
         T, asks = target[:, start : start + rows], asked[:, start : start + rows]
         moved = torch.linalg.solve_triangular(U.T, asks, upper=False, unitriangular=True)
         W_g = moved.add_(T)
         if weights is None:
             grid = minmax(W_g.T, maxq, sym=sym, min_zero=min_zero)
-            codes, E, _ = _rounded(U, D, T, asks, grid, maxq)
-            found.append((*grid, codes, E))
+            found.append((*grid, *_rounded(U, D, T, asks, grid, maxq)))
         else:
             grids = best_grids(W_g, weights, maxq, sym=sym, min_zero=min_zero, keep=keep)
             found.append(_cheapest(U, D, T, asks, grids, maxq))
-    scale, zero, codes, E = (torch.cat(part, dim=-1) for part in zip(*found, strict=True))
-    return Grid(scale, zero), codes.to(torch.uint8), E
+    scale, zero, codes, E, loss = (torch.cat(part, dim=-1) for part in zip(*found, strict=True))
+    return Grid(scale, zero), codes.to(torch.uint8), E, loss
 
 
 def round_known(
-    U: torch.Tensor, target: torch.Tensor, asked: torch.Tensor, grids: Grid, index: torch.Tensor,
-    maxq: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor, grids: Grid,
+    index: torch.Tensor, maxq: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Rounds columns whose grids are known: column j uses row `index[j]` of grids [groups, rows].
 
     Returns:
-        codes uint8 [n, rows]; E = target - value [n, rows].
+        codes uint8 [n, rows]; E = target - value [n, rows]; the loss of each row.
     """
     if native.usable(target):
-        return native.round_known(U, target, asked, grids, index, maxq)
+        return native.round_known(U, D, target, asked, grids, index, maxq)
     grid = Grid(grids.scale[index], grids.zero[index])
-    codes, E, _ = _rounded(U, torch.ones_like(U[0]), target, asked, grid, maxq)
-    return codes.to(torch.uint8), E
+    codes, E, loss = _rounded(U, D, target, asked, grid, maxq)
+    return codes.to(torch.uint8), E, loss
 
 
 def descend(
@@ -115,14 +115,14 @@ def descend(
 
 def _cheapest(
     U: torch.Tensor, D: torch.Tensor, T: torch.Tensor, asked: torch.Tensor, grids: Grid, maxq: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rounds with each of the grids [candidates, rows]; scale, zero, codes, E of the least loss."""
+) -> tuple[torch.Tensor, ...]:
+    """Rounds with each of the grids [candidates, rows]; scale, zero, codes, E, loss of the least."""
     count, width = grids.scale.shape
     flat = Grid(grids.scale.reshape(-1), grids.zero.reshape(-1))
     codes, E, loss = _rounded(U, D, T.repeat(1, count), asked.repeat(1, count), flat, maxq)
     best = loss.view(count, width).argmin(dim=0)
     pick = best * width + torch.arange(width, device=best.device)
-    return flat.scale[pick], flat.zero[pick], codes[:, pick], E[:, pick]
+    return flat.scale[pick], flat.zero[pick], codes[:, pick], E[:, pick], loss[pick]
 
 
 def _rounded(
