@@ -187,9 +187,7 @@ def published(W: torch.Tensor, H: torch.Tensor, bits: int, group: int) -> torch.
                 part = W[:, j : j + group]
                 scale = 2 * part.abs().amax(dim=1, keepdim=True) / maxq
             w = block[:, j - a : j - a + 1]
-            q = scale * (
-                torch.clamp(torch.round(w / scale) + (maxq + 1) // 2, 0, maxq) - (maxq + 1) // 2
-            )
+            q = scale * (torch.clamp(torch.round(w / scale) + zero, 0, maxq) - zero)
             Q[:, j : j + 1] = q
             error = (w - q) / U[j, j]
             block[:, j - a :] -= error @ U[j : j + 1, j:b]
