@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +35,7 @@ from roundwise.core import native
 from roundwise.core.columns import Columns
 from roundwise.core.hessian import Hessian
 from roundwise.core.solver import prepare
+from roundwise.models.bundled import bundled_model
 
 HERE = Path(__file__).parent
 HIDDEN, INTERMEDIATE, HEADS = 1024, 2816, 16
@@ -92,6 +95,8 @@ def job(scratch: Path, blocks: int, samples: int) -> dict[str, Any]:
     model = scratch / "model"
     if not model.exists():
         write_model(model, HIDDEN, INTERMEDIATE, blocks, HEADS, HEADS)
+        for file in bundled_model().glob("tokenizer*"):  # peers want one, if only to save it
+            shutil.copy(file, model)
     draw = random.Random(0)
     windows = [[draw.randrange(32000) for _ in range(LENGTH)] for _ in range(samples)]
     return {"model": str(model), "windows": windows}
@@ -110,6 +115,7 @@ def run(tool: str, scratch: Path, task: dict[str, Any], settings: dict[str, Any]
         if done.returncode or not answer.exists():
             raise SystemExit(f"{tool} failed:\n{done.stderr[-2000:]}")
         result: dict[str, Any] = json.loads(answer.read_text())
+    print(f"  {tool} {settings}: {result['seconds']:.1f} s", file=sys.stderr, flush=True)
     if "error" in result:
         raise SystemExit(f"{tool} failed: {result['error']}")
     return result

@@ -109,25 +109,25 @@ constexpr int BLOCK = 4;
 constexpr int BESIDE = ROUNDWISE_BESIDE;
 
 // The recursion that everything here is: for j = 0, 1, …
-//     E[j] = finish(j, base(j) + sum over i < j of E[i] * M[j, i])
+//     E[j] = finish(j, base(j) + sum over i < j of E[i] * M[i, j])
 // for K vectors beside each other; E is [n, K].
 template <class T, int B, int K, class Base, class Finish>
 inline void step(Index j, const T *M, Index ld, Vec<T> *E, const Base &base, const Finish &finish) {
     Vec<T> sum[B][K];
     for (int c = 0; c < B; ++c)
         for (int k = 0; k < K; ++k) sum[c][k] = base(j + c, k);
-    const T *m = M + j * ld;
     for (Index i = 0; i < j; ++i) {
+        const T *m = M + i * ld + j;
         Vec<T> e[K];
         for (int k = 0; k < K; ++k) e[k] = E[i * K + k];
         for (int c = 0; c < B; ++c)
-            for (int k = 0; k < K; ++k) sum[c][k] += e[k] * m[c * ld + i];
+            for (int k = 0; k < K; ++k) sum[c][k] += e[k] * m[c];
     }
     for (int c = 0; c < B; ++c)
         for (int k = 0; k < K; ++k) {
             const Vec<T> e = finish(j + c, k, sum[c][k]);
             E[(j + c) * K + k] = e;
-            for (int later = c + 1; later < B; ++later) sum[later][k] += e * m[later * ld + j + c];
+            for (int later = c + 1; later < B; ++later) sum[later][k] += e * M[(j + c) * ld + j + later];
         }
 }
 
@@ -260,7 +260,7 @@ void round_with(const Group<T> &g, const Vec<T> *target, const Vec<T> *start, co
         sum[k] = Vec<T>{};
     }
     sweep<T, K>(
-        g.columns, g.Ut, g.ld_u, E, [&](Index j, int) { return start[j]; },
+        g.columns, g.U, g.ld_u, E, [&](Index j, int) { return start[j]; },
         [&](Index j, int k, Vec<T> t) {
             const Vec<T> code = nearest<T>(t / s[k], low[k], high[k]);
             const Vec<T> q = code * s[k], d = t - q;
@@ -292,7 +292,7 @@ bool group(const Group<T> &g, int threads) {
             // W = target + asked U⁻¹, since the group's own later columns are still free to move:
             // M[j] = asked[j] - sum over i < j of M[i] U[i, j].
             sweep<T, 1>(
-                n, g.Ut, g.ld_u, W, [&](Index j, int) { return -start[j]; },
+                n, g.U, g.ld_u, W, [&](Index j, int) { return -start[j]; },
                 [&](Index, int, Vec<T> sum) { return -sum; });
             for (Index j = 0; j < n; ++j) {
                 start[j] += target[j];
@@ -350,7 +350,7 @@ void known(const Known<T> &g, int threads) {
             const int count = static_cast<int>(least(L, g.rows - row));
             Vec<T> loss{};
             sweep<T, 1>(
-                g.columns, g.Ut, g.ld_u, E,
+                g.columns, g.U, g.ld_u, E,
                 [&](Index j, int) {
                     target[j] = load<T>(g.target + j * g.ld_target + row, count);
                     return target[j] + load<T>(g.asked + j * g.ld_asked + row, count);

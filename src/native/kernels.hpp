@@ -14,7 +14,7 @@ enum class Search : int { minmax = 0, weighted = 1 };
 template <class T>
 struct Group {
     Index columns, rows;
-    const T *Ut; // Ut[j * ld_u + i] = U[i, j], j and i within the group
+    const T *U; // U[i * ld_u + j], i and j within the group
     Index ld_u;
     const T *D; // [columns]: the cost of a squared error in each column
     const T *target, *asked; // [columns, rows]: T, and what finished columns ask for
@@ -36,7 +36,7 @@ struct Group {
 template <class T>
 struct Known {
     Index columns, rows;
-    const T *Ut;
+    const T *U;
     Index ld_u;
     const T *D;
     const T *target, *asked;
@@ -56,7 +56,7 @@ struct Known {
 template <class T>
 struct Panel {
     Index columns, rows;
-    const T *H; // H[j * ld_h + i] within the panel
+    const T *H; // H[i * ld_h + j] within the panel
     Index ld_h;
     const T *G; // [columns, rows]
     Index ld_G;

@@ -75,7 +75,7 @@ void grid_of(const Vector<const Index> &grid, Index columns, const M &scale) {
 }
 
 template <class T>
-bool group(Matrix<const T> Ut, Vector<const T> D, Matrix<const T> target, Matrix<const T> asked,
+bool group(Matrix<const T> U, Vector<const T> D, Matrix<const T> target, Matrix<const T> asked,
            bool weighted, Vector<const T> weights, Vector<const T> shrink, int keep, int maxq,
            int min_zero, bool sym, Vector<T> scale, Vector<T> zero, Vector<T> loss,
            Matrix<std::uint8_t> codes, Matrix<T> E, int threads) {
@@ -87,7 +87,7 @@ bool group(Matrix<const T> Ut, Vector<const T> D, Matrix<const T> target, Matrix
     vector_of(zero, rows, "zero");
     vector_of(loss, rows, "loss");
     const Group<T> g{
-        n, rows, Ut.data(), rows_of(Ut, n, n, "Ut"), D.data(), target.data(), asked.data(),
+        n, rows, U.data(), rows_of(U, n, n, "U"), D.data(), target.data(), asked.data(),
         rows_of(target, n, rows, "target"), rows_of(asked, n, rows, "asked"),
         weighted ? Search::weighted : Search::minmax, weights.data(), shrink.data(),
         Index(shrink.shape(0)), keep, maxq, min_zero, sym, scale.data(), zero.data(), loss.data(),
@@ -102,7 +102,7 @@ bool group(Matrix<const T> Ut, Vector<const T> D, Matrix<const T> target, Matrix
 }
 
 template <class T>
-void known(Matrix<const T> Ut, Vector<const T> D, Matrix<const T> target, Matrix<const T> asked, Matrix<const T> scale,
+void known(Matrix<const T> U, Vector<const T> D, Matrix<const T> target, Matrix<const T> asked, Matrix<const T> scale,
            Matrix<const T> zero, Vector<const Index> grid, int maxq, Vector<T> loss,
            Matrix<std::uint8_t> codes, Matrix<T> E, int threads) {
     const Index n = target.shape(0), rows = target.shape(1), groups = scale.shape(0);
@@ -110,7 +110,7 @@ void known(Matrix<const T> Ut, Vector<const T> D, Matrix<const T> target, Matrix
     vector_of(D, n, "D");
     vector_of(loss, rows, "loss");
     const Known<T> g{
-        n, rows, Ut.data(), rows_of(Ut, n, n, "Ut"), D.data(), target.data(), asked.data(),
+        n, rows, U.data(), rows_of(U, n, n, "U"), D.data(), target.data(), asked.data(),
         rows_of(target, n, rows, "target"), rows_of(asked, n, rows, "asked"), scale.data(),
         zero.data(), rows_of(scale, groups, rows, "scale"), rows_of(zero, groups, rows, "zero"),
         grid.data(), maxq, loss.data(), codes.data(), rows_of(codes, n, rows, "codes"), E.data(),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from roundwise.core import native
 from roundwise.errors import NumericalError, SingularError
 
 #: Largest damping tried: beyond it the result is rounding to nearest in all but name.
@@ -74,15 +75,13 @@ def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
     damp = damp_percent
     while damp <= MAX_DAMP:
         tried.append(damp)
-        L = H[backwards[:, None], backwards]
-        L.diagonal().add_(damp * mean)
-        # In place: H is symmetric, so its transpose is the column-major matrix that LAPACK works on.
-        failed = torch.empty((), dtype=torch.int32, device=H.device)
-        torch.linalg.cholesky_ex(L.mT, out=(L.mT, failed))
-        root = L.diagonal().flip(0)
-        if not int(failed) and bool(torch.isfinite(root).all()) and float(root.min()) > 0.0:
-            _turn(L)
-            return Factor(L.mT.div_(root), root.square(), damp * mean, damp, tuple(tried))
+        R = H[backwards[:, None], backwards]
+        R.diagonal().add_(damp * mean)
+        definite = _cholesky(R)
+        root = R.diagonal().flip(0)
+        if definite and bool(torch.isfinite(root).all()) and float(root.min()) > 0.0:
+            _turn(R)
+            return Factor(R.div_(root), root.square(), damp * mean, damp, tuple(tried))
         damp = max(10 * damp, 1e-4)
     raise SingularError(f"the Hessian is indefinite even with damping {tried[-1]:g}")
 
@@ -91,6 +90,30 @@ def finite(A: torch.Tensor) -> bool:
     """No NaN or infinity in a matrix: either would make a sum one. In parts, for small temporaries."""
     parts = (A[start : start + PANEL] for start in range(0, len(A), PANEL))
     return all(math.isfinite(float(part.sum(dtype=torch.float64))) for part in parts)
+
+
+def _cholesky(A: torch.Tensor) -> bool:
+    """Replaces A by its lower Cholesky factor; False if it is indefinite (A is lost then).
+
+    In panels, whose update of the rest is the extension's symmetric sum, where that is at hand.
+    """
+    if not (native.usable(A) and A.dtype == torch.float32):
+        # A is symmetric, so its transpose is the column-major matrix that LAPACK works on in place.
+        failed = torch.empty((), dtype=torch.int32, device=A.device)
+        torch.linalg.cholesky_ex(A.mT, upper=True, out=(A.mT, failed))
+        return not int(failed)
+    for a in range(0, len(A), PANEL):
+        b = min(a + PANEL, len(A))
+        L, failed = torch.linalg.cholesky_ex(A[a:b, a:b])
+        if int(failed):
+            return False
+        A[a:b, a:b] = L
+        A[a:b, b:] = 0
+        if b < len(A):
+            below = torch.linalg.solve_triangular(L, A[b:, a:b].T, upper=False).contiguous()
+            A[b:, a:b] = below.T
+            native.add_moment(A[b:, b:], -below, below, lower=True)
+    return True
 
 
 def _turn(A: torch.Tensor) -> None:

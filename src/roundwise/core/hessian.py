@@ -19,7 +19,7 @@ TILE = 512
 def counted(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The rows of `x` [..., in] that count, as [tokens, in]."""
     rows = x.detach().reshape(-1, x.shape[-1])
-    return rows if mask is None else rows[mask.reshape(-1)]
+    return rows.contiguous() if mask is None else rows[mask.reshape(-1)]
 
 
 def natively(x: torch.Tensor, total: torch.Tensor) -> bool:

@@ -98,11 +98,12 @@ def products(dtype: torch.dtype) -> torch.dtype | None:
 def add_moment(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, lower: bool) -> None:
     """C += Aᵀ B in float32: A [tokens, m], B [tokens, n], C [m, n] float32.
 
+    Rows must be contiguous; the distance between them is free.
+
     Args:
-        lower: A is B; blocks above the diagonal are left as they are.
+        lower: A is B, up to a factor; blocks above the diagonal are left as they are.
     """
     module, threads = load()[0], torch.get_num_threads()
-    A, B = A.contiguous(), B.contiguous()
     if A.dtype == torch.bfloat16:
         module.moment_bf16(A.view(torch.uint16), B.view(torch.uint16), C, lower, threads)
     else:
@@ -118,7 +119,7 @@ def round_group(
     scale, zero, loss = (torch.empty_like(target[0]) for _ in range(3))
     codes, E = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
     fits = load()[0].group(
-        U.T, D, target, asked, weights is not None, D if weights is None else weights, shrink,
+        U, D, target, asked, weights is not None, D if weights is None else weights, shrink,
         keep, maxq, min_zero, sym, scale, zero, loss, codes, E, torch.get_num_threads(),
     )  # fmt: skip
     if not fits:
@@ -134,7 +135,7 @@ def round_known(
     codes, E = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
     loss = torch.empty_like(target[0])
     load()[0].known(
-        U.T, D, target, asked, grids.scale, grids.zero, index, maxq, loss, codes, E,
+        U, D, target, asked, grids.scale, grids.zero, index, maxq, loss, codes, E,
         torch.get_num_threads(),
     )  # fmt: skip
     return codes, E, loss
