@@ -15,6 +15,9 @@ from roundwise.models.skeleton import Skeleton, weight_of
 
 Mode = Literal["true_sequential", "block"]
 
+#: glibc's number for the option, and the size of a tensor from which it counts as large.
+M_MMAP_THRESHOLD, LARGE = -3, 1 << 20
+
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGT", start=1)}
 
@@ -60,6 +63,17 @@ def choose_mode(skeleton: Skeleton, tokens: int, budget: int | None, *, referenc
     hidden = int(skeleton.model.config.get_text_config().hidden_size)
     needed = (1 + reference) * tokens * (widest + 4 * hidden) * skeleton.dtype.itemsize
     return "true_sequential" if needed <= (budget or available() // 2) else "block"
+
+
+def return_early() -> None:
+    """Has the C library return large tensors to the system as soon as they are freed (glibc).
+
+    Left alone it raises its limit for that to 32 MB as tensors come and go, and the holes that batches
+    leave behind when they go on one after another add up to as much memory as they fill.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def give_back() -> None:

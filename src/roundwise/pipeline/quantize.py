@@ -20,7 +20,7 @@ from roundwise.models.formats import check_shape
 from roundwise.models.hub import local_folder
 from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
 from roundwise.pipeline.calibration import Calibration, load_calibration
-from roundwise.pipeline.memory import Mode, parse_size, peak_rss
+from roundwise.pipeline.memory import Mode, parse_size, peak_rss, return_early
 from roundwise.pipeline.run import Progress, Run
 
 __all__ = ["Progress", "QuantizeResult", "quantize"]
@@ -86,6 +86,7 @@ def quantize(
     """
     begun = time.monotonic()
     clock.take()
+    return_early()
     config = config or QuantizeConfig()
     skeleton = open_skeleton(local_folder(model))
     skipped = _check(skeleton, config)
