@@ -93,6 +93,12 @@ class QuantizeConfig(BaseModel):
     refine: int = Field(
         2, ge=0, le=20, description="Rounds of scale refit and coordinate descent after rounding."
     )
+    rotate: bool = Field(
+        False,
+        description="Rotate the residual stream before quantizing, folded into the weights (QuaRot): "
+        "outlier channels are spread over all others. The model's function stays as it is.",
+    )
+    rotation_seed: int = Field(0, ge=0, description="Which rotation.")
     dynamic: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
         description="Overrides by module name: regex -> {bits, group_size, sym, desc_act}, or None "

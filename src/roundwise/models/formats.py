@@ -125,5 +125,6 @@ def quantization_config(config: QuantizeConfig, *, true_sequential: bool) -> dic
             "quantizer": [f"roundwise:{__version__}"],
             "method": config.method,
             "order": config.order,
+            **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
         },
     }

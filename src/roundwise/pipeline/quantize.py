@@ -16,6 +16,7 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
 from roundwise.errors import CalibrationError, ConfigError, Interrupted
 from roundwise.models.checkpoint import Checkpoint
+from roundwise.models.fold import rotated
 from roundwise.models.formats import check_shape
 from roundwise.models.hub import local_folder
 from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
@@ -89,6 +90,8 @@ def quantize(
     config = config or QuantizeConfig()
     skeleton = open_skeleton(local_folder(model))
     skipped = _check(skeleton, config)
+    if config.rotate:
+        skeleton = open_skeleton(rotated(skeleton.checkpoint, config.rotation_seed))
     texts = _calibration(
         skeleton, config, calibration,
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,

@@ -48,6 +48,11 @@ def command(
         int | None, typer.Option(help="Rounds of scale refit and coordinate descent.")
     ] = None,
     damp_percent: Annotated[float, typer.Option(help="Damping, part of mean(diag H).")] = 0.01,
+    rotate: Annotated[
+        bool,
+        typer.Option("--rotate", help="Rotate the residual stream first, folded into the weights."),
+    ] = False,
+    rotation_seed: Annotated[int, typer.Option(help="Which rotation.")] = 0,
     method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest.")] = "gptq",
     format: Annotated[
         str | None,
@@ -94,7 +99,8 @@ def command(
     }  # fmt: skip
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
-        damp_percent=damp_percent, method=method, dynamic=parse_dynamic(override or [], skip or []),
+        damp_percent=damp_percent, method=method, rotate=rotate, rotation_seed=rotation_seed,
+        dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     if mode not in (None, "true_sequential", "block"):
