@@ -14,7 +14,8 @@ from roundwise.errors import ConfigError
 
 Bits = Literal[2, 3, 4, 8]
 Order = Literal["natural", "static", "group_aware"]
-Method = Literal["gptq", "rtn"]
+Method = Literal["gptq", "rtn", "awq"]
+Prescale = Literal["none", "awq"]
 Format = Literal["gptq", "gptq_v2"]
 
 Recipe = Literal["best", "textbook"]
@@ -60,7 +61,16 @@ class QuantizeConfig(BaseModel):
     damp_percent: float = Field(
         0.01, ge=0.0, le=10.0, description="Damping: this part of mean(diag H) is added to diag H."
     )
-    method: Method = Field("gptq", description="gptq, or rtn: round to nearest, the baseline.")
+    method: Method = Field(
+        "gptq",
+        description="gptq; awq: activation-aware scales, then round to nearest on searched grids; "
+        "rtn: round to nearest, the baseline.",
+    )
+    prescale: Prescale = Field(
+        "none",
+        description="awq: before quantizing, input channels that carry much are scaled up and the "
+        "gains of the norm in front as much down; the model's function stays as it is.",
+    )
     format: Format = Field(
         "gptq",
         description="Zero points minus one (gptq) or as they are (gptq_v2, the default if not sym).",
@@ -140,6 +150,19 @@ class QuantizeConfig(BaseModel):
             if changes:
                 self.merged(changes)
         return self
+
+    @model_validator(mode="after")
+    def _prescale_needs_activations(self) -> QuantizeConfig:
+        if self.method == "rtn" and self.prescale != "none":
+            raise ValueError(
+                "prescale=awq looks at activations, which rtn does not: use method=awq"
+            )
+        return self
+
+    @property
+    def prescales(self) -> bool:
+        """Activation-aware scales are folded into norms."""
+        return self.prescale == "awq" or self.method == "awq"
 
     @property
     def maxq(self) -> int:

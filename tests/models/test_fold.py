@@ -174,7 +174,7 @@ class TestSharp:
         assert original is not routed
         monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", routed)
         # gate_proj is never called as a module, so its weight is not folded.
-        with pytest.raises(ConfigError, match=r"model\.layers\.0 reads or writes the residual"):
+        with pytest.raises(ConfigError, match=r"model\.layers\.0 reads or writes the stream"):
             rotated(Checkpoint(llama), 0)
 
     def test_a_bias_with_a_gain_of_zero(self, copy_of: Callable[[str], Path]) -> None:

@@ -64,7 +64,7 @@ def rotated(source: Checkpoint, seed: int, *, check: bool = True) -> FoldedCheck
         skeleton = open_skeleton(source, dtype=torch.float32)
         plan = _Plan(skeleton, trace(skeleton), seed)
         if check:
-            _check(plan)
+            check_unchanged(plan.found, plan.checkpoint(exact=True), plan.rotation.rows)
         return plan.checkpoint(exact=False)
     except ConfigError as error:
         raise ConfigError(
@@ -149,37 +149,48 @@ class _Plan:
 
 
 @torch.no_grad()
-def _check(plan: _Plan) -> None:
-    """Plays every block, the embedding and the head before and after; ConfigError where they differ."""
-    after = open_skeleton(plan.checkpoint(exact=True), dtype=torch.float32)
-    turn, blocks = plan.rotation.rows, iter(plan.found.blocks)
+def check_unchanged(
+    found: Trace,
+    checkpoint: Checkpoint,
+    turn: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> None:
+    """Plays every block, the embedding and the head once more, and compares with the trace.
+
+    Args:
+        found: trace of the original.
+        checkpoint: the folded one, exact.
+        turn: what is to happen to the residual stream.
+
+    Raises:
+        ConfigError: something differs; the sentence says where.
+    """
+    after = open_skeleton(checkpoint, dtype=torch.float32)
+    blocks = iter(found.blocks)
 
     def gate(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
         def play(*args: Any, **kwargs: Any) -> Any:
             passed = next(blocks)
-            x, arrived = turn(passed.x), stream_of(args, kwargs)
+            x, arrived = turn(passed.x).float(), stream_of(args, kwargs)
             if arrived is None or not near(arrived, x, TOLERANCE):
                 raise ConfigError(
                     f"what reaches {block.name} is not turned as a whole (a norm behind the embedding?)"
                 )
             after.load(block.module, block.name)
-            args, kwargs = _with_stream(x.float(), passed.args, passed.kwargs)
+            args, kwargs = _with_stream(x, passed.args, passed.kwargs)
             output = forward(*args, **kwargs)
+            expected = turn(passed.y).float()
             y = output[0] if isinstance(output, tuple) else output
             # Relative to what the block adds: the stream itself may be far larger.
-            if not near(y - x, turn(passed.y) - x, TOLERANCE):
-                raise ConfigError(
-                    f"{block.name} reads or writes the residual stream in another way"
-                )
+            if not near(y - x, expected - x, TOLERANCE):
+                raise ConfigError(f"{block.name} reads or writes the stream in another way as well")
             after.unload(block.module, block.name)
-            y = turn(passed.y).float()
-            return (y, *output[1:]) if isinstance(output, tuple) else y
+            return (expected, *output[1:]) if isinstance(output, tuple) else expected
 
         return play
 
     logits = run(after, gate)
-    assert plan.found.logits is not None
-    if not near(logits, plan.found.logits, TOLERANCE):
+    assert found.logits is not None
+    if not near(logits, found.logits, TOLERANCE):
         raise ConfigError("its logits are not the same afterwards")
 
 

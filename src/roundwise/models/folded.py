@@ -33,12 +33,14 @@ class Change:
     rotation: Rotation | None = None
     fill: float | None = None
     """The tensor becomes this number everywhere."""
+    offset: float = 0.0
+    """What is scaled is the tensor plus this, which is taken away again."""
 
     def rows(self, X: torch.Tensor) -> torch.Tensor:
         """X [rows, channels] of any dtype, changed, float64."""
         X = X.to(torch.float64)
         if self.gain is not None:
-            X = X * self.gain
+            X = (X + self.offset) * self.gain - self.offset
         return X if self.rotation is None else self.rotation.rows(X)
 
 

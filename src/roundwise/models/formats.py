@@ -125,6 +125,7 @@ def quantization_config(config: QuantizeConfig, *, true_sequential: bool) -> dic
             "quantizer": [f"roundwise:{__version__}"],
             "method": config.method,
             "order": config.order,
+            **({"prescale": "awq"} if config.prescales else {}),
             **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
         },
     }

@@ -22,6 +22,7 @@ from roundwise.models.hub import local_folder
 from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
 from roundwise.pipeline.calibration import Calibration, load_calibration
 from roundwise.pipeline.memory import Mode, parse_size, peak_rss
+from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.run import Progress, Run
 
 __all__ = ["Progress", "QuantizeResult", "quantize"]
@@ -97,6 +98,8 @@ def quantize(
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), strict, progress)
+    if config.prescales:
+        run.prescaler = Prescaler(skeleton, config)
     journal = run.open(restart=restart)
     try:
         manifest = run.finished() or run.work(journal)
@@ -154,8 +157,8 @@ def _calibration(
         return None
     if source is None:
         raise CalibrationError(
-            "gptq needs calibration text: --calibration FILE, or a named set such as python-stdlib "
-            "or wikitext2"
+            f"{config.method} needs calibration text: --calibration FILE, or a named set such as "
+            "python-stdlib or wikitext2"
         )
     text_config = skeleton.model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or seq_len

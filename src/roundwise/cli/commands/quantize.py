@@ -53,7 +53,15 @@ def command(
         typer.Option("--rotate", help="Rotate the residual stream first, folded into the weights."),
     ] = False,
     rotation_seed: Annotated[int, typer.Option(help="Which rotation.")] = 0,
-    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest.")] = "gptq",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="gptq; awq: activation-aware scales and rounding; rtn: round to nearest."
+        ),
+    ] = "gptq",
+    prescale: Annotated[
+        str, typer.Option(help="awq: activation-aware scales folded into the norms first.")
+    ] = "none",
     format: Annotated[
         str | None,
         typer.Option(help="gptq (v1) or gptq_v2; the default is v1 with --sym, else v2."),
@@ -99,8 +107,8 @@ def command(
     }  # fmt: skip
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
-        damp_percent=damp_percent, method=method, rotate=rotate, rotation_seed=rotation_seed,
-        dynamic=parse_dynamic(override or [], skip or []),
+        damp_percent=damp_percent, method=method, prescale=prescale,
+        rotate=rotate, rotation_seed=rotation_seed, dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     if mode not in (None, "true_sequential", "block"):
