@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.awq import RATIOS, channel_scales, round_searched, search_scales
+from roundwise.core.awq import QUICK, RATIOS, channel_scales, round_searched, search_scales
 from roundwise.core.grid import minmax
 from roundwise.core.solver import round_to_nearest, solve
 from roundwise.errors import SingularError
 
 CONFIG = QuantizeConfig(group_size=32)
+AWQ = QuantizeConfig(group_size=32, method="awq")
+BOTH = pytest.mark.parametrize("config", [AWQ, CONFIG], ids=["awq", "gptq"])
 
 
 def layer(seed: int = 0, *, outliers: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,8 +33,12 @@ def loss(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor) -> float:
     return float(torch.trace(E @ H.double() @ E.T))
 
 
-def scaled_loss(W: torch.Tensor, s: torch.Tensor, H: torch.Tensor) -> float:
-    return loss(W, round_to_nearest(W * s, CONFIG).dequantize() / s, H)
+def scaled_loss(W: torch.Tensor, s: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> float:
+    """On the unscaled input: what the scaled and rounded weight stands for there."""
+    scaled = H / s / s[:, None]
+    quick = config.merged(QUICK[config.method])
+    q = (round_searched if config.method == "awq" else solve)(W * s, scaled, quick)
+    return loss(W, q.dequantize() / s, H)
 
 
 class TestScales:
@@ -56,27 +62,35 @@ class TestScales:
         assert bool(torch.isfinite(s).all())
         assert bool((s > 0).all())
 
-    def test_are_the_best_of_all_ratios(self) -> None:
+    @BOTH
+    def test_are_the_best_of_all_ratios(self, config: QuantizeConfig) -> None:
         W, H = layer()
-        found = search_scales([(W, CONFIG)], H)
-        losses = {ratio: scaled_loss(W, channel_scales(H, ratio), H) for ratio in RATIOS}
+        found = search_scales([(W, config)], H)
+        losses = {r: scaled_loss(W, channel_scales(H, r), H, config) for r in RATIOS}
         assert found.ratio == min(losses, key=losses.__getitem__) > 0
         assert found.gain == pytest.approx(losses[found.ratio] / losses[0.0], rel=1e-3)
-        assert found.gain < 0.5  # what the method is for
+        assert torch.equal(found.s, channel_scales(H, found.ratio))
 
-    @given(st.integers(0, 50), st.booleans())
-    def test_never_lose_more_than_none(self, seed: int, outliers: bool) -> None:
-        W, H = layer(seed, outliers=outliers)
-        found = search_scales([(W, CONFIG)], H)
+    @BOTH
+    def test_pay_where_channels_carry_unequally(self, config: QuantizeConfig) -> None:
+        W, H = layer()
+        assert search_scales([(W, config)], H).gain < 0.6
+
+    @pytest.mark.parametrize("seed", range(5))
+    @BOTH
+    def test_never_lose_more_than_none(self, config: QuantizeConfig, seed: int) -> None:
+        W, H = layer(seed, outliers=False)
+        found = search_scales([(W, config)], H)
         assert found.gain <= 1.0
-        assert scaled_loss(W, found.s, H) <= scaled_loss(W, torch.ones(64), H) * (1 + 1e-4)
+        plain = scaled_loss(W, torch.ones(64), H, config)
+        assert scaled_loss(W, found.s, H, config) <= plain * (1 + 1e-4)
 
     def test_weights_of_one_input_share_them(self) -> None:
         W, H = layer()
         other = 100 * layer(1)[0]
-        both = search_scales([(W, CONFIG), (other, CONFIG)], H)
+        both = search_scales([(W, AWQ), (other, AWQ)], H)
         # Counted by relative loss: a large weight does not drown a small one.
-        alike = search_scales([(W, CONFIG), (other / 100, CONFIG)], H)
+        alike = search_scales([(W, AWQ), (other / 100, AWQ)], H)
         assert both.ratio == alike.ratio
 
     def test_need_activations(self) -> None:

@@ -6,7 +6,7 @@ arXiv 2306.00978). With a_j the size of the activations of channel j,
 
     s = a^r / √(max a^r · min a^r),    r of a few ratios whose loss tr(E H Eᵀ) is least
 
-The loss is that of rounding to nearest. a_j = √H_jj, the root mean square, stands for the paper's mean
+a_j = √H_jj, the root mean square, stands for the paper's mean
 of |X_j|: it is known already.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,12 +22,17 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.grid import Grid, encode
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.search import best_grids
-from roundwise.core.solver import round_to_nearest
+from roundwise.core.solver import round_to_nearest, solve
 from roundwise.errors import SingularError
 
 RATIOS = [i / 20 for i in range(20)]
 #: Rows of a weight that ratios are compared on, evenly spaced.
-ROWS = 512
+ROWS = 128
+#: What is left out while ratios are compared.
+QUICK: dict[str, dict[str, Any]] = {
+    "awq": {"grid": "minmax"},
+    "gptq": {"grid_candidates": 1, "refine": 0},
+}
 #: Smallest activation size that counts, as a part of their mean: a channel may be silent.
 FLOOR = 1e-4
 
@@ -40,7 +45,7 @@ class Scales(NamedTuple):
     ratio: float
     """0: no scaling was better."""
     gain: float
-    """Loss with the scales over loss without, by rounding to nearest."""
+    """Loss with the scales over loss without, on the rows compared."""
 
 
 def channel_scales(H: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -53,7 +58,10 @@ def channel_scales(H: torch.Tensor, ratio: float) -> torch.Tensor:
 def search_scales(
     weights: Sequence[tuple[torch.Tensor, QuantizeConfig]], H: torch.Tensor
 ) -> Scales:
-    """The scales with the least loss of rounding to nearest, summed over weights of one input.
+    """The scales with the least loss, summed over weights of one input.
+
+    Each ratio is tried on a few rows with the method that the weights are to be quantized with: what
+    GPTQ makes up for anyway is not worth a scale.
 
     Args:
         weights: W [out, in] and its settings, each; their relative losses count alike.
@@ -66,17 +74,22 @@ def search_scales(
         raise SingularError("the Hessian is zero: no calibration input reached this layer")
     H = H.to(torch.float32)
     parts = [(_some_rows(W).to(torch.float32), settings) for W, settings in weights]
-    energies = [float(((W @ H) * W).sum()) or 1.0 for W, _ in parts]
     losses = []
     for ratio in RATIOS:
         s = channel_scales(H, ratio)
-        losses.append(0.0)
-        for (W, settings), energy in zip(parts, energies, strict=True):
-            E = W - round_to_nearest(W * s, settings).dequantize() / s
-            losses[-1] += float(((E @ H) * E).sum()) / energy
+        scaled = H / s / s[:, None]
+        losses.append(sum(_loss(W * s, scaled, settings) for W, settings in parts))
     best = min(range(len(RATIOS)), key=losses.__getitem__)
     gain = losses[best] / losses[0] if losses[0] > 0 else 1.0
     return Scales(channel_scales(H, RATIOS[best]), RATIOS[best], gain)
+
+
+def _loss(W: torch.Tensor, H: torch.Tensor, settings: QuantizeConfig) -> float:
+    """tr(E H Eᵀ) / tr(W H Wᵀ) of some rows of a scaled weight, on its scaled input."""
+    quick = settings.merged(QUICK[settings.method])
+    q = round_searched(W, H, quick) if settings.method == "awq" else solve(W, H, quick)
+    assert q.relative_error is not None
+    return q.relative_error
 
 
 def round_searched(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> QuantizedWeight:
