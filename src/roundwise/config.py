@@ -58,8 +58,10 @@ class QuantizeConfig(BaseModel):
         "first, then most sensitive column first); group_aware (sorted inside each group, groups "
         "by their most sensitive column). All three leave g_idx trivial.",
     )
-    damp_percent: float = Field(
-        0.01, ge=0.0, le=10.0, description="Damping: this part of mean(diag H) is added to diag H."
+    damp_percent: float | Literal["auto"] = Field(
+        0.01,
+        description="Damping: this part of mean(diag H) is added to diag H. auto: whichever of a few "
+        "loses least on calibration tokens that are held out, for each layer input.",
     )
     method: Method = Field(
         "gptq",
@@ -127,6 +129,16 @@ class QuantizeConfig(BaseModel):
         if value != -1 and (value < 8 or value % 8):
             raise ValueError("must be -1 (one group for all input channels) or a multiple of 8")
         return value
+
+    @field_validator("damp_percent", mode="before")
+    @classmethod
+    def _damp_percent(cls, value: Any) -> Any:
+        try:
+            if value == "auto" or 0.0 <= float(value) <= 10.0:
+                return value
+        except (TypeError, ValueError):
+            pass
+        raise ValueError("must be auto, or a number from 0 to 10")
 
     @field_validator("dynamic")
     @classmethod

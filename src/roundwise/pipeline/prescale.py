@@ -14,10 +14,10 @@ import torch
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.awq import search_scales
-from roundwise.core.correct import Drift
 from roundwise.errors import SingularError
 from roundwise.models.scaling import ScalableNorm, scalable_norms
 from roundwise.models.skeleton import Block, Skeleton, weight_of
+from roundwise.pipeline.damping import Damping
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,6 @@ class Scaling:
     def undo(self, Q: torch.Tensor) -> torch.Tensor:
         """Q diag(1/s) in the type of Q."""
         return Q if self.s is None else (Q.to(torch.float64) / self.s).to(Q.dtype)
-
-    def divide(self, H: torch.Tensor, drift: Drift) -> None:
-        """Makes moments of the input X those of X diag(1/s), in place."""
-        assert self.s is not None
-        s = self.s.to(H.dtype)
-        H /= s
-        H /= s[:, None]
-        if drift.input is not None:
-            drift.input /= s
-            drift.input /= s[:, None]
-        if drift.residual is not None:
-            drift.residual /= s
 
     def record(self, name: str) -> dict[str, Any]:
         """For the result: which norm shares the scales of linear `name`, and what was chosen."""
@@ -87,8 +75,9 @@ class Prescaler:
         """
         norm = self._norms.get(frozenset(names))
         settings = [self._config.for_module(name) for name in names]
+        open_damping = Damping()  # chosen later, on the scaled input
         weights = [
-            (weight_of(block.linears[name]), each)
+            (weight_of(block.linears[name]), open_damping.settled(each))
             for name, each in zip(names, settings, strict=True)
             if each is not None
         ]

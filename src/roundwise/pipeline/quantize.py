@@ -21,6 +21,7 @@ from roundwise.models.formats import check_shape
 from roundwise.models.hub import local_folder
 from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
 from roundwise.pipeline.calibration import Calibration, load_calibration
+from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.memory import Mode, parse_size, peak_rss
 from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.run import Progress, Run
@@ -97,6 +98,7 @@ def quantize(
         skeleton, config, calibration,
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
     )  # fmt: skip
+    held_out(config, len(texts.batches) if texts else 0)  # refuses before anything is written
     run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), strict, progress)
     if config.prescales:
         run.prescaler = Prescaler(skeleton, config)

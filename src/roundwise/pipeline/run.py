@@ -32,6 +32,7 @@ from roundwise.models.verify import read_manifest
 from roundwise.models.writer import write_safetensors
 from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
+from roundwise.pipeline.damping import Damping, choose, held_out, moments
 from roundwise.pipeline.finish import MANIFEST, described, finish, shard_name
 from roundwise.pipeline.journal import WORK, Journal
 from roundwise.pipeline.memory import Mode, choose_mode, give_back
@@ -167,6 +168,7 @@ class Run:
             reference=self.config.needs_reference,
             skip=first,
             outputs=outputs,
+            held_out=held_out(self.config, len(self.texts.batches)),
         ) as conductor:
             for index in range(first, len(self.skeleton.blocks)):
                 conductor.enter()
@@ -194,6 +196,7 @@ class Run:
             inputs = _Inputs(group)
             scaling = self._prescale(block, group, inputs)
             folded.update(scaling.tensors)
+            inputs.choose_damping(self._weights(block, group, scaling))
             for name in group.names:
                 settings = self.config.for_module(name)
                 if settings is None:
@@ -204,7 +207,8 @@ class Run:
                 with clock.phase("pack"):
                     set_weight(linear, scaling.undo(q.dequantize(weight_of(linear).dtype)))
                     solved[name] = encode(q, settings)
-                layers.append(_layer(name, q, settings, inputs.tokens) | scaling.record(name))
+                layers.append(_layer(name, q, settings, inputs.tokens))
+                layers[-1] |= scaling.record(name) | inputs.damping.record(settings)
                 self._tell(index, first, layers[-1])
             give_back()
 
@@ -234,12 +238,23 @@ class Run:
 
     def _prescale(self, block: Block, group: Group, inputs: _Inputs) -> Scaling:
         """Scales for the group's input, if any; `inputs` becomes that of the scaled weights."""
-        if self.prescaler is None or inputs.H is None:
+        if self.prescaler is None or inputs.fit is None:
             return Scaling()
-        scaling = self.prescaler.search(block, group.names, inputs.H)
-        if scaling.s is not None:
-            scaling.divide(inputs.H, inputs.drift)
+        with clock.phase("choose"):
+            scaling = self.prescaler.search(block, group.names, inputs.fit.H)
+        for part in (inputs.fit, inputs.held):
+            if part is not None and scaling.s is not None:
+                part.divide(scaling.s)
         return scaling
+
+    def _weights(
+        self, block: Block, group: Group, scaling: Scaling
+    ) -> Iterator[tuple[torch.Tensor, QuantizeConfig]]:
+        """The weights of a group that are to be quantized, and their settings."""
+        for name in group.names:
+            settings = self.config.for_module(name)
+            if settings is not None:
+                yield scaling.apply(weight_of(block.linears[name])), settings
 
     def _solve(
         self, name: str, W: torch.Tensor, inputs: _Inputs, settings: QuantizeConfig
@@ -298,25 +313,35 @@ class _Inputs:
     """What is known of a group's input; its Hessian is factored once for all linears alike."""
 
     def __init__(self, group: Group) -> None:
-        self.tokens = group.hessian.tokens if group.hessian else 0
-        self.drift = group.drift()
+        self.fit, self.held = moments(group), moments(group.held)
+        if self.fit is None:
+            self.fit, self.held = self.held, None
+        self.tokens = sum(part.tokens for part in (self.fit, self.held) if part)
+        self.damping = Damping()
         self._waiting = len(group.names)
-        self.H = group.hessian.mean() if group.hessian else None
         self._known: dict[tuple[Any, ...], Prepared] = {}
+
+    def choose_damping(self, weights: Iterator[tuple[torch.Tensor, QuantizeConfig]]) -> None:
+        """Settles damping on the tokens held out, if any; from then on `fit` holds all tokens."""
+        if self.fit is not None and self.held is not None:
+            with clock.phase("choose"):
+                self.damping, self.held = choose([*weights], self.fit, self.held), None
 
     def lost(self, W: torch.Tensor, settings: QuantizeConfig) -> torch.Tensor | None:
         """What the weight W is to make up for; asked once for each linear, and freed with the last."""
+        if self.fit is None:
+            return None
         with clock.phase("drift"):
-            Y = self.drift.lost(W, settings.alpha, settings.beta)
+            Y = self.fit.drift.lost(W, settings.alpha, settings.beta)
         self._waiting -= 1
         if not self._waiting:
             # A moment may be as large as H, whose factor is still to come.
-            self.drift = Drift()
+            self.fit.drift = Drift()
         return Y
 
     def prepared(self, settings: QuantizeConfig) -> Prepared:
         """Order and factor; SingularError when there is no Hessian."""
-        H = self.moment()
+        H, settings = self.moment(), self.damping.settled(settings)
         key = (settings.group_size, settings.desc_act, settings.order, settings.damp_percent)
         if key not in self._known:
             with clock.phase("factor"):
@@ -325,9 +350,9 @@ class _Inputs:
 
     def moment(self) -> torch.Tensor:
         """The Hessian; SingularError when there is none."""
-        if self.H is None:
+        if self.fit is None:
             raise SingularError("no calibration token reached this layer")
-        return self.H
+        return self.fit.H
 
 
 def _layer(name: str, q: QuantizedWeight, settings: QuantizeConfig, tokens: int) -> dict[str, Any]:

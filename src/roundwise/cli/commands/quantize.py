@@ -47,7 +47,9 @@ def command(
     refine: Annotated[
         int | None, typer.Option(help="Rounds of scale refit and coordinate descent.")
     ] = None,
-    damp_percent: Annotated[float, typer.Option(help="Damping, part of mean(diag H).")] = 0.01,
+    damp_percent: Annotated[
+        str, typer.Option(help="Damping, part of mean(diag H); auto: chosen on held-out tokens.")
+    ] = "0.01",
     rotate: Annotated[
         bool,
         typer.Option("--rotate", help="Rotate the residual stream first, folded into the weights."),
@@ -107,7 +109,7 @@ def command(
     }  # fmt: skip
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
-        damp_percent=damp_percent, method=method, prescale=prescale,
+        damp_percent=_number(damp_percent), method=method, prescale=prescale,
         rotate=rotate, rotation_seed=rotation_seed, dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
@@ -136,6 +138,14 @@ def parse_dynamic(overrides: list[str], skips: list[str]) -> dict[str, dict[str,
             raise ConfigError(f"--override {text!r}: write it as 'REGEX=bits:8,group_size:32'")
         dynamic[pattern] = {m[1]: _value(m[2]) for m in found if m}
     return dynamic
+
+
+def _number(text: str) -> float | str:
+    """The number that `text` is; other text stays as it is, for the config to judge."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _value(text: str) -> int | bool | str:
