@@ -140,10 +140,13 @@ def conduct(
     *,
     sequential: bool = True,
     reference: bool = False,
+    held_out: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[list[Group], Conductor]]:
     """Leads batches through all blocks; yields the groups of each, all players standing behind it."""
     skeleton.load_outside_blocks()
-    with Conductor(skeleton.model, skeleton.blocks, played, reference=reference) as conductor:
+    with Conductor(
+        skeleton.model, skeleton.blocks, played, reference=reference, held_out=held_out
+    ) as conductor:
         for block in skeleton.blocks:
             conductor.enter()
             skeleton.load(block.module, block.name)

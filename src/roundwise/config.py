@@ -14,7 +14,8 @@ from roundwise.errors import ConfigError
 
 Bits = Literal[2, 3, 4, 8]
 Order = Literal["natural", "static", "group_aware"]
-Method = Literal["gptq", "rtn"]
+Method = Literal["gptq", "rtn", "awq"]
+Prescale = Literal["none", "awq"]
 Format = Literal["gptq", "gptq_v2"]
 
 Recipe = Literal["best", "textbook"]
@@ -57,10 +58,21 @@ class QuantizeConfig(BaseModel):
         "first, then most sensitive column first); group_aware (sorted inside each group, groups "
         "by their most sensitive column). All three leave g_idx trivial.",
     )
-    damp_percent: float = Field(
-        0.01, ge=0.0, le=10.0, description="Damping: this part of mean(diag H) is added to diag H."
+    damp_percent: float | Literal["auto"] = Field(
+        0.01,
+        description="Damping: this part of mean(diag H) is added to diag H. auto: whichever of a few "
+        "loses least on calibration tokens that are held out, for each layer input.",
     )
-    method: Method = Field("gptq", description="gptq, or rtn: round to nearest, the baseline.")
+    method: Method = Field(
+        "gptq",
+        description="gptq; awq: activation-aware scales, then round to nearest on searched grids; "
+        "rtn: round to nearest, the baseline.",
+    )
+    prescale: Prescale = Field(
+        "none",
+        description="awq: before quantizing, input channels that carry much are scaled up and the "
+        "gains of the norm in front as much down; the model's function stays as it is.",
+    )
     format: Format = Field(
         "gptq",
         description="Zero points minus one (gptq) or as they are (gptq_v2, the default if not sym).",
@@ -93,6 +105,12 @@ class QuantizeConfig(BaseModel):
     refine: int = Field(
         2, ge=0, le=20, description="Rounds of scale refit and coordinate descent after rounding."
     )
+    rotate: bool = Field(
+        False,
+        description="Rotate the residual stream before quantizing, folded into the weights (QuaRot): "
+        "outlier channels are spread over all others. The model's function stays as it is.",
+    )
+    rotation_seed: int = Field(0, ge=0, description="Which rotation.")
     dynamic: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
         description="Overrides by module name: regex -> {bits, group_size, sym, desc_act}, or None "
@@ -111,6 +129,16 @@ class QuantizeConfig(BaseModel):
         if value != -1 and (value < 8 or value % 8):
             raise ValueError("must be -1 (one group for all input channels) or a multiple of 8")
         return value
+
+    @field_validator("damp_percent", mode="before")
+    @classmethod
+    def _damp_percent(cls, value: Any) -> Any:
+        try:
+            if value == "auto" or 0.0 <= float(value) <= 10.0:
+                return value
+        except (TypeError, ValueError):
+            pass
+        raise ValueError("must be auto, or a number from 0 to 10")
 
     @field_validator("dynamic")
     @classmethod
@@ -134,6 +162,19 @@ class QuantizeConfig(BaseModel):
             if changes:
                 self.merged(changes)
         return self
+
+    @model_validator(mode="after")
+    def _prescale_needs_activations(self) -> QuantizeConfig:
+        if self.method == "rtn" and self.prescale != "none":
+            raise ValueError(
+                "prescale=awq looks at activations, which rtn does not: use method=awq"
+            )
+        return self
+
+    @property
+    def prescales(self) -> bool:
+        """Activation-aware scales are folded into norms."""
+        return self.prescale == "awq" or self.method == "awq"
 
     @property
     def maxq(self) -> int:

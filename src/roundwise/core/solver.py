@@ -55,9 +55,15 @@ def prepare(H: torch.Tensor, config: QuantizeConfig) -> Prepared:
         config: its `group_size`, `desc_act`, `order` and `damp_percent` count.
 
     Raises:
+        ConfigError: damping is left open.
         SingularError: H is zero, or no damping makes it definite.
         NumericalError: NaN or infinity in H.
     """
+    if config.damp_percent == "auto":
+        raise ConfigError(
+            "damp_percent=auto is settled by a run, on calibration tokens that it holds out: "
+            "give a number, or compare with core.damping.held_out_losses"
+        )
     order = processing_order(H.diagonal(), config)
     return Prepared(H, order, factor(H, order.perm, config.damp_percent))
 

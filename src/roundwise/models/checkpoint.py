@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,16 @@ class TensorInfo:
         flat = torch.frombuffer(view, dtype=dtype, count=count, offset=offset)
         return flat.reshape(self.shape), view
 
+    def rows(self, start: int, count: int) -> TensorInfo:
+        """Where `count` of its rows are, from row `start` on."""
+        size = self.nbytes // self.shape[0]
+        return replace(
+            self,
+            shape=(count, *self.shape[1:]),
+            start=self.start + start * size,
+            nbytes=count * size,
+        )
+
     def chunks(self) -> Iterator[bytes]:
         """The raw bytes, a few MB at a time."""
         with self.path.open("rb") as file:
@@ -113,6 +123,8 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder with a model in it")
         self.config = read_json(self.folder / config_file)
+        #: What the model's config is to say instead of config.json.
+        self.overrides: dict[str, Any] = {}
         self.files = self._weight_files()
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
@@ -185,6 +197,10 @@ class Checkpoint:
             and not path.name.endswith((*weights, ".index.json"))
             and path.name not in ours
         ]
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the folder."""
+        return sum(info.nbytes for info in self.tensors.values())
 
     def identity(self) -> dict[str, Any]:
         """What tells this checkpoint from a changed one: sizes, times and hashes of all headers."""

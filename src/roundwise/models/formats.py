@@ -119,11 +119,15 @@ def quantization_config(config: QuantizeConfig, *, true_sequential: bool) -> dic
         "lm_head": False,
         "checkpoint_format": config.format,
         "true_sequential": true_sequential,
-        "damp_percent": config.damp_percent,
+        # Readers expect a number, or nothing.
+        **({"damp_percent": config.damp_percent} if config.damp_percent != "auto" else {}),
         **({"dynamic": dynamic} if dynamic else {}),
         "meta": {
             "quantizer": [f"roundwise:{__version__}"],
             "method": config.method,
             "order": config.order,
+            **({"damp_percent": "auto"} if config.damp_percent == "auto" else {}),
+            **({"prescale": "awq"} if config.prescales else {}),
+            **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
         },
     }

@@ -49,6 +49,8 @@ class Skeleton:
     """Name of a module -> where its loaded weight lives."""
     _outside: list[str] = field(default_factory=list)
     """Names of the modules outside the blocks."""
+    _computed: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """What was loaded with `_outside`, but is no map."""
 
     def block_tensors(self, index: int) -> dict[str, TensorInfo]:
         """All tensors of the checkpoint that belong to block `index`, by their names there."""
@@ -74,6 +76,8 @@ class Skeleton:
             value, view = info.mapped(aligned=aligned)
             if view is not None and name == "weight":
                 self._maps[key.removesuffix(".weight")] = view
+            if view is None and not aligned:
+                self._computed.append((owner, name))
             if value.is_floating_point():
                 value = value.to(current.dtype)
             if name in owner._parameters:
@@ -84,6 +88,9 @@ class Skeleton:
     def release_pages(self, names: list[str] | None = None) -> None:
         """Gives memory of mapped weights back, for now: it is read again should it be needed.
 
+        Tables outside the blocks that are no map (they were folded while being read) are put back on
+        the meta device instead: using one from then on is an error.
+
         Args:
             names: modules that have done their work; None: all outside the blocks, such as the
                 embeddings once all batches are in the first block.
@@ -91,6 +98,12 @@ class Skeleton:
         for name in self._outside if names is None else names:
             if name in self._maps:
                 self._maps[name].madvise(mmap.MADV_DONTNEED)
+        for owner, name in self._computed if names is None else []:
+            value = owner._parameters.get(name)
+            if value is not None and value.ndim > 1:
+                owner._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
+        if names is None:
+            self._computed = []
 
     def load_outside_blocks(self) -> None:
         """Loads embeddings, norms and whatever else is not in a block; the head only when tied."""
@@ -119,8 +132,14 @@ class Skeleton:
                 owner._buffers[name] = buffer.to("meta")
 
 
-def open_skeleton(source: str | os.PathLike[str] | Checkpoint) -> Skeleton:
+def open_skeleton(
+    source: str | os.PathLike[str] | Checkpoint, *, dtype: torch.dtype | None = None
+) -> Skeleton:
     """Builds the model of a checkpoint on the meta device and maps its tensors.
+
+    Args:
+        source: folder, or a checkpoint that is open already.
+        dtype: what the model is to compute in instead of what its config says.
 
     Raises:
         CheckpointError: the architecture is unknown, needs its own code, or tensors are missing.
@@ -133,7 +152,7 @@ def open_skeleton(source: str | os.PathLike[str] | Checkpoint) -> Skeleton:
             f"{checkpoint.folder} is quantized already ({method}): start from the original"
         )
     config = load_config(checkpoint)
-    dtype = _model_dtype(config, checkpoint)
+    dtype = dtype or _model_dtype(config, checkpoint)
     model = build(config, dtype)
     blocks = find_blocks(model)
     skeleton = Skeleton(model, checkpoint, blocks, _map_names(model, checkpoint), dtype)
@@ -144,7 +163,9 @@ def open_skeleton(source: str | os.PathLike[str] | Checkpoint) -> Skeleton:
 def load_config(checkpoint: Checkpoint) -> Any:
     """Transformers' config of a checkpoint; code that comes with the model is never run."""
     try:
-        return transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=False, **checkpoint.overrides
+        )
     except Exception as error:  # transformers raises many kinds here; all mean the same to a user
         kind = checkpoint.config.get("model_type", "no model_type")
         reason = str(error).strip().split("\n", 1)[0]

@@ -16,7 +16,9 @@ import torch
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.errors import CheckpointError, RoundwiseError, VerificationError
 from roundwise.models.checkpoint import Checkpoint, TensorInfo, file_digest, read_json
+from roundwise.models.fold import as_quantized
 from roundwise.models.formats import SUFFIXES, decode
+from roundwise.models.scaling import as_prescaled
 
 MANIFEST = "roundwise.json"
 #: Recorded and recomputed weight errors may differ by summation order only.
@@ -121,6 +123,9 @@ def audit(
             _check_files(report, folder, manifest["files"], config_file)
         if not report.failures:
             checkpoint = Checkpoint(folder, config_file=config_file)
+            if against is not None:
+                against = as_quantized(against, quantization_settings(checkpoint))
+                against = as_prescaled(against, checkpoint, (manifest or {}).get("layers", []))
             _check_layers(report, checkpoint, against, manifest)
             if against is not None:
                 _check_rest(report, checkpoint, against)

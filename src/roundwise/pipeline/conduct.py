@@ -69,6 +69,7 @@ class Conductor:
         reference: also play the original model.
         skip: resuming, the number of finished blocks; they are not played.
         outputs: resuming, what the last finished block returned to each player.
+        held_out: numbers of the batches that are summed up apart (`Group.held`).
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class Conductor:
         reference: bool = False,
         skip: int = 0,
         outputs: list[Any] | None = None,
+        held_out: frozenset[int] = frozenset(),
     ) -> None:
-        self.model, self.blocks, self.skip = model, blocks, skip
+        self.model, self.blocks, self.skip, self.held_out = model, blocks, skip, held_out
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
         self.probe_player = Player(probe, -1)
         self.quantized = [Player(batch, i) for i, batch in enumerate(batches)]
@@ -265,6 +267,7 @@ class Conductor:
         self, player: Player, name: str, group: Group, x: torch.Tensor, stream: torch.Tensor | None
     ) -> None:
         mask = _fitting_mask(player.batch.mask, x)
+        group = group.part(held=player.number in self.held_out)
         try:
             with clock.phase("hessian"):
                 group.add(x, mask)

@@ -67,7 +67,7 @@ def finish(
         "run": described(fingerprint),
         "mode": fingerprint["mode"],
         "bits_per_weight": _bits_per_weight(out, sorted(files), layers, skeleton),
-        "bytes_before": sum(info.nbytes for info in source.tensors.values()),
+        "bytes_before": source.nbytes(),
         "bytes_after": sum(
             info.nbytes
             for name in files

@@ -30,6 +30,14 @@ class Group:
     """Module whose input is the residual stream that the group's one linear adds to."""
     input_drift: CrossMoment | None = None
     residual_drift: CrossMoment | None = None
+    held: Group | None = None
+    """The sums over batches that are held out."""
+
+    def part(self, *, held: bool) -> Group:
+        """What a batch is summed up in."""
+        if held and self.held is None:
+            self.held = Group(self.names, residual=self.residual)
+        return self.held if held and self.held else self
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Adds a batch of inputs to the Hessian."""
@@ -61,7 +69,7 @@ class Group:
 
     def forget(self) -> None:
         """Frees the sums."""
-        self.hessian = self.input_drift = self.residual_drift = None
+        self.hessian = self.input_drift = self.residual_drift = self.held = None
 
 
 @dataclass

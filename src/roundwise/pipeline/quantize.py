@@ -16,11 +16,14 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
 from roundwise.errors import CalibrationError, ConfigError, Interrupted
 from roundwise.models.checkpoint import Checkpoint
+from roundwise.models.fold import rotated
 from roundwise.models.formats import check_shape
 from roundwise.models.hub import local_folder
 from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
 from roundwise.pipeline.calibration import Calibration, load_calibration
+from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.memory import Mode, parse_size, peak_rss, return_early
+from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.run import Progress, Run
 
 __all__ = ["Progress", "QuantizeResult", "quantize"]
@@ -90,11 +93,16 @@ def quantize(
     config = config or QuantizeConfig()
     skeleton = open_skeleton(local_folder(model))
     skipped = _check(skeleton, config)
+    if config.rotate:
+        skeleton = open_skeleton(rotated(skeleton.checkpoint, config.rotation_seed))
     texts = _calibration(
         skeleton, config, calibration,
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
     )  # fmt: skip
+    held_out(config, len(texts.batches) if texts else 0)  # refuses before anything is written
     run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), strict, progress)
+    if config.prescales:
+        run.prescaler = Prescaler(skeleton, config)
     journal = run.open(restart=restart)
     try:
         manifest = run.finished() or run.work(journal)
@@ -152,8 +160,8 @@ def _calibration(
         return None
     if source is None:
         raise CalibrationError(
-            "gptq needs calibration text: --calibration FILE, or a named set such as python-stdlib "
-            "or wikitext2"
+            f"{config.method} needs calibration text: --calibration FILE, or a named set such as "
+            "python-stdlib or wikitext2"
         )
     text_config = skeleton.model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or seq_len

@@ -19,6 +19,7 @@ import transformers
 
 from roundwise.config import QuantizeConfig
 from roundwise.core import native
+from roundwise.core.awq import round_searched
 from roundwise.core.clock import clock
 from roundwise.core.correct import Drift
 from roundwise.core.quantized import QuantizedWeight
@@ -26,14 +27,16 @@ from roundwise.core.solver import Prepared, prepare, round_to_nearest, solve
 from roundwise.errors import NumericalError, OutputError, RunError, SingularError
 from roundwise.models.checkpoint import file_digest
 from roundwise.models.formats import encode
-from roundwise.models.skeleton import Skeleton, set_weight, weight_of
+from roundwise.models.skeleton import Block, Skeleton, set_weight, weight_of
 from roundwise.models.verify import read_manifest
 from roundwise.models.writer import write_safetensors
 from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
+from roundwise.pipeline.damping import Damping, choose, held_out, moments
 from roundwise.pipeline.finish import MANIFEST, described, finish, shard_name
 from roundwise.pipeline.journal import WORK, Journal
 from roundwise.pipeline.memory import Mode, choose_mode, give_back
+from roundwise.pipeline.prescale import Prescaler, Scaling
 from roundwise.pipeline.probe import Group
 from roundwise.version import __version__
 
@@ -64,6 +67,7 @@ class Run:
     """Bytes, for that choice."""
     strict: bool
     progress: Callable[[Progress], None] | None
+    prescaler: Prescaler | None = None
 
     def fingerprint(self, known: dict[str, Any] | None) -> dict[str, Any]:
         """Everything that decides the bytes of the result.
@@ -164,6 +168,7 @@ class Run:
             reference=self.config.needs_reference,
             skip=first,
             outputs=outputs,
+            held_out=held_out(self.config, len(self.texts.batches)),
         ) as conductor:
             for index in range(first, len(self.skeleton.blocks)):
                 conductor.enter()
@@ -183,22 +188,27 @@ class Run:
         block = self.skeleton.blocks[index]
         solved: dict[str, dict[str, torch.Tensor]] = {}
         layers: list[dict[str, Any]] = []
+        folded: dict[str, torch.Tensor] = {}
 
         def solve_group(group: Group) -> None:
             # Everybody is behind the linears of earlier groups by now.
             self.skeleton.release_pages(list(solved))
             inputs = _Inputs(group)
+            scaling = self._prescale(block, group, inputs)
+            folded.update(scaling.tensors)
+            inputs.choose_damping(self._weights(block, group, scaling))
             for name in group.names:
                 settings = self.config.for_module(name)
                 if settings is None:
                     continue
                 linear = block.linears[name]
                 with clock.phase("solve"):
-                    q = self._solve(name, weight_of(linear), inputs, settings)
+                    q = self._solve(name, scaling.apply(weight_of(linear)), inputs, settings)
                 with clock.phase("pack"):
-                    set_weight(linear, q.dequantize(weight_of(linear).dtype))
+                    set_weight(linear, scaling.undo(q.dequantize(weight_of(linear).dtype)))
                     solved[name] = encode(q, settings)
                 layers.append(_layer(name, q, settings, inputs.tokens))
+                layers[-1] |= scaling.record(name) | inputs.damping.record(settings)
                 self._tell(index, first, layers[-1])
             give_back()
 
@@ -216,7 +226,7 @@ class Run:
         solve_group(Group([name for name in block.linears if name not in solved]))
         shard = shard_name(index, len(self.skeleton.blocks))
         with clock.phase("write"):
-            digest = write_safetensors(self.out / shard, self._shard(index, solved))
+            digest = write_safetensors(self.out / shard, self._shard(index, solved, folded))
         self.skeleton.unload(block.module, block.name)
         line = {
             "block": index, "shard": shard, "sha256": digest,
@@ -226,6 +236,26 @@ class Run:
         done.append(line)
         self._tell(index, first, None)
 
+    def _prescale(self, block: Block, group: Group, inputs: _Inputs) -> Scaling:
+        """Scales for the group's input, if any; `inputs` becomes that of the scaled weights."""
+        if self.prescaler is None or inputs.fit is None:
+            return Scaling()
+        with clock.phase("choose"):
+            scaling = self.prescaler.search(block, group.names, inputs.fit.H)
+        for part in (inputs.fit, inputs.held):
+            if part is not None and scaling.s is not None:
+                part.divide(scaling.s)
+        return scaling
+
+    def _weights(
+        self, block: Block, group: Group, scaling: Scaling
+    ) -> Iterator[tuple[torch.Tensor, QuantizeConfig]]:
+        """The weights of a group that are to be quantized, and their settings."""
+        for name in group.names:
+            settings = self.config.for_module(name)
+            if settings is not None:
+                yield scaling.apply(weight_of(block.linears[name])), settings
+
     def _solve(
         self, name: str, W: torch.Tensor, inputs: _Inputs, settings: QuantizeConfig
     ) -> QuantizedWeight:
@@ -234,6 +264,8 @@ class Run:
             if settings.method == "rtn":
                 return round_to_nearest(W, settings)
             try:
+                if settings.method == "awq":
+                    return round_searched(W, inputs.moment(), settings)
                 lost = inputs.lost(W, settings)
                 return solve(W, inputs.prepared(settings), settings, lost=lost)
             except SingularError as error:
@@ -243,7 +275,12 @@ class Run:
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
 
-    def _shard(self, index: int, solved: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
+    def _shard(
+        self,
+        index: int,
+        solved: dict[str, dict[str, torch.Tensor]],
+        folded: dict[str, torch.Tensor],
+    ) -> dict[str, Any]:
         """The block's tensors as they go to disk: quantized ones packed, all others as they were."""
         replaced = {self.skeleton.source_of[f"{name}.weight"]: name for name in solved}
         tensors: dict[str, Any] = {}
@@ -253,7 +290,7 @@ class Run:
                 for suffix, part in solved[replaced[tensor]].items():
                     tensors[stem + suffix] = part
             else:
-                tensors[tensor] = info
+                tensors[tensor] = folded.get(tensor, info)
         return tensors
 
     def _tell(self, index: int, first: int, layer: dict[str, Any] | None) -> None:
@@ -276,31 +313,46 @@ class _Inputs:
     """What is known of a group's input; its Hessian is factored once for all linears alike."""
 
     def __init__(self, group: Group) -> None:
-        self.tokens = group.hessian.tokens if group.hessian else 0
-        self._drift = group.drift()
+        self.fit, self.held = moments(group), moments(group.held)
+        if self.fit is None:
+            self.fit, self.held = self.held, None
+        self.tokens = sum(part.tokens for part in (self.fit, self.held) if part)
+        self.damping = Damping()
         self._waiting = len(group.names)
-        self._H = group.hessian.mean() if group.hessian else None
         self._known: dict[tuple[Any, ...], Prepared] = {}
+
+    def choose_damping(self, weights: Iterator[tuple[torch.Tensor, QuantizeConfig]]) -> None:
+        """Settles damping on the tokens held out, if any; from then on `fit` holds all tokens."""
+        if self.fit is not None and self.held is not None:
+            with clock.phase("choose"):
+                self.damping, self.held = choose([*weights], self.fit, self.held), None
 
     def lost(self, W: torch.Tensor, settings: QuantizeConfig) -> torch.Tensor | None:
         """What the weight W is to make up for; asked once for each linear, and freed with the last."""
+        if self.fit is None:
+            return None
         with clock.phase("drift"):
-            Y = self._drift.lost(W, settings.alpha, settings.beta)
+            Y = self.fit.drift.lost(W, settings.alpha, settings.beta)
         self._waiting -= 1
         if not self._waiting:
             # A moment may be as large as H, whose factor is still to come.
-            self._drift = Drift()
+            self.fit.drift = Drift()
         return Y
 
     def prepared(self, settings: QuantizeConfig) -> Prepared:
         """Order and factor; SingularError when there is no Hessian."""
-        if self._H is None:
-            raise SingularError("no calibration token reached this layer")
+        H, settings = self.moment(), self.damping.settled(settings)
         key = (settings.group_size, settings.desc_act, settings.order, settings.damp_percent)
         if key not in self._known:
             with clock.phase("factor"):
-                self._known = {key: prepare(self._H, settings)}
+                self._known = {key: prepare(H, settings)}
         return self._known[key]
+
+    def moment(self) -> torch.Tensor:
+        """The Hessian; SingularError when there is none."""
+        if self.fit is None:
+            raise SingularError("no calibration token reached this layer")
+        return self.fit.H
 
 
 def _layer(name: str, q: QuantizedWeight, settings: QuantizeConfig, tokens: int) -> dict[str, Any]:

@@ -47,8 +47,23 @@ def command(
     refine: Annotated[
         int | None, typer.Option(help="Rounds of scale refit and coordinate descent.")
     ] = None,
-    damp_percent: Annotated[float, typer.Option(help="Damping, part of mean(diag H).")] = 0.01,
-    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest.")] = "gptq",
+    damp_percent: Annotated[
+        str, typer.Option(help="Damping, part of mean(diag H); auto: chosen on held-out tokens.")
+    ] = "0.01",
+    rotate: Annotated[
+        bool,
+        typer.Option("--rotate", help="Rotate the residual stream first, folded into the weights."),
+    ] = False,
+    rotation_seed: Annotated[int, typer.Option(help="Which rotation.")] = 0,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="gptq; awq: activation-aware scales and rounding; rtn: round to nearest."
+        ),
+    ] = "gptq",
+    prescale: Annotated[
+        str, typer.Option(help="awq: activation-aware scales folded into the norms first.")
+    ] = "none",
     format: Annotated[
         str | None,
         typer.Option(help="gptq (v1) or gptq_v2; the default is v1 with --sym, else v2."),
@@ -94,7 +109,8 @@ def command(
     }  # fmt: skip
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
-        damp_percent=damp_percent, method=method, dynamic=parse_dynamic(override or [], skip or []),
+        damp_percent=_number(damp_percent), method=method, prescale=prescale,
+        rotate=rotate, rotation_seed=rotation_seed, dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     if mode not in (None, "true_sequential", "block"):
@@ -122,6 +138,14 @@ def parse_dynamic(overrides: list[str], skips: list[str]) -> dict[str, dict[str,
             raise ConfigError(f"--override {text!r}: write it as 'REGEX=bits:8,group_size:32'")
         dynamic[pattern] = {m[1]: _value(m[2]) for m in found if m}
     return dynamic
+
+
+def _number(text: str) -> float | str:
+    """The number that `text` is; other text stays as it is, for the config to judge."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _value(text: str) -> int | bool | str:

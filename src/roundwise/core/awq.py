@@ -1,0 +1,144 @@
+"""Activation-aware scales: input channels that carry much are made larger before they are rounded.
+
+Scaling column j of W by s_j and dividing what feeds it by s_j leaves the layer as it is, but channel
+j is then rounded with a step s_j times finer, at the cost of its group's others (AWQ, Lin et al. 2023,
+arXiv 2306.00978). With a_j the size of the activations of channel j,
+
+    s = a^r / √(max a^r · min a^r),    r of a few ratios whose loss tr(E H Eᵀ) is least
+
+a_j = √H_jj, the root mean square, stands for the paper's mean
+of |X_j|: it is known already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from roundwise.config import QuantizeConfig
+from roundwise.core.grid import Grid, encode
+from roundwise.core.quantized import QuantizedWeight
+from roundwise.core.search import best_grids
+from roundwise.core.solver import round_to_nearest, solve
+from roundwise.errors import SingularError
+
+RATIOS = [i / 20 for i in range(20)]
+#: Rows of a weight that ratios are compared on, evenly spaced.
+ROWS = 128
+#: What is left out while ratios are compared.
+QUICK: dict[str, dict[str, Any]] = {
+    "awq": {"grid": "minmax"},
+    "gptq": {"grid_candidates": 1, "refine": 0},
+}
+#: Smallest activation size that counts, as a part of their mean: a channel may be silent.
+FLOOR = 1e-4
+
+
+class Scales(NamedTuple):
+    """The best scales found for the weights that read one input."""
+
+    s: torch.Tensor
+    """float32 [in], positive."""
+    ratio: float
+    """0: no scaling was better."""
+    gain: float
+    """Loss with the scales over loss without, on the rows compared."""
+
+
+def channel_scales(H: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The s [in] of one ratio, from the Hessian [in, in]."""
+    size = H.diagonal().clamp(min=0.0).sqrt()
+    size = size.clamp(min=FLOOR * float(size.mean())).pow(ratio)
+    return size / (size.max() * size.min()).sqrt()
+
+
+def search_scales(
+    weights: Sequence[tuple[torch.Tensor, QuantizeConfig]], H: torch.Tensor
+) -> Scales:
+    """The scales with the least loss, summed over weights of one input.
+
+    Each ratio is tried on a few rows with the method that the weights are to be quantized with: what
+    GPTQ makes up for anyway is not worth a scale.
+
+    Args:
+        weights: W [out, in] and its settings, each; their relative losses count alike.
+        H: Hessian [in, in] of their input.
+
+    Raises:
+        SingularError: H is zero: no calibration token reached the layer.
+    """
+    if not float(H.diagonal().sum()) > 0.0:
+        raise SingularError("the Hessian is zero: no calibration input reached this layer")
+    H = H.to(torch.float32)
+    parts = [(_some_rows(W).to(torch.float32), settings) for W, settings in weights]
+    losses = []
+    for ratio in RATIOS:
+        s = channel_scales(H, ratio)
+        scaled = H / s / s[:, None]
+        losses.append(sum(_loss(W * s, scaled, settings) for W, settings in parts))
+    best = min(range(len(RATIOS)), key=losses.__getitem__)
+    gain = losses[best] / losses[0] if losses[0] > 0 else 1.0
+    return Scales(channel_scales(H, RATIOS[best]), RATIOS[best], gain)
+
+
+def _loss(W: torch.Tensor, H: torch.Tensor, settings: QuantizeConfig) -> float:
+    """tr(E H Eᵀ) / tr(W H Wᵀ) of some rows of a scaled weight, on its scaled input."""
+    quick = settings.merged(QUICK[settings.method])
+    q = round_searched(W, H, quick) if settings.method == "awq" else solve(W, H, quick)
+    assert q.relative_error is not None
+    return q.relative_error
+
+
+def round_searched(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> QuantizedWeight:
+    """Rounds to nearest on grids whose squared errors, weighed by H_jj, are least.
+
+    Args:
+        W: weight [out, in].
+        H: Hessian [in, in] of its input.
+        config: `bits`, `group_size`, `sym`, `format` and `grid` matter; minmax searches nothing.
+
+    Raises:
+        SingularError: H is zero.
+    """
+    mean = float(H.diagonal().mean())
+    if not mean > 0.0:
+        raise SingularError("the Hessian is zero: no calibration input reached this layer")
+    q = round_to_nearest(W, config)
+    W, H = W.to(torch.float32), H.to(torch.float32)
+    if config.grid != "minmax":
+        weights = H.diagonal().clamp(min=1e-6 * mean) if config.grid == "pivot" else None
+        q = _on_best_grids(W, weights, q, config)
+    E = W - q.dequantize()
+    loss, energy = (float(((X @ H) * X).sum()) for X in (E, W))
+    return replace(
+        q,
+        relative_error=max(loss, 0.0) / energy if energy > 0 else 0.0,
+        weight_error=float(E.square().sum()) / max(float(W.square().sum()), 1e-30),
+    )
+
+
+def _on_best_grids(
+    W: torch.Tensor, weights: torch.Tensor | None, q: QuantizedWeight, config: QuantizeConfig
+) -> QuantizedWeight:
+    """`q` with each group on the grid of least weighted error."""
+    size = config.columns_per_group(W.shape[1])
+    weights = torch.ones(W.shape[1]) if weights is None else weights
+    codes, scales, zeros = q.codes.clone(), q.scales.clone(), q.zeros.clone()
+    for group, start in enumerate(range(0, W.shape[1], size)):
+        columns = slice(start, start + size)
+        part = W[:, columns].T.contiguous()
+        found = best_grids(
+            part, weights[columns], config.maxq, sym=config.sym, min_zero=config.min_zero, keep=1
+        )
+        grid = Grid(found.scale[0], found.zero[0])
+        codes[:, columns] = encode(part, grid, config.maxq).T.to(torch.uint8)
+        scales[:, group], zeros[:, group] = grid.scale.to(torch.float16), grid.zero.to(torch.int32)
+    return replace(q, codes=codes, scales=scales, zeros=zeros)
+
+
+def _some_rows(W: torch.Tensor) -> torch.Tensor:
+    step = -(-W.shape[0] // ROWS)
+    return W[::step]
