@@ -104,6 +104,19 @@ def test_divided_moments_are_those_of_divided_inputs() -> None:
     torch.testing.assert_close(found.drift.residual, original[:, :10].T @ (X / s) / len(X))
 
 
+def test_comparing_leaves_the_moments_as_they_are() -> None:
+    X, original = inputs(300, 0)
+    found = [moments(X, original), moments(X[:100], original[:100])]
+    for part in found:
+        part.drift.residual = torch.randn(len(weight()), 64)
+    before = [(part.H.clone(), part.drift.residual.clone()) for part in found]
+    held_out_losses([(weight(), BEST)], *found)
+    for part, (H, residual) in zip(found, before, strict=True):
+        assert torch.equal(part.H, H)
+        assert part.drift.residual is not None
+        assert torch.equal(part.drift.residual, residual)
+
+
 def test_without_tokens_there_is_nothing_to_choose_by() -> None:
     X = inputs(300, 1)[0]
     with pytest.raises(SingularError, match="no calibration input reached"):
