@@ -100,6 +100,6 @@ def _loss(W: torch.Tensor, settings: QuantizeConfig, fit: Moments, held: Moments
 
 
 def _rows(drift: Drift, rows: slice) -> Drift:
-    """The drift that concerns some rows of the weight."""
-    # A copy: `lost` ends what it is given.
-    return Drift(drift.input, None if drift.residual is None else drift.residual[rows].clone())
+    """The drift that concerns some rows of the weight; `Drift.lost` writes into its residual."""
+    residual = None if drift.residual is None else drift.residual[rows].clone()
+    return Drift(drift.input, residual)
