@@ -15,7 +15,7 @@ from roundwise.models.skeleton import open_skeleton
 from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.probe import Group
 from tests.conftest import BEST, QUICK
-from tests.helpers import Commands, Stop, batches, conduct, contents, stop_after, windows
+from tests.helpers import QKV, Commands, Stop, batches, conduct, contents, stop_after, windows
 
 AUTO = BEST.merged({"damp_percent": "auto"})
 
@@ -60,9 +60,12 @@ def test_the_result_is_that_of_the_chosen_damping(
     monkeypatch.setattr("roundwise.core.damping.DAMPINGS", (0.03,))
     auto = quantize(llama, tmp_path / "auto")
     given = quantize(llama, tmp_path / "given", config=BEST.merged({"damp_percent": 0.03}))
-    for a, b in zip(auto.layers, given.layers, strict=True):
+    for index, (a, b) in enumerate(zip(auto.layers, given.layers, strict=True)):
         assert a["damp_percent"] == b["damp_percent"] == 0.03
-        assert a["relative_error"] == pytest.approx(b["relative_error"], rel=0.05)
+        # Moments joined from two parts are rounded otherwise: a tie falls the other way here and there,
+        # and every later layer meets other inputs.
+        tolerance = 0.02 if index < len(QKV) else 0.2
+        assert a["relative_error"] == pytest.approx(b["relative_error"], rel=tolerance)
         assert "damp_losses" not in b
 
 
