@@ -77,16 +77,13 @@ class Refiner:
     def descend(self) -> None:
         """One sweep over the columns: each weight to its best grid point, all others fixed."""
         scale, zero = self.grids
-        Q = (self.codes - zero[self.index]).mul_(scale[self.index])
-        G = self._times_h(Q.sub_(self.T))
-        del Q
-        for a in range(0, len(G), PANEL):
-            b = min(a + PANEL, len(G))
-            block = self._block(slice(a, None), slice(a, b))
-            change = descend(
-                block[: b - a], G[a:b], self.grids, self.index[a:b], self.maxq, self.codes[a:b]
-            )
-            G[b:].addmm_(block[b - a :], change)
+        E = (self.codes - zero[self.index]).mul_(scale[self.index]).sub_(self.T)
+        for a in range(0, len(E), PANEL):
+            b = min(a + PANEL, len(E))
+            rows = self._block(slice(a, b), slice(None))
+            index, codes = self.index[a:b], self.codes[a:b]
+            # The gradient of these columns only when their turn comes: one product per sweep.
+            E[a:b] += descend(rows[:, a:b], rows @ E, self.grids, index, self.maxq, codes)
 
     def result(self, q: QuantizedWeight) -> QuantizedWeight:
         """`q` with the improved codes and scales."""

@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +17,9 @@ from roundwise.models.skeleton import Skeleton, weight_of
 
 Mode = Literal["true_sequential", "block"]
 
-#: glibc's number for the option, and the size of a tensor from which it counts as large.
-M_MMAP_THRESHOLD, LARGE = -3, 1 << 20
+#: glibc's number for the option, the size of a tensor from which it counts as large, and the largest
+#: that can be set.
+M_MMAP_THRESHOLD, LARGE, LARGEST = -3, 1 << 20, 32 << 20
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGT", start=1)}
@@ -71,9 +74,24 @@ def return_early() -> None:
     Left alone it raises its limit for that to 32 MB as tensors come and go, and the holes that batches
     leave behind when they go on one after another add up to as much memory as they fill.
     """
+    _mallopt(LARGE)
+
+
+@contextmanager
+def reusing() -> Iterator[None]:
+    """Keeps freed memory for the next tensor: for work that makes and drops many of one size."""
+    _mallopt(LARGEST)
+    try:
+        yield
+    finally:
+        _mallopt(LARGE)
+        give_back()
+
+
+def _mallopt(threshold: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE)
+        mallopt(M_MMAP_THRESHOLD, threshold)
 
 
 def give_back() -> None:

@@ -21,9 +21,8 @@ from roundwise.config import QuantizeConfig
 from roundwise.core import native
 from roundwise.core.awq import round_searched
 from roundwise.core.clock import clock
-from roundwise.core.correct import Drift
 from roundwise.core.quantized import QuantizedWeight
-from roundwise.core.solver import Prepared, prepare, round_to_nearest, solve
+from roundwise.core.solver import round_to_nearest, solve
 from roundwise.errors import NumericalError, OutputError, RunError, SingularError
 from roundwise.models.checkpoint import file_digest
 from roundwise.models.formats import encode
@@ -32,10 +31,11 @@ from roundwise.models.verify import read_manifest
 from roundwise.models.writer import write_safetensors
 from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
-from roundwise.pipeline.damping import Damping, choose, held_out, moments
+from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.finish import MANIFEST, described, finish, shard_name
+from roundwise.pipeline.inputs import Inputs
 from roundwise.pipeline.journal import WORK, Journal
-from roundwise.pipeline.memory import Mode, choose_mode, give_back
+from roundwise.pipeline.memory import Mode, choose_mode, reusing
 from roundwise.pipeline.prescale import Prescaler, Scaling
 from roundwise.pipeline.probe import Group
 from roundwise.version import __version__
@@ -190,10 +190,11 @@ class Run:
         layers: list[dict[str, Any]] = []
         folded: dict[str, torch.Tensor] = {}
 
+        @reusing()
         def solve_group(group: Group) -> None:
             # Everybody is behind the linears of earlier groups by now.
             self.skeleton.release_pages(list(solved))
-            inputs = _Inputs(group)
+            inputs = Inputs(group)
             scaling = self._prescale(block, group, inputs)
             folded.update(scaling.tensors)
             inputs.choose_damping(self._weights(block, group, scaling))
@@ -210,7 +211,6 @@ class Run:
                 layers.append(_layer(name, q, settings, inputs.tokens))
                 layers[-1] |= scaling.record(name) | inputs.damping.record(settings)
                 self._tell(index, first, layers[-1])
-            give_back()
 
         with clock.phase("read"):
             self.skeleton.load(block.module, block.name)
@@ -236,7 +236,7 @@ class Run:
         done.append(line)
         self._tell(index, first, None)
 
-    def _prescale(self, block: Block, group: Group, inputs: _Inputs) -> Scaling:
+    def _prescale(self, block: Block, group: Group, inputs: Inputs) -> Scaling:
         """Scales for the group's input, if any; `inputs` becomes that of the scaled weights."""
         if self.prescaler is None or inputs.fit is None:
             return Scaling()
@@ -257,7 +257,7 @@ class Run:
                 yield scaling.apply(weight_of(block.linears[name])), settings
 
     def _solve(
-        self, name: str, W: torch.Tensor, inputs: _Inputs, settings: QuantizeConfig
+        self, name: str, W: torch.Tensor, inputs: Inputs, settings: QuantizeConfig
     ) -> QuantizedWeight:
         """One weight; a named error, or rounding to nearest with the reason recorded."""
         try:
@@ -307,52 +307,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _Inputs:
-    """What is known of a group's input; its Hessian is factored once for all linears alike."""
-
-    def __init__(self, group: Group) -> None:
-        self.fit, self.held = moments(group), moments(group.held)
-        if self.fit is None:
-            self.fit, self.held = self.held, None
-        self.tokens = sum(part.tokens for part in (self.fit, self.held) if part)
-        self.damping = Damping()
-        self._waiting = len(group.names)
-        self._known: dict[tuple[Any, ...], Prepared] = {}
-
-    def choose_damping(self, weights: Iterator[tuple[torch.Tensor, QuantizeConfig]]) -> None:
-        """Settles damping on the tokens held out, if any; from then on `fit` holds all tokens."""
-        if self.fit is not None and self.held is not None:
-            with clock.phase("choose"):
-                self.damping, self.held = choose([*weights], self.fit, self.held), None
-
-    def lost(self, W: torch.Tensor, settings: QuantizeConfig) -> torch.Tensor | None:
-        """What the weight W is to make up for; asked once for each linear, and freed with the last."""
-        if self.fit is None:
-            return None
-        with clock.phase("drift"):
-            Y = self.fit.drift.lost(W, settings.alpha, settings.beta)
-        self._waiting -= 1
-        if not self._waiting:
-            # A moment may be as large as H, whose factor is still to come.
-            self.fit.drift = Drift()
-        return Y
-
-    def prepared(self, settings: QuantizeConfig) -> Prepared:
-        """Order and factor; SingularError when there is no Hessian."""
-        H, settings = self.moment(), self.damping.settled(settings)
-        key = (settings.group_size, settings.desc_act, settings.order, settings.damp_percent)
-        if key not in self._known:
-            with clock.phase("factor"):
-                self._known = {key: prepare(H, settings)}
-        return self._known[key]
-
-    def moment(self) -> torch.Tensor:
-        """The Hessian; SingularError when there is none."""
-        if self.fit is None:
-            raise SingularError("no calibration token reached this layer")
-        return self.fit.H
 
 
 def _layer(name: str, q: QuantizedWeight, settings: QuantizeConfig, tokens: int) -> dict[str, Any]:
