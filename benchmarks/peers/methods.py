@@ -98,11 +98,11 @@ def jobs(
     ablation: bool,
     wanted: str,
 ) -> Iterator[Job]:
-    """All jobs of the selected tools; `wanted` is a part of a method's name, or empty."""
+    """All jobs of the selected tools; `wanted` is a method's name, a part of one, or empty."""
     for tool in tools:
         methods = MAIN | (ABLATION if ablation else {}) if tool == "roundwise" else PEERS[tool]
         for method, options in methods.items():
-            if wanted not in method:
+            if wanted != method and (wanted in methods or wanted not in method):
                 continue
             chosen = seeds if method in ALL_SEEDS or wanted else seeds[:1]
             for seed in chosen[:1] if method == "rtn" else chosen:
