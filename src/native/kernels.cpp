@@ -1,45 +1,14 @@
 // The kernels themselves; compiled once per instruction set: ROUNDWISE_ISA names it, its vectors hold
 // ROUNDWISE_VECTOR bytes, ROUNDWISE_BESIDE of them are worked on beside each other. Lanes are independent
 // of one another, so with fused multiply-add or without, but whatever the width, results are the same.
+#include "common.hpp"
 #include "kernels.hpp"
-#include "threads.hpp"
 
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 
 namespace roundwise {
-// Everything here has internal linkage: a function shared with another instruction set's copy of this
-// file could end up running on a machine that lacks it.
 namespace {
-
-inline Index least(Index a, Index b) { return a < b ? a : b; }
-
-// An uninitialised array of vectors.
-template <class V>
-class Scratch {
-public:
-    explicit Scratch(Index count)
-        : data_(static_cast<V *>(std::aligned_alloc(64, static_cast<std::size_t>(count) * sizeof(V)))) {
-        if (data_ == nullptr) throw std::bad_alloc();
-    }
-    ~Scratch() { std::free(data_); }
-    Scratch(const Scratch &) = delete;
-    Scratch &operator=(const Scratch &) = delete;
-    V *get() { return data_; }
-
-private:
-    V *data_;
-};
-
-// Calls work(parts) on each thread.
-template <class Work>
-void in_parallel(Index count, int threads, Work work) {
-    on_threads(
-        count, threads, [](void *context, Parts &parts) { (*static_cast<Work *>(context))(parts); },
-        &work);
-}
 
 template <class T>
 struct Simd;

@@ -68,6 +68,18 @@ struct Panel {
     Index ld_change;
 };
 
+// C[m, n] += A[tokens, m]ᵀ B[tokens, n]; float32, or bfloat16 with float32 sums.
+struct Moment {
+    Index tokens, m, n;
+    const void *A;
+    Index ld_A;
+    const void *B;
+    Index ld_B;
+    float *C;
+    Index ld_C;
+    bool lower; // A is B, and blocks of C above the diagonal are not needed
+};
+
 // The kernels of one instruction set. `group` returns false where a scale does not fit float16.
 struct Kernels {
     const char *name;
@@ -82,9 +94,14 @@ struct Kernels {
                  std::uint32_t *words, int threads);
 };
 
+void moment_f32_baseline(const Moment &, int threads);
+
 extern const Kernels baseline;
 #ifdef ROUNDWISE_X86
 extern const Kernels avx2, avx512;
+void moment_f32_avx2(const Moment &, int threads);
+void moment_f32_avx512(const Moment &, int threads);
+void moment_bf16_avx512bf16(const Moment &, int threads);
 #endif
 
 } // namespace roundwise

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -149,6 +150,45 @@ void pack(Matrix<const std::uint8_t> codes, int bits, Matrix<std::int32_t> words
                  threads);
 }
 
+void sum_f32(const Moment &p, int threads) {
+#ifdef ROUNDWISE_X86
+    if (chosen == &avx512) return moment_f32_avx512(p, threads);
+    if (chosen == &avx2) return moment_f32_avx2(p, threads);
+#endif
+    moment_f32_baseline(p, threads);
+}
+
+// Whether `moment` takes bfloat16: only where one instruction multiplies pairs of it.
+bool has_bf16() {
+#ifdef ROUNDWISE_X86
+    return chosen == &avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+template <class T>
+void moment(Matrix<const T> A, Matrix<const T> B, Matrix<float> C, bool lower, int threads) {
+    const Index tokens = A.shape(0), m = A.shape(1), n = B.shape(1);
+    require(!lower || m == n, "C");
+    const Moment p{
+        tokens, m, n, A.data(), rows_of(A, tokens, m, "A"), B.data(), rows_of(B, tokens, n, "B"),
+        C.data(), rows_of(C, m, n, "C"), lower,
+    };
+    require(sizeof(T) == 4 || has_bf16(), "this processor multiplies no bfloat16");
+    // A thread is worth its start from some millions of products on.
+    const double work = static_cast<double>(tokens) * static_cast<double>(m) * static_cast<double>(n);
+    threads = std::min(threads, 1 + static_cast<int>(std::min(work / 4e6, 1e6)));
+    nb::gil_scoped_release release;
+    if constexpr (sizeof(T) == 4) {
+        sum_f32(p, threads);
+    } else {
+#ifdef ROUNDWISE_X86
+        moment_bf16_avx512bf16(p, threads);
+#endif
+    }
+}
+
 template <class T>
 void bind(nb::module_ &m) {
     m.def("group", &group<T>);
@@ -167,4 +207,7 @@ NB_MODULE(_native, m) {
     bind<float>(m);
     bind<double>(m);
     m.def("pack", &pack);
+    m.def("has_bf16", &has_bf16);
+    m.def("moment", &moment<float>);
+    m.def("moment_bf16", &moment<std::uint16_t>, "bfloat16 as its 16 bits.");
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from roundwise import Hessian
-from roundwise.core import hessian
+from roundwise import Hessian, QuantizeConfig, solve
+from roundwise.core import hessian, native
+from roundwise.core.hessian import CrossMoment
 from roundwise.errors import NumericalError
 
 
@@ -52,3 +53,64 @@ def test_bad_values_are_found_at_once(value: float) -> None:
 
 def test_no_token_gives_zeros() -> None:
     assert Hessian(4).mean().abs().max() == 0
+
+
+needs_native = pytest.mark.skipif(
+    native.load()[0] is None, reason=f"needs the native extension: {native.load()[1].reason}"
+)
+SETS = native.load()[0].instruction_sets() if native.load()[0] else []
+
+
+@needs_native
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "m", "n"), [(1, 1, 1), (7, 5, 70), (300, 37, 129), (513, 200, 64), (1030, 96, 96)]
+)
+def test_native_sums_equal_the_plain_product(
+    name: str, dtype: torch.dtype, tokens: int, m: int, n: int
+) -> None:
+    native.load()[0].use(name)
+    try:
+        if native.products(dtype) is None:
+            pytest.skip(f"needs an instruction for {dtype} in {name}")
+        generator = torch.Generator().manual_seed(tokens)
+        A, B = (torch.randn(tokens, k, generator=generator).to(dtype) for k in (m, n))
+        C = torch.ones(m, n)
+        native.add_moment(C, A, B, lower=False)
+        torch.testing.assert_close(C.double(), A.double().T @ B.double() + 1, rtol=1e-5, atol=1e-4)
+        H = torch.zeros(m, m)
+        native.add_moment(H, A, A, lower=True)
+        exact = A.double().T @ A.double()
+        torch.testing.assert_close(H.tril().double(), exact.tril(), rtol=1e-5, atol=1e-4)
+    finally:
+        native.load()[0].use(SETS[0])
+
+
+def test_what_the_dtype_of_the_inputs_does_to_the_loss() -> None:
+    """H from inputs rounded to bfloat16 costs the solved layer less than half a percent."""
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(2048, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    W = torch.randn(64, 128, generator=generator)
+    exact = X.double().T @ X.double() / len(X)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        H = Hessian(128)
+        H.add(X.to(dtype))
+        E = W.double() - solve(W, H.mean(), QuantizeConfig(bits=3)).dequantize(torch.float64)
+        losses.append(float(((E @ exact) * E).sum()))
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_moments_are_those_of_the_distance(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    y, x = (torch.randn(3, 40, k, generator=generator).to(dtype) for k in (24, 16))
+    original = (y.float() + 0.1 * torch.randn(3, 40, 24, generator=generator)).to(dtype)
+    moment = CrossMoment(24, 16)
+    moment.add(original, y, x, None)
+    distance = (original.double() - y.double()).reshape(120, 24)
+    exact = distance.T @ x.double().reshape(120, 16) / 120
+    # A distance is rounded to the inputs' type, half of 2⁻⁸ of itself.
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3 * float(exact.abs().max())
+    torch.testing.assert_close(moment.mean().double(), exact, rtol=0, atol=tolerance)

@@ -19,6 +19,9 @@ import torch
 
 from roundwise.core.factor import Factor
 
+#: Rows of a weight converted at a time.
+ROWS = 256
+
 
 @dataclass
 class Drift:
@@ -30,7 +33,7 @@ class Drift:
     """(R̃ - R)ᵀX / n, [out, in], where the layer's output is added to the residual stream R."""
 
     def lost(self, W: torch.Tensor, alpha: float, beta: float) -> torch.Tensor | None:
-        """Y [out, in] = (output wanted - output now)ᵀX / n, in the moments' dtype.
+        """Y [out, in] = (output wanted - output now)ᵀX / n, in the moments' dtype. Ends `residual`.
 
         Args:
             W: weight [out, in], any float dtype.
@@ -40,11 +43,14 @@ class Drift:
         Returns:
             None when there is nothing to make up for.
         """
-        Y = None
+        Y, self.residual = self.residual, None
+        if Y is not None:
+            Y.mul_(beta)
         if self.input is not None and alpha:
-            Y = (W.to(self.input.dtype) @ self.input).mul_(alpha)
-        if self.residual is not None and beta:
-            Y = self.residual * beta if Y is None else Y.add_(self.residual, alpha=beta)
+            if Y is None:
+                Y = self.input.new_zeros(W.shape)
+            for rows, part in zip(torch.split(Y, ROWS), torch.split(W, ROWS), strict=True):
+                rows.addmm_(part.to(Y.dtype), self.input, alpha=alpha)
         return Y
 
 

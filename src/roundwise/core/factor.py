@@ -64,8 +64,7 @@ def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
         SingularError: H is zero, or stays indefinite up to `MAX_DAMP`.
         NumericalError: H is not finite.
     """
-    # One pass and no temporary: a NaN or infinity anywhere makes the sum one.
-    if not math.isfinite(float(H.sum(dtype=torch.float64))):
+    if not finite(H):
         raise NumericalError("NaN or infinity in the Hessian")
     mean = float(H.diagonal().mean())
     if mean <= 0.0:
@@ -86,6 +85,12 @@ def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
             return Factor(L.mT.div_(root), root.square(), damp * mean, damp, tuple(tried))
         damp = max(10 * damp, 1e-4)
     raise SingularError(f"the Hessian is indefinite even with damping {tried[-1]:g}")
+
+
+def finite(A: torch.Tensor) -> bool:
+    """No NaN or infinity in a matrix: either would make a sum one. In parts, for small temporaries."""
+    parts = (A[start : start + PANEL] for start in range(0, len(A), PANEL))
+    return all(math.isfinite(float(part.sum(dtype=torch.float64))) for part in parts)
 
 
 def _turn(A: torch.Tensor) -> None:

@@ -64,6 +64,28 @@ def usable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype not in other and load()[0] is not None
 
 
+def products(dtype: torch.dtype) -> torch.dtype | None:
+    """In which type `add_moment` multiplies inputs of this one; None: it does not take them."""
+    module = load()[0]
+    if module is None or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return dtype if dtype == torch.float32 or module.has_bf16() else None
+
+
+def add_moment(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, lower: bool) -> None:
+    """C += Aᵀ B in float32: A [tokens, m], B [tokens, n], C [m, n] float32.
+
+    Args:
+        lower: A is B; blocks above the diagonal are left as they are.
+    """
+    module, threads = load()[0], torch.get_num_threads()
+    A, B = A.contiguous(), B.contiguous()
+    if A.dtype == torch.bfloat16:
+        module.moment_bf16(A.view(torch.uint16), B.view(torch.uint16), C, lower, threads)
+    else:
+        module.moment(A, B, C, lower, threads)
+
+
 def round_group(
     U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor,
     *, weights: torch.Tensor | None, shrink: torch.Tensor, keep: int, maxq: int, min_zero: int,

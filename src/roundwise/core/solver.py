@@ -13,7 +13,6 @@ for what earlier layers lost (core.correct).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,9 +21,10 @@ from typing import NamedTuple
 import torch
 
 from roundwise.config import QuantizeConfig
+from roundwise.core.clock import clock
 from roundwise.core.columns import Columns
 from roundwise.core.correct import corrected
-from roundwise.core.factor import Factor, factor
+from roundwise.core.factor import Factor, factor, finite
 from roundwise.core.grid import Grid, decode, encode, minmax
 from roundwise.core.order import Order, processing_order
 from roundwise.core.quantized import QuantizedWeight
@@ -33,7 +33,7 @@ from roundwise.core.search import best_grids
 from roundwise.errors import ConfigError, NumericalError
 
 #: Entries of the part of a weight that is solved at a time.
-ROW_WORKSPACE = 1 << 22
+ROW_WORKSPACE = 1 << 20
 
 
 class Prepared(NamedTuple):
@@ -89,7 +89,7 @@ def solve(
     """
     config = config or QuantizeConfig()
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
-    W = _checked(W, dtype)
+    W = _checked(W)
     if isinstance(H, torch.Tensor):
         if H.shape != (W.shape[1], W.shape[1]):
             raise ConfigError(f"H is {tuple(H.shape)}; W {tuple(W.shape)} needs [in, in]")
@@ -103,9 +103,10 @@ def solve(
         for start in range(0, W.shape[0], step):
             rows = slice(start, start + step)
             fixed = None if grids is None else Grid(grids.scale[rows], grids.zero[rows])
-            q = _solve_rows(W[rows], H, config, None if lost is None else lost[rows], fixed)
+            part = W[rows].to(dtype)
+            q = _solve_rows(part, H, config, None if lost is None else lost[rows], fixed)
             parts.append(q)
-            sums += _errors(q, W[rows], H)
+            sums += _errors(q, part, H)
     loss, energy, errors, weights = sums.tolist()
     return replace(
         parts[0],
@@ -135,7 +136,8 @@ def _solve_rows(
     columns.round_all()
     q = columns.result()
     if config.refine:
-        q = refine(q, T, H.H, rounds=config.refine, keep_scales=keep_scales)
+        with clock.phase("refine"):
+            q = refine(q, T, H.H, rounds=config.refine, keep_scales=keep_scales)
     return q
 
 
@@ -150,7 +152,7 @@ def round_to_nearest(
         fallback: recorded in the result when this stands in for `solve`.
     """
     config = config or QuantizeConfig()
-    W = _checked(W, torch.float64 if W.dtype == torch.float64 else torch.float32)
+    W = _checked(W).to(torch.float64 if W.dtype == torch.float64 else torch.float32)
     grids = _original_grids(W, None, config)
     g_idx = torch.arange(W.shape[1]) // config.columns_per_group(W.shape[1])
     wide = Grid(grids.scale[:, g_idx], grids.zero[:, g_idx])
@@ -211,11 +213,11 @@ def _original_grids(T: torch.Tensor, weights: torch.Tensor | None, config: Quant
     return Grid(torch.stack(scales, dim=1), torch.stack(zeros, dim=1))
 
 
-def _checked(W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _checked(W: torch.Tensor) -> torch.Tensor:
     if W.ndim != 2 or not W.numel():
         raise ConfigError(f"W is {tuple(W.shape)}; a weight is [out, in]")
-    W = W.detach().to(dtype)
-    if not math.isfinite(float(W.sum(dtype=torch.float64))):
+    W = W.detach()
+    if not finite(W):
         raise NumericalError("NaN or infinity in the weight")
     return W
 

@@ -48,12 +48,15 @@ class TensorInfo:
     """Offset of the first byte in the file."""
     nbytes: int
 
-    def read(self, views: list[mmap.mmap] | None = None) -> torch.Tensor:
-        """The tensor, as a private memory map: writable, and writing changes only this copy.
+    def read(self) -> torch.Tensor:
+        """The tensor, as a private memory map: writable, and writing changes only this copy."""
+        return self.mapped(aligned=True)[0]
+
+    def mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
+        """The tensor, and the private map that it lives in, so that its memory can be given back.
 
         Args:
-            views: maps are added to it, and used even if they are not aligned for fast kernels, so
-                that the caller can give their memory back.
+            aligned: a tensor that is not aligned for fast kernels in its file is copied (no map).
         """
         if self.dtype not in DTYPES:
             raise CheckpointError(
@@ -61,26 +64,24 @@ class TensorInfo:
             )
         dtype = DTYPES[self.dtype]
         if not self.nbytes:
-            return torch.empty(self.shape, dtype=dtype)
+            return torch.empty(self.shape, dtype=dtype), None
         page = self.start - self.start % mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb") as file:
             view = mmap.mmap(
                 file.fileno(), self.start - page + self.nbytes, access=mmap.ACCESS_COPY, offset=page
             )
         offset = self.start - page
-        aligned = offset % ALIGNMENT == 0 or (views is not None and offset % dtype.itemsize == 0)
-        if not aligned:
+        if offset % (ALIGNMENT if aligned else dtype.itemsize):
             # Kernels may sum up unaligned data in another order: copied, so that equal weights give
             # equal results wherever they stand in their file.
             copy = torch.empty(self.shape, dtype=dtype)
             copy.view(-1).view(torch.uint8).numpy()[:] = memoryview(view)[
                 offset : offset + self.nbytes
             ]
-            return copy
-        if views is not None:
-            views.append(view)
+            return copy, None
         count = self.nbytes // dtype.itemsize
-        return torch.frombuffer(view, dtype=dtype, count=count, offset=offset).reshape(self.shape)
+        flat = torch.frombuffer(view, dtype=dtype, count=count, offset=offset)
+        return flat.reshape(self.shape), view
 
     def chunks(self) -> Iterator[bytes]:
         """The raw bytes, a few MB at a time."""

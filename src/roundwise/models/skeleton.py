@@ -45,7 +45,10 @@ class Skeleton:
     """Name of a parameter or buffer in the model -> name of the tensor in the checkpoint."""
     dtype: torch.dtype
     _block_of: dict[str, int] = field(default_factory=dict)
-    _outside: list[mmap.mmap] = field(default_factory=list)
+    _maps: dict[str, mmap.mmap] = field(default_factory=dict)
+    """Name of a module -> where its loaded weight lives."""
+    _outside: list[str] = field(default_factory=list)
+    """Names of the modules outside the blocks."""
 
     def block_tensors(self, index: int) -> dict[str, TensorInfo]:
         """All tensors of the checkpoint that belong to block `index`, by their names there."""
@@ -57,24 +60,20 @@ class Skeleton:
         return {n: info for n, info in self.checkpoint.tensors.items() if n not in self._block_of}
 
     def load(
-        self,
-        module: nn.Module,
-        prefix: str,
-        *,
-        recurse: bool = True,
-        views: list[mmap.mmap] | None = None,
+        self, module: nn.Module, prefix: str, *, recurse: bool = True, aligned: bool = True
     ) -> None:
         """Gives the meta parameters and buffers of `module` (named `prefix`) their values.
 
-        With `views`, tensors are mapped even if their place in the file is not aligned, and the maps
-        are added to the list.
+        Unless `aligned`, tensors are mapped even if their place in the file is not aligned.
         """
         for owner, name, key in _tensors_of(module, prefix, recurse=recurse):
             current = owner._parameters.get(name, owner._buffers.get(name))
             if current is None or current.device.type != "meta" or key not in self.source_of:
                 continue
             info = self.checkpoint.tensors[self.source_of[key]]
-            value = info.read(views)
+            value, view = info.mapped(aligned=aligned)
+            if view is not None and name == "weight":
+                self._maps[key.removesuffix(".weight")] = view
             if value.is_floating_point():
                 value = value.to(current.dtype)
             if name in owner._parameters:
@@ -82,13 +81,16 @@ class Skeleton:
             else:
                 owner._buffers[name] = value
 
-    def release_pages(self) -> None:
-        """Gives memory of what `load_outside_blocks` mapped back; it is read again when needed.
+    def release_pages(self, names: list[str] | None = None) -> None:
+        """Gives memory of mapped weights back, for now: it is read again should it be needed.
 
-        Once all batches are in the first block, nobody needs the embeddings.
+        Args:
+            names: modules that have done their work; None: all outside the blocks, such as the
+                embeddings once all batches are in the first block.
         """
-        for view in self._outside:
-            view.madvise(mmap.MADV_DONTNEED)
+        for name in self._outside if names is None else names:
+            if name in self._maps:
+                self._maps[name].madvise(mmap.MADV_DONTNEED)
 
     def load_outside_blocks(self) -> None:
         """Loads embeddings, norms and whatever else is not in a block; the head only when tied."""
@@ -98,13 +100,15 @@ class Skeleton:
             inside = any(path == name or path.startswith(f"{name}.") for name in names)
             # The paused forward ends behind the last block: the head is never reached.
             if not inside and owner is not head:
-                self.load(owner, path, recurse=False, views=self._outside)
+                self.load(owner, path, recurse=False, aligned=False)
+                self._outside.append(path)
 
     def unload(self, module: nn.Module, prefix: str) -> None:
         """Puts what `load` gave back on the meta device, freeing its memory."""
         for owner, name, key in _tensors_of(module, prefix):
             if key not in self.source_of:
                 continue
+            self._maps.pop(key.removesuffix(".weight"), None)
             if owner._parameters.get(name) is not None:
                 value = owner._parameters[name]
                 assert value is not None

@@ -27,6 +27,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
+from roundwise.core.clock import clock
 from roundwise.errors import NumericalError, RunError
 from roundwise.models.skeleton import Block
 from roundwise.pipeline.calibration import Batch
@@ -217,7 +218,8 @@ class Conductor:
     def _resume(self, player: Player) -> None:
         assert player.task is not None
         self._show(original=player.original)
-        stopped = player.task.switch() if player.task else player.task.switch(player)
+        with clock.phase("forward"):
+            stopped = player.task.switch() if player.task else player.task.switch(player)
         player.at = EXIT if player.task.dead else stopped
 
     def _gate(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -264,11 +266,13 @@ class Conductor:
     ) -> None:
         mask = _fitting_mask(player.batch.mask, x)
         try:
-            group.add(x, mask)
+            with clock.phase("hessian"):
+                group.add(x, mask)
         except NumericalError as error:
             raise NumericalError(f"{name}, calibration batch {player.number}: {error}") from None
         if player.twin is not None and name in player.twin.captured:
-            group.add_drift(x, player.twin.captured.pop(name), stream, mask)
+            with clock.phase("drift"):
+                group.add_drift(x, player.twin.captured.pop(name), stream, mask)
 
     def _tap(self, block: Block, groups: list[Group]) -> list[Any]:
         """Hooks that keep the residual stream where a group adds to it."""

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from roundwise.config import QuantizeConfig
+from roundwise.core.clock import clock
 from roundwise.errors import CalibrationError, ConfigError, Interrupted
 from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.formats import check_shape
@@ -32,6 +33,9 @@ class QuantizeResult:
     output: Path
     seconds: float
     peak_rss_bytes: int
+    phases: dict[str, float]
+    """Seconds by kind of work: start (all before the first block), read, forward, hessian, drift,
+    factor, solve, refine, pack, write, finish."""
     bits_per_weight: float
     bytes_before: int
     bytes_after: int
@@ -81,6 +85,7 @@ def quantize(
         RunError: the work failed or was interrupted; finished blocks are kept.
     """
     begun = time.monotonic()
+    clock.take()
     config = config or QuantizeConfig()
     skeleton = open_skeleton(local_folder(model))
     skipped = _check(skeleton, config)
@@ -101,9 +106,11 @@ def quantize(
         ) from None
     finally:
         journal.close()
+    seconds, phases = time.monotonic() - begun, clock.take()
     return QuantizeResult(
         output=Path(out),
-        seconds=time.monotonic() - begun,
+        seconds=seconds,
+        phases={"start": max(seconds - sum(phases.values()), 0.0), **phases},
         peak_rss_bytes=peak_rss(),
         bits_per_weight=manifest["bits_per_weight"],
         bytes_before=manifest["bytes_before"],

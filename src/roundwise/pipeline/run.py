@@ -19,13 +19,14 @@ import transformers
 
 from roundwise.config import QuantizeConfig
 from roundwise.core import native
+from roundwise.core.clock import clock
 from roundwise.core.correct import Drift
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.solver import Prepared, prepare, round_to_nearest, solve
 from roundwise.errors import NumericalError, OutputError, RunError, SingularError
 from roundwise.models.checkpoint import file_digest
 from roundwise.models.formats import encode
-from roundwise.models.skeleton import Block, Skeleton, set_weight, weight_of
+from roundwise.models.skeleton import Skeleton, set_weight, weight_of
 from roundwise.models.verify import read_manifest
 from roundwise.models.writer import write_safetensors
 from roundwise.pipeline.calibration import Calibration
@@ -145,7 +146,8 @@ class Run:
         if len(done) < len(self.skeleton.blocks):
             with _threads(fingerprint["threads"]):
                 self._blocks(journal, done)
-        return finish(self.skeleton, self.out, self.config, fingerprint, done)
+        with clock.phase("finish"):
+            return finish(self.skeleton, self.out, self.config, fingerprint, done)
 
     def _blocks(self, journal: Journal, done: list[dict[str, Any]]) -> None:
         first = len(done)
@@ -165,7 +167,8 @@ class Run:
         ) as conductor:
             for index in range(first, len(self.skeleton.blocks)):
                 conductor.enter()
-                self.skeleton.release_pages()
+                if index == first:
+                    self.skeleton.release_pages()
                 self._block(index, journal, done, first, conductor)
 
     def _block(
@@ -178,35 +181,42 @@ class Run:
     ) -> None:
         """One block from weights on disk to shard on disk."""
         block = self.skeleton.blocks[index]
-        solved: dict[str, QuantizedWeight] = {}
+        solved: dict[str, dict[str, torch.Tensor]] = {}
         layers: list[dict[str, Any]] = []
 
         def solve_group(group: Group) -> None:
+            # Everybody is behind the linears of earlier groups by now.
+            self.skeleton.release_pages(list(solved))
             inputs = _Inputs(group)
             for name in group.names:
                 settings = self.config.for_module(name)
                 if settings is None:
                     continue
                 linear = block.linears[name]
-                q = self._solve(name, weight_of(linear), inputs, settings)
-                set_weight(linear, q.dequantize(weight_of(linear).dtype))
-                give_back()
-                solved[name] = q
+                with clock.phase("solve"):
+                    q = self._solve(name, weight_of(linear), inputs, settings)
+                with clock.phase("pack"):
+                    set_weight(linear, q.dequantize(weight_of(linear).dtype))
+                    solved[name] = encode(q, settings)
                 layers.append(_layer(name, q, settings, inputs.tokens))
                 self._tell(index, first, layers[-1])
+            give_back()
 
-        self.skeleton.load(block.module, block.name)
+        with clock.phase("read"):
+            self.skeleton.load(block.module, block.name)
         activations = None
         if conductor is not None:
             groups = conductor.probe(block)
             conductor.play(block, groups, solve_group, sequential=self.mode == "true_sequential")
-            activations = journal.save_outputs(index, conductor.outputs())
+            with clock.phase("write"):
+                activations = journal.save_outputs(index, conductor.outputs())
             # From here on the batches live in the file just written, not in memory.
             conductor.replace_outputs(journal.load_outputs(activations))
         # Linears that the model's forward never called, or all of them without calibration.
         solve_group(Group([name for name in block.linears if name not in solved]))
         shard = shard_name(index, len(self.skeleton.blocks))
-        digest = write_safetensors(self.out / shard, self._shard(index, block, solved))
+        with clock.phase("write"):
+            digest = write_safetensors(self.out / shard, self._shard(index, solved))
         self.skeleton.unload(block.module, block.name)
         line = {
             "block": index, "shard": shard, "sha256": digest,
@@ -233,20 +243,15 @@ class Run:
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
 
-    def _shard(
-        self, index: int, block: Block, solved: dict[str, QuantizedWeight]
-    ) -> dict[str, Any]:
+    def _shard(self, index: int, solved: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
         """The block's tensors as they go to disk: quantized ones packed, all others as they were."""
         replaced = {self.skeleton.source_of[f"{name}.weight"]: name for name in solved}
         tensors: dict[str, Any] = {}
         for tensor, info in self.skeleton.block_tensors(index).items():
             if tensor in replaced:
-                name = replaced[tensor]
                 stem = tensor.removesuffix("weight")
-                settings = self.config.for_module(name)
-                assert settings is not None
-                parts = encode(solved[name], settings)
-                tensors.update({stem + suffix: part for suffix, part in parts.items()})
+                for suffix, part in solved[replaced[tensor]].items():
+                    tensors[stem + suffix] = part
             else:
                 tensors[tensor] = info
         return tensors
@@ -279,7 +284,8 @@ class _Inputs:
 
     def lost(self, W: torch.Tensor, settings: QuantizeConfig) -> torch.Tensor | None:
         """What the weight W is to make up for; asked once for each linear, and freed with the last."""
-        Y = self._drift.lost(W, settings.alpha, settings.beta)
+        with clock.phase("drift"):
+            Y = self._drift.lost(W, settings.alpha, settings.beta)
         self._waiting -= 1
         if not self._waiting:
             # A moment may be as large as H, whose factor is still to come.
@@ -292,7 +298,8 @@ class _Inputs:
             raise SingularError("no calibration token reached this layer")
         key = (settings.group_size, settings.desc_act, settings.order, settings.damp_percent)
         if key not in self._known:
-            self._known = {key: prepare(self._H, settings)}
+            with clock.phase("factor"):
+                self._known = {key: prepare(self._H, settings)}
         return self._known[key]
 
 

@@ -1,0 +1,41 @@
+// What the kernels share. Everything here and in them has internal linkage: a function shared with another
+// instruction set's copy of the same file could end up running on a machine that lacks it.
+#pragma once
+#include "kernels.hpp"
+#include "threads.hpp"
+
+#include <cstdlib>
+#include <new>
+
+namespace roundwise {
+namespace {
+
+inline Index least(Index a, Index b) { return a < b ? a : b; }
+
+// An uninitialised array of vectors.
+template <class V>
+class Scratch {
+public:
+    explicit Scratch(Index count)
+        : data_(static_cast<V *>(std::aligned_alloc(64, static_cast<std::size_t>(count) * sizeof(V)))) {
+        if (data_ == nullptr) throw std::bad_alloc();
+    }
+    ~Scratch() { std::free(data_); }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+    V *get() { return data_; }
+
+private:
+    V *data_;
+};
+
+// Calls work(parts) on each thread.
+template <class Work>
+void in_parallel(Index count, int threads, Work work) {
+    on_threads(
+        count, threads, [](void *context, Parts &parts) { (*static_cast<Work *>(context))(parts); },
+        &work);
+}
+
+} // namespace
+} // namespace roundwise
