@@ -26,6 +26,7 @@ ABLATION: dict[str, Settings] = {
     "best, grid min-max": {"grid": "minmax"},
     "best, grid mse": {"grid": "mse"},
     "best, 1 grid candidate": {"grid_candidates": 1},
+    "best, 32 grid candidates": {"grid_candidates": 32},
     "best, alpha 0": {"alpha": 0.0},
     "best, beta 0": {"beta": 0.0},
     "best, alpha 0 and beta 0": {"alpha": 0.0, "beta": 0.0},
@@ -98,11 +99,11 @@ def jobs(
     ablation: bool,
     wanted: str,
 ) -> Iterator[Job]:
-    """All jobs of the selected tools; `wanted` is a part of a method's name, or empty."""
+    """All jobs of the selected tools; `wanted` is a method's name, a part of one, or empty."""
     for tool in tools:
         methods = MAIN | (ABLATION if ablation else {}) if tool == "roundwise" else PEERS[tool]
         for method, options in methods.items():
-            if wanted not in method:
+            if wanted != method and (wanted in methods or wanted not in method):
                 continue
             chosen = seeds if method in ALL_SEEDS or wanted else seeds[:1]
             for seed in chosen[:1] if method == "rtn" else chosen:
