@@ -36,7 +36,7 @@ from roundwise.errors import ConfigError, NumericalError
 #: Columns of H multiplied at a time for the energy of a weight.
 ENERGY_PANEL = 512
 #: Entries of the part of a weight that is solved at a time.
-ROW_WORKSPACE = 1 << 21
+ROW_WORKSPACE = 1 << 20
 
 
 class Prepared(NamedTuple):

@@ -17,9 +17,9 @@ from roundwise.models.skeleton import Skeleton, weight_of
 
 Mode = Literal["true_sequential", "block"]
 
-#: glibc's number for the option, the size of a tensor from which it counts as large, and the largest
-#: that can be set.
-M_MMAP_THRESHOLD, LARGE, LARGEST = -3, 1 << 20, 32 << 20
+#: glibc's number for the option, and from which size on a tensor counts as large: as a rule, and while
+#: solving, whose temporaries (core.solver.ROW_WORKSPACE entries) are below it and what is kept above.
+M_MMAP_THRESHOLD, LARGE, LARGE_SOLVING = -3, 1 << 20, 6 << 20
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGT", start=1)}
@@ -80,7 +80,7 @@ def return_early() -> None:
 @contextmanager
 def reusing() -> Iterator[None]:
     """Keeps freed memory for the next tensor: for work that makes and drops many of one size."""
-    _mallopt(LARGEST)
+    _mallopt(LARGE_SOLVING)
     try:
         yield
     finally:
