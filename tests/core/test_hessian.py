@@ -7,6 +7,7 @@ import torch
 
 from roundwise import Hessian, QuantizeConfig, solve
 from roundwise.core import hessian, native
+from roundwise.core.correct import Drift
 from roundwise.core.hessian import CrossMoment
 from roundwise.errors import NumericalError
 
@@ -114,3 +115,18 @@ def test_cross_moments_are_those_of_the_distance(dtype: torch.dtype) -> None:
     # A distance is rounded to the inputs' type, half of 2⁻⁸ of itself.
     tolerance = 1e-6 if dtype == torch.float32 else 4e-3 * float(exact.abs().max())
     torch.testing.assert_close(moment.mean().double(), exact, rtol=0, atol=tolerance)
+
+
+def test_a_drift_may_be_summed_up_as_it_reaches_the_output() -> None:
+    """(X̃ - X)ᵀX first and W afterwards, or (X̃ - X)Wᵀ first: the same Y."""
+    generator = torch.Generator().manual_seed(3)
+    x, r, W = (torch.randn(*n, generator=generator) for n in ((50, 24), (50, 16), (16, 24)))
+    x0, r0 = (y + 0.1 * torch.randn(y.shape, generator=generator) for y in (x, r))
+    apart = [CrossMoment(24, 24), CrossMoment(16, 24)]
+    apart[0].add(x0, x, x, None)
+    apart[1].add(r0, r, x, None)
+    together = CrossMoment(16, 24)
+    together.add(r0, r, x, None, (x0 - x) @ W.T * (0.5 / 0.8))
+    wanted = Drift(*(moment.mean() for moment in apart)).lost(W, 0.5, 0.8)
+    found = Drift(None, together.mean()).lost(W, 0.5, 0.8)
+    torch.testing.assert_close(found, wanted)

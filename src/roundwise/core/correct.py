@@ -30,7 +30,11 @@ class Drift:
     input: torch.Tensor | None = None
     """(X̃ - X)ᵀX / n, [in, in]."""
     residual: torch.Tensor | None = None
-    """(R̃ - R)ᵀX / n, [out, in], where the layer's output is added to the residual stream R."""
+    """(R̃ - R)ᵀX / n, [out, in], where the layer's output is added to the residual stream R.
+
+    The input's drift may be in here instead, as far as it reaches the output: (X̃ - X) Wᵀ α/β is then
+    added to R̃ - R, which takes [out, in] instead of [in, in].
+    """
 
     def lost(self, W: torch.Tensor, alpha: float, beta: float) -> torch.Tensor | None:
         """Y [out, in] = (output wanted - output now)ᵀX / n, in the moments' dtype. Ends `residual`.

@@ -96,13 +96,23 @@ class CrossMoment:
         self.tokens = 0
 
     def add(
-        self, original: torch.Tensor, y: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None
+        self,
+        original: torch.Tensor,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        more: torch.Tensor | None = None,
     ) -> None:
-        """Adds one batch: Ỹ and Y [..., rows], X [..., columns], mask as for `Hessian.add`."""
+        """Adds one batch: Ỹ and Y [..., rows], X [..., columns], mask as for `Hessian.add`.
+
+        `more` [..., rows] is added to the distance Ỹ - Y.
+        """
         dtype = self.sum.dtype
         y, x = counted(y, mask), counted(x, mask)
         self.tokens += len(x)
         distance = counted(original, mask).to(dtype) - y.to(dtype)
+        if more is not None:
+            distance += counted(more, mask)
         if bool(distance.any()):  # in front of the first quantized layer there is none
             if natively(x, self.sum):
                 native.add_moment(self.sum, distance.to(x.dtype), x, lower=False)

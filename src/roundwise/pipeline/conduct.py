@@ -29,7 +29,7 @@ from torch import nn
 
 from roundwise.core.clock import clock
 from roundwise.errors import NumericalError, RunError
-from roundwise.models.skeleton import Block
+from roundwise.models.skeleton import Block, weight_of
 from roundwise.pipeline.calibration import Batch
 from roundwise.pipeline.probe import Captured, Group, taking_notes
 
@@ -70,6 +70,7 @@ class Conductor:
         skip: resuming, the number of finished blocks; they are not played.
         outputs: resuming, what the last finished block returned to each player.
         held_out: numbers of the batches that are summed up apart (`Group.held`).
+        ratio: see `Group.add_drift`.
     """
 
     def __init__(
@@ -82,8 +83,11 @@ class Conductor:
         skip: int = 0,
         outputs: list[Any] | None = None,
         held_out: frozenset[int] = frozenset(),
+        ratio: float | None = None,
     ) -> None:
         self.model, self.blocks, self.skip, self.held_out = model, blocks, skip, held_out
+        self.ratio = ratio
+        self._linears = {name: linear for b in blocks for name, linear in b.linears.items()}
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
         self.probe_player = Player(probe, -1)
         self.quantized = [Player(batch, i) for i, batch in enumerate(batches)]
@@ -275,7 +279,9 @@ class Conductor:
             raise NumericalError(f"{name}, calibration batch {player.number}: {error}") from None
         if player.twin is not None and name in player.twin.captured:
             with clock.phase("drift"):
-                group.add_drift(x, player.twin.captured.pop(name), stream, mask)
+                W = weight_of(self._linears[name]) if len(group.names) == 1 else None
+                captured = player.twin.captured.pop(name)
+                group.add_drift(x, captured, stream, mask, W=W, ratio=self.ratio)
 
     def _tap(self, block: Block, groups: list[Group]) -> list[Any]:
         """Hooks that keep the residual stream where a group adds to it."""

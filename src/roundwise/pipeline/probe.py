@@ -51,16 +51,32 @@ class Group:
         original: Captured,
         stream: torch.Tensor | None,
         mask: torch.Tensor | None,
+        *,
+        W: torch.Tensor | None = None,
+        ratio: float | None = None,
     ) -> None:
-        """Adds how far a batch's input and residual stream are from the original model's."""
+        """Adds how far a batch's input and residual stream are from the original model's.
+
+        Args:
+            x, stream: input, and the residual stream that the group's linear adds to.
+            original: both in the original model.
+            mask: False marks padding.
+            W: the linear's weight [out, in], if the group has but one.
+            ratio: α/β: what counts of the input's drift may be added to the stream's as it reaches
+                the output, which is less work, and less memory, unless the linear widens.
+        """
         width = x.shape[-1]
-        if self.input_drift is None:
-            self.input_drift = CrossMoment(width, width)
-        self.input_drift.add(original.x, x, x, mask)
+        reached = None
         if stream is not None and original.stream is not None:
+            if ratio is not None and W is not None and len(W) <= width:
+                reached = ((original.x - x) @ W.T.to(x.dtype)).mul_(ratio)
             if self.residual_drift is None:
                 self.residual_drift = CrossMoment(stream.shape[-1], width)
-            self.residual_drift.add(original.stream, stream, x, mask)
+            self.residual_drift.add(original.stream, stream, x, mask, reached)
+        if reached is None:
+            if self.input_drift is None:
+                self.input_drift = CrossMoment(width, width)
+            self.input_drift.add(original.x, x, x, mask)
 
     def drift(self) -> Drift:
         """The mean cross moments. Ends the sums."""

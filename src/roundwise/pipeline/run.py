@@ -166,6 +166,7 @@ class Run:
             self.skeleton.blocks,
             self.texts.batches,
             reference=self.config.needs_reference,
+            ratio=self.config.alpha / self.config.beta if self.config.beta else None,
             skip=first,
             outputs=outputs,
             held_out=held_out(self.config, len(self.texts.batches)),
