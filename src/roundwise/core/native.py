@@ -73,7 +73,7 @@ def _openmp() -> int:
             files = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line}
     except OSError:  # no Linux
         return 0
-    for file in sorted(files):
+    for file in sorted(files, key=lambda file: ("torch" not in file, file)):
         if re.search(r"lib[gi]?omp\d?[-.\w]*$", file):
             with suppress(OSError, AttributeError):
                 function = ctypes.CDLL(file).GOMP_parallel
