@@ -80,13 +80,15 @@ def work_of(blocks: int, tokens: int, recipe: str) -> dict[str, float]:
         "forward": streams * (2 * weights * tokens + attention),
         "hessian": tokens * squares,
         "factor": (3 * d**3 + m**3) / 3,
-        # Panels look back at half of the columns; the loss of E and of W; and the correction T.
-        "solve": products * (1 + 2 + (2 if recipe == "best" else 0)),
+        # Panels look back at half of the columns; the energy of W; the correction T, and its loss.
+        "solve": products * (2 + (3 if recipe == "best" else 0)),
     }
     if recipe == "best":
-        work["drift"] = 2 * tokens * squares + 2 * tokens * (d * d + d * m) + 2 * products
-        # T Ĥ once; per round the refit (half, it is symmetric), G, and half of it in the descent.
-        work["refine"] = products * (2 + 2 * (1 + 2 + 1))
+        # Of q/k/v and gate/up in the input, times W once; of o and down as it reaches the output.
+        moments = 2 * d * d + 2 * (d * d + d * m)
+        work["drift"] = 2 * tokens * moments + 2 * (3 * d**3 + 2 * m * d * d)
+        # T Ĥ once; per round the refit (half, it is symmetric) and the descent.
+        work["refine"] = products * (2 + 2 * (1 + 2))
     return {phase: blocks * flop / 1e9 for phase, flop in work.items()}
 
 
