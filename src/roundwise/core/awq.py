@@ -19,9 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.grid import Grid, encode
 from roundwise.core.quantized import QuantizedWeight
-from roundwise.core.search import best_grids
 from roundwise.core.solver import round_to_nearest, solve
 from roundwise.errors import SingularError
 
@@ -106,37 +104,12 @@ def round_searched(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> 
     mean = float(H.diagonal().mean())
     if not mean > 0.0:
         raise SingularError("the Hessian is zero: no calibration input reached this layer")
-    q = round_to_nearest(W, config)
     W, H = W.to(torch.float32), H.to(torch.float32)
-    if config.grid != "minmax":
-        weights = H.diagonal().clamp(min=1e-6 * mean) if config.grid == "pivot" else None
-        q = _on_best_grids(W, weights, q, config)
-    E = W - q.dequantize()
-    loss, energy = (float(((X @ H) * X).sum()) for X in (E, W))
-    return replace(
-        q,
-        relative_error=max(loss, 0.0) / energy if energy > 0 else 0.0,
-        weight_error=float(E.square().sum()) / max(float(W.square().sum()), 1e-30),
-    )
-
-
-def _on_best_grids(
-    W: torch.Tensor, weights: torch.Tensor | None, q: QuantizedWeight, config: QuantizeConfig
-) -> QuantizedWeight:
-    """`q` with each group on the grid of least weighted error."""
-    size = config.columns_per_group(W.shape[1])
-    weights = torch.ones(W.shape[1]) if weights is None else weights
-    codes, scales, zeros = q.codes.clone(), q.scales.clone(), q.zeros.clone()
-    for group, start in enumerate(range(0, W.shape[1], size)):
-        columns = slice(start, start + size)
-        part = W[:, columns].T.contiguous()
-        found = best_grids(
-            part, weights[columns], config.maxq, sym=config.sym, min_zero=config.min_zero, keep=1
-        )
-        grid = Grid(found.scale[0], found.zero[0])
-        codes[:, columns] = encode(part, grid, config.maxq).T.to(torch.uint8)
-        scales[:, group], zeros[:, group] = grid.scale.to(torch.float16), grid.zero.to(torch.int32)
-    return replace(q, codes=codes, scales=scales, zeros=zeros)
+    pivots = H.diagonal().clamp(min=1e-6 * mean)
+    weights = {"minmax": None, "mse": torch.ones_like(pivots), "pivot": pivots}[config.grid]
+    q = round_to_nearest(W, config, weights=weights)
+    loss, energy = (float(((X @ H) * X).sum()) for X in (W - q.dequantize(), W))
+    return replace(q, relative_error=max(loss, 0.0) / energy if energy > 0 else 0.0)
 
 
 def _some_rows(W: torch.Tensor) -> torch.Tensor:

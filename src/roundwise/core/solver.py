@@ -160,18 +160,23 @@ def _solve_rows(
 
 
 def round_to_nearest(
-    W: torch.Tensor, config: QuantizeConfig | None = None, *, fallback: str | None = None
+    W: torch.Tensor,
+    config: QuantizeConfig | None = None,
+    *,
+    weights: torch.Tensor | None = None,
+    fallback: str | None = None,
 ) -> QuantizedWeight:
-    """The baseline: each weight to the nearest point of its group's min-max grid, no Hessian.
+    """The baseline: each weight to the nearest point of its group's grid, no Hessian.
 
     Args:
         W: weight [out, in].
         config: settings; only `bits`, `group_size`, `sym` and `format` matter.
+        weights: [in], of squared errors in a search for the grids; None: min-max.
         fallback: recorded in the result when this stands in for `solve`.
     """
     config = config or QuantizeConfig()
     W = _checked(W).to(torch.float64 if W.dtype == torch.float64 else torch.float32)
-    grids = _original_grids(W, None, config)
+    grids = _original_grids(W, weights, config)
     g_idx = torch.arange(W.shape[1]) // config.columns_per_group(W.shape[1])
     wide = Grid(grids.scale[:, g_idx], grids.zero[:, g_idx])
     codes = encode(W, wide, config.maxq)
