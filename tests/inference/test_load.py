@@ -158,7 +158,7 @@ def test_importing_roundwise_lets_transformers_load_it(quantized: Callable[..., 
 def test_dtype(dtype: torch.dtype, quantized: Callable[..., Path]) -> None:
     model, _ = rw.load(quantized("llama"), dtype=dtype)
     assert model.dtype == dtype
-    assert model.model.layers[0].mlp.up_proj.scales.dtype == torch.float16
+    assert model.model.layers[0].mlp.up_proj.packed().scales.dtype == torch.float16
     exact = logits(rw.load(quantized("llama"))[0])
     assert logits(model).dtype == dtype
     difference = (logits(model).float() - exact).abs().max()

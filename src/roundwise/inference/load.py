@@ -62,7 +62,9 @@ def load(
             raise CheckpointError(f"{model} cannot be loaded: {reason}") from error
     if info["missing_keys"]:  # transformers would make them up
         raise CheckpointError(f"{model} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
-    return loaded.to(device).eval(), _tokenizer(checkpoint.folder)
+    if torch.device(device) != loaded.device:  # else every layer would be repacked to no end
+        loaded.to(device)
+    return loaded.eval(), _tokenizer(checkpoint.folder)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -50,6 +50,8 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
                     raise CheckpointError(
                         f"{name}.g_idx names groups {low} … {high}; there are {module.groups}"
                     )
+            if isinstance(module, QuantLinear) and module.qweight.device.type != "meta":
+                module.prepare()
         return model
 
     def is_serializable(self) -> bool:

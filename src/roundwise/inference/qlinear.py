@@ -1,21 +1,28 @@
 """QuantLinear: a linear layer that computes from packed weights.
 
-This is the reference: it unpacks, dequantizes and multiplies, correct for every width, group size,
-zero point and channel order, and as slow as that sounds. Its buffers carry the names and shapes of
-the file format, so a state dict is a checkpoint.
+Its buffers carry the names and shapes of the file format, so a state dict is a checkpoint. Before the
+first product a kernel takes them over, in the layout it computes from, so that there is one copy; who
+asks for the state dict, or moves the layer elsewhere, gets the file's layout back.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
-from torch.nn import functional
 
-from roundwise.core.packing import codes_per_block, unpack
+from roundwise.core.packing import codes_per_block
+from roundwise.inference.kernels.base import Kernel, PackedWeight
+from roundwise.inference.kernels.dispatch import choose
+
+#: What kernels multiply; anything else goes through the dequantized weight.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
 class QuantLinear(nn.Module):
-    """y = x Qᵀ + bias with Q = scales · (codes - zeros), all [out, in] unpacked on the fly.
+    """y = x Qᵀ + bias with Q = scales · (codes - zeros), all [out, in].
 
     Args:
         in_features, out_features: of the layer.
@@ -58,6 +65,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("g_idx", g_idx)
         self.bias: torch.Tensor | None
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+        self.kernel: Kernel | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -66,32 +74,93 @@ class QuantLinear(nn.Module):
         Some models initialise `layer.weight` by name when they are loaded; the mark makes
         transformers pass over it.
         """
-        stand_in = torch.empty(0, dtype=self.dtype, device=self.qweight.device)
+        stand_in = torch.empty(0, dtype=self.dtype, device=self.packed().qweight.device)
         stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
         return stand_in
 
+    def packed(self) -> PackedWeight:
+        """The quantized weight in the file's layout."""
+        if self.kernel is not None:
+            return self.kernel.packed()
+        return PackedWeight(
+            self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.zero_offset
+        )
+
+    def prepare(self, kernel: str | None = None) -> Kernel:
+        """Hands the weight to a kernel, by name or the best there is, and keeps no other copy.
+
+        Raises:
+            ConfigError: the named kernel cannot compute this layer.
+        """
+        weight = self.packed()
+        chosen = choose(weight, kernel)
+        if self.kernel is None or type(self.kernel) is not chosen:
+            self.kernel = chosen(weight)
+        for name in PACKED:
+            setattr(self, name, None)
+        return self.kernel
+
+    def unprepare(self) -> None:
+        """Takes the weight back from the kernel: the buffers are those of the file again."""
+        if self.kernel is not None:
+            weight, self.kernel = self.kernel.packed(), None
+            for name in PACKED:
+                setattr(self, name, getattr(weight, name))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Q as [in, out]: the transpose of a linear's weight, which is how it is stored."""
-        maxq = 2**self.bits - 1
-        zeros = unpack(self.qzeros.T.contiguous(), self.bits).T.to(torch.int32)
-        zeros = ((zeros + self.zero_offset) & maxq).to(torch.float32)
-        codes = unpack(self.qweight, self.bits).to(torch.float32)
-        scales = self.scales.to(torch.float32)
-        if self.g_idx is None:
-            group_size = -(-self.in_features // self.groups)
-            groups = torch.arange(self.in_features, device=codes.device) // group_size
-        else:
-            groups = self.g_idx.long()
-        return codes.sub_(zeros[groups]).mul_(scales[groups]).to(dtype)
+        return self.packed().dequantize(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., in] -> [..., out], in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.dequantize(x.dtype).T, bias)
+        kernel = self.kernel or self.prepare()
+        rows = x.reshape(-1, self.in_features)
+        if x.dtype not in KERNEL_DTYPES:
+            y = rows @ self.dequantize(x.dtype)
+        elif x.requires_grad and torch.is_grad_enabled():
+            y = _Product.apply(rows, kernel)  # type: ignore[no-untyped-call]
+        else:
+            y = kernel(rows)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """For print(model)."""
+        kernel = self.kernel.name if self.kernel else "not chosen yet"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"groups={self.groups}, bias={self.bias is not None}, kernel=reference"
+            f"groups={self.groups}, bias={self.bias is not None}, kernel={kernel}"
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        # To another device or dtype: as the file has it. The next product chooses a kernel there.
+        self.unprepare()
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.kernel is not None:
+            weight = self.kernel.packed()
+            for name in PACKED:
+                tensor = getattr(weight, name)
+                if tensor is not None:
+                    destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unprepare()
+        super()._load_from_state_dict(*args)
+
+
+class _Product(torch.autograd.Function):
+    """The kernel's product, with a gradient for the input: adapters train, the codes stay."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kernel: Kernel) -> torch.Tensor:
+        ctx.kernel = kernel
+        return kernel(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.kernel.packed().dequantize(grad.dtype).T, None
