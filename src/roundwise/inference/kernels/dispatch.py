@@ -6,10 +6,11 @@ import os
 
 from roundwise.errors import ConfigError
 from roundwise.inference.kernels.base import Kernel, PackedWeight
+from roundwise.inference.kernels.native import NativeKernel
 from roundwise.inference.kernels.reference import ReferenceKernel
 
 #: The best first.
-KERNELS: tuple[type[Kernel], ...] = (ReferenceKernel,)
+KERNELS: tuple[type[Kernel], ...] = (NativeKernel, ReferenceKernel)
 
 
 def choose(weight: PackedWeight, name: str | None = None) -> type[Kernel]:
