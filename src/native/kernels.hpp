@@ -102,6 +102,14 @@ struct Linear {
     Index runs;
 };
 
+// y[rows, out] = x[rows, in] Wᵀ, all in one type of 16 bits; at most 2 rows; `in` a multiple of 32.
+struct Dense {
+    Index rows, in, out;
+    const void *x, *W;
+    void *y;
+    Type type;
+};
+
 // The kernels of one instruction set. `group` returns false where a scale does not fit float16.
 struct Kernels {
     const char *name;
@@ -118,6 +126,7 @@ struct Kernels {
 
 void moment_f32_baseline(const Moment &, int threads);
 void linear_baseline(const Linear &, int threads);
+void dense_baseline(const Dense &, int threads);
 
 extern const Kernels baseline;
 #ifdef ROUNDWISE_X86
@@ -126,7 +135,9 @@ void moment_f32_avx2(const Moment &, int threads);
 void moment_f32_avx512(const Moment &, int threads);
 void moment_bf16_avx512bf16(const Moment &, int threads);
 void linear_avx2(const Linear &, int threads);
+void dense_avx2(const Dense &, int threads);
 void linear_avx512(const Linear &, int threads);
+void dense_avx512(const Dense &, int threads);
 void linear_avx512vnni(const Linear &, int threads);
 #endif
 

@@ -9,22 +9,14 @@
 // Codes lie in tiles of 64 output channels, [tile][word][64], so that a thread reads memory in one stream.
 // A 32-bit word holds neighbours k of one channel; codes bits·p and bits·p + 16 of it make pair p.
 #include "common.hpp"
+#include "halves.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#ifdef ROUNDWISE_X86
-#include <immintrin.h>
-#endif
-
 namespace roundwise {
 namespace {
-
-constexpr int LANES = ROUNDWISE_VECTOR / 4;
-typedef std::int32_t Int __attribute__((vector_size(ROUNDWISE_VECTOR)));
-typedef std::uint32_t Bits __attribute__((vector_size(ROUNDWISE_VECTOR)));
-typedef float Vec __attribute__((vector_size(ROUNDWISE_VECTOR)));
 
 constexpr int TILE = 64;                                // output channels
 constexpr int VECTORS = TILE / LANES;                   // of a tile
@@ -34,17 +26,6 @@ constexpr Index STRETCH = 960;                          // rows made integers at
 constexpr Index CHUNK = 192;                            // rows of a job: their sums stay near
 constexpr Index AHEAD = 1024;                           // words asked of memory in advance
 constexpr int RUN = 128;                                // columns of a run, at most
-
-template <class V>
-inline V load(const void *from) {
-    V v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-template <class V>
-inline void store(void *to, V v) {
-    std::memcpy(to, &v, sizeof v);
-}
 
 // sum + a·b over the pairs of 16-bit integers in each lane.
 inline Int dot(Int sum, Int a, Int b) {
@@ -84,20 +65,6 @@ struct Width {
     }
 };
 
-// Float16 of the scales, which are finite.
-inline Vec from_half(const std::uint16_t *from) {
-#if defined(ROUNDWISE_X86) && ROUNDWISE_VECTOR == 64
-    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
-#elif defined(ROUNDWISE_X86) && ROUNDWISE_VECTOR == 32
-    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
-#else
-    Bits half;
-    for (int i = 0; i < LANES; ++i) half[i] = from[i];
-    const Vec size = (Vec)((half & 0x7fffu) << 13) * 0x1p112f;
-    return (Vec)((Bits)size | (half & 0x8000u) << 16);
-#endif
-}
-
 // What a run adds to the sums of a tile: one vector of output channels at `v`.
 struct Scaling {
     const std::uint8_t *scales; // of the tile and group
@@ -106,7 +73,7 @@ struct Scaling {
     float zero;
 
     Vec scale(int v) const {
-        if (half) return from_half(reinterpret_cast<const std::uint16_t *>(scales) + v * LANES);
+        if (half) return vector_of_half(reinterpret_cast<const std::uint16_t *>(scales) + v * LANES);
         return load<Vec>(reinterpret_cast<const float *>(scales) + v * LANES);
     }
     Vec offset(int v) const {
@@ -203,31 +170,6 @@ inline void run_of_rows(const std::int32_t *pairs, const std::int16_t *q, int co
                 add(sums + r * TILE + (v + s) * LANES, scale, offset, dots[r][s], step[r], total[r]);
         }
     }
-}
-
-inline float to_float(std::uint16_t x, Type type) {
-    const std::uint32_t bits = x, high = bits << 16;
-    if (type == Type::bfloat16) return load<float>(&high);
-    const std::uint32_t shifted = (bits & 0x7fffu) << 13;
-    const float size = load<float>(&shifted) * 0x1p112f;
-    std::uint32_t out = load<std::uint32_t>(&size) | (bits & 0x8000u) << 16;
-    if ((bits & 0x7c00u) == 0x7c00u) out |= 0x7f800000u; // infinite, or not a number
-    return load<float>(&out);
-}
-
-inline std::uint16_t from_float(float x, Type type) {
-    const std::uint32_t bits = load<std::uint32_t>(&x), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
-    // Without branches, so that compilers make vectors of it.
-    if (type == Type::bfloat16) {
-        const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-        return static_cast<std::uint16_t>(size > 0x7f800000u ? sign | 0x7fc0u : rounded);
-    }
-    const float padded = load<float>(&size) + 0.5f; // makes the adder round what will be subnormal
-    const std::uint32_t small = load<std::uint32_t>(&padded) - 0x3f000000u;
-    const std::uint32_t normal = (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13;
-    const std::uint32_t finite = size < 0x38800000u ? small : normal;
-    const std::uint32_t large = size > 0x7f800000u ? 0x7e00u : 0x7c00u; // from 65520 on: infinite
-    return static_cast<std::uint16_t>(sign | (size >= 0x477ff000u ? large : finite));
 }
 
 // The activations of some rows as integers: q [run][row][column], step and total [run][row].

@@ -251,6 +251,19 @@ private:
     Linear linear_;
 };
 
+// x [rows, in], W [out, in] and y [rows, out] at their addresses, as in PackedLinear::multiply.
+void dense(std::uintptr_t x, std::uintptr_t W, std::uintptr_t y, Index rows, Index in, Index out, int type, int threads) {
+    require(rows >= 1 && rows <= 2 && in > 0 && in % 32 == 0 && out > 0 && (type == 1 || type == 2), "dense");
+    const Dense p{rows, in, out, reinterpret_cast<const void *>(x), reinterpret_cast<const void *>(W),
+                  reinterpret_cast<void *>(y), static_cast<Type>(type)};
+    nb::gil_scoped_release release;
+#ifdef ROUNDWISE_X86
+    if (chosen == &avx512) return dense_avx512(p, threads);
+    if (chosen == &avx2) return dense_avx2(p, threads);
+#endif
+    dense_baseline(p, threads);
+}
+
 template <class T>
 void bind(nb::module_ &m) {
     m.def("group", &group<T>);
@@ -275,6 +288,7 @@ NB_MODULE(_native, m) {
         .def(nb::init<Index, Index, int, Vector<const std::int32_t>, Vector<const std::uint8_t>, bool,
                       Vector<const std::uint8_t>, int, Vector<const std::int32_t>, Vector<const std::int32_t>, Index>())
         .def("multiply", &PackedLinear::multiply);
+    m.def("dense", &dense);
     m.def("has_bf16", &has_bf16);
     m.def("moment", &moment<float>);
     m.def("moment_bf16", &moment<std::uint16_t>, "bfloat16 as its 16 bits.");

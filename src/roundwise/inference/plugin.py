@@ -16,7 +16,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from roundwise.errors import CheckpointError
+from roundwise.inference.mapped import MappedFiles
 from roundwise.inference.qlinear import QuantLinear
+from roundwise.inference.streamed import stream_large
 from roundwise.models.checkpoint import TensorInfo, read_header
 from roundwise.models.formats import infer_bits
 from roundwise.models.skeleton import weight_of
@@ -43,6 +45,7 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
+        files = MappedFiles()
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear) and module.g_idx is not None:
                 low, high = int(module.g_idx.min()), int(module.g_idx.max())
@@ -51,7 +54,10 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
                         f"{name}.g_idx names groups {low} … {high}; there are {module.groups}"
                     )
             if isinstance(module, QuantLinear) and module.qweight.device.type != "meta":
+                stored = [module.qweight, module.qzeros, module.scales]
                 module.prepare()
+                files.release(stored)
+        stream_large(model)
         return model
 
     def is_serializable(self) -> bool:

@@ -93,8 +93,9 @@ def tiled(rows: torch.Tensor) -> torch.Tensor:
     """[n, out] as [tiles, n, 64], zeros where the last tile is not full."""
     n, out_features = rows.shape
     tiles = -(-out_features // TILE)
-    padded = torch.nn.functional.pad(rows, (0, tiles * TILE - out_features))
-    return padded.reshape(n, tiles, TILE).transpose(0, 1).contiguous()
+    if tiles * TILE != out_features:
+        rows = torch.nn.functional.pad(rows, (0, tiles * TILE - out_features))
+    return rows.reshape(n, tiles, TILE).transpose(0, 1).contiguous()
 
 
 def flat(tiles: torch.Tensor, out_features: int) -> torch.Tensor:
