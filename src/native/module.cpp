@@ -274,6 +274,7 @@ void bind(nb::module_ &m) {
 } // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false); // a model that lives until the interpreter ends is no leak
     chosen = supported().front();
     m.doc() = "The solver's inner loops in C++; core/native.py is the one who calls them.";
     m.def("instruction_sets", &instruction_sets, "What this processor can run, the widest first.");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +52,7 @@ class NativeKernel:
         return f"the native extension is {status.reason}" if module is None else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """X [rows, in] -> [rows, out]."""
+        """X [..., in] -> [..., out]."""
         if torch.compiler.is_compiling():
             y: torch.Tensor = torch.ops.roundwise.native_linear(
                 x, *self._tensors(), *self._numbers()
@@ -102,11 +103,12 @@ def _checked(tensors: tuple[Any, ...], numbers: tuple[int, ...]) -> Any:
 
 
 def _multiply(product: Any, x: torch.Tensor, out_features: int) -> torch.Tensor:
-    x = x.contiguous()
-    y = x.new_empty((x.shape[0], out_features))
+    x, shape = x.contiguous(), x.shape
+    y = x.new_empty((*shape[:-1], out_features))
     product.multiply(
-        x.data_ptr(), y.data_ptr(), x.shape[0], x.shape[1], TYPES[x.dtype], torch.get_num_threads()
-    )
+        x.data_ptr(), y.data_ptr(), math.prod(shape[:-1]), shape[-1], TYPES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
     return y
 
 
@@ -123,6 +125,6 @@ LIBRARY.define(  # type: ignore[no-untyped-call]
 LIBRARY.impl("native_linear", _native_linear, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake(
     "roundwise::native_linear",
-    lambda x, *weight: x.new_empty((x.shape[0], weight[-1])),
+    lambda x, *weight: x.new_empty((*x.shape[:-1], weight[-1])),
     lib=LIBRARY,
 )
