@@ -15,6 +15,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from peak import peak
 
 draw = np.random.default_rng(0)
 Q4_0, Q6_K = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q6_K
@@ -67,12 +68,6 @@ def write(path: Path, shape: dict) -> None:
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
-
-
-def peak() -> int:
-    """Peak resident bytes."""
-    with Path("/proc/self/status").open(encoding="ascii") as lines:
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def main() -> None:

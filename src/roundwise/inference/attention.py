@@ -1,7 +1,7 @@
 """Attention of one new token on the CPU, where transformers' way takes as long as all packed weights.
 
-Query heads that share keys and values are rows of one product with them. Torch's kernel for groups of heads
-goes through keys and values once for each head instead, in bfloat16 at a twentieth of the speed.
+Query heads that share keys and values are rows of one product with them. Torch goes through
+keys and values once for each head instead, in bfloat16 at a twentieth of the speed.
 """
 
 from __future__ import annotations
