@@ -135,7 +135,9 @@ def table(processes: dict[str, Contestant], args: argparse.Namespace, prompt: in
         }
         print(
             f"| {name} | {middle['prompt']:.0f} | {middle['generation']:.1f} | "
-            f"{middle['peak'] / 1e6:.0f} | {ratio['prompt']:.2f} | {ratio['generation']:.2f} | {ratio['peak']:.2f} |",
+            f"{middle['peak'] / 1e6:.0f} | "
+            + " | ".join(f"{value:.2f}" for value in ratio.values())
+            + " |",
             flush=True,
         )
 
