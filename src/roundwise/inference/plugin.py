@@ -1,8 +1,8 @@
 """The hook into transformers: `from_pretrained` of any GPTQ checkpoint builds QuantLinear layers.
 
-transformers' own class for the format needs two other packages. Ours takes its place in the mapping
-that transformers looks quantizers up in, and decides by the tensors in the files, not by what the
-config promises, which layers are quantized and how wide their codes are.
+transformers' own class for the format needs two other packages. Ours takes its place (autoload.py), and
+decides by the tensors in the files, not by what the config promises, which layers are quantized and how
+wide their codes are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from roundwise.errors import CheckpointError
@@ -46,16 +45,17 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
     ) -> PreTrainedModel:
         files = MappedFiles()
         for name, module in model.named_modules():
-            if isinstance(module, QuantLinear) and module.g_idx is not None:
+            if not isinstance(module, QuantLinear) or module.qweight.device.type == "meta":
+                continue  # not ours, or left in its file until it is needed
+            if module.g_idx is not None:
                 low, high = int(module.g_idx.min()), int(module.g_idx.max())
                 if low < 0 or high >= module.groups:
                     raise CheckpointError(
                         f"{name}.g_idx names groups {low} … {high}; there are {module.groups}"
                     )
-            if isinstance(module, QuantLinear) and module.qweight.device.type != "meta":
-                stored = [module.qweight, module.qzeros, module.scales]
-                module.prepare()
-                files.release(stored)
+            stored = [module.qweight, module.qzeros, module.scales]
+            module.prepare()
+            files.release(stored)
         stream_large(model)
         use_grouped_attention(model)
         return model
@@ -68,8 +68,3 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
     def is_trainable(self) -> bool:
         """Gradients reach the input, so adapters can be trained; the codes stay."""
         return True
-
-
-def register() -> None:
-    """Makes transformers load GPTQ checkpoints with us; calling it again does nothing."""
-    AUTO_QUANTIZER_MAPPING["gptq"] = RoundwiseHfQuantizer

@@ -101,6 +101,13 @@ class QuantLinear(nn.Module):
             setattr(self, name, None)
         return self.kernel
 
+    def _kernel(self) -> Kernel:
+        if getattr(getattr(self, "_hf_hook", None), "offload", False):
+            # Accelerate has brought the buffers here for this product, and takes them away again.
+            weight = self.packed()
+            return choose(weight)(weight)
+        return self.prepare()
+
     def unprepare(self) -> None:
         """Takes the weight back from the kernel: the buffers are those of the file again."""
         if self.kernel is not None:
@@ -114,7 +121,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., in] -> [..., out], in the dtype of x."""
-        kernel = self.kernel or self.prepare()
+        kernel = self.kernel or self._kernel()
         if x.dtype not in KERNEL_DTYPES:
             y = x @ self.dequantize(x.dtype)
         elif x.requires_grad and torch.is_grad_enabled():
