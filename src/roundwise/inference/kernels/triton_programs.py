@@ -18,7 +18,7 @@ scale is applied to its float32 sum. No dtype costs accuracy, except in what goe
 import triton
 import triton.language as tl
 
-#: Triton's interpreter multiplies the bits of bfloat16 as integers: it is given float32 of the same values.
+#: Triton's interpreter multiplies the bits of bfloat16 as integers: it gets float32 of the same values.
 SIMULATED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -102,7 +102,8 @@ def _product(w, x):
     return y
 
 
-@triton.jit
+# One program for all M: a machine that serves sees every number of rows.
+@triton.jit(do_not_specialize=["M", "tiles_per_group", "tiles_per_split", "magic"])
 def tiles(
     x_ptr,
     words_ptr,
@@ -127,11 +128,12 @@ def tiles(
 ):
     """Y [splits, M, N] = X [M, K] times the weight, each split over its share of the tiles along K.
 
-    Computed as Yᵀ = Wᵀ Xᵀ: the 64 rows that a tensor core instruction wants are output channels, of which
-    there are enough, and rows of X, of which there may be one, come in eights.
+    Computed as Yᵀ = Wᵀ Xᵀ: the 64 rows that a tensor core instruction wants are output channels, of
+    which there are enough, and rows of X, of which there may be one, come in eights.
 
-    A tile lies in one group, or SCATTERED: `groups_ptr` has the group of each input channel. Then scales
-    belong to single weights, which are not exact in 16 bits: the product is one of float32 in three parts.
+    A tile lies in one group, or SCATTERED: `groups_ptr` has the group of each input channel. Then the
+    weights have their scales when they are multiplied, and 16 bits do not hold them: float32, in three
+    parts.
 
     ZERO: the zero point that all groups have, or -1: uint8 [groups, N] in `zeros_ptr`.
     """
@@ -166,7 +168,7 @@ def tiles(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def total(parts_ptr, y_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """Y [size] = the sum of `parts` [SPLITS, size], in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
