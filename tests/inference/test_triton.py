@@ -29,11 +29,8 @@ from roundwise.inference.kernels.triton import TritonKernel
 from roundwise.inference.kernels.triton_op import Device, tiling
 from roundwise.inference.qlinear import QuantLinear
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    # Before anything imports triton: what is defined there is made for one or the other.
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
 FILE = ("qweight", "qzeros", "scales", "g_idx")
@@ -198,20 +195,42 @@ def test_a_row_does_not_depend_on_the_others_while_decoding() -> None:
         assert torch.equal(kernel(x[:count]), together[:count])
 
 
-def test_rows_that_do_not_lie_in_a_row() -> None:
-    packed = weight(128, 64, 4, 32)
-    kernel = TritonKernel(packed)
+def test_takes_any_shape_and_strides() -> None:
+    kernel = TritonKernel(weight(128, 64, 4, 32))
     wide = rows(6, 256)
     for x in (
         wide[:, :128],
         wide[::2, 128:],
         wide[:, ::2],
-        wide[:0, :128],
         wide[:1, :128].expand(3, 128),
+        wide.view(2, 3, 2, 128),
+        wide[0, :128],
+        wide[:0, :128],
     ):
         y = kernel(x)
-        assert y.shape == (len(x), 64)
-        assert torch.equal(y, kernel(x.contiguous()))
+        assert y.shape == (*x.shape[:-1], 64)
+        flat = kernel(x.reshape(-1, 128).contiguous())
+        assert torch.equal(y.reshape(-1, 64), flat)
+
+
+def test_another_width_of_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="x has 120 channels, and the weight takes 128"):
+        TritonKernel(weight(128, 64, 4, 32))(rows(1, 120))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("group_size", [20, 32])
+def test_what_is_not_finite_stays_so(value: float, group_size: int) -> None:
+    packed = weight(160, 64, 4, group_size)
+    kernel = TritonKernel(packed)
+    for dtype in FLOATS:
+        x = rows(3, 160, dtype)
+        clean = kernel(x)
+        x[1, 100] = value
+        y = kernel(x)
+        assert not y[1].isfinite().any()
+        assert torch.equal(y[[0, 2]], clean[[0, 2]])
 
 
 def test_extreme_scales_cost_nothing() -> None:

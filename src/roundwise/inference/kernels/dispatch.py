@@ -6,12 +6,13 @@ import os
 
 from roundwise.errors import ConfigError
 from roundwise.inference.kernels.base import Kernel, PackedWeight
+from roundwise.inference.kernels.native import NativeKernel
 from roundwise.inference.kernels.reference import ReferenceKernel
 from roundwise.inference.kernels.triton import TritonKernel
 from roundwise.inference.kernels.triton_op import simulated
 
 #: The best first.
-KERNELS: tuple[type[Kernel], ...] = (TritonKernel, ReferenceKernel)
+KERNELS: tuple[type[Kernel], ...] = (TritonKernel, NativeKernel, ReferenceKernel)
 
 
 def choose(weight: PackedWeight, name: str | None = None) -> type[Kernel]:

@@ -80,7 +80,7 @@ class TritonKernel:
         return None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """X [rows, in] -> [rows, out]."""
+        """X [..., in] -> [..., out]."""
         y: torch.Tensor = torch.ops.roundwise.triton_linear(
             x, self.words, self.scales, self.zeros, self.order, self.groups,
             self.bits, self.zero, self.group_size,

@@ -130,7 +130,7 @@ def _linear(
     zero: int,
     group_size: int,
 ) -> torch.Tensor:
-    """X [rows, in] times the weight: [rows, out]."""
+    """X [..., in] times the weight: [..., out]."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return _linear(x, words, scales, zeros, order, groups, bits, zero, group_size)
@@ -139,10 +139,16 @@ def _linear(
             f"triton_linear runs on CUDA devices, not on {x.device.type}; "
             "TRITON_INTERPRET=1 simulates one"
         )
-    rows, channels = x.shape
+    *shape, channels = x.shape
     outputs = scales.shape[1]
+    if channels != words.shape[0] * 32 // bits:
+        raise ValueError(
+            f"x has {channels} channels, and the weight takes {words.shape[0] * 32 // bits}"
+        )
+    x = x.reshape(-1, channels)
+    rows = len(x)
     # Triton's interpreter rounds to bfloat16 by cutting off: torch rounds for it.
-    y = x.new_empty(rows, outputs, dtype=torch.float32 if simulated() else x.dtype)
+    y = x.new_empty(*shape, outputs, dtype=torch.float32 if simulated() else x.dtype)
     if not rows:
         return y.to(x.dtype)
     if order is not None:
@@ -175,7 +181,7 @@ def _linear(
 
 def _shape(x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, *_: Any) -> torch.Tensor:
     """What `_linear` returns, without its values: for torch.compile."""
-    return x.new_empty(x.shape[0], scales.shape[1])
+    return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 
 # The low level of torch.library: `torch.library.custom_op` adds microseconds to every call.

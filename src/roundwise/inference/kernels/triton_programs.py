@@ -82,6 +82,12 @@ def _dot(w, x, y):
 
 
 @triton.jit
+def _head(x):
+    """The first 8 bits of a float32: what bfloat16 holds, cut off, so that nothing overflows."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _product(w, x):
     """[BN, BK] integers times [BM, BK]ᵀ, summed in float32.
 
@@ -90,13 +96,12 @@ def _product(w, x):
     y = tl.zeros([w.shape[0], x.shape[0]], tl.float32)
     if x.dtype == tl.float32:
         w = w.to(tl.bfloat16)
-        high = x.to(tl.bfloat16)
-        x -= high.to(tl.float32)
-        middle = x.to(tl.bfloat16)
-        x -= middle.to(tl.float32)
-        y = _dot(w, x.to(tl.bfloat16), y)
-        y = _dot(w, middle, y)
-        y = _dot(w, high, y)
+        high = _head(x)
+        x = tl.where(x == high, 0.0, x - high)  # infinity has no rest
+        middle = _head(x)
+        y = _dot(w, (x - middle).to(tl.bfloat16), y)
+        y = _dot(w, middle.to(tl.bfloat16), y)
+        y = _dot(w, high.to(tl.bfloat16), y)
     else:
         y = _dot(w.to(x.dtype), x, y)
     return y
