@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from roundwise.errors import CheckpointError
+from roundwise.inference.attention import use_grouped_attention
 from roundwise.inference.mapped import MappedFiles
 from roundwise.inference.qlinear import QuantLinear
 from roundwise.inference.replace import replace_linears
@@ -56,6 +57,7 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
                 module.prepare()
                 files.release(stored)
         stream_large(model)
+        use_grouped_attention(model)
         return model
 
     def is_serializable(self) -> bool:
