@@ -41,14 +41,14 @@ class TritonKernel:
         groups = weight.channel_groups()
         #: int32 [in]: which channel of x comes at each place; None: their own order.
         self.order: torch.Tensor | None = None
-        #: int32 [in]: the group of each channel; None: groups of `group_size` channels in a row.
+        #: int32 [in]: the group of each channel; None: each `group_size` in a row are one.
         self.groups: torch.Tensor | None = None
         by_group, order = torch.sort(groups, stable=True)
         self.group_size = int((by_group == by_group[0]).sum())
         places = torch.arange(len(groups), device=groups.device)
         even = torch.equal(by_group, places // self.group_size)
         if not even or (self.group_size % 32 and self.group_size < len(groups)):
-            self.group_size, self.groups = 1, groups.to(torch.int32)
+            self.group_size, self.groups = 0, groups.to(torch.int32)
         elif not torch.equal(by_group, groups):
             self.order = order.to(torch.int32)
         #: int32 [in·bits/32, out]: the codes.

@@ -9,7 +9,7 @@ first product of a kind compiles its program: a graph is captured after a produc
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ DECODE_ROWS = 16
 
 def simulated() -> bool:
     """Whether Triton programs run in its interpreter, on any device: for tests and debugging."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 @cache
@@ -119,6 +119,27 @@ def tiling(rows: int, outputs: int, run: int, bits: int, size: int, device: Devi
     return cut
 
 
+class Plan(NamedTuple):
+    """A product, ready for launch."""
+
+    tiling: Tiling
+    splits: int
+    tiles_per_split: int
+    tiles_per_group: int
+
+
+@lru_cache(4096)
+def plan(
+    rows: int, channels: int, outputs: int, group_size: int, bits: int, size: int, device: Device
+) -> Plan:
+    """Cuts a product; `group_size` 0: the group of each channel is looked up. Else as `tiling`."""
+    whole = group_size >= channels
+    cut = tiling(rows, outputs, 128 if whole else group_size, bits, size, device)
+    steps = -(-channels // cut.BK)
+    share = -(-steps // cut.splits(rows, channels, outputs, device))
+    return Plan(cut, -(-steps // share), share, steps if whole else max(1, group_size // cut.BK))
+
+
 def _linear(
     x: torch.Tensor,
     words: torch.Tensor,
@@ -156,20 +177,16 @@ def _linear(
     elif x.stride(1) != 1:
         x = x.contiguous()
     device = _device(x.device.index if x.is_cuda else None)
-    run = 0 if groups is not None else 128 if group_size >= channels else group_size
-    cut = tiling(rows, outputs, run, bits, x.element_size(), device)
-    splits = cut.splits(rows, channels, outputs, device)
-    steps = -(-channels // cut.BK)
-    share = -(-steps // splits)
-    splits = -(-steps // share)
+    cut, splits, per_split, per_group = plan(
+        rows, channels, outputs, group_size, bits, x.element_size(), device
+    )
     parts = y
     if splits > 1:
         parts = x.new_empty(splits, rows, outputs, dtype=torch.float32)
     programs = _programs()
     programs.tiles[-(-rows // cut.BM), -(-outputs // cut.BN), splits](
         x, words, scales, words if zeros is None else zeros, words if groups is None else groups,
-        parts, rows, outputs, channels, x.stride(0),
-        steps if group_size >= channels else max(1, group_size // cut.BK), share, MAGIC,
+        parts, rows, outputs, channels, x.stride(0), per_group, per_split, MAGIC,
         BITS=bits, ZERO=zero, SCATTERED=groups is not None,
         BM=cut.BM, BN=cut.BN, BK=cut.BK, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
