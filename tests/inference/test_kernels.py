@@ -246,6 +246,13 @@ class TestAsALayer:
         assert linear.qweight is None
         assert linear.qzeros is None
 
+    def test_asking_for_the_weights_dtype_costs_nothing(
+        self, linear: QuantLinear, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(type(linear.kernel), "packed", None)
+        assert linear.weight.dtype == torch.float32
+        assert linear.weight.device.type == "cpu"
+
     def test_state_dict_is_that_of_the_file(self, linear: QuantLinear) -> None:
         weight = weight_of(5, 3, 96, 64, 32, sym=False, act_order=True)
         state = linear.state_dict()

@@ -186,6 +186,18 @@ def test_a_model_that_is_not_quantized(tiny: Path) -> None:
     assert tokenizer.decode(tokenizer("import os")["input_ids"]) == "import os"
 
 
+def test_groups_that_nobody_can_know(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.0.mlp.down_proj"
+        del tensors[f"{name}.g_idx"]
+        for part in ("scales", "qzeros"):
+            tensors[f"{name}.{part}"] = tensors[f"{name}.{part}"].repeat(3, 1)[:5].contiguous()
+
+    folder = rewritten(quantized("llama"), tmp_path / "out", cut)
+    with pytest.raises(CheckpointError, match="has 96 input channels in 5 groups, and no g_idx"):
+        rw.load(folder)
+
+
 class TestRefused:
     """Files that contradict themselves."""
 

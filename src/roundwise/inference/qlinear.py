@@ -67,6 +67,7 @@ class QuantLinear(nn.Module):
         self.bias: torch.Tensor | None
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
         self.kernel: Kernel | None = None
+        self.device: torch.device | None = None  # where the kernel is
 
     @property
     def weight(self) -> torch.Tensor:
@@ -75,7 +76,8 @@ class QuantLinear(nn.Module):
         Some models initialise `layer.weight` by name when they are loaded; the mark makes
         transformers pass over it.
         """
-        stand_in = torch.empty(0, dtype=self.dtype, device=self.packed().qweight.device)
+        device = self.device if self.kernel is not None else self.qweight.device
+        stand_in = torch.empty(0, dtype=self.dtype, device=device)
         stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
         return stand_in
 
@@ -94,6 +96,7 @@ class QuantLinear(nn.Module):
             ConfigError: the named kernel cannot compute this layer.
         """
         weight = self.packed()
+        self.device = weight.qweight.device
         chosen = choose(weight, kernel)
         if self.kernel is None or type(self.kernel) is not chosen:
             self.kernel = chosen(weight)

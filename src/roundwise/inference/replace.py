@@ -102,6 +102,11 @@ def _layer(
             f"{name}.qweight {[words, columns]} does not fit a layer of "
             f"{in_features} to {out_features} channels"
         )
+    if f"{name}.g_idx" not in tensors and in_features % parts["scales"].shape[0]:
+        raise CheckpointError(
+            f"{name} has {in_features} input channels in {parts['scales'].shape[0]} groups, and no "
+            "g_idx that says which channel belongs to which"
+        )
     with torch.device("meta"):
         layer = QuantLinear(
             in_features,
