@@ -225,7 +225,12 @@ class TestGenerate:
     def test_json(self, commands: Commands, tiny: Path) -> None:
         command = ("generate", tiny, "def read_file(path):", "--max-new-tokens", 12, "--json")
         found = only_json(commands.run(*command))
-        assert found.keys() == {"prompt", "text", "tokens", "seconds"}
+        assert found.keys() == {
+            "prompt", "text", "tokens", "prompt_tokens", "finish_reason", "seconds",
+            "prompt_tokens_per_second", "generation_tokens_per_second",
+        }  # fmt: skip
+        assert found["prompt_tokens_per_second"] > 0
+        assert found["generation_tokens_per_second"] > 0
         assert found["prompt"] == "def read_file(path):"
         assert 0 < found["tokens"] <= 12
         assert only_json(commands.run(*command))["text"] == found["text"]

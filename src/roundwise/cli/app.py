@@ -12,7 +12,16 @@ from typing import Annotated
 
 import typer
 
-from roundwise.cli.commands import demo, doctor, evaluate, generate, inspect, quantize, verify
+from roundwise.cli.commands import (
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    quantize,
+    serve,
+    verify,
+)
 from roundwise.cli.output import console
 from roundwise.errors import Interrupted, RoundwiseError
 from roundwise.version import __version__
@@ -30,6 +39,7 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("serve")(serve.command)
 app.command("doctor")(doctor.command)
 
 
