@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from roundwise.cli.commands import (
+    bench,
     demo,
     doctor,
     evaluate,
@@ -39,6 +40,7 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("bench")(bench.command)
 app.command("serve")(serve.command)
 app.command("doctor")(doctor.command)
 
