@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 
 import roundwise as rw
+from roundwise.cli.commands import evaluate
 from roundwise.errors import ConfigError, RunError
 from roundwise.evaluation.tasks import evaluate_tasks, scores_of
 from tests.helpers import Commands
@@ -123,29 +121,42 @@ def test_the_command(commands: Commands, tiny: Path, folder: Path, text: Path) -
     assert 0 <= found["tasks"]["scores"]["own_choice"]["acc"] <= 1
 
 
-def test_its_table(commands: Commands, tiny: Path, folder: Path) -> None:
-    ended = commands.run("eval", tiny, "--tasks", "own_choice", "--include-path", folder)
-    assert ended.code == 0, ended.stderr
-    assert "own_choice" in ended.stdout
-    assert "acc" in ended.stdout
+def test_the_commands_table(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {"own": {"acc": 0.5, "acc_stderr": 0.25}}
+    evaluate._print({"tasks": {"scores": scores, "samples": {"own": 4}, "shots": {"own": 2}}})
+    row = next(line for line in capsys.readouterr().out.splitlines() if "own" in line)
+    assert row.replace("│", " ").split() == ["own", "4", "2", "acc", "0.5000", "±", "0.2500"]
 
 
-def test_lm_evals_own_command_line(tiny: Path, folder: Path, tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "roundwise.evaluation.harness", "--model", "roundwise",
-         "--model_args", f"pretrained={tiny},dtype=float32", "--tasks", "own_choice",
-         "--include_path", folder, "--output_path", tmp_path / "out", "--device", "cpu"],
-        capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+def test_lm_eval_knows_us_by_name(tiny: Path, folder: Path) -> None:
+    """As its command line does it; tests/clients runs that."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    import roundwise.evaluation.harness  # noqa: F401  # registers
+
+    found = lm_eval.simple_evaluate(
+        model="roundwise", model_args=f"pretrained={tiny},dtype=float32", tasks=["own_choice"],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False), limit=1,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert "|own_choice|" in ended.stdout
-    assert list((tmp_path / "out").rglob("results_*.json"))
+    assert scores_of(found).samples == {"own_choice": 1}
 
 
-def test_a_task_that_is_not_there(loaded: tuple[Any, Any], folder: Path) -> None:
+def test_a_task_that_is_not_there(
+    loaded: tuple[Any, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval import tasks
+
+    def few(include_path: str, include_defaults: bool) -> Any:
+        seen.append(include_defaults)
+        return manager(include_path=include_path, include_defaults=False)  # thousands: 10 s
+
+    seen: list[bool] = []
+    manager = tasks.TaskManager
+    monkeypatch.setattr(tasks, "TaskManager", few)
     with pytest.raises(ConfigError, match="lm-eval has no task own_chioce: `lm_eval ls tasks`"):
         evaluate_tasks(*loaded, ["own_choice", "own_chioce"], include_path=folder)
+    assert seen == [False, True]
 
 
 def test_a_folder_that_is_not_there(loaded: tuple[Any, Any], tmp_path: Path) -> None:

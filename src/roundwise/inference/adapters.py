@@ -66,7 +66,7 @@ def _teach(module: ModuleType) -> None:
 
         # What PEFT asks a GPTQ layer for: sizes by their old names, and a device by its qweight. The
         # next product prepares the layer again.
-        base.infeatures, base.outfeatures = base.in_features, base.out_features
+        base.infeatures, base.outfeatures = base.in_features, base.out_features  # type: ignore[assignment]
         base.unprepare()
         return GPTQLoraLinear(target, adapter_name, **settings)
 
