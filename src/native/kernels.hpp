@@ -82,6 +82,34 @@ struct Moment {
     bool lower; // A is B, and blocks of C above the diagonal are not needed
 };
 
+// y[rows, out] = x[rows, in] Wᵀ from codes in tiles of 64 output channels.
+enum class Type { float32, float16, bfloat16 };
+struct Linear {
+    Index rows, in, out;
+    const void *x;
+    void *y; // of the same type
+    Type type;
+    int bits;                    // 2, 3, 4, 8
+    const std::uint32_t *codes;  // [tiles, words, 64]; `linear.cpp` says how they lie in a word
+    Index words, groups;
+    const std::uint8_t *scales;  // [tiles, groups, 64] of float16 (half) or float32
+    bool half;
+    const std::uint8_t *zeros;   // [tiles, groups, 64]; null: all are `zero`
+    int zero;
+    const std::int32_t *order;   // [columns] of x that the codes want, in turn; `in` where they want none
+    Index columns;
+    const std::int32_t *run;     // [runs, 2]: number of columns, at most 128, and their group
+    Index runs;
+};
+
+// y[rows, out] = x[rows, in] Wᵀ, all in one type of 16 bits; at most 2 rows; `in` a multiple of 32.
+struct Dense {
+    Index rows, in, out;
+    const void *x, *W;
+    void *y;
+    Type type;
+};
+
 // The kernels of one instruction set. `group` returns false where a scale does not fit float16.
 struct Kernels {
     const char *name;
@@ -97,6 +125,8 @@ struct Kernels {
 };
 
 void moment_f32_baseline(const Moment &, int threads);
+void linear_baseline(const Linear &, int threads);
+void dense_baseline(const Dense &, int threads);
 
 extern const Kernels baseline;
 #ifdef ROUNDWISE_X86
@@ -104,6 +134,11 @@ extern const Kernels avx2, avx512;
 void moment_f32_avx2(const Moment &, int threads);
 void moment_f32_avx512(const Moment &, int threads);
 void moment_bf16_avx512bf16(const Moment &, int threads);
+void linear_avx2(const Linear &, int threads);
+void dense_avx2(const Dense &, int threads);
+void linear_avx512(const Linear &, int threads);
+void dense_avx512(const Dense &, int threads);
+void linear_avx512vnni(const Linear &, int threads);
 #endif
 
 } // namespace roundwise

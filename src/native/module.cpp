@@ -193,6 +193,77 @@ void moment(Matrix<const T> A, Matrix<const T> B, Matrix<float> C, bool lower, i
     }
 }
 
+const std::int32_t *integers(const Vector<const std::int32_t> &array, Index length, const char *what) {
+    vector_of(array, length, what);
+    return array.data();
+}
+
+// A layer's weight, checked once; whoever made it keeps the arrays alive.
+class PackedLinear {
+public:
+    PackedLinear(Index in, Index out, int bits, Vector<const std::int32_t> codes, Vector<const std::uint8_t> scales,
+                 bool half, Vector<const std::uint8_t> zeros, int zero, Vector<const std::int32_t> order,
+                 Vector<const std::int32_t> runs, Index groups) {
+        const Index tiles = (out + 63) / 64, columns = Index(order.shape(0)), count = Index(runs.shape(0)) / 2;
+        require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits");
+        require(in > 0 && out > 0 && columns % (bits == 3 ? 32 : 32 / bits) == 0, "columns");
+        const Index words = columns * bits / 32;
+        vector_of(codes, tiles * words * 64, "codes");
+        vector_of(scales, tiles * groups * 64 * (half ? 2 : 4), "scales");
+        const bool varied = zeros.shape(0) > 0;
+        vector_of(zeros, varied ? tiles * groups * 64 : 0, "zeros");
+        Index covered = 0;
+        for (Index i = 0; i < count; ++i) {
+            const std::int32_t n = runs.data()[2 * i], group = runs.data()[2 * i + 1];
+            require(n > 0 && n <= 128 && n % (bits == 3 ? 32 : 32 / bits) == 0, "runs");
+            require(group >= 0 && group < groups, "runs");
+            covered += n;
+        }
+        require(covered == columns, "runs");
+        for (Index i = 0; i < columns; ++i) require(order.data()[i] >= 0 && order.data()[i] <= in, "order");
+        linear_ = Linear{
+            0, in, out, nullptr, nullptr, Type::float32, bits, reinterpret_cast<const std::uint32_t *>(codes.data()),
+            words, groups, scales.data(), half, varied ? zeros.data() : nullptr, zero,
+            integers(order, columns, "order"), columns, integers(runs, 2 * count, "runs"), count,
+        };
+    }
+
+    // x [rows, in] at one address, y [rows, out] at the other: a check of arrays would take as long as a product.
+    void multiply(std::uintptr_t x, std::uintptr_t y, Index rows, Index in, int type, int threads) const {
+        require(in == linear_.in && type >= 0 && type <= 2, "x");
+        Linear p = linear_;
+        p.x = reinterpret_cast<const void *>(x);
+        p.y = reinterpret_cast<void *>(y);
+        p.rows = rows;
+        p.type = static_cast<Type>(type);
+        // A thread is worth its start from some tens of thousands of products on.
+        const Index work = rows * p.out * p.columns;
+        threads = static_cast<int>(std::min<Index>(threads, 1 + work / 100'000));
+        nb::gil_scoped_release release;
+#ifdef ROUNDWISE_X86
+        if (chosen == &avx512) return __builtin_cpu_supports("avx512vnni") ? linear_avx512vnni(p, threads) : linear_avx512(p, threads);
+        if (chosen == &avx2) return linear_avx2(p, threads);
+#endif
+        linear_baseline(p, threads);
+    }
+
+private:
+    Linear linear_;
+};
+
+// x [rows, in], W [out, in] and y [rows, out] at their addresses, as in PackedLinear::multiply.
+void dense(std::uintptr_t x, std::uintptr_t W, std::uintptr_t y, Index rows, Index in, Index out, int type, int threads) {
+    require(rows >= 1 && rows <= 2 && in > 0 && in % 32 == 0 && out > 0 && (type == 1 || type == 2), "dense");
+    const Dense p{rows, in, out, reinterpret_cast<const void *>(x), reinterpret_cast<const void *>(W),
+                  reinterpret_cast<void *>(y), static_cast<Type>(type)};
+    nb::gil_scoped_release release;
+#ifdef ROUNDWISE_X86
+    if (chosen == &avx512) return dense_avx512(p, threads);
+    if (chosen == &avx2) return dense_avx2(p, threads);
+#endif
+    dense_baseline(p, threads);
+}
+
 template <class T>
 void bind(nb::module_ &m) {
     m.def("group", &group<T>);
@@ -203,6 +274,7 @@ void bind(nb::module_ &m) {
 } // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false); // a model that lives until the interpreter ends is no leak
     chosen = supported().front();
     m.doc() = "The solver's inner loops in C++; core/native.py is the one who calls them.";
     m.def("instruction_sets", &instruction_sets, "What this processor can run, the widest first.");
@@ -213,6 +285,11 @@ NB_MODULE(_native, m) {
     m.def("pack", &pack);
     m.def("use_team", [](std::uintptr_t address) { use_team(reinterpret_cast<RunOnTeam>(address)); },
           "Address of GOMP_parallel in the OpenMP runtime whose threads are to be used; 0: none.");
+    nb::class_<PackedLinear>(m, "PackedLinear")
+        .def(nb::init<Index, Index, int, Vector<const std::int32_t>, Vector<const std::uint8_t>, bool,
+                      Vector<const std::uint8_t>, int, Vector<const std::int32_t>, Vector<const std::int32_t>, Index>())
+        .def("multiply", &PackedLinear::multiply);
+    m.def("dense", &dense);
     m.def("has_bf16", &has_bf16);
     m.def("moment", &moment<float>);
     m.def("moment_bf16", &moment<std::uint16_t>, "bfloat16 as its 16 bits.");

@@ -6,7 +6,8 @@
     rw.perplexity(model, tokenizer, text)
     q = rw.solve(W, H, rw.QuantizeConfig(bits=3))        # one weight, one Hessian, no model
 
-Names are resolved on first use, so that importing the package costs nothing.
+Names are resolved on first use, so that importing the package costs nothing; that alone lets
+`transformers.AutoModelForCausalLM.from_pretrained` open any GPTQ checkpoint.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from roundwise.inference import autoload
 from roundwise.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ _HOME = {
     "round_to_nearest": "roundwise.core.solver",
     "solve": "roundwise.core.solver",
 }
+
+autoload.register()
 
 
 def __getattr__(name: str) -> Any:

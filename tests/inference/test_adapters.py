@@ -136,17 +136,17 @@ def test_other_layers_are_still_pefts_own(llama: Path, batch: torch.Tensor) -> N
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("first", ["peft", "roundwise.inference.plugin"])
-def test_it_does_not_matter_what_is_imported_first(first: str) -> None:
+@pytest.mark.parametrize("order", [("peft", "roundwise"), ("roundwise", "peft")])
+def test_it_does_not_matter_what_is_imported_first(order: tuple[str, str]) -> None:
     code = f"""
-import sys, warnings
-import {first}
-assert ("peft" in sys.modules) == ({first!r} == "peft")
-from roundwise.inference import plugin
-plugin.register(); plugin.register()
+import sys
+import {order[0]}
+assert ("peft" in sys.modules) == ({order[0]!r} == "peft")
+import {order[1]}
 import peft.tuners.lora.model as chain
-plugin.register()
+from roundwise.inference import autoload
+autoload.register()
 assert chain.dispatch_gptq.knows_roundwise
-assert not [f for f in sys.meta_path if type(f).__name__ == "_WhenImported"]
+assert not [f for f in sys.meta_path if getattr(f, "name", "") == autoload.LORA]
 """
     subprocess.run([sys.executable, "-c", code], check=True)

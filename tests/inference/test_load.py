@@ -37,7 +37,8 @@ def dense_logits(source: Path, checkpoint: Path, version: str) -> torch.Tensor:
 
 
 def close(left: torch.Tensor, right: torch.Tensor) -> None:
-    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    # The native kernel's 16-bit activations; one wrong code in a layer moves logits by far more.
+    torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
 
 
 def rewritten(source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:

@@ -60,7 +60,7 @@ def test_forward_is_a_linear_layer() -> None:
     q, linear = layer(0)
     x = torch.randn(2, 5, IN)
     torch.testing.assert_close(
-        linear(x), functional.linear(x, q.dequantize(), linear.bias), rtol=1e-4, atol=1e-5
+        linear(x), functional.linear(x, q.dequantize(), linear.bias), rtol=1e-3, atol=1e-3
     )
 
 
@@ -68,7 +68,7 @@ def test_without_bias_and_without_g_idx() -> None:
     q, linear = layer(1, stored_g_idx=False, bias=False)
     assert linear.g_idx is None
     x = torch.randn(3, IN)
-    torch.testing.assert_close(linear(x), x @ q.dequantize().T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(linear(x), x @ q.dequantize().T, rtol=1e-3, atol=1e-3)
     assert set(linear.state_dict()) == {"qweight", "qzeros", "scales"}
 
 

@@ -47,7 +47,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         return native.pack(codes.T.to(torch.uint8).contiguous(), bits)
     words = per_block * bits // 32
     blocks = codes.reshape(n // per_block, per_block, m)
-    packed = torch.zeros(n // per_block, words, m, dtype=torch.int64)
+    packed = torch.zeros(n // per_block, words, m, dtype=torch.int64, device=codes.device)
     for i in range(per_block):
         word, shift = divmod(i * bits, 32)
         code = blocks[:, i].to(torch.int64)

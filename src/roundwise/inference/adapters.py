@@ -2,58 +2,23 @@
 
 PEFT looks up the class of a layer in a chain of functions, each of which knows one library's layers;
 there is no place to enter others for good (`LoraConfig._register_custom_module` is for one config).
-So the link of the chain that is for GPTQ learns about ours: at once where PEFT is imported already, and
-otherwise when it is. `import roundwise` and loading a model never import PEFT.
+So the link of the chain that is for GPTQ learns about ours, when PEFT is imported (autoload.py).
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 from roundwise.inference.qlinear import QuantLinear
 
-#: Where PEFT keeps the chain.
-HOME = "peft.tuners.lora.model"
 
+def teach(module: ModuleType) -> None:
+    """The function for GPTQ layers in PEFT's chain takes ours too; doing it again does nothing.
 
-def register() -> None:
-    """Makes `get_peft_model` and `PeftModel.from_pretrained` work; calling it again does nothing."""
-    module = sys.modules.get(HOME)
-    if module is not None:
-        _teach(module)
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
-
-
-class _WhenImported(MetaPathFinder):
-    """Waits for one import, adds to it, and is gone."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != HOME:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _teach(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def _teach(module: ModuleType) -> None:
-    """The function for GPTQ layers in PEFT's chain takes ours too."""
+    Args:
+        module: where PEFT keeps the chain.
+    """
     theirs = getattr(module, "dispatch_gptq", None)
     if theirs is None or hasattr(theirs, "knows_roundwise"):
         return

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from roundwise.errors import CheckpointError, ConfigError
-from roundwise.inference import plugin
+from roundwise.inference import autoload
 from roundwise.models.checkpoint import SINGLE, Checkpoint
 from roundwise.models.hub import local_folder
 from roundwise.models.verify import quantization_settings
@@ -43,7 +43,7 @@ def load(
     Raises:
         CheckpointError: no such model, damaged files, another quantization format.
     """
-    plugin.register()
+    autoload.register()  # again, should someone have taken the place
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)
     if "quantization_config" in checkpoint.config:

@@ -63,6 +63,7 @@ class QuantLinear(nn.Module):
         self.g_idx: torch.Tensor | None
         g_idx = torch.zeros(in_features, dtype=torch.int32) if stored_g_idx else None
         self.register_buffer("g_idx", g_idx)
+        self.has_bias = bias  # looking a buffer up takes as long as adding it
         self.bias: torch.Tensor | None
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
         self.kernel: Kernel | None = None
@@ -100,6 +101,13 @@ class QuantLinear(nn.Module):
             setattr(self, name, None)
         return self.kernel
 
+    def _kernel(self) -> Kernel:
+        if getattr(getattr(self, "_hf_hook", None), "offload", False):
+            # Accelerate has brought the buffers here for this product, and takes them away again.
+            weight = self.packed()
+            return choose(weight)(weight)
+        return self.prepare()
+
     def unprepare(self) -> None:
         """Takes the weight back from the kernel: the buffers are those of the file again."""
         if self.kernel is not None:
@@ -113,24 +121,24 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., in] -> [..., out], in the dtype of x."""
-        kernel = self.kernel or self.prepare()
-        rows = x.reshape(-1, self.in_features)
+        kernel = self.kernel or self._kernel()
         if x.dtype not in KERNEL_DTYPES:
-            y = rows @ self.dequantize(x.dtype)
+            y = x @ self.dequantize(x.dtype)
         elif x.requires_grad and torch.is_grad_enabled():
-            y = _Product.apply(rows, kernel)  # type: ignore[no-untyped-call]
+            y = _Product.apply(x, kernel)  # type: ignore[no-untyped-call]
         else:
-            y = kernel(rows)
-        if self.bias is not None:
+            y = kernel(x)
+        if self.has_bias:
+            assert self.bias is not None
             y = y + self.bias.to(y.dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y
 
     def extra_repr(self) -> str:
         """For print(model)."""
         kernel = self.kernel.name if self.kernel else "not chosen yet"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"groups={self.groups}, bias={self.bias is not None}, kernel={kernel}"
+            f"groups={self.groups}, bias={self.has_bias}, kernel={kernel}"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:

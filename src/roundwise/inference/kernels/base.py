@@ -85,7 +85,7 @@ class Kernel(Protocol):
         ...
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """X [rows, in] times the weight: [rows, out], in x's dtype (float32, float16, bfloat16)."""
+        """X [..., in] times the weight: [..., out], in x's dtype (float32, float16, bfloat16)."""
         ...
 
     def packed(self) -> PackedWeight:

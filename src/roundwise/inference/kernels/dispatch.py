@@ -6,10 +6,13 @@ import os
 
 from roundwise.errors import ConfigError
 from roundwise.inference.kernels.base import Kernel, PackedWeight
+from roundwise.inference.kernels.native import NativeKernel
 from roundwise.inference.kernels.reference import ReferenceKernel
+from roundwise.inference.kernels.triton import TritonKernel
+from roundwise.inference.kernels.triton_op import simulated
 
 #: The best first.
-KERNELS: tuple[type[Kernel], ...] = (ReferenceKernel,)
+KERNELS: tuple[type[Kernel], ...] = (TritonKernel, NativeKernel, ReferenceKernel)
 
 
 def choose(weight: PackedWeight, name: str | None = None) -> type[Kernel]:
@@ -25,7 +28,9 @@ def choose(weight: PackedWeight, name: str | None = None) -> type[Kernel]:
     """
     name = name or os.environ.get("ROUNDWISE_KERNEL") or None
     if name is None:
-        return next(kernel for kernel in KERNELS if kernel.why_not(weight) is None)
+        # Triton's interpreter is for tests: by name only.
+        kernels = [kernel for kernel in KERNELS if kernel is not TritonKernel or not simulated()]
+        return next(kernel for kernel in kernels if kernel.why_not(weight) is None)
     known = {kernel.name: kernel for kernel in KERNELS}
     if name not in known:
         raise ConfigError(f"no kernel is called {name!r}: there are {', '.join(known)}")

@@ -23,7 +23,7 @@ class ReferenceKernel:
         return None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """X [rows, in] -> [rows, out]."""
+        """X [..., in] -> [..., out]."""
         return x @ self.weight.dequantize(x.dtype)
 
     def packed(self) -> PackedWeight:

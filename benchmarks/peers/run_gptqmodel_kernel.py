@@ -1,0 +1,38 @@
+"""Times one layer of a checkpoint in GPTQModel, whenever it is asked to. Run by its own interpreter.
+
+    python run_gptqmodel_kernel.py CHECKPOINT LAYER COPIES
+
+Prints the kernel's name, then for each line read from stdin the median seconds of a product with one
+row, over enough copies of the layer that no cache holds them.
+"""
+
+import copy
+import os
+import statistics
+import sys
+import time
+
+os.environ.update(CUDA_VISIBLE_DEVICES="", GPTQMODEL_CPU_WORKERS="2", HF_HUB_OFFLINE="1")
+output = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # what the library prints goes to stderr
+
+import torch  # noqa: E402
+from gptqmodel import GPTQModel  # noqa: E402
+
+folder, name, copies = sys.argv[1], sys.argv[2], int(sys.argv[3])
+model = GPTQModel.load(folder, device="cpu", dtype=torch.bfloat16).model.eval()
+layer = model.get_submodule(name)
+x = torch.randn(1, layer.in_features).bfloat16()
+with torch.no_grad():
+    layer(x)  # some kernels lay the weight out anew at first
+    layers = [layer, *(copy.deepcopy(layer) for _ in range(copies - 1))]
+    for each in layers:
+        each(x)
+    print(type(layer).__name__, file=output)
+    for _ in sys.stdin:
+        times = []
+        for each in layers * 3:
+            begun = time.perf_counter()
+            each(x)
+            times.append(time.perf_counter() - begun)
+        print(statistics.median(times), file=output)

@@ -1,0 +1,117 @@
+"""From the tensors in the files to the layers of the model: QuantLinear wherever there are codes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from roundwise.errors import CheckpointError
+from roundwise.inference.experts import PackedExperts, is_fused, shape_of, split_name
+from roundwise.inference.qlinear import QuantLinear
+from roundwise.models.checkpoint import TensorInfo
+from roundwise.models.formats import infer_bits
+from roundwise.models.skeleton import weight_of
+
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def replace_linears(
+    model: PreTrainedModel, tensors: dict[str, TensorInfo], *, zero_offset: int
+) -> None:
+    """Puts a QuantLinear wherever the files hold a qweight, into mixtures of experts too.
+
+    Args:
+        model: on the meta device.
+        tensors: of all files, by name.
+        zero_offset: 1 if zero points are stored minus one (v1), else 0.
+
+    Raises:
+        CheckpointError: a qweight that belongs to no module, or whose shape does not fit it.
+    """
+    names = _Names(model)
+    experts: dict[str, dict[tuple[int, str], QuantLinear]] = defaultdict(dict)
+    for name in [t.removesuffix(".qweight") for t in tensors if t.endswith(".qweight")]:
+        target, part = names.find(name)
+        module = model.get_submodule(target)
+        if part is None:
+            weight = weight_of(module)
+            shape = (weight.shape[0], weight.shape[1])
+        else:
+            weight, shape = module.down_proj, shape_of(module, part[1])
+        layer = _layer(name, tensors, shape, zero_offset, weight.dtype).train(module.training)
+        if part is None:
+            model.set_submodule(target, layer)
+        else:
+            experts[target][part] = layer
+    for target, layers in experts.items():
+        model.set_submodule(target, PackedExperts(target, model.get_submodule(target), layers))
+
+
+class _Names:
+    """Where the model has what the files call by an older name, or without the base model's prefix."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.prefix = model, f"{model.base_model_prefix}."
+        transforms = get_model_conversion_mapping(model)
+        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+
+    def find(self, name: str) -> tuple[str, tuple[int, str] | None]:
+        """A layer's module, or its experts' module and its place there."""
+        renamed = rename_source_key(f"{name}.weight", self.renamings, [])[0].removesuffix(".weight")
+        for known in (renamed, name):
+            for full in (known, self.prefix + known, known.removeprefix(self.prefix)):
+                module = self._module(full)
+                if module is not None and hasattr(module, "weight"):
+                    return full, None
+                part = split_name(full)
+                experts = self._module(part[0]) if part else None
+                if part and experts is not None and is_fused(experts):
+                    return part
+        raise CheckpointError(f"the files hold {name}.qweight, but the model has no such layer")
+
+    def _module(self, name: str) -> nn.Module | None:
+        try:
+            module: nn.Module = self.model.get_submodule(name)
+        except AttributeError:
+            return None
+        return module
+
+
+def _layer(
+    name: str, tensors: dict[str, TensorInfo], shape: tuple[int, int], zero_offset: int,
+    dtype: torch.dtype,
+) -> QuantLinear:  # fmt: skip
+    """The layer of `name` on the meta device, as wide as its tensors say."""
+    parts = {
+        suffix: torch.empty(tensors[f"{name}.{suffix}"].shape, device="meta")
+        for suffix in ("qweight", "qzeros", "scales")
+        if f"{name}.{suffix}" in tensors
+    }
+    if len(parts) < 3:
+        raise CheckpointError(f"{name} has a qweight, but qzeros or scales are missing")
+    bits = infer_bits(parts, name)
+    out_features, in_features = shape
+    words, columns = parts["qweight"].shape
+    if (in_features * bits, out_features) != (words * 32, columns):
+        raise CheckpointError(
+            f"{name}.qweight {[words, columns]} does not fit a layer of "
+            f"{in_features} to {out_features} channels"
+        )
+    with torch.device("meta"):
+        layer = QuantLinear(
+            in_features,
+            out_features,
+            bits=bits,
+            groups=parts["scales"].shape[0],
+            bias=f"{name}.bias" in tensors,
+            stored_g_idx=f"{name}.g_idx" in tensors,
+            zero_offset=zero_offset,
+            dtype=dtype,
+        )
+        layer.scales = layer.scales.to(DTYPES.get(tensors[f"{name}.scales"].dtype, torch.float16))
+    return layer
