@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,7 +77,7 @@ def evaluate_tasks(
             max_length=max_length,
             device=str(model.device),
         )
-        try:
+        with _explained(found):
             result = lm_eval.simple_evaluate(
                 model=harness,
                 tasks=found,
@@ -87,14 +87,21 @@ def evaluate_tasks(
                 bootstrap_iters=bootstrap,
                 log_samples=False,
             )
-        except OSError as error:  # data sets that are not here and cannot be downloaded
-            reason = str(error).strip().split("\n", 1)[0]
-            raise RunError(f"the data of {', '.join(found)} cannot be had: {reason}") from error
-        except (ValueError, KeyError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise ConfigError(f"{', '.join(found)} cannot be run: {reason}") from error
     assert result is not None  # only other ranks of a distributed run get nothing
     return scores_of(result)
+
+
+@contextlib.contextmanager
+def _explained(names: list[str]) -> Iterator[None]:
+    """lm-eval's errors as ours."""
+    try:
+        yield
+    except OSError as error:  # data sets that are not here and cannot be downloaded
+        reason = str(error).strip().split("\n", 1)[0]
+        raise RunError(f"the data of {', '.join(names)} cannot be had: {reason}") from error
+    except (ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ConfigError(f"{', '.join(names)} cannot be run: {reason}") from error
 
 
 def scores_of(result: Mapping[str, Any]) -> TaskScores:

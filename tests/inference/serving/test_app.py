@@ -14,7 +14,8 @@ import pytest
 import roundwise as rw
 from roundwise.inference.generation import Sampling
 from roundwise.inference.serving import queue as queue_module
-from roundwise.inference.serving.app import Guard, Limits, Server
+from roundwise.inference.serving.app import Limits, Server
+from roundwise.inference.serving.guard import Guard
 from roundwise.inference.serving.protocol import ApiError
 from roundwise.inference.serving.queue import Queue
 
@@ -79,6 +80,20 @@ def test_a_model_that_fails_is_one_requests_end(
     assert "secret" in caplog.text
     assert server.queue.open == 0
     assert asyncio.run(ask(server, max_tokens=2))[0] == 200
+    server.queue.close()
+
+
+def test_so_is_a_tokenizer_that_fails(
+    loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def tokenizer(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("already borrowed")
+
+    server = Server(loaded[0], tokenizer, "m", Limits(context=64))
+    status, text = asyncio.run(ask(server))
+    assert status == 500
+    assert json.loads(text)["error"]["message"] == "the model failed: RuntimeError"
+    assert "already borrowed" in caplog.text
     server.queue.close()
 
 

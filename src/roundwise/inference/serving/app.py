@@ -1,11 +1,9 @@
-"""The server's routes and its guards: key, sizes, numbers, time."""
+"""The server's routes: what is asked is checked, queued and answered, whole or in pieces."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -21,11 +19,18 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from roundwise.errors import UsageError
 from roundwise.inference.generation import Generated
 from roundwise.inference.prompts import encode_chat, encode_text
+from roundwise.inference.serving.guard import (
+    Guard,
+    answer_api_error,
+    answer_http_error,
+    answer_nobody,
+    as_api_error,
+)
 from roundwise.inference.serving.protocol import (
     MAX_CHOICES,
     ApiError,
@@ -37,8 +42,6 @@ from roundwise.inference.serving.protocol import (
     usage,
 )
 from roundwise.inference.serving.queue import Queue
-
-logger = logging.getLogger("roundwise.serve")
 
 #: What a browser may call a server on its own machine; another name is a page's trick to get in.
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -106,9 +109,9 @@ class Server:
                 Middleware(Guard, api_key=api_key, seconds=limits.timeout + GRACE),
             ],
             exception_handlers={
-                ApiError: _api_error,
-                HTTPException: _http_error,
-                ClientDisconnect: _gone_already,
+                ApiError: answer_api_error,
+                HTTPException: answer_http_error,
+                ClientDisconnect: answer_nobody,
             },
             lifespan=self._lifespan,
         )
@@ -192,6 +195,8 @@ class Server:
             except UsageError as error:
                 param = "messages" if chat else "prompt"
                 raise ApiError(400, str(error), param=param) from error
+            except Exception as error:  # of the tokenizer or the template
+                raise as_api_error(error) from error
             self._check_prompts(prompts, request, chat=chat)
             job = Job(request, prompts, deadline)
             if request.stream:
@@ -239,10 +244,10 @@ class Server:
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                return _gone_already(http, None)
+                return answer_nobody(http, None)
             answers = work.result()
         except Exception as error:
-            raise _as_api_error(error) from error
+            raise as_api_error(error) from error
         finally:
             for task in (work, gone):
                 task.cancel()
@@ -267,7 +272,7 @@ class Server:
                 yield _event(shape.counts(usage(answers, len(job.prompts))))
             yield "data: [DONE]\n\n"
         except Exception as error:
-            yield _event(_as_api_error(error).body)
+            yield _event(as_api_error(error).body)
 
 
 class _Events(StreamingResponse):
@@ -285,34 +290,6 @@ class _Events(StreamingResponse):
                 await self._events.aclose()  # stops the generation where the client has gone
 
 
-class Guard:
-    """Lets nobody in without the key, and cuts what takes too long, be it the client's fault."""
-
-    def __init__(self, app: ASGIApp, *, api_key: str | None, seconds: float) -> None:
-        self.app, self.seconds = app, seconds
-        self._expected = f"Bearer {api_key}".encode() if api_key else None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        sent = dict(scope["headers"]).get(b"authorization", b"")
-        public = scope["path"] == "/health"
-        if self._expected and not public and not hmac.compare_digest(sent, self._expected):
-            error = ApiError(
-                401, "the API key is missing or wrong", kind="authentication_error",
-                code="invalid_api_key",
-            )  # fmt: skip
-            await JSONResponse(error.body, error.status)(scope, receive, send)
-            return
-        try:
-            async with asyncio.timeout(self.seconds):
-                await self.app(scope, receive, send)
-        except TimeoutError:  # one that sends or reads too slowly; the connection is closed
-            logger.warning("a client was too slow: its connection is closed")
-
-
 async def _gone(http: HttpRequest) -> None:
     """Returns when the client has gone."""
     while (await http.receive())["type"] != "http.disconnect":
@@ -321,27 +298,3 @@ async def _gone(http: HttpRequest) -> None:
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
-
-
-def _as_api_error(error: Exception) -> ApiError:
-    """What a client is told; what it is not told goes to the log."""
-    if isinstance(error, ApiError):
-        return error
-    logger.error("a request failed", exc_info=error)
-    return ApiError(500, f"the model failed: {type(error).__name__}", kind="server_error")
-
-
-def _api_error(_: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status)
-
-
-def _gone_already(_: HttpRequest, __: Exception | None) -> Response:
-    return Response(status_code=499)  # nobody reads it
-
-
-def _http_error(http: HttpRequest, error: Exception) -> Response:
-    """No such path, or not with this method."""
-    assert isinstance(error, HTTPException)
-    body = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}").body
-    return JSONResponse(body, error.status_code, headers=error.headers)

@@ -12,6 +12,9 @@ from typing import Any
 from roundwise.errors import ConfigError
 from roundwise.inference.serving import vllm
 
+#: Open at once, idle ones included; more are turned away before anything is read from them.
+CONNECTIONS = 1000
+
 
 def choose(
     wanted: str, config: Mapping[str, Any], *, dtype: str, gpu: bool
@@ -88,7 +91,7 @@ def run(app: Any, sock: socket.socket) -> None:
 
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=5,
-        server_header=False,
+        server_header=False, limit_concurrency=CONNECTIONS,
     )  # fmt: skip
     try:
         uvicorn.Server(config).run(sockets=[sock])
