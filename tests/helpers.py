@@ -362,3 +362,10 @@ def edited_json(path: Path) -> Iterator[dict[str, Any]]:
 def flatten(rows: Sequence[Sequence[int]]) -> list[int]:
     """All tokens of some windows."""
     return [token for row in rows for token in row]
+
+
+#: A chat template as small as they get; `examples/tiny-llama` has none.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}# {{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}# assistant:{% endif %}"
+)

