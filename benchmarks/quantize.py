@@ -87,8 +87,8 @@ def work_of(blocks: int, tokens: int, recipe: str) -> dict[str, float]:
         # Of q/k/v and gate/up in the input, times W once; of o and down as it reaches the output.
         moments = 2 * d * d + 2 * (d * d + d * m)
         work["drift"] = 2 * tokens * moments + 2 * (3 * d**3 + 2 * m * d * d)
-        # T Ĥ once; per round the refit (half, it is symmetric) and the descent.
-        work["refine"] = products * (2 + 2 * (1 + 2))
+        # T Ĥ once, the gradient, two refits (half, they are symmetric). Exchanges are not products.
+        work["refine"] = products * (2 + 2 + 2 * 1)
     return {phase: blocks * flop / 1e9 for phase, flop in work.items()}
 
 

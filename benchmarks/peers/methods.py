@@ -31,6 +31,8 @@ ABLATION: dict[str, Settings] = {
     "best, beta 0": {"beta": 0.0},
     "best, alpha 0 and beta 0": {"alpha": 0.0, "beta": 0.0},
     "best, no refinement": {"refine": 0},
+    "best, descent instead of exchange": {"exchange": 1},
+    "best, 2 rounds of refinement": {"refine": 2},
     "textbook, group-aware order": {"order": "group_aware"},
     "textbook, static groups": {"order": "static"},
     "textbook, act-order in the file": {"desc_act": True},
@@ -39,7 +41,7 @@ ABLATION: dict[str, Settings] = {
     "textbook, grid pivot, 8 candidates": {"grid": "pivot", "grid_candidates": 8},
     "textbook, alpha 1": {"alpha": 1.0},
     "textbook, alpha 1 and beta 1": {"alpha": 1.0, "beta": 1.0},
-    "textbook, refinement": {"refine": 2},
+    "textbook, refinement": {"refine": 1, "exchange": 8},
 }
 GPTAQ, FOEM = {"alpha": 0.25}, {"alpha": 0.0, "beta": 0.2}
 PEERS: dict[str, dict[str, Settings]] = {

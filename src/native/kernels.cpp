@@ -1,87 +1,13 @@
 // The kernels themselves; compiled once per instruction set: ROUNDWISE_ISA names it, its vectors hold
 // ROUNDWISE_VECTOR bytes, ROUNDWISE_BESIDE of them are worked on beside each other. Lanes are independent
 // of one another, so with fused multiply-add or without, but whatever the width, results are the same.
-#include "common.hpp"
-#include "kernels.hpp"
+#include "exchange.hpp"
+#include "simd.hpp"
 
-#include <cstring>
 #include <limits>
 
 namespace roundwise {
 namespace {
-
-template <class T>
-struct Simd;
-template <>
-struct Simd<float> {
-    typedef float Vec __attribute__((vector_size(ROUNDWISE_VECTOR)));
-    typedef std::int32_t Int __attribute__((vector_size(ROUNDWISE_VECTOR)));
-    static constexpr int lanes = ROUNDWISE_VECTOR / 4;
-    static constexpr float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-    static constexpr std::int32_t exponent = 0x7f800000;
-    static constexpr float half = 12288.0f; // 1.5 * 2^13: see `storable`
-};
-template <>
-struct Simd<double> {
-    typedef double Vec __attribute__((vector_size(ROUNDWISE_VECTOR)));
-    typedef std::int64_t Int __attribute__((vector_size(ROUNDWISE_VECTOR)));
-    static constexpr int lanes = ROUNDWISE_VECTOR / 8;
-    static constexpr double round = 6755399441055744.0; // 1.5 * 2^52
-    static constexpr std::int64_t exponent = 0x7ff0000000000000;
-    static constexpr double half = 6597069766656.0; // 1.5 * 2^42
-};
-template <class T>
-using Vec = typename Simd<T>::Vec;
-
-template <class T>
-inline Vec<T> splat(T x) {
-    return Vec<T>{} + x;
-}
-template <class V>
-inline V smaller(V a, V b) {
-    return a < b ? a : b;
-}
-template <class V>
-inline V larger(V a, V b) {
-    return a > b ? a : b;
-}
-
-// `count` entries into the first lanes, zeros into the others.
-template <class T>
-inline Vec<T> load(const T *from, int count) {
-    Vec<T> v{};
-    if (count == Simd<T>::lanes) {
-        std::memcpy(&v, from, sizeof v);
-    } else {
-        std::memcpy(&v, from, sizeof(T) * static_cast<std::size_t>(count));
-    }
-    return v;
-}
-template <class T>
-inline void store(T *to, Vec<T> v, int count) {
-    if (count == Simd<T>::lanes) {
-        std::memcpy(to, &v, sizeof v);
-    } else {
-        std::memcpy(to, &v, sizeof(T) * static_cast<std::size_t>(count));
-    }
-}
-template <class T>
-inline Vec<T> load_codes(const std::uint8_t *from, int count) {
-    Vec<T> v{};
-    for (int lane = 0; lane < count; ++lane) v[lane] = static_cast<T>(from[lane]);
-    return v;
-}
-template <class T>
-inline void store_codes(std::uint8_t *to, Vec<T> v, int count) {
-    typename Simd<T>::Int codes = __builtin_convertvector(v, typename Simd<T>::Int);
-    for (int lane = 0; lane < count; ++lane) to[lane] = static_cast<std::uint8_t>(codes[lane]);
-}
-
-// Half to even, for |x| < 2^22. The compiler must not reassociate (no -ffast-math).
-template <class T>
-inline Vec<T> rounded(Vec<T> x) {
-    return (x + Simd<T>::round) - Simd<T>::round;
-}
 
 // Positive x rounded to float16, half to even, not below its smallest positive value: adding 1.5 times
 // the power of two whose last place is float16's last place for x rounds it there.
@@ -95,13 +21,6 @@ inline Vec<T> storable(Vec<T> x) {
     std::memcpy(&power, &bits, sizeof power);
     const Vec<T> magic = larger(power, splat<T>(T(6.103515625e-5))) * Simd<T>::half; // 2^-14
     return (x + magic) - magic;
-}
-
-// code - zero of the nearest grid point; `low` and `high` are -zero and maxq - zero.
-template <class T>
-inline Vec<T> nearest(Vec<T> ratio, Vec<T> low, Vec<T> high) {
-    // In this order a NaN becomes `low`: never a code outside the range.
-    return rounded<T>(smaller(larger(ratio, low), high));
 }
 
 // Columns taken together, and vectors beside each other: their product is held in registers.
@@ -428,8 +347,8 @@ void pack(const std::uint8_t *codes, Index rows, Index columns, int bits, std::u
 #define ROUNDWISE_TEXT(x) #x
 #define ROUNDWISE_NAME(x) ROUNDWISE_TEXT(x)
 const Kernels ROUNDWISE_ISA = {
-    ROUNDWISE_NAME(ROUNDWISE_ISA), group<float>,    group<double>, known<float>, known<double>,
-    descend<float>,                descend<double>, pack,
+    ROUNDWISE_NAME(ROUNDWISE_ISA), group<float>, group<double>, known<float>, known<double>,
+    descend<float>, descend<double>, exchange<float>, exchange<double>, pack,
 };
 
 } // namespace roundwise

@@ -52,7 +52,7 @@ struct Known {
     Index ld_E;
 };
 
-// Coordinate descent on a panel of columns: G = (Q - T)H as it was in front of the panel.
+// Descent or exchange on a panel of columns: G = (Q - T)H as it was in front of the panel.
 template <class T>
 struct Panel {
     Index columns, rows;
@@ -119,6 +119,8 @@ struct Kernels {
     void (*known_f64)(const Known<double> &, int threads);
     void (*descend_f32)(const Panel<float> &, int threads);
     void (*descend_f64)(const Panel<double> &, int threads);
+    void (*exchange_f32)(const Panel<float> &, int moves, int threads);
+    void (*exchange_f64)(const Panel<double> &, int moves, int threads);
     // codes [rows, columns] to words [columns * bits / 32, rows], lowest bits first.
     void (*pack)(const std::uint8_t *codes, Index rows, Index columns, int bits,
                  std::uint32_t *words, int threads);

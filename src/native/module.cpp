@@ -124,11 +124,13 @@ void known(Matrix<const T> U, Vector<const T> D, Matrix<const T> target, Matrix<
     }
 }
 
+// `moves` codes of a row at most are moved together; 1: each for itself.
 template <class T>
 void descend(Matrix<const T> H, Matrix<const T> G, Matrix<const T> scale, Matrix<const T> zero,
              Vector<const Index> grid, int maxq, Matrix<std::uint8_t> codes, Matrix<T> change,
-             int threads) {
+             int moves, int threads) {
     const Index n = G.shape(0), rows = G.shape(1), groups = scale.shape(0);
+    require(moves >= 1, "moves");
     grid_of(grid, n, scale);
     const Panel<T> p{
         n, rows, H.data(), rows_of(H, n, n, "H"), G.data(), rows_of(G, n, rows, "G"), scale.data(),
@@ -138,9 +140,9 @@ void descend(Matrix<const T> H, Matrix<const T> G, Matrix<const T> scale, Matrix
     };
     nb::gil_scoped_release release;
     if constexpr (sizeof(T) == 4) {
-        chosen->descend_f32(p, threads);
+        moves == 1 ? chosen->descend_f32(p, threads) : chosen->exchange_f32(p, moves, threads);
     } else {
-        chosen->descend_f64(p, threads);
+        moves == 1 ? chosen->descend_f64(p, threads) : chosen->exchange_f64(p, moves, threads);
     }
 }
 

@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
     "textbook": {
         "order": "natural", "grid": "minmax", "grid_candidates": 1,
-        "alpha": 0.0, "beta": 0.0, "refine": 0,
+        "alpha": 0.0, "beta": 0.0, "refine": 0, "exchange": 1,
     },
 }  # fmt: skip
 
@@ -79,8 +79,8 @@ class QuantizeConfig(BaseModel):
     )
     recipe: Recipe = Field(
         "best",
-        description="Where order, grid, grid_candidates, alpha, beta and refine start from: best, or "
-        "textbook: GPTQ exactly as published.",
+        description="Where order, grid, grid_candidates, alpha, beta, refine and exchange start "
+        "from: best, or textbook: GPTQ exactly as published.",
     )
     grid: GridSearch = Field(
         "pivot",
@@ -103,7 +103,16 @@ class QuantizeConfig(BaseModel):
         1.0, ge=0.0, le=1.0, description="Correction for the drift of the residual stream added to."
     )
     refine: int = Field(
-        2, ge=0, le=20, description="Rounds of scale refit and coordinate descent after rounding."
+        1,
+        ge=0,
+        le=20,
+        description="Rounds of scale refit and better codes after rounding (QuantEase, CDQuant).",
+    )
+    exchange: int = Field(
+        8,
+        ge=1,
+        le=64,
+        description="Codes of a row that may move together while refining; 1: coordinate descent.",
     )
     rotate: bool = Field(
         False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roundwise import QuantizeConfig, QuantizedWeight, solve
+from roundwise.core.recursion import REACH, WORTH
 from roundwise.core.refine import Refiner, refine
 from tests.core.test_solver import layer
 
@@ -36,18 +38,20 @@ def test_each_step_is_monotone(
     q = solve(T, H, config)
     state = Refiner(q, T, H)
     before = losses(q, T, H)
-    for step in [state.refit, state.descend] * 3:
+    steps = [state.refit, state.descend, partial(state.exchange, moves=4)]
+    for step in [*steps, *steps, *steps[::-1]]:
         step()
         after = losses(state.result(q), T, H)
         assert (after <= before * (1 + 1e-9) + 1e-15).all()
         before = after
 
 
+@pytest.mark.parametrize("moves", [1, 8])
 @pytest.mark.parametrize("desc_act", [False, True])
-def test_refining_helps_and_stays_on_the_grid(desc_act: bool) -> None:
+def test_refining_helps_and_stays_on_the_grid(desc_act: bool, moves: int) -> None:
     T, H = layer(1, rows=32, width=256)
     q = solve(T, H, QuantizeConfig(bits=3, refine=0, desc_act=desc_act))
-    better = refine(q, T, H, rounds=4, keep_scales=False)
+    better = refine(q, T, H, rounds=4, moves=moves, keep_scales=False)
     assert losses(better, T, H).sum() < 0.98 * losses(q, T, H).sum()
     assert int(better.codes.max()) <= 7
     assert better.scales.dtype == torch.float16
@@ -58,7 +62,7 @@ def test_refining_helps_and_stays_on_the_grid(desc_act: bool) -> None:
 def test_descent_ends_where_no_single_code_can_be_bettered() -> None:
     T, H = layer(2, rows=4, width=32)
     q = solve(T, H, QuantizeConfig(bits=2, refine=0, group_size=16))
-    best = refine(q, T, H, rounds=50, keep_scales=True)
+    best = refine(q, T, H, rounds=50, moves=1, keep_scales=True)
     floor = losses(best, T, H)
     for column in range(32):
         for change in (-1, 1):
@@ -66,6 +70,45 @@ def test_descent_ends_where_no_single_code_can_be_bettered() -> None:
             codes[:, column] = (codes[:, column] + change).clamp(0, 3)
             other = losses(replace(best, codes=codes.to(torch.uint8)), T, H)
             assert (other >= floor * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("window", [80, 1024])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_an_exchange_goes_on_where_descent_ends(
+    bits: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("roundwise.core.refine.WINDOW", window)
+    T, H = layer(6, rows=32, width=192)
+    q = solve(T, H, QuantizeConfig(bits=bits, refine=0, group_size=64))
+    ended = refine(q, T, H, rounds=30, moves=1, keep_scales=True)
+    before = losses(ended, T, H)
+    found = [
+        losses(refine(ended, T, H, rounds=1, moves=moves, keep_scales=True), T, H)
+        for moves in (2, 8)
+    ]
+    for after in found:
+        assert (after <= before).all()
+    assert found[1].sum() < found[0].sum() < before.sum()
+    assert found[1].sum() < 0.99 * before.sum()
+
+
+def test_no_pair_is_left_that_an_exchange_would_find() -> None:
+    """Every column far enough from its best value, with every other one's best answer."""
+    T, H = layer(2, rows=4, width=24)
+    q = solve(T, H, QuantizeConfig(bits=3, refine=0, group_size=24))
+    best = refine(q, T, H, rounds=50, moves=2, keep_scales=True)
+    floor, own = losses(best, T, H), H.diagonal() * best.scales[:, :1].double().square()
+    G = (best.dequantize(torch.float64) - T) @ H
+    step = -G / (H.diagonal() * best.scales.double())
+    for i in range(24):
+        for j in range(24):
+            for change in (-1, 1):
+                codes = best.codes.long()
+                codes[:, i] += torch.where(step[:, i] >= 0, 1, -1)
+                codes[:, j] += change
+                other = losses(replace(best, codes=codes.clamp(0, 7).to(torch.uint8)), T, H)
+                tried = (step[:, i].abs() >= REACH) & ((codes >= 0) & (codes <= 7)).all(dim=1)
+                assert (other >= floor - WORTH * own[:, i])[tried].all()
 
 
 def test_the_refit_is_the_least_squares_solution() -> None:
@@ -87,7 +130,7 @@ def test_a_group_that_is_all_zero_keeps_its_scale() -> None:
     T[:, :32] = 0
     H[:32, 32:] = H[32:, :32] = 0
     q = solve(T, H, QuantizeConfig(bits=4, group_size=32, refine=0))
-    better = refine(q, T, H, rounds=2, keep_scales=False)
+    better = refine(q, T, H, rounds=2, moves=8, keep_scales=False)
     assert torch.equal(better.scales[:, 0], q.scales[:, 0])
     assert (better.dequantize()[:, :32] == 0).all()
 

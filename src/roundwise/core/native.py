@@ -143,12 +143,12 @@ def round_known(
 
 def descend(
     H: torch.Tensor, G: torch.Tensor, grids: Grid, index: torch.Tensor, maxq: int,
-    codes: torch.Tensor,
+    codes: torch.Tensor, moves: int,
 ) -> torch.Tensor:  # fmt: skip
-    """`core.recursion.descend`, natively."""
+    """`core.recursion.descend` and `exchange`, natively."""
     change = torch.empty_like(G)
     load()[0].descend(
-        H, G, grids.scale, grids.zero, index, maxq, codes, change, torch.get_num_threads()
+        H, G, grids.scale, grids.zero, index, maxq, codes, change, moves, torch.get_num_threads()
     )
     return change
 

@@ -1,4 +1,4 @@
-"""The inner loops of the solver, column by column: rounding a group, and descending on a panel.
+"""The inner loops of the solver, column by column: rounding a group, descent and exchange on a panel.
 
 All matrices here are [columns, rows of the weight], so that one column of the weight is contiguous. On
 the CPU the native extension does the same much faster (`core/native.py`).
@@ -14,6 +14,13 @@ from roundwise.core.search import SHRINK, best_grids
 
 #: Columns between two matrix products with the errors before them.
 PANEL = 128
+#: Columns of an exchange: which of them answer to a move.
+WINDOW = 1024
+#: How far from its best value, in steps, a column must be for its second best code to be tried:
+#: where it is nearer, the change costs more than others can make up for.
+REACH = 0.2
+#: Part of the cost of a step that an exchange must win.
+WORTH = 1e-4
 #: Entries of the largest temporary while grids are compared; rows are taken in parts to keep to it.
 WORKSPACE = 1 << 21
 
@@ -99,7 +106,7 @@ def descend(
         By how much each value of Q moved, [n, rows].
     """
     if native.usable(G):
-        return native.descend(H, G, grids, index, maxq, codes)
+        return native.descend(H, G, grids, index, maxq, codes, 1)
     G, change = G.clone(), torch.empty_like(G)
     for j in range(len(G)):
         grid = Grid(grids.scale[index[j]], grids.zero[index[j]])
@@ -111,6 +118,56 @@ def descend(
         if j + 1 < len(G):
             G[j + 1 :].addr_(H[j + 1 :, j], change[j])
     return change
+
+
+def exchange(
+    H: torch.Tensor, G: torch.Tensor, grids: Grid, index: torch.Tensor, maxq: int,
+    codes: torch.Tensor, moves: int,
+) -> torch.Tensor:  # fmt: skip
+    """Codes of a row that move together: where no single one can be bettered, several still can.
+
+    Each column in turn moves to its best other code; then, up to `moves` - 1 times, the column that
+    gains most answers with its best move. All of it is taken back unless the loss is lower in the end.
+
+    Args:
+        H, G, grids, index, maxq, codes: as for `descend`.
+        moves: how many codes of a row may move together.
+
+    Returns:
+        By how much each value of Q moved, [n, rows].
+    """
+    if native.usable(G):
+        return native.descend(H, G, grids, index, maxq, codes, moves)
+    scale, before, row = (
+        grids.scale[index],
+        codes.to(G.dtype),
+        torch.arange(G.shape[1], device=G.device),
+    )
+    diagonal = H.diagonal()[:, None]
+    own, ratio = scale.square() * diagonal, -1 / (scale * diagonal)
+    now = before.clone()
+    for i in range(len(G)):
+        wanted = G[i] * ratio[i]
+        first = wanted.clamp(-now[i], maxq - now[i]).round_()
+        far = (first != 0) | (wanted.abs() >= REACH)
+        first = torch.where(first != 0, first, 1.0 - 2.0 * (wanted < 0).to(G.dtype))
+        far &= (first >= -now[i]) & (first <= maxq - now[i])
+        total = (2 * scale[i] * G[i] + own[i] * first) * first
+        tried, gradient = now.clone(), G.addr(H[:, i], first * scale[i])
+        for _ in range(moves - 1):
+            step = (gradient * ratio).clamp_(-tried, maxq - tried).round_()
+            cost = (2 * gradient * scale + own * step) * step
+            cost[i] = 0.0  # it must not move back
+            least, j = cost.min(dim=0)
+            answer = torch.where(least < 0, step[j, row], 0.0)
+            total += least
+            tried[j, row] += answer
+            gradient += H[:, j] * (answer * scale[j, row])
+        tried[i] += first
+        better = far & (total < -WORTH * own[i])
+        now, G = torch.where(better, tried, now), torch.where(better, gradient, G)
+    codes.copy_(now.to(torch.uint8))
+    return (now - before).mul_(scale)
 
 
 def _cheapest(

@@ -1,20 +1,24 @@
 """After rounding: better scales for the codes, better codes for the scales, in turn.
 
-Both lower the layer's objective tr((Q - T) Ĥ (Q - T)ᵀ) or leave it: the refit is the least-squares
-solution for all scales of a row at once, rounded to float16 and kept only where it helps; the descent
-puts each weight on its best grid point with all others fixed (coordinate descent; QuantEase,
-arXiv 2309.01885, and CDQuant, arXiv 2406.17542, use the same step).
+All of it lowers the layer's objective tr((Q - T) Ĥ (Q - T)ᵀ) or leaves it: the refit is the
+least-squares solution for all scales of a row at once, rounded to float16 and kept only where it helps;
+the descent puts each weight on its best grid point with all others fixed (coordinate descent;
+QuantEase, arXiv 2309.01885, and CDQuant, arXiv 2406.17542, use the same step); the exchange goes on
+where that ends: one code moves although it costs, others answer, and what does not pay is taken back
+(as Lin and Kernighan, 1973, search for short tours).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from roundwise.core.grid import MAX_SCALE, MIN_SCALE, Grid
 from roundwise.core.quantized import QuantizedWeight
-from roundwise.core.recursion import PANEL, descend
+from roundwise.core.recursion import PANEL, WINDOW, descend, exchange
 
 
 class Refiner:
@@ -76,14 +80,22 @@ class Refiner:
 
     def descend(self) -> None:
         """One sweep over the columns: each weight to its best grid point, all others fixed."""
+        self._sweep(PANEL, descend)
+
+    def exchange(self, moves: int) -> None:
+        """One sweep in which up to `moves` codes of a row move together (`core.recursion.exchange`)."""
+        self._sweep(WINDOW, partial(exchange, moves=moves))
+
+    def _sweep(self, width: int, improve: Callable[..., torch.Tensor]) -> None:
+        """Improves the codes of a panel of columns after the other, all others fixed."""
         scale, zero = self.grids
         E = (self.codes - zero[self.index]).mul_(scale[self.index]).sub_(self.T)
-        for a in range(0, len(E), PANEL):
-            b = min(a + PANEL, len(E))
+        for a in range(0, len(E), width):
+            b = min(a + width, len(E))
             rows = self._block(slice(a, b), slice(None))
             index, codes = self.index[a:b], self.codes[a:b]
             # The gradient of these columns only when their turn comes: one product per sweep.
-            E[a:b] += descend(rows[:, a:b], rows @ E, self.grids, index, self.maxq, codes)
+            E[a:b] += improve(rows[:, a:b], rows @ E, self.grids, index, self.maxq, codes)
 
     def result(self, q: QuantizedWeight) -> QuantizedWeight:
         """`q` with the improved codes and scales."""
@@ -112,15 +124,25 @@ class Refiner:
 
 
 def refine(
-    q: QuantizedWeight, T: torch.Tensor, H: torch.Tensor, *, rounds: int, keep_scales: bool
-) -> QuantizedWeight:
-    """`rounds` times the scales and then the codes of a solved weight; arguments as for `Refiner`.
+    q: QuantizedWeight, T: torch.Tensor, H: torch.Tensor, *, rounds: int, moves: int,
+    keep_scales: bool,
+) -> QuantizedWeight:  # fmt: skip
+    """`rounds` times the scales and then the codes of a solved weight, and the scales once more.
 
-    With `keep_scales` only the codes are improved.
+    Args:
+        q, T, H: as for `Refiner`.
+        rounds: how many.
+        moves: codes of a row that may move together; 1: each for itself.
+        keep_scales: only the codes are improved.
     """
     state = Refiner(q, T, H)
     for _ in range(rounds):
         if not keep_scales:
             state.refit()
-        state.descend()
+        if moves > 1:
+            state.exchange(moves)
+        else:
+            state.descend()
+    if rounds and not keep_scales:
+        state.refit()
     return state.result(q)

@@ -155,7 +155,10 @@ def _solve_rows(
     q = columns.result()
     if config.refine:
         with clock.phase("refine"):
-            q = refine(q, T, H.H, rounds=config.refine, keep_scales=keep_scales)
+            q = refine(
+                q, T, H.H,
+                rounds=config.refine, moves=config.exchange, keep_scales=keep_scales,
+            )  # fmt: skip
     return q, columns.loss
 
 

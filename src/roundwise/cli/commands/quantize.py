@@ -45,7 +45,10 @@ def command(
         float | None, typer.Option(help="Correction for the residual stream's drift, 0 … 1.")
     ] = None,
     refine: Annotated[
-        int | None, typer.Option(help="Rounds of scale refit and coordinate descent.")
+        int | None, typer.Option(help="Rounds of scale refit and better codes after rounding.")
+    ] = None,
+    exchange: Annotated[
+        int | None, typer.Option(help="Codes of a row that may move together while refining.")
     ] = None,
     damp_percent: Annotated[
         str, typer.Option(help="Damping, part of mean(diag H); auto: chosen on held-out tokens.")
@@ -105,7 +108,7 @@ def command(
 
     given = {
         "order": order, "grid": grid, "grid_candidates": grid_candidates, "alpha": alpha,
-        "beta": beta, "refine": refine, "format": format,
+        "beta": beta, "refine": refine, "exchange": exchange, "format": format,
     }  # fmt: skip
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
