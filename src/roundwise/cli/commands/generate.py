@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -93,12 +94,15 @@ def _talk(tokenizer: Any, messages: list[dict[str, Any]], answer: Answer) -> Non
     from roundwise.inference.prompts import encode_chat
 
     encode_chat(tokenizer, [*messages, {"role": "user", "content": "."}])  # no template: say so now
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401  # input() lets lines be edited and recalled with it
     console.print("an empty line or Ctrl-D ends the conversation")
     while True:
         try:
             line = input("> ")
         except EOFError:
-            line = ""
+            print()
+            return
         if not line.strip():
             return
         messages.append({"role": "user", "content": line})
