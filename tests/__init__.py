@@ -6,6 +6,6 @@ import os
 
 import torch
 
-# Before anything imports triton, as transformers does: what is defined with it is made for one of the two.
+# Before anything imports triton, as transformers does: its programs are made for one of the two.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
