@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roundwise.config import QuantizeConfig
@@ -112,6 +112,7 @@ class TestRoundSearched:
         distances = ((grid - zeros) * scales - W).abs()
         assert bool((distances.gather(0, q.codes.long()[None]) <= distances.amin(0) + 1e-5).all())
 
+    @settings(deadline=None)
     @given(st.integers(0, 50))
     def test_loses_less_than_minmax(self, seed: int) -> None:
         W, H = layer(seed)
