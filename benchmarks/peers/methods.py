@@ -33,15 +33,19 @@ ABLATION: dict[str, Settings] = {
     "best, no refinement": {"refine": 0},
     "best, descent instead of exchange": {"exchange": 1},
     "best, 2 rounds of refinement": {"refine": 2},
-    "textbook, group-aware order": {"order": "group_aware"},
-    "textbook, static groups": {"order": "static"},
-    "textbook, act-order in the file": {"desc_act": True},
-    "textbook, grid mse": {"grid": "mse"},
-    "textbook, grid pivot": {"grid": "pivot"},
-    "textbook, grid pivot, 8 candidates": {"grid": "pivot", "grid_candidates": 8},
-    "textbook, alpha 1": {"alpha": 1.0},
-    "textbook, alpha 1 and beta 1": {"alpha": 1.0, "beta": 1.0},
-    "textbook, refinement": {"refine": 1, "exchange": 8},
+    "textbook, group-aware order": {"recipe": "textbook", "order": "group_aware"},
+    "textbook, static groups": {"recipe": "textbook", "order": "static"},
+    "textbook, act-order in the file": {"recipe": "textbook", "desc_act": True},
+    "textbook, grid mse": {"recipe": "textbook", "grid": "mse"},
+    "textbook, grid pivot": {"recipe": "textbook", "grid": "pivot"},
+    "textbook, grid pivot, 8 candidates": {
+        "recipe": "textbook",
+        "grid": "pivot",
+        "grid_candidates": 8,
+    },
+    "textbook, alpha 1": {"recipe": "textbook", "alpha": 1.0},
+    "textbook, alpha 1 and beta 1": {"recipe": "textbook", "alpha": 1.0, "beta": 1.0},
+    "textbook, refinement": {"recipe": "textbook", "refine": 1, "exchange": 8},
 }
 GPTAQ, FOEM = {"alpha": 0.25}, {"alpha": 0.0, "beta": 0.2}
 PEERS: dict[str, dict[str, Settings]] = {

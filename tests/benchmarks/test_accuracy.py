@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import roundwise as rw
+from roundwise import QuantizeConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from peers.methods import jobs
+from peers.methods import ABLATION, MAIN, jobs
 from peers.reader import read_dense, unpack
 from peers.table import report
 from peers.texts import split
@@ -151,3 +152,11 @@ def test_secondary_methods_run_with_one_seed():
     assert seeds["roundwise best"] == [0, 1, 2]
     assert seeds["roundwise best, beta 0"] == [0]
     assert seeds["autoround default (200 iterations)"] == [0, 1, 2]
+
+
+def test_every_ablation_changes_the_recipe_it_is_named_after():
+    settled = {name: QuantizeConfig(**settings) for name, settings in (MAIN | ABLATION).items()}
+    for name in ABLATION:
+        base = settled[name.split(",")[0]]
+        assert settled[name] != base, name
+        assert settled[name].recipe == base.recipe, name
