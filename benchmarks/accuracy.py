@@ -126,9 +126,9 @@ def measure(args: argparse.Namespace, evaluator: Evaluator, results: Results) ->
         )
 
 
-def insert(tables: str, docs: Path, model: str) -> None:
-    """Puts the tables of a model between its two marks in a document."""
-    begin, end = f"<!-- measured: {model} -->", f"<!-- end: {model} -->"
+def insert(tables: str, docs: Path, name: str) -> None:
+    """Puts tables between the two marks of their name in a document."""
+    begin, end = f"<!-- measured: {name} -->", f"<!-- end: {name} -->"
     head, rest = docs.read_text(encoding="utf-8").split(begin)
     tail = rest.split(end)[1]
     docs.write_text(f"{head}{begin}\n{tables}\n{end}{tail}", encoding="utf-8")

@@ -41,15 +41,23 @@ GROUP, UNCACHED, ROUNDS = 128, 250e6, 5
 LAYER = "model.layers.0.mlp.gate_proj"
 
 
-def random_weight(bits: int, in_features: int, out_features: int) -> PackedWeight:
-    """Random codes, symmetric, groups of 128."""
-    words, groups = in_features * bits // 32, in_features // GROUP
+def random_weight(
+    bits: int,
+    in_features: int,
+    out_features: int,
+    group_size: int = GROUP,
+    *,
+    act_order: bool = False,
+) -> PackedWeight:
+    """Random codes, symmetric."""
+    words, groups = in_features * bits // 32, in_features // group_size
+    g_idx = torch.arange(in_features, dtype=torch.int32) // group_size
     zeros = torch.full((out_features, groups), 2 ** (bits - 1) - 1)
     return PackedWeight(
         torch.randint(-(2**31), 2**31 - 1, (words, out_features), dtype=torch.int32),
         pack(zeros, bits).T.contiguous(),
         (torch.rand(groups, out_features) * 0.01).half(),
-        None, bits, 1,
+        g_idx[torch.randperm(in_features)] if act_order else None, bits, 1,
     )  # fmt: skip
 
 

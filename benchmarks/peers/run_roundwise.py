@@ -10,12 +10,12 @@ import roundwise
 def quantize(
     model: str, out: str, windows: list[list[int]], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """As `measure.Quantize`, with the seconds of each phase."""
+    """As `measure.Quantize`, with the seconds of each phase and the stored bits per weight."""
     done = roundwise.quantize(
         model, out, roundwise.QuantizeConfig(**settings), windows,
         samples=len(windows), seq_len=len(windows[0]),
     )  # fmt: skip
-    return {"phases": done.phases}
+    return {"phases": done.phases, "bits_per_weight": done.bits_per_weight}
 
 
 if __name__ == "__main__":
