@@ -4,8 +4,8 @@
     python benchmarks/settings.py --table --docs docs/settings.md
 
 The model, the held-out tokens, the reader and the judge are those of accuracy.py; one seed, so that
-differences of a twentieth mean nothing. Speed is one row through a 4096 x 4096 layer, against F.linear in
-bfloat16 on the same machine, measured by --speed.
+differences of a twentieth mean nothing. Speed is one row through a 4096 x 4096 layer, against F.linear
+in bfloat16 on the same machine, measured by --speed.
 """
 
 from __future__ import annotations

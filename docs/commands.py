@@ -57,7 +57,3 @@ def _default(parameter: click.Parameter) -> str:
     if isinstance(parameter.default, bool):
         return ""
     return f"`{parameter.default}`"
-
-
-if __name__ == "__main__":
-    print(reference())
