@@ -196,3 +196,23 @@ def test_without_lm_eval(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("roundwise.evaluation.tasks.find_spec", lambda _: None)
     with warnings.catch_warnings(), pytest.raises(ConfigError, match=r"pip install 'roundwise\[ev"):
         evaluate_tasks(*loaded, ["own_choice"])
+
+
+def test_compare_tells_what_each_task_has_lost(
+    text_model: Path, folder: Path, tmp_path: Path, commands: Commands
+) -> None:
+    rw.quantize(text_model, tmp_path / "q", rw.QuantizeConfig(method="rtn", bits=2, group_size=32))
+    ended = commands.run(
+        "compare", text_model, tmp_path / "q", "--tasks", "own_choice", "--include-path", folder,
+        "--no-speed", "--json",
+    )  # fmt: skip
+    assert ended.code == 0, ended.stderr
+    [change] = ended.json["tasks"]
+    scores = []
+    for model in (text_model, tmp_path / "q"):
+        loaded, tokenizer = rw.load(model)
+        found = evaluate_tasks(loaded, tokenizer, ["own_choice"], include_path=folder)
+        scores.append(found.scores["own_choice"]["acc"])
+    assert [change["base"], change["quantized"]] == scores
+    assert change["points"] == pytest.approx(100 * (scores[1] - scores[0]))
+    assert ended.json["perplexity"] is None

@@ -14,6 +14,7 @@ import typer
 
 from roundwise.cli.commands import (
     bench,
+    compare,
     demo,
     doctor,
     evaluate,
@@ -39,6 +40,7 @@ app.command("quantize")(quantize.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
+app.command("compare")(compare.command)
 app.command("generate")(generate.command)
 app.command("bench")(bench.command)
 app.command("serve")(serve.command)

@@ -22,6 +22,8 @@ class Divergence:
     perplexity: tuple[float, float]
     """Original, quantized; every token of a window but the first is predicted."""
     tokens: int
+    kl_by_position: list[float]
+    """KL at each position of the window, mean over the windows."""
 
 
 @torch.no_grad()
@@ -52,26 +54,28 @@ def divergence(
     if count < 1 or window < 2:
         raise CalibrationError(f"{len(ids)} tokens make no window of {window}")
     windows = torch.tensor(ids[: count * window]).view(count, window)
-    totals = torch.zeros(4, dtype=torch.float64)  # kl, agreement, nll of base, nll of quantized
+    totals = torch.zeros(3, dtype=torch.float64)  # agreement, nll of base, nll of quantized
+    kl_sums = torch.zeros(window, dtype=torch.float64)
     for start in range(0, count, batch_size):
         part = windows[start : start + batch_size].to(base.device)
         # One window at a time beyond the forward: log-probabilities of a large vocabulary are big.
         outputs = [model(input_ids=part, use_cache=False).logits for model in (base, quantized)]
         for row, target in enumerate(part):
             p, q = (torch.log_softmax(logits[row].float(), dim=-1) for logits in outputs)
-            kl = (p.exp() * (p - q)).sum(dim=-1)
+            kl_sums += (p.exp() * (p - q)).sum(dim=-1).double().cpu()
             agree = p.argmax(dim=-1) == q.argmax(dim=-1)
             nll = [-log[:-1].gather(1, target[1:, None]).double().sum() for log in (p, q)]
-            totals += torch.stack([kl.double().sum(), agree.double().sum(), *nll]).cpu()
+            totals += torch.stack([agree.double().sum(), *nll]).cpu()
         if progress is not None:
             progress(min(1.0, (start + len(part)) / count))
-    if not bool(torch.isfinite(totals).all()):
+    if not bool(torch.isfinite(torch.cat([totals, kl_sums])).all()):
         raise NumericalError("the output of a model is NaN or infinite")
     positions, predicted = count * window, count * (window - 1)
-    base_ppl, quantized_ppl = (totals[2:] / predicted).exp().tolist()
+    base_ppl, quantized_ppl = (totals[1:] / predicted).exp().tolist()
     return Divergence(
+        float(kl_sums.sum()) / positions,
         float(totals[0]) / positions,
-        float(totals[1]) / positions,
         (base_ppl, quantized_ppl),
         positions,
+        (kl_sums / count).tolist(),
     )

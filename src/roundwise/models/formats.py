@@ -131,3 +131,15 @@ def quantization_config(config: QuantizeConfig, *, true_sequential: bool) -> dic
             **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
         },
     }
+
+
+def dynamic_of(settings: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """`QuantizeConfig.dynamic` from the `dynamic` of a quantization_config, ours or another tool's."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for rule, changes in (settings.get("dynamic") or {}).items():
+        pattern = rule.removeprefix("-:").removeprefix("+:")
+        # There, patterns match from the start of the name; `.*(?:…)` is how ours were made to.
+        ours = pattern.startswith(".*(?:") and pattern.endswith(")")
+        pattern = pattern[5:-1] if ours else f"^(?:{pattern})"
+        found[pattern] = None if rule.startswith("-:") else dict(changes)
+    return found

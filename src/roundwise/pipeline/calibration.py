@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from roundwise.errors import CalibrationError
+from roundwise.pipeline.sketch import sketch
 from roundwise.pipeline.texts import Document, read_documents
 
 #: Tokenizing is slow: of a long text, this many characters per wanted token are tokenized, which is
@@ -110,6 +111,7 @@ def load_calibration(
             "seq_len": seq_len,
             "batch_size": batch_size,
             "seed": seed,
+            "sketch": sketch(windows),
         },
         warnings=_warnings(windows, samples, tokens, widest),
     )
