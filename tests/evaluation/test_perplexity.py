@@ -49,7 +49,8 @@ def plain(model: Any, ids: list[int], window: int, stride: int) -> tuple[float, 
 
 
 @pytest.mark.parametrize(
-    ("window", "stride"), [(512, 512), (512, 128), (2048, 512), (2048, 2048), (300, 133)]
+    ("window", "stride"),
+    [(512, 512), (512, 128), (2048, 128), (2048, 512), (2048, 2048), (300, 133)],
 )
 def test_equals_the_plain_computation(
     window: int, stride: int, loaded: tuple[Any, Any], ids: list[int]
