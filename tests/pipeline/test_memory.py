@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from roundwise.errors import ConfigError
-from roundwise.models.skeleton import open_skeleton
-from roundwise.pipeline.memory import available, choose_mode, parse_size, peak_rss
+from roundwise.pipeline.memory import available, parse_mode, parse_size, peak_rss, resident
 
 
 @pytest.mark.parametrize(
@@ -29,18 +26,13 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
-def test_the_mode_follows_the_budget(llama: Path) -> None:
-    skeleton = open_skeleton(llama)
-    # Per token 96 + 4·64 numbers of 4 bytes.
-    needed = 1000 * (96 + 4 * 64) * 4
-    for reference in (False, True):
-        budget = (1 + reference) * needed
-        assert choose_mode(skeleton, 1000, budget, reference=reference) == "true_sequential"
-        assert choose_mode(skeleton, 1000, budget - 1, reference=reference) == "block"
-    assert choose_mode(skeleton, 1000, None, reference=False) == "true_sequential"
-    assert choose_mode(skeleton, 10**12, None, reference=False) == "block"
-
-
 def test_what_this_machine_has() -> None:
     assert 10**6 < peak_rss() < 10**12
     assert 10**6 < available() < 10**14
+    assert 10**6 < resident() < 1.1 * peak_rss()
+
+
+def test_modes() -> None:
+    assert [parse_mode(name) for name in (None, "block")] == [None, "block"]
+    with pytest.raises(ConfigError, match="use true_sequential or block"):
+        parse_mode("fast")

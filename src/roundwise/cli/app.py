@@ -20,6 +20,7 @@ from roundwise.cli.commands import (
     evaluate,
     generate,
     inspect,
+    plan,
     quantize,
     serve,
     verify,
@@ -36,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.command)
+app.command("plan")(plan.command)
 app.command("quantize")(quantize.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)

@@ -235,7 +235,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(file, framework="pt"):
             header = _header_bytes(file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last: no room to map it
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from None
     entries = json.loads(header)
     entries.pop("__metadata__", None)

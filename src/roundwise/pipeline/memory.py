@@ -1,4 +1,4 @@
-"""How much memory a run may take, and which mode of the paused forward that allows."""
+"""How much memory there is and is held, and how much the C library keeps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from roundwise.errors import ConfigError
-from roundwise.models.skeleton import Skeleton, weight_of
 
 Mode = Literal["true_sequential", "block"]
 
@@ -36,6 +35,17 @@ def parse_size(text: str | int | None) -> int | None:
     return int(float(match[1]) * UNITS[unit])
 
 
+def parse_mode(text: str | None) -> Mode | None:
+    """A mode by its name; None stays None.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if text not in (None, "true_sequential", "block"):
+        raise ConfigError(f"mode={text!r} is not supported: use true_sequential or block")
+    return text  # type: ignore[return-value]  # just checked
+
+
 def available() -> int:
     """Bytes of memory that are free or can be made free."""
     try:
@@ -52,20 +62,13 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def choose_mode(skeleton: Skeleton, tokens: int, budget: int | None, *, reference: bool) -> Mode:
-    """`true_sequential`, unless the activations of all paused batches would not fit.
-
-    Paused inside a block, each token holds the input of the group (at most the widest), the
-    residual stream and about as much again in the frames around it; paused between blocks, only the
-    block's input. With a reference, all of it twice. Half of the available memory is the budget
-    when none is given.
-    """
-    widest = max(
-        weight_of(linear).shape[1] for block in skeleton.blocks for linear in block.linears.values()
-    )
-    hidden = int(skeleton.model.config.get_text_config().hidden_size)
-    needed = (1 + reference) * tokens * (widest + 4 * hidden) * skeleton.dtype.itemsize
-    return "true_sequential" if needed <= (budget or available() // 2) else "block"
+def resident() -> int:
+    """Bytes of memory that this process holds now; its peak so far where that is not known."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * int(os.sysconf("SC_PAGE_SIZE"))
+    except OSError:
+        return peak_rss()
 
 
 def return_early() -> None:

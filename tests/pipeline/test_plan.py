@@ -1,0 +1,177 @@
+"""`roundwise plan`: what is said beforehand, against what then happens."""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import roundwise as rw
+from roundwise.models.skeleton import open_skeleton
+from roundwise.pipeline.plan import plan
+from tests.helpers import ARCHITECTURES, windows
+
+#: Runs in a process of its own, whose peak is the run's.
+RUN = """
+import json, sys, torch, roundwise as rw
+torch.set_num_threads(1)
+model, out, settings, mode, rows, length = json.loads(sys.argv[1])
+draw = torch.Generator().manual_seed(0)
+windows = torch.randint(500, (rows, length), generator=draw).tolist()
+result = rw.quantize(model, out, rw.QuantizeConfig(**settings), windows, samples=rows,
+                     seq_len=length, mode=mode)
+print(json.dumps(result.as_dict()))
+"""
+SHAPES = {
+    "llama": transformers.LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, vocab_size=512, max_position_embeddings=256,
+    ),
+    "gpt2": transformers.GPT2Config(
+        n_embd=1024, n_layer=2, n_head=8, vocab_size=512, n_positions=256
+    ),
+    "qwen3": transformers.Qwen3Config(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128, vocab_size=4096, max_position_embeddings=256,
+        tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "mode"),
+    [
+        ("llama", {"recipe": "textbook"}, "true_sequential"),
+        ("gpt2", {"recipe": "textbook", "bits": 3}, "true_sequential"),
+        ("qwen3", {"refine": 0}, "block"),
+    ],
+)
+def test_peak_and_size_are_as_planned(name, settings, mode, tmp_path):
+    config = SHAPES[name]
+    transformers.set_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    rows, length = 16, 128
+    order = [str(tmp_path / "model"), str(tmp_path / "out"), settings, mode, rows, length]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(order)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["planned_peak_bytes"] == pytest.approx(result["peak_rss_bytes"], rel=0.15)
+    planned = plan(
+        open_skeleton(tmp_path / "model"), rw.QuantizeConfig(**settings),
+        samples=rows, seq_len=length, mode=mode,
+    )  # fmt: skip
+    assert planned.bytes_after == pytest.approx(result["bytes_after"], rel=0.01)
+    assert planned.bits_per_weight == pytest.approx(result["bits_per_weight"], rel=0.01)
+    assert planned.memory.mode == result["mode"]
+    assert planned.tied_embeddings == (name != "llama")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sizes_are_exact_and_sharing_is_what_the_probe_finds(name, folder_of, quantized):
+    config = rw.QuantizeConfig(group_size=32, recipe="textbook")
+    planned = plan(open_skeleton(folder_of(name)), config, samples=4, seq_len=32)
+    manifest = json.loads((quantized(name, recipe="textbook") / "roundwise.json").read_text())
+    assert planned.bytes_after == manifest["bytes_after"]
+    assert planned.bits_per_weight == pytest.approx(manifest["bits_per_weight"])
+    assert {m.name for m in planned.modules} >= {layer["name"] for layer in manifest["layers"]}
+    assert not planned.problems
+    assert (
+        "which layers share an input is found out when the run reaches them" not in planned.warnings
+    )
+    shared = {m.name: m.shares for m in planned.modules}
+    assert all(leader is not None for leader in shared.values())
+    if name == "llama":
+        block = "model.layers.0"
+        assert shared[f"{block}.self_attn.v_proj"] == f"{block}.self_attn.q_proj"
+        assert shared[f"{block}.mlp.up_proj"] == f"{block}.mlp.gate_proj"
+        assert shared[f"{block}.mlp.down_proj"] == f"{block}.mlp.down_proj"
+
+
+def test_the_mode_follows_the_budget_in_plan_and_run(llama, tmp_path):
+    skeleton, config = open_skeleton(llama), rw.QuantizeConfig(group_size=32, recipe="textbook")
+    free = plan(skeleton, config, samples=4, seq_len=32)
+    assert free.memory.mode == "true_sequential"
+    assert free.memory.fits
+    tight = plan(skeleton, config, samples=4, seq_len=32, budget=1000)
+    assert tight.memory.mode == "block"
+    assert "expected to need" in tight.warnings[-1]
+    result = rw.quantize(llama, tmp_path, config, windows(), samples=4, seq_len=32, max_memory=1000)
+    assert result.mode == "block"
+    assert "expected to need" in result.warnings[-1]
+
+
+def test_advice_names_what_weighs_most(llama):
+    config = rw.QuantizeConfig(group_size=32)
+    many = plan(open_skeleton(llama), config, samples=1_000_000, seq_len=64, mode="true_sequential")
+    assert max(many.memory.parts, key=many.memory.parts.__getitem__) == "paused activations"
+    assert "fewer --samples" in many.warnings[-1]
+    assert "--mode block" in many.warnings[-1]
+
+
+def test_settings_that_do_not_fit_are_all_named(llama):
+    planned = plan(open_skeleton(llama), rw.QuantizeConfig(group_size=64))  # 96 is no multiple
+    downs = [m for m in planned.modules if m.name.endswith("down_proj")]
+    assert len(planned.problems) == len(downs)
+    assert all("group_size=64 does not divide" in problem for problem in planned.problems)
+
+
+def huge(folder: Path) -> Path:
+    """A checkpoint of a Llama of 405B parameters: headers, and a hole where the weights would be."""
+    config = transformers.LlamaConfig(
+        hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
+        num_key_value_heads=8, vocab_size=128256, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    places = {}
+    for number, (name, weight) in enumerate(model.state_dict().items()):
+        places[name] = f"model-{number:05d}.safetensors"
+        size = weight.numel() * 2
+        entry = {"dtype": "BF16", "shape": [*weight.shape], "data_offsets": [0, size]}
+        text = json.dumps({name: entry}).encode()
+        with (folder / places[name]).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + size)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
+def test_a_model_of_405_billion_parameters_takes_seconds_and_no_memory(tmp_path):
+    folder = huge(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.monotonic()
+    planned = plan(open_skeleton(folder), rw.QuantizeConfig())
+    seconds = time.monotonic() - begun
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert planned.bytes_before > 800e9
+    assert 200e9 < planned.bytes_after < 230e9
+    assert len(planned.modules) == 126 * 7
+    assert planned.tensor_parallel == [1, 2, 4, 8, 16, 32]
+    assert seconds < 60
+    assert grown < 500e6
+
+
+def test_as_a_command(commands, text_model):
+    ended = commands.run("plan", text_model, "--group-size", 32, "--samples", 8, "--json")
+    assert ended.code == 0, ended.stderr
+    assert ended.json["served_by"]["vLLM, CPU"] is None
+    assert ended.json["seconds"] > 0
+    shown = commands.run("plan", text_model, "--group-size", 32, "--samples", 8, "--asym")
+    assert shown.code == 0
+    assert "symmetric weights only" in shown.stdout
+    refused = commands.run("plan", text_model, "--group-size", 1024)
+    assert refused.code == 1
+    assert "does not divide" in refused.stderr
