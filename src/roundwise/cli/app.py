@@ -15,6 +15,7 @@ import typer
 from roundwise.cli.commands import (
     bench,
     compare,
+    convert,
     demo,
     doctor,
     evaluate,
@@ -43,6 +44,7 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
+app.command("convert")(convert.command)
 app.command("generate")(generate.command)
 app.command("bench")(bench.command)
 app.command("serve")(serve.command)

@@ -17,7 +17,7 @@ class QuantizedWeight:
     codes: torch.Tensor
     """uint8 [out, in], original channel order."""
     scales: torch.Tensor
-    """float16 [out, groups], finite and positive."""
+    """float16 [out, groups], finite and not zero; negative ones turn a range around."""
     zeros: torch.Tensor
     """int32 [out, groups], 0 … 2^bits - 1."""
     g_idx: torch.Tensor

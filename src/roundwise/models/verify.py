@@ -58,6 +58,12 @@ class QuantizedLayer:
     name: str
     parts: dict[str, TensorInfo]
 
+    def in_features(self) -> int:
+        """Input channels, from the shapes alone."""
+        groups, columns = self.parts["scales"].shape
+        bits = self.parts["qzeros"].nbytes * 8 // (groups * columns)
+        return self.parts["qweight"].nbytes * 8 // (bits * columns)
+
     def read(self, checkpoint_format: str) -> QuantizedWeight:
         """Its codes, scales and zeros."""
         tensors = {suffix: info.read() for suffix, info in self.parts.items()}

@@ -1,0 +1,41 @@
+"""`roundwise convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from roundwise.cli.output import JsonOption, print_json, size, stdout
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="GPTQ checkpoint: folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    to: Annotated[str, typer.Option(help="gptq (v1), gptq_v2, or dense.")],
+    dtype: Annotated[
+        str, typer.Option(help="Of dense weights: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a GPTQ checkpoint in another format: the same numbers, exactly.
+
+    gptq and gptq_v2 differ in how zero points are stored; dense is a plain checkpoint of the
+    dequantized weights, for tools that read nothing else.
+    """
+    from roundwise.inference.load import parse_dtype
+    from roundwise.models.checkpoint import Checkpoint
+    from roundwise.models.convert import convert
+    from roundwise.models.hub import local_folder
+
+    wanted = parse_dtype(dtype)
+    done = convert(
+        local_folder(checkpoint), out, to,  # type: ignore[arg-type]  # checked there
+        dtype=None if isinstance(wanted, str) else wanted,
+    )  # fmt: skip
+    nbytes = Checkpoint(done).nbytes()
+    if as_json:
+        print_json({"output": str(done), "to": to, "bytes": nbytes})
+    else:
+        stdout.print(f"{done}: {to}, {size(nbytes)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,164 @@
+"""From one checkpoint format to another, shard by shard: the same numbers, written otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from roundwise.core.packing import pack
+from roundwise.errors import ConfigError, OutputError
+from roundwise.models.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo
+from roundwise.models.formats import SUFFIXES
+from roundwise.models.skeleton import build, load_config
+from roundwise.models.verify import QuantizedLayer, quantization_settings, quantized_layers
+from roundwise.models.writer import copy_file, write_json, write_safetensors
+
+Target = Literal["gptq", "gptq_v2", "dense"]
+TARGETS: tuple[Target, ...] = ("gptq", "gptq_v2", "dense")
+#: Bytes of a shard of the result, about: what is in memory at a time.
+SHARD = 1 << 30
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the result; made when it is its turn."""
+
+    name: str
+    nbytes: int
+    make: Callable[[], torch.Tensor | TensorInfo]
+
+
+def convert(source: Path, out: Path, to: Target, *, dtype: torch.dtype | None = None) -> Path:
+    """Writes a GPTQ checkpoint in another format.
+
+    Args:
+        source: folder of a quantized checkpoint, by any tool.
+        out: new or empty folder.
+        to: gptq (v1), gptq_v2, or dense: dequantized, a plain checkpoint.
+        dtype: of dequantized weights; None: what the model computes in.
+
+    Returns:
+        The folder `out`; its config.json is written last.
+
+    Raises:
+        CheckpointError: the source is not a GPTQ checkpoint, or damaged.
+        ConfigError: what the source holds cannot be said in the target's format.
+        OutputError: `out` holds something.
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"--to {to!r} is not supported: use {', '.join(TARGETS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} already holds something: give an empty or new folder")
+    checkpoint = Checkpoint(source)
+    settings = quantization_settings(checkpoint)
+    before = settings.get("checkpoint_format", "gptq")
+    layers = {layer.name: layer for layer in quantized_layers(checkpoint)}
+    config = {**checkpoint.config}
+    config.pop("quantization_config", None)
+    if to == "dense":
+        dtype = dtype or _dtype_of(checkpoint)
+        pieces = _dense(checkpoint, layers, before, dtype)
+    else:
+        if dtype is not None:
+            raise ConfigError("--dtype is for --to dense: codes and scales stay as they are")
+        pieces = _zeros_as(checkpoint, layers, before, to)
+        config["quantization_config"] = {
+            **settings, "quant_method": "gptq", "checkpoint_format": to
+        }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out, list(pieces))
+    for path in checkpoint.side_files():
+        copy_file(path, out / path.name)
+    if "quantization_config" in config:
+        write_json(out / "quantize_config.json", config["quantization_config"])
+    write_json(out / "config.json", config)
+    return out
+
+
+def _as_is(name: str, info: TensorInfo) -> Piece:
+    return Piece(name, info.nbytes, lambda: info)
+
+
+def _dense(
+    checkpoint: Checkpoint, layers: dict[str, QuantizedLayer], before: str, dtype: torch.dtype
+) -> Iterator[Piece]:
+    """Dequantized weights in place of codes; everything else byte for byte."""
+    turned = _conv1d(checkpoint)
+    for name, info in checkpoint.tensors.items():
+        stem, _, suffix = name.rpartition(".")
+        if stem not in layers or suffix not in SUFFIXES:
+            yield _as_is(name, info)
+        elif suffix == "qweight":
+            layer = layers[stem]
+            columns = layer.parts["scales"].shape[1]
+            size = layer.in_features() * columns * dtype.itemsize
+
+            def dequantized(layer: QuantizedLayer = layer, stem: str = stem) -> torch.Tensor:
+                W = layer.read(before).dequantize(dtype)
+                return W.T.contiguous() if any(path.endswith(stem) for path in turned) else W
+
+            yield Piece(f"{stem}.weight", size, dequantized)
+
+
+def _zeros_as(
+    checkpoint: Checkpoint, layers: dict[str, QuantizedLayer], before: str, to: str
+) -> Iterator[Piece]:
+    """Zero points as version `to` stores them; everything else byte for byte."""
+    for name, info in checkpoint.tensors.items():
+        stem, _, suffix = name.rpartition(".")
+        if stem not in layers or suffix != "qzeros" or before == to:
+            yield _as_is(name, info)
+            continue
+
+        def rewritten(layer: QuantizedLayer = layers[stem]) -> torch.Tensor:
+            q = layer.read(before)
+            if to == "gptq" and bool((q.zeros == 0).any()):
+                raise ConfigError(
+                    f"{layer.name} has a zero point of 0, which v1 stores as -1 and readers take for "
+                    f"{2**q.bits}: it stays in gptq_v2"
+                )
+            zeros = (q.zeros - 1) & (2**q.bits - 1) if to == "gptq" else q.zeros
+            return pack(zeros, q.bits).T.contiguous()
+
+        yield Piece(name, info.nbytes, rewritten)
+
+
+def _write(out: Path, pieces: list[Piece]) -> None:
+    """All pieces in shards of about SHARD bytes, and their index."""
+    numbers, filled = [], 0
+    for piece in pieces:
+        filled += piece.nbytes
+        numbers.append((filled - 1) // SHARD if filled else 0)
+    count = len(set(numbers))
+    weight_map: dict[str, str] = {}
+    shards = groupby(zip(numbers, pieces, strict=True), key=lambda pair: pair[0])
+    for index, (_, shard) in enumerate(shards):
+        file = SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+        tensors = {piece.name: piece.make() for _, piece in shard}
+        write_safetensors(out / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+    if count > 1:
+        total = sum(piece.nbytes for piece in pieces)
+        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _conv1d(checkpoint: Checkpoint) -> list[str]:
+    """Modules of the model that keep their weight as [in, out]."""
+    config = load_config(checkpoint)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = build(config, torch.float32)
+    return [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+
+
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """What the model computes in, from its config."""
+    name: Any = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    found = getattr(torch, str(name), None)
+    return found if isinstance(found, torch.dtype) else torch.float16
