@@ -58,7 +58,7 @@ def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     config: QuantizeConfig | None = None,
-    calibration: str | Sequence[Any] | None = None,
+    calibration: str | os.PathLike[str] | Sequence[Any] | None = None,
     *,
     samples: int = 128,
     seq_len: int = 2048,
@@ -99,6 +99,8 @@ def quantize(
     skipped = _check(skeleton, config)
     if config.rotate:
         skeleton = open_skeleton(rotated(skeleton.checkpoint, config.rotation_seed))
+    if isinstance(calibration, os.PathLike):
+        calibration = os.fspath(calibration)
     texts = _calibration(
         skeleton, config, calibration,
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
