@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roundwise.errors import CalibrationError
-from roundwise.pipeline.calibration import Calibration, load_calibration
+from roundwise.pipeline.calibration import Calibration, load_calibration, shares
 from tests.helpers import windows
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -256,3 +256,26 @@ def test_the_place_of_the_file_does_not_matter(counted: Path, tmp_path: Path) ->
     moved = counted.rename(tmp_path / "elsewhere" / counted.name)
     before: Callable[[], dict[str, Any]] = load(str(moved)).describe
     assert str(tmp_path) not in json.dumps(before())
+
+
+def test_a_mixture_takes_windows_as_the_weights_say(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    (tmp_path / "a.txt").write_text("alpha " * 4000)
+    (tmp_path / "b.txt").write_text("omega " * 4000)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    source = f"{tmp_path}/a.txt:0.7,{tmp_path}/b.txt:0.3"
+    found = load_calibration(source, tokenizer, samples=20, seq_len=16, batch_size=5, seed=0)
+    windows = [row for batch in found.batches for row in batch.input_ids.tolist()]
+    kinds = ["alpha" in tokenizer.decode(window) for window in windows]
+    assert (kinds.count(True), len(kinds)) == (14, 20)
+    assert kinds != sorted(kinds, reverse=True)  # mixed, not one after the other
+    assert found.settings["source"] == "a.txt: 14, b.txt: 6"
+    again = load_calibration(source, tokenizer, samples=20, seq_len=16, batch_size=5, seed=0)
+    assert again.digest == found.digest
+
+
+def test_shares_add_up() -> None:
+    assert shares(10, [0.5, 0.25, 0.25]) == [5, 3, 2]
+    assert shares(128, [1.0]) == [128]
+    assert shares(3, [0.98, 0.01, 0.01]) == [3, 1, 1]

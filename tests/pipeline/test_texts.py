@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from roundwise.errors import CalibrationError
-from roundwise.pipeline.texts import MAX_DOCUMENTS, read_documents, read_text
+from roundwise.pipeline.texts import MAX_DOCUMENTS, mixture, read_documents, read_text
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +155,47 @@ class TestDataSets:
         datasets(lambda *_, **__: [{"label": 3}])
         with pytest.raises(CalibrationError, match="label"):
             read_documents("me/mine:train:label")
+
+
+class TestSeveral:
+    """Folders, patterns, and mixtures."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        (tmp_path / "sub").mkdir()
+        for name in ("b.txt", "a.md", "sub/c.txt", "picture.png"):
+            (tmp_path / name).write_text(name)
+        return tmp_path
+
+    def test_a_folder_is_its_texts_in_order_of_name(self, folder: Path) -> None:
+        assert read_documents(str(folder)) == ["a.md", "b.txt", "sub/c.txt"]
+
+    def test_a_pattern_is_what_it_matches(self, folder: Path) -> None:
+        assert read_documents(f"{folder}/*.txt") == ["b.txt"]
+        assert read_documents(f"{folder}/**/*.txt") == ["b.txt", "sub/c.txt"]
+
+    def test_a_folder_without_texts(self, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match=r"no files that end in \.txt"):
+            read_documents(str(tmp_path))
+
+    @pytest.mark.parametrize(
+        ("source", "expected"),
+        [
+            ("a.txt", [("a.txt", 1.0)]),
+            ("a.txt,b.txt", [("a.txt", 0.5), ("b.txt", 0.5)]),
+            ("a.txt:3, b.jsonl:1", [("a.txt", 0.75), ("b.jsonl", 0.25)]),
+            ("org/set:train:text", [("org/set:train:text", 1.0)]),
+            ("org/set:train:text:0.5,c4:0.5", [("org/set:train:text", 0.5), ("c4", 0.5)]),
+        ],
+    )
+    def test_mixtures(self, source: str, expected: list[tuple[str, float]]) -> None:
+        assert mixture(source) == expected
+
+    def test_a_file_with_a_comma_in_its_name_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "a,b:1").write_text("x")
+        assert mixture(str(tmp_path / "a,b:1")) == [(str(tmp_path / "a,b:1"), 1.0)]
+
+    @pytest.mark.parametrize("source", ["a.txt:0.5,b.txt", "a.txt:0,b.txt:1", "a.txt:-1,b.txt:1"])
+    def test_weights_that_cannot_be(self, source: str) -> None:
+        with pytest.raises(CalibrationError, match="give every source a weight above 0"):
+            mixture(source)

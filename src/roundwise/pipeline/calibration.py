@@ -13,7 +13,7 @@ import torch
 
 from roundwise.errors import CalibrationError
 from roundwise.pipeline.sketch import sketch
-from roundwise.pipeline.texts import Document, read_documents
+from roundwise.pipeline.texts import Document, mixture, read_documents
 
 #: Tokenizing is slow: of a long text, this many characters per wanted token are tokenized, which is
 #: a few times more than needed, in random pieces of this size.
@@ -72,8 +72,8 @@ def load_calibration(
     """Token windows from a named source, a file, or a Python list.
 
     Args:
-        source: what `read_documents` takes; or a list of strings, of token id lists, or of dicts
-            with `input_ids` (and `attention_mask`), each item one window, used in the given order.
+        source: what `read_documents` takes, several with weights (see `mixture`); or a list of
+            strings, of token id lists, or of dicts with `input_ids` (and `attention_mask`), each item one window, used in the given order.
         tokenizer: transformers tokenizer.
         samples: windows wanted.
         seq_len: tokens of a window, at most.
@@ -89,9 +89,16 @@ def load_calibration(
             raise CalibrationError(f"{name}={value}: must be at least 1")
     generator = random.Random(seed)
     if isinstance(source, str):
-        wanted = max(CHARACTERS_PER_TOKEN * samples * seq_len, 1 << 20)
-        documents = _sample_documents(read_documents(source), wanted, generator)
-        windows = _cut(_tokenize(documents, tokenizer), samples, seq_len, generator)
+        parts = mixture(source)
+        windows, names = [], []
+        for (name, _), count in zip(parts, shares(samples, [w for _, w in parts]), strict=True):
+            wanted = max(CHARACTERS_PER_TOKEN * count * seq_len, 1 << 20)
+            documents = _sample_documents(read_documents(name), wanted, generator)
+            drawn = _cut(_tokenize(documents, tokenizer), count, seq_len, generator)
+            windows += drawn
+            names.append(Path(name).name if len(parts) == 1 else f"{Path(name).name}: {len(drawn)}")
+        if len(parts) > 1:
+            generator.shuffle(windows)  # every batch sees some of each
     else:
         windows = [_item_tokens(item, tokenizer)[:seq_len] for item in source][:samples]
         windows = [window for window in windows if window]
@@ -107,7 +114,7 @@ def load_calibration(
         tokens=tokens,
         digest=digest.hexdigest(),
         settings={
-            "source": Path(source).name if isinstance(source, str) else "list",
+            "source": ", ".join(names) if isinstance(source, str) else "list",
             "seq_len": seq_len,
             "batch_size": batch_size,
             "seed": seed,
@@ -115,6 +122,16 @@ def load_calibration(
         },
         warnings=_warnings(windows, samples, tokens, widest),
     )
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` in whole parts that are as the weights, by largest remainders; none is below 1."""
+    exact = [total * weight for weight in weights]
+    found = [int(part) for part in exact]
+    order = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])
+    for index in order[: total - sum(found)]:
+        found[index] += 1
+    return [max(1, part) for part in found]
 
 
 def _sample_documents(

@@ -5,7 +5,9 @@ A source is read as a list of documents, each a text or a chat (list of messages
 
 from __future__ import annotations
 
+import glob
 import json
+import math
 import sysconfig
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -22,6 +24,9 @@ NAMED_SETS = {
     "c4": ("allenai/c4", "en", "text"),
     "ptb": ("ptb-text-only/ptb_text_only", None, "sentence"),
 }
+#: Files with a record in each line, and all that are read from a folder.
+JSON_LINES = (".jsonl", ".ndjson")
+TEXTS = (".txt", ".md", ".rst", *JSON_LINES)
 #: Documents taken at most from a public set: it may be far larger than any calibration needs.
 MAX_DOCUMENTS = 20_000
 
@@ -30,31 +35,78 @@ def read_documents(source: str, *, held_out: bool = False) -> list[Document]:
     """The documents of a source, in a fixed order.
 
     Args:
-        source: a text file; a JSONL file with a `text` or a chat `messages` in each line;
-            `python-stdlib`; one of `NAMED_SETS`; or NAME:SPLIT:COLUMN of a Hugging Face data set.
+        source: a text file; a JSONL file with a `text` or a chat `messages` in each line; a folder
+            or a pattern (`notes/*.md`) of such files; `python-stdlib`;
+            one of `NAMED_SETS`; or NAME:SPLIT:COLUMN of a Hugging Face data set.
         held_out: the part meant for evaluation, where the source has one.
 
     Raises:
         CalibrationError: nothing of that name, an unreadable file, or no text in it.
     """
-    path = Path(source)
-    if path.is_file():
-        documents = (
-            _read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else [_read_text(path)]
-        )
+    documents: list[Document]
+    files = _files(source)
+    if files:
+        documents = [
+            document
+            for file in files
+            for document in (_read_jsonl(file) if file.suffix in JSON_LINES else [_read_text(file)])
+        ]
     elif source == "python-stdlib":
         documents = list(_stdlib(held_out=held_out))
     elif source in NAMED_SETS or source.count(":") == 2:
         documents = _read_named(source, held_out=held_out)
     else:
         raise CalibrationError(
-            f"there is no file {source!r}, nor a set of that name: give a .txt or .jsonl file, "
-            f"python-stdlib, {', '.join(NAMED_SETS)}, or NAME:SPLIT:COLUMN of a Hugging Face data set"
+            f"there is no file {source!r}, nor a set of that name: give a .txt or .jsonl file, a "
+            f"folder, python-stdlib, {', '.join(NAMED_SETS)}, or NAME:SPLIT:COLUMN of a Hugging Face data set"
         )
     documents = [document for document in documents if _has_content(document)]
     if not documents:
         raise CalibrationError(f"{source} holds no text")
     return documents
+
+
+def mixture(source: str) -> list[tuple[str, float]]:
+    """Sources and their weights, which add up to 1: `code.txt:0.7,chat.jsonl:0.3`; equal if not given.
+
+    Raises:
+        CalibrationError: a weight that is not above zero, or some with a weight and some without.
+    """
+    if Path(source).exists():
+        return [(source, 1.0)]
+    found: list[tuple[str, float | None]] = []
+    for part in source.split(","):
+        name, colon, weight = part.strip().rpartition(":")
+        try:
+            found.append((name, float(weight)) if colon else (part.strip(), None))
+        except ValueError:  # NAME:SPLIT:COLUMN
+            found.append((part.strip(), None))
+    weights = [weight for _, weight in found if weight is not None]
+    if not weights:
+        return [(name, 1 / len(found)) for name, _ in found]
+    if len(weights) < len(found) or not all(0 < weight < math.inf for weight in weights):
+        raise CalibrationError(
+            f"calibration {source!r}: give every source a weight above 0, as in "
+            "code.txt:0.7,chat.jsonl:0.3, or none"
+        )
+    return [(name, weight / sum(weights)) for (name, _), weight in zip(found, weights, strict=True)]
+
+
+def _files(source: str) -> list[Path]:
+    """The files that a source names, in order: itself, those in a folder, those of a pattern."""
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix in TEXTS and file.is_file())
+        if not found:
+            raise CalibrationError(f"{source} holds no files that end in {', '.join(TEXTS)}")
+        return found
+    return sorted(
+        Path(match)
+        for match in glob.glob(source, recursive=True)  # noqa: PTH207  # it may be absolute
+        if Path(match).is_file()
+    )
 
 
 def _has_content(document: Document) -> bool:

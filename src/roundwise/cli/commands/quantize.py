@@ -74,7 +74,8 @@ def command(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text or JSONL file, python-stdlib, wikitext2, c4, or NAME:SPLIT:COLUMN."
+            help="Text or JSONL file, folder, pattern, python-stdlib, wikitext2, c4, or "
+            "NAME:SPLIT:COLUMN; several with weights: code.txt:0.7,chat.jsonl:0.3."
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
