@@ -73,7 +73,8 @@ def load_calibration(
 
     Args:
         source: what `read_documents` takes, several with weights (see `mixture`); or a list of
-            strings, of token id lists, or of dicts with `input_ids` (and `attention_mask`), each item one window, used in the given order.
+            strings, of token id lists, or of dicts with `input_ids` (and `attention_mask`), each
+            item one window, used in the given order.
         tokenizer: transformers tokenizer.
         samples: windows wanted.
         seq_len: tokens of a window, at most.

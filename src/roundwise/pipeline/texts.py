@@ -58,7 +58,8 @@ def read_documents(source: str, *, held_out: bool = False) -> list[Document]:
     else:
         raise CalibrationError(
             f"there is no file {source!r}, nor a set of that name: give a .txt or .jsonl file, a "
-            f"folder, python-stdlib, {', '.join(NAMED_SETS)}, or NAME:SPLIT:COLUMN of a Hugging Face data set"
+            f"folder, python-stdlib, {', '.join(NAMED_SETS)}, or NAME:SPLIT:COLUMN of a Hugging Face "
+            "data set"
         )
     documents = [document for document in documents if _has_content(document)]
     if not documents:
@@ -102,11 +103,8 @@ def _files(source: str) -> list[Path]:
         if not found:
             raise CalibrationError(f"{source} holds no files that end in {', '.join(TEXTS)}")
         return found
-    return sorted(
-        Path(match)
-        for match in glob.glob(source, recursive=True)  # noqa: PTH207  # it may be absolute
-        if Path(match).is_file()
-    )
+    matches = glob.glob(source, recursive=True)  # noqa: PTH207  # Path's takes no absolute ones
+    return sorted(Path(match) for match in matches if Path(match).is_file())
 
 
 def _has_content(document: Document) -> bool:
