@@ -14,12 +14,13 @@ import transformers
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
-from roundwise.errors import CalibrationError, ConfigError, Interrupted
+from roundwise.errors import CalibrationError, ConfigError, Interrupted, RunError
 from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.fold import rotated
 from roundwise.models.formats import check_shape
 from roundwise.models.hub import local_folder
 from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
+from roundwise.models.writer import storage_error
 from roundwise.pipeline.calibration import Calibration, load_calibration
 from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.memory import Mode, parse_size, peak_rss, return_early
@@ -119,6 +120,15 @@ def quantize(
             f"stopped; {done} of {len(skeleton.blocks)} blocks are finished and kept in {out}: "
             "run the same command again to go on"
         ) from None
+    except OSError as error:
+        raise storage_error(error, Path(error.filename or out)) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise RunError(
+                "out of memory; finished blocks are kept: make room and run the same command again, or "
+                "--restart with fewer --samples (`roundwise plan` says what is needed)"
+            ) from error
+        raise
     finally:
         journal.close()
     seconds, phases = time.monotonic() - begun, clock.take()
