@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from roundwise.errors import ConfigError
@@ -30,6 +33,16 @@ def test_what_this_machine_has() -> None:
     assert 10**6 < peak_rss() < 10**12
     assert 10**6 < available() < 10**14
     assert 10**6 < resident() < 1.1 * peak_rss()
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    filled = bytearray(b"1" * (300 << 20))
+    code = "from roundwise.pipeline.memory import peak_rss; print(peak_rss())"
+    small = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert peak_rss() > len(filled)
+    code = f"filled = bytearray(b'1' * {300 << 20}); {code}"
+    large = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(large.stdout) - int(small.stdout) > 290 << 20
 
 
 def test_modes() -> None:
