@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from roundwise.cli.commands.quantize import parse_dynamic
@@ -70,13 +71,14 @@ def command(
 
 
 def _print(found: Plan) -> None:
-    table = Table("modules", "", "out x in", "bits", "group", "shares its input with")
+    table = Table("modules", "", "out x in", "bits", "group", "input of", box=SIMPLE_HEAD)
+    table.columns[0].no_wrap = True  # the name is what --override wants
     for name, module, count in _collapsed(found.modules):
         rows, columns = module.shape
         leader = _star(module.shares or "") if module.shares != module.name else ""
         table.add_row(
-            name, f"{count} x", f"{rows} x {columns}", str(module.bits or "as it is"),
-            str(module.group_size or ""), "" if leader == name else leader.rpartition("*.")[2],
+            name, f"{count}x", f"{rows} x {columns}", str(module.bits or "as it is"),
+            str(module.group_size or ""), "" if leader == name else leader.rpartition(".")[2],
         )  # fmt: skip
     stdout.print(table)
     memory = found.memory
