@@ -82,7 +82,7 @@ def table(rows: list[tuple[str, dict[str, Any]]], head: str) -> list[str]:
     ]
     for name, r in rows:
         lines.append(
-            f"| {name} | {r['bits_per_weight']:.2f} | {r['kl']:.5f} | {r['perplexity']:.3f} | "
+            f"| {name} | {r['bits_per_weight']:.2f} | {r['kl']:.6f} | {r['perplexity']:.3f} | "
             f"{r['top1']:.2%} | {r['cpu_seconds']:.0f} |"
         )
     return lines
