@@ -17,7 +17,7 @@ from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.verify import Audit, audit
 from tests.helpers import ARCHITECTURES, contents, edited_json
 
-FLIPS = 30
+FLIPS = 200
 
 
 @pytest.fixture
@@ -71,6 +71,15 @@ def test_every_flipped_bit_is_found(out: Path) -> None:
         assert any(shard.name in failure for failure in audit(out).failures)
         shard.write_bytes(before)
     assert audit(out).failures == []
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
+def test_a_manifest_that_names_files_outside_is_found_and_not_followed(
+    name: str, out: Path
+) -> None:
+    with edited_json(out / "roundwise.json") as manifest:
+        manifest["files"][name] = "0" * 64
+    assert f"{name!r} in roundwise.json is not in the folder" in audit(out).failures
 
 
 def test_every_deleted_file_is_found(out: Path) -> None:

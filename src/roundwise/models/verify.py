@@ -159,6 +159,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def _check_files(report: Audit, folder: Path, files: dict[str, str], config_file: str) -> None:
     """Every file that the run wrote is there with the bytes it had."""
     for name, digest in files.items():
+        if Path(name).name != name:
+            report.check("files", f"{name!r} in {MANIFEST} is not in the folder")
+            continue
         path = folder / (config_file if name == "config.json" else name)
         if not path.exists():
             report.check("files", f"{name} is missing")

@@ -5,7 +5,7 @@ Until config.json is there, no library takes the folder for a model.
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from roundwise.models.checkpoint import INDEX, file_digest, read_header
 from roundwise.models.formats import SUFFIXES, quantization_config
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.verify import MANIFEST, audit
-from roundwise.models.writer import copy_file, write_json, write_safetensors
+from roundwise.models.writer import copy_file, sync_folder, write_json, write_safetensors
 
 __all__ = ["MANIFEST", "described", "finish", "shard_name"]
 
@@ -79,7 +79,8 @@ def finish(
     }
     write_json(out / MANIFEST, manifest)
     audit(out, against=source, config_file=draft.name).raise_on_failure()
-    shutil.move(draft, out / "config.json")
+    os.replace(draft, out / "config.json")
+    sync_folder(out)
     return manifest
 
 

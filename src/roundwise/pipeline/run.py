@@ -118,6 +118,8 @@ class Run:
             )
         journal = Journal(self.out)
         if restart:
+            # What makes it a model goes first: a folder half emptied must not look finished.
+            (self.out / "config.json").unlink(missing_ok=True)
             for path in [*self.out.iterdir(), *journal.folder.iterdir()]:
                 if path.name not in (WORK, "lock"):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
