@@ -173,6 +173,13 @@ def open_skeleton(
     return skeleton
 
 
+def as_split(checkpoint: Checkpoint, layers: set[str]) -> Checkpoint:
+    """The checkpoint with a tensor for each expert, if `layers` names some that it has no weight of."""
+    if all(f"{name}.weight" in checkpoint.tensors for name in layers):
+        return checkpoint
+    return open_skeleton(checkpoint).checkpoint
+
+
 def load_config(checkpoint: Checkpoint) -> Any:
     """Transformers' config of a checkpoint; code that comes with the model is never run."""
     try:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from roundwise.errors import CheckpointError
 from roundwise.models.checkpoint import CHUNK, Checkpoint, CheckpointView, TensorInfo
@@ -84,14 +84,14 @@ class PartInfo(TensorInfo):
             yield bytes(data[start : start + CHUNK])
 
 
-def carried(tensors: Mapping[str, TensorInfo], quantized: set[str]) -> dict[str, TensorInfo]:
+def carried(tensors: Mapping[str, Any], quantized: set[str]) -> dict[str, Any]:
     """What is written beside the quantized layers: experts that stay are put back into one tensor.
 
     Args:
         tensors: of a checkpoint, or some of them.
         quantized: names of layers whose weights are not wanted.
     """
-    found: dict[str, TensorInfo] = {}
+    found: dict[str, Any] = {}
     for name, info in tensors.items():
         stem, _, kind = name.rpartition(".")
         if stem in quantized and kind == "weight":
@@ -171,6 +171,71 @@ def routers_of(block: nn.Module) -> dict[str, str]:
     return found
 
 
+@dataclass(frozen=True)
+class Joint:
+    """A tensor of all experts that is made of their own."""
+
+    name: str
+    members: list[list[str]]
+    """By expert: its tensor, or those of gate and up."""
+    interleaved: bool
+    turned: bool
+
+    def make(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The tensor, from a function that reads the members."""
+        parts = []
+        for names in self.members:
+            tensors = [read(name) for name in names]
+            if len(tensors) == 2 and self.interleaved:
+                part = torch.stack(tensors, dim=1).flatten(0, 1)
+            else:
+                part = torch.cat(tensors)
+            parts.append(part.T if self.turned else part)
+        return torch.stack(parts)
+
+
+def joints(model: PreTrainedModel, checkpoint: Checkpoint, stems: set[str]) -> list[Joint]:
+    """Which layers make up tensors of all experts, where the family's files have no others.
+
+    Args:
+        model: of transformers' own modules.
+        checkpoint: whose layers `stems` are; their biases are looked up in it.
+        stems: names of layers.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    modules: dict[str, dict[tuple[int, str], str]] = {}
+    for stem in stems:
+        name, converter = rename_source_key(f"{stem}.weight", renamings, converters)
+        part = split_name(name.removesuffix(".weight")) if converter is None else None
+        if part is not None:
+            path, (expert, projection) = part
+            modules.setdefault(path, {})[expert, ROLES[projection]] = stem
+    fused = {name: module for name, module in model.named_modules() if is_fused(module)}
+    base = f"{model.base_model_prefix}."
+    found = []
+    for path, layers in modules.items():
+        module = fused.get(path) or fused.get(base + path)
+        if module is None:
+            continue
+        for parameter in _wholes(module):
+            bias = parameter.endswith("_bias")
+            roles, kind = _roles_in(parameter), "bias" if bias else "weight"
+            members = [
+                [f"{layers[expert, role]}.{kind}" for role in roles]
+                for expert in range(count_of(module))
+            ]
+            found.append(
+                Joint(
+                    f"{path}.{parameter}", members,
+                    interleaved=not getattr(module, "is_concatenated", True),
+                    turned=getattr(module, "is_transposed", False) and not bias,
+                )
+            )  # fmt: skip
+    return found
+
+
 def _renamed(
     model: PreTrainedModel, checkpoint: Checkpoint, wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, tuple[str, str | tuple[int, str]]]]:
@@ -195,6 +260,12 @@ def _wholes(fused: nn.Module) -> list[str]:
     weights = ["gate_up_proj" if "gate" in roles_of(fused) else "up_proj", "down_proj"]
     has_bias = getattr(fused, "has_bias", False)
     return [*weights, *(f"{name}_bias" for name in weights if has_bias)]
+
+
+def _roles_in(parameter: str) -> tuple[str, ...]:
+    """The projections that a parameter of `_wholes` holds."""
+    stem = parameter.removesuffix("_bias")
+    return {"gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("down",)}[stem]
 
 
 def _parts(

@@ -26,6 +26,7 @@ from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.memory import Mode, parse_size, peak_rss, return_early
 from roundwise.pipeline.plan import beyond_budget
 from roundwise.pipeline.prescale import Prescaler
+from roundwise.pipeline.routing import check_experts
 from roundwise.pipeline.run import Progress, Run
 
 __all__ = ["Progress", "QuantizeResult", "quantize"]
@@ -48,6 +49,8 @@ class QuantizeResult:
     bytes_after: int
     mode: str
     layers: list[dict[str, Any]]
+    experts: list[dict[str, Any]]
+    """For each module of experts, its name and how many calibration tokens its router sent to each."""
     warnings: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -144,9 +147,11 @@ def quantize(
         bytes_after=manifest["bytes_after"],
         mode=manifest["mode"],
         layers=manifest["layers"],
+        experts=manifest["experts"],
         warnings=[
             *(texts.warnings if texts else []),
             *skipped,
+            *_uncovered(manifest, config),
             *([] if run.memory.fits else [beyond_budget(run.memory)]),
         ],
     )
@@ -159,12 +164,26 @@ def _check(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
     if len(left) == len(names):
         raise ConfigError("every linear layer is skipped: nothing to quantize")
     for block in skeleton.blocks:
+        check_experts(block, config)
         for name, linear in block.linears.items():
             settings = config.for_module(name)
             if settings is not None:
                 out_features, in_features = weight_of(linear).shape
                 check_shape(name, out_features, in_features, settings)
     return [f"{len(left)} of {len(names)} linear layers are left as they are"] if left else []
+
+
+def _uncovered(manifest: dict[str, Any], config: QuantizeConfig) -> list[str]:
+    """How many experts were given all tokens, for want of their own."""
+    counts = [tokens for line in manifest["experts"] for tokens in line["tokens"]]
+    few = sum(tokens < config.expert_tokens for tokens in counts)
+    if config.experts == "all" or not few:
+        return []
+    return [
+        f"{few} of {len(counts)} experts were chosen for fewer than {config.expert_tokens} calibration "
+        "tokens: their Hessians are those of all tokens, as `fallback` of each layer says; more or "
+        "other --calibration text would reach them"
+    ]
 
 
 def _calibration(
