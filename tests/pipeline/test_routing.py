@@ -128,7 +128,7 @@ def test_an_experts_hessian_is_that_of_the_tokens_routed_to_it(
     seen = inputs_of(folder(name), rows)
     groups = collected(folder(name), batches(rows), Policy(), sequential=sequential)
     experts = [group for group in groups if ".experts." in group.names[0]]
-    gated = "gate_proj" if name != "mixtral" else "w1"
+    gated = "w1" if name == "mixtral" else "gate_proj"
     for group in experts:
         X = seen[group.names[0]].double()
         assert len(X) < 4 * 32
@@ -138,8 +138,8 @@ def test_an_experts_hessian_is_that_of_the_tokens_routed_to_it(
             group.hessian.mean().double(), X.T @ X / len(X), rtol=1e-3, atol=1e-5
         )
         assert group.fallback is None
-        if group.names[0].endswith(gated):
-            assert len(group.names) == 2  # gate and up of one expert share theirs
+        # Gate and up of one expert share theirs.
+        assert len(group.names) == (2 if group.names[0].endswith(gated) else 1)
     layers = sum(len(block.experts) for block in open_skeleton(folder(name)).blocks)
     assert len(experts) == layers * 4 * 2
 

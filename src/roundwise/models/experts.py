@@ -118,10 +118,8 @@ class LinearExperts(nn.Module):
 
     def expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """What one expert makes of tokens [n, hidden]."""
-        up = self.layer(expert, "up")(x)
         if "gate" in self.roles:
-            gate = self.layer(expert, "gate")(x)
-            both = (gate, up)
+            both = [self.layer(expert, role)(x) for role in ("gate", "up")]
             joined = (
                 torch.cat(both, dim=-1)
                 if self.is_concatenated
@@ -129,7 +127,7 @@ class LinearExperts(nn.Module):
             )
             inner: torch.Tensor = self._gate(self, joined)
         else:
-            inner = self.get_submodule("act_fn")(up)
+            inner = self.get_submodule("act_fn")(self.layer(expert, "up")(x))
         y: torch.Tensor = self.layer(expert, "down")(inner)
         return self.get_submodule("post_expert_norm")(y) if self.has_post_expert_norm else y
 
