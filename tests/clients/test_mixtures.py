@@ -1,7 +1,8 @@
 """Clients load our mixtures of experts, and compute what the weights in the files say.
 
 The models are small and random: what a client could get wrong is the names, the layout and the order of
-experts and projections, and any of that gives other logits altogether. The reference is the independent
+experts and projections, and any of that gives other logits altogether. vLLM is asked for the two whose
+routers its kernel for CPUs knows. The reference is the independent
 reader's dense weights in transformers' own model, in float32; how near a client must be is what float16
 itself costs in that model.
 """
@@ -38,7 +39,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     ),
     "deepseek_v3": lambda: transformers.DeepseekV3Config(
         **SIZES, num_key_value_heads=4, n_routed_experts=4, moe_intermediate_size=128, n_group=1,
-        topk_group=1, first_k_dense_replace=1, q_lora_rank=128, kv_lora_rank=128,
+        topk_group=1, topk_method="noaux_tc", first_k_dense_replace=1, q_lora_rank=128, kv_lora_rank=128,
         qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64,
     ),
     "gpt_oss": lambda: transformers.GptOssConfig(**GROUPED, num_local_experts=4),
@@ -117,11 +118,17 @@ def judge(
         torch.log_softmax(torch.from_numpy(x), dim=-1) for x in (found, exact, plain)
     )
     apart, noise = ((x - exact).abs().amax(-1) for x in (found, plain))
-    same = (found.argmax(-1) == exact.argmax(-1)).float().mean()
-    note(f"median {apart.median():.4f} (plain {noise.median():.4f}), same top-1 {same:.4f}")
+    best = exact.topk(2).values
+    clear = best[..., 0] - best[..., 1] > 4 * noise.median()
+    same = (found.argmax(-1) == exact.argmax(-1))[clear].float().mean()
+    note(
+        f"median {apart.median():.4f} (plain {noise.median():.4f}), "
+        f"same top-1 {same:.4f} of the {clear.float().mean():.0%} clear"
+    )
+    assert clear.float().mean() > 0.3
     assert apart.median() <= 2 * noise.median()
     assert apart.quantile(0.9) <= 3 * noise.quantile(0.9)
-    assert same >= 0.97
+    assert same >= 0.98
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
@@ -141,14 +148,17 @@ def test_gptqmodel_looks_for_mixtrals_experts_under_other_names_than_everyone(
         gptqmodel(made("mixtral"))
 
 
-@pytest.mark.skipif(
-    not torch.cpu._is_amx_tile_supported(),
-    reason="vLLM computes quantized experts only on processors with AMX tiles, and on GPUs",
-)
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_vllm_computes_what_we_wrote(
     name: str, made: Callable[[str], Path], vllm: Client, windows: NDArray[np.int64],
     tmp_path: Path, finding: Callable[[str], None],
 ) -> None:  # fmt: skip
-    answer = vllm(made(name), "--dtype", "bfloat16")
+    answer = vllm(made(name), "--dtype", "bfloat16", "--experts-anywhere")
     judge(answer["logprobs"], made(name), windows, tmp_path / "dense", finding, torch.bfloat16)
+
+
+def test_vllm_refuses_experts_without_amx(made: Callable[[str], Path], vllm: Client) -> None:
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("this processor has AMX tiles")
+    with pytest.raises(RuntimeError, match="No WNA16 MoE backend supports"):
+        vllm(made("qwen3_moe"), "--dtype", "bfloat16")
