@@ -206,6 +206,24 @@ def test_some_experts_cannot_be_left_out(folder: Callable[[str], Path], tmp_path
     assert any("all or none" in problem for problem in planned.problems)
 
 
+@pytest.mark.parametrize(
+    ("name", "dynamic", "refusing"),
+    [
+        ("mixtral", {}, {"vLLM, CPU", "GPTQModel"}),
+        ("qwen3_moe", {}, {"vLLM, CPU"}),
+        ("gpt_oss", {}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
+        ("gpt_oss", {"experts": None}, set()),
+        ("qwen3_moe", {"down_proj": {"group_size": 16}}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
+    ],
+)
+def test_plan_says_who_serves_it(
+    name: str, dynamic: dict[str, Any], refusing: set[str], folder: Callable[[str], Path]
+) -> None:
+    config = CONFIG.model_copy(update={"dynamic": dynamic})
+    planned = plan(open_skeleton(folder(name)), config, samples=4, seq_len=32)
+    assert {engine for engine, why in planned.served_by.items() if why} == refusing
+
+
 def test_experts_may_have_another_width(folder: Callable[[str], Path], tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"dynamic": {r"experts\.\d+\.w2": {"bits": 8}}})
     result = quantize(folder("mixtral"), tmp_path / "out", config=config)
