@@ -35,7 +35,7 @@ from roundwise.pipeline.calibration import Batch
 from roundwise.pipeline.gather import Gatherer
 from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, stop
 from roundwise.pipeline.probe import Group, taking_notes
-from roundwise.pipeline.routing import Policy, routings
+from roundwise.pipeline.routing import Policy
 
 #: Tokens of the probe: enough for any local attention pattern to be well formed.
 PROBE_TOKENS = 8
@@ -128,12 +128,7 @@ class Conductor:
         output = self.probe_player.output
         result = output[0] if isinstance(output, tuple) else output
         notes.stream.append((block.name, result))
-        groups = notes.groups()
-        for routing in routings(block, groups, self.policy):
-            for group in groups:
-                if routing.expert_of.keys() & set(group.names):
-                    group.residual = None  # a token's experts add to the stream together
-        return groups
+        return notes.groups()
 
     def play(
         self,
