@@ -31,6 +31,9 @@ def command(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward.")] = 8,
+    experts: Annotated[
+        str, typer.Option(help="Calibration tokens of an expert: routed or all.")
+    ] = "routed",
     override: Annotated[
         list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' for some modules.")
     ] = None,
@@ -55,6 +58,7 @@ def command(
 
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe, method=method,
+        experts=experts,
         dynamic=parse_dynamic(override or [], skip or []),
     )  # fmt: skip
     found = plan(
