@@ -21,7 +21,8 @@ from roundwise.core.rotation import Rotation
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.models.checkpoint import Checkpoint, TensorInfo
 from roundwise.models.folded import Change, FoldedCheckpoint
-from roundwise.models.residual import Norm, Trace, head_of, near, run, stream_of, trace
+from roundwise.models.head import head_of
+from roundwise.models.residual import Norm, Trace, near, run, stream_of, trace
 from roundwise.models.skeleton import Block, Skeleton, open_skeleton
 
 #: Relative distance up to which float32 results before and after a fold count as the same.
@@ -114,7 +115,7 @@ class _Plan:
         skeleton = self.skeleton
         if skeleton.model.config.get_text_config().tie_word_embeddings:
             self.overrides = {"tie_word_embeddings": False}
-        head = f"{head_of(skeleton)}.weight"
+        head = f"{head_of(skeleton.model)}.weight"
         stored = skeleton.source_of[head]
         if list(skeleton.source_of.values()).count(stored) > 1:
             self.added[head] = skeleton.checkpoint.tensors[stored]

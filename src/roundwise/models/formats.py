@@ -116,7 +116,7 @@ def quantization_config(config: QuantizeConfig, *, true_sequential: bool) -> dic
         "group_size": config.group_size,
         "desc_act": config.desc_act,
         "sym": config.sym,
-        "lm_head": False,
+        "lm_head": config.lm_head,
         "checkpoint_format": config.format,
         "true_sequential": true_sequential,
         # Readers expect a number, or nothing.

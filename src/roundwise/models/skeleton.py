@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.models.checkpoint import Checkpoint, TensorInfo
 from roundwise.models.experts import LinearExperts
-from roundwise.models.split import Layout, routers_of, split_experts
+from roundwise.models.head import Head, head_of, is_tied, untie, untied
+from roundwise.models.names import map_names
+from roundwise.models.split import Layout, open_up, routers_of, split_experts
 
 
 @dataclass
@@ -36,12 +36,24 @@ class Block:
     """Full module name -> nn.Linear or Conv1D, in order of definition."""
     left: dict[str, str] = field(default_factory=dict)
     """Full name of linears that are never quantized, and what they are."""
+    is_head: bool = False
+    """The output head; `module` is a `Head`, its name that of the layer in it."""
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the modules in `module` begin with."""
+        return self.name.rpartition(".")[0] if self.is_head else self.name
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(full name, module) of everything inside."""
+        for path, module in self.module.named_modules(prefix=self.prefix):
+            if module is not self.module:
+                yield path.removeprefix("."), module
 
     @property
     def experts(self) -> dict[str, LinearExperts]:
         """Full module name -> mixture of experts."""
-        modules = self.module.named_modules(prefix=self.name)
-        return {name: module for name, module in modules if isinstance(module, LinearExperts)}
+        return {name: m for name, m in self.modules() if isinstance(m, LinearExperts)}
 
 
 @dataclass
@@ -123,7 +135,7 @@ class Skeleton:
         head = self.model.get_output_embeddings()
         for path, owner in self.model.named_modules():
             inside = any(path == name or path.startswith(f"{name}.") for name in names)
-            # The paused forward ends behind the last block: the head is never reached.
+            # The paused forward ends behind the last block: a head that is no block is never reached.
             if not inside and owner is not head:
                 self.load(owner, path, recurse=False, aligned=False)
                 self._outside.append(path)
@@ -145,13 +157,17 @@ class Skeleton:
 
 
 def open_skeleton(
-    source: str | os.PathLike[str] | Checkpoint, *, dtype: torch.dtype | None = None
+    source: str | os.PathLike[str] | Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    lm_head: bool = False,
 ) -> Skeleton:
     """Builds the model of a checkpoint on the meta device and maps its tensors.
 
     Args:
         source: folder, or a checkpoint that is open already.
         dtype: what the model is to compute in instead of what its config says.
+        lm_head: the output head becomes the last block, with a weight of its own.
 
     Raises:
         CheckpointError: the architecture is unknown, needs its own code, or tensors are missing.
@@ -167,17 +183,27 @@ def open_skeleton(
     dtype = dtype or _model_dtype(config, checkpoint)
     model = build(config, dtype)
     checkpoint, layout = split_experts(model, checkpoint)
+    source_of = map_names(model, checkpoint)
+    if lm_head:
+        # Built again: what is tied once stays so.
+        if is_tied(config):
+            untie(config)
+            model = build(config, dtype)
+            open_up(model, layout)
+        checkpoint = untied(checkpoint, model, source_of)
     blocks = find_blocks(model)
-    skeleton = Skeleton(model, checkpoint, blocks, _map_names(model, checkpoint), dtype, layout)
+    if lm_head:
+        blocks.append(_head_block(model))
+    skeleton = Skeleton(model, checkpoint, blocks, source_of, dtype, layout)
     skeleton._block_of = dict(_blocks_of_tensors(skeleton))
     return skeleton
 
 
-def as_split(checkpoint: Checkpoint, layers: set[str]) -> Checkpoint:
-    """The checkpoint with a tensor for each expert, if `layers` names some that it has no weight of."""
+def as_linears(checkpoint: Checkpoint, layers: set[str], *, lm_head: bool) -> Checkpoint:
+    """The checkpoint with a tensor for each of `layers`: for each expert, for a head that is tied."""
     if all(f"{name}.weight" in checkpoint.tensors for name in layers):
         return checkpoint
-    return open_skeleton(checkpoint).checkpoint
+    return open_skeleton(checkpoint, lm_head=lm_head).checkpoint
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -239,6 +265,15 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return [_block(f"{best}.{i}", module) for i, module in enumerate(lists[best])]
 
 
+def _head_block(model: transformers.PreTrainedModel) -> Block:
+    name = head_of(model)
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    head = Head(name.rpartition(".")[2], linear)
+    model.set_submodule(name, head)
+    return Block(name, head, {name: linear}, is_head=True)
+
+
 def _block(name: str, module: nn.Module) -> Block:
     left = {f"{name}.{n}": reason for n, reason in routers_of(module).items()}
     linears = {f"{name}.{n}": linear for n, linear in _linears(module)}
@@ -284,56 +319,6 @@ def _model_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
             return dtype
     largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes)
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(largest.dtype, torch.float32)
-
-
-def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Model tensor name -> checkpoint tensor name.
-
-    Old names and missing base prefixes (GPT-2's `h.0…` for `transformer.h.0…`) are translated by
-    transformers; tied parameters may be stored under any of their names.
-
-    Raises:
-        CheckpointError: a tensor that the model needs is missing, or has another shape.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    computed = {name for name, _ in model.named_non_persistent_buffers()}
-    names = dict(model.named_parameters(remove_duplicate=False))
-    names |= {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in computed}
-    stored: dict[str, str] = {}
-    for key in checkpoint.tensors:
-        name, converter = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, names
-        )
-        if converter is not None:  # experts that were split need no conversion
-            name = rename_source_key(key, renamings, [], model.base_model_prefix, names)[0]
-        stored[name] = key
-    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    partners: dict[str, list[str]] = {}
-    for left, right in ties.items():
-        partners.setdefault(left, []).append(right)
-        partners.setdefault(right, []).append(left)
-    found: dict[str, str] = {}
-    missing = []
-    for name in names:
-        match = next((stored[n] for n in [name, *partners.get(name, [])] if n in stored), None)
-        if match is None:
-            missing.append(name)
-            continue
-        found[name] = match
-        has, wants = checkpoint.tensors[match].shape, tuple(names[name].shape)
-        if has != wants:
-            raise CheckpointError(
-                f"tensor {match} has shape {list(has)}; the model's config asks for {list(wants)}"
-            )
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise CheckpointError(
-            f"{checkpoint.folder} lacks {', '.join(missing[:3])}{more}, which "
-            f"{type(model).__name__} of transformers {transformers.__version__} needs"
-        )
-    return found
 
 
 def _blocks_of_tensors(skeleton: Skeleton) -> Iterator[tuple[str, int]]:

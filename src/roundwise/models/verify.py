@@ -19,7 +19,7 @@ from roundwise.models.checkpoint import Checkpoint, TensorInfo, file_digest, rea
 from roundwise.models.fold import as_quantized
 from roundwise.models.formats import SUFFIXES, decode
 from roundwise.models.scaling import as_prescaled
-from roundwise.models.skeleton import as_split
+from roundwise.models.skeleton import as_linears
 from roundwise.models.split import carried
 
 MANIFEST = "roundwise.json"
@@ -132,7 +132,10 @@ def audit(
         if not report.failures:
             checkpoint = Checkpoint(folder, config_file=config_file)
             if against is not None:
-                against = as_split(against, {layer.name for layer in quantized_layers(checkpoint)})
+                against = as_linears(
+                    against, {layer.name for layer in quantized_layers(checkpoint)},
+                    lm_head=bool(quantization_settings(checkpoint).get("lm_head")),
+                )  # fmt: skip
                 against = as_quantized(against, quantization_settings(checkpoint))
                 against = as_prescaled(against, checkpoint, (manifest or {}).get("layers", []))
             _check_layers(report, checkpoint, against, manifest)
@@ -183,6 +186,10 @@ def _check_layers(
     recorded = {layer["name"]: layer for layer in (manifest or {}).get("layers", [])}
     layers = list(quantized_layers(checkpoint))
     report.check("readable", None if layers else "no quantized layers")
+    if settings.get("lm_head"):
+        tied = checkpoint.config.get("tie_word_embeddings")
+        wrong = "the head is quantized, but the config has it tied to the embedding"
+        report.check("head", wrong if tied else None)
     for layer in layers:
         try:
             q = layer.read(settings.get("checkpoint_format", "gptq"))

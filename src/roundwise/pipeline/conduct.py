@@ -145,11 +145,13 @@ class Conductor:
             groups: what `probe` returned.
             solve: replaces the weights of a group's linears; its Hessian is complete.
             sequential: stop at every group, so that each sees already quantized predecessors;
-                otherwise gather all Hessians in a first pass, and play the block again.
+                otherwise gather all Hessians in a first pass, and play the block again. The head
+                is played in sequence always, so that there are no logits to keep.
 
         Returns:
             For each module of experts, how many tokens its router sent to each.
         """
+        sequential = sequential or block.is_head
         self.gatherer.begin(block, groups, sequential=sequential, drift=bool(self.originals))
         if not sequential:
             self._gather(groups)
@@ -158,7 +160,8 @@ class Conductor:
                 self._reach(index, groups)
             self._solve(block, group, solve)
         for player in [*self.originals, *self.quantized]:
-            self._advance(player, EXIT)
+            if not block.is_head:  # nobody needs logits
+                self._advance(player, EXIT)
             for held in (player.captured, player.streams, player.passing):
                 held.clear()
         tokens = {routing.name: routing.tokens.tolist() for routing in self.gatherer.routings}

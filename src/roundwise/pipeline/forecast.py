@@ -59,24 +59,29 @@ class Shapes:
         return max(linear.columns for linear in self.inputs)
 
 
-def shapes_of(skeleton: Skeleton, config: QuantizeConfig) -> Shapes:
-    """Shapes of a model's largest block."""
+def shapes_of(skeleton: Skeleton, config: QuantizeConfig) -> list[Shapes]:
+    """Shapes of a model's largest block, and of its head if that is quantized."""
     sizes = [
         sum(info.nbytes for info in skeleton.block_tensors(index).values())
         for index in range(len(skeleton.blocks))
     ]
-    index = max(range(len(sizes)), key=sizes.__getitem__)
     text = skeleton.model.config.get_text_config()
     chosen = getattr(text, "num_experts_per_tok", None)
-    linears, inputs = _linears(skeleton.blocks[index], config, chosen)
-    return Shapes(
-        linears=linears,
-        inputs=inputs,
-        block_bytes=sizes[index],
-        hidden=int(text.hidden_size),
-        itemsize=skeleton.dtype.itemsize,
-        blocks=len(skeleton.blocks),
-    )
+    found = []
+    for is_head in (False, True):
+        indexes = [i for i, block in enumerate(skeleton.blocks) if block.is_head is is_head]
+        index = max(indexes, key=sizes.__getitem__, default=None)
+        if index is None:
+            continue
+        linears, inputs = _linears(skeleton.blocks[index], config, chosen)
+        if linears:
+            found.append(
+                Shapes(
+                    linears, inputs, sizes[index], int(text.hidden_size),
+                    skeleton.dtype.itemsize, len(indexes),
+                )
+            )  # fmt: skip
+    return found
 
 
 def _linears(

@@ -14,6 +14,7 @@ from roundwise.core.packing import codes_per_block
 from roundwise.errors import ConfigError
 from roundwise.models import runtimes
 from roundwise.models.formats import check_shape
+from roundwise.models.head import is_tied
 from roundwise.models.skeleton import Skeleton, weight_of
 from roundwise.models.split import PartInfo
 from roundwise.pipeline import forecast
@@ -109,8 +110,12 @@ def plan_memory(
     budget = budget or int(0.9 * available()) + held
     choices: list[Mode] = [mode] if mode else ["true_sequential", "block"]
     for choice in choices:
-        parts = forecast.memory(shapes, config, tokens=tokens, batch=batch, mode=choice)
-        parts = {"libraries": held, **parts}
+        peaks = [
+            forecast.memory(each, config, tokens=tokens, batch=batch, mode=choice)
+            for each in shapes
+        ]
+        largest = max(peaks, key=lambda parts: sum(parts.values()), default={})
+        parts = {"libraries": held, **largest}
         found = Memory(choice, sum(parts.values()), parts, budget)
         if found.fits:
             break
@@ -161,7 +166,10 @@ def plan(
     if not memory.fits:
         warnings.append(beyond_budget(memory))
     shapes = forecast.shapes_of(skeleton, config)
-    flops = forecast.work(shapes, config, tokens=tokens, mode=memory.mode) if tokens else {}
+    flops: dict[str, float] = {}
+    for each in shapes if tokens else []:
+        work = forecast.work(each, config, tokens=tokens, mode=memory.mode)
+        flops = {phase: flops.get(phase, 0.0) + flop for phase, flop in work.items()}
     after, stored = _bytes_after(skeleton, config)
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
     return Plan(
@@ -170,13 +178,13 @@ def plan(
         bytes_before=skeleton.checkpoint.nbytes(),
         bytes_after=after,
         bits_per_weight=8 * stored / max(1, sum(m.shape[0] * m.shape[1] for m in modules if m.bits)),
-        tied_embeddings=bool(getattr(skeleton.model.config, "tie_word_embeddings", False)),
+        tied_embeddings=is_tied(skeleton.model.config),
         memory=memory,
         phases=forecast.seconds(flops, skeleton.dtype) if flops else {},
         served_by=runtimes.served_by(_served(skeleton, config)),
         tensor_parallel=runtimes.tensor_parallel(
             [(*m.shape, m.group_size or -1) for m in modules if m.bits],
-            hidden=shapes.hidden, heads=heads,
+            hidden=int(text.hidden_size), heads=heads,
             kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         ),
         problems=problems,
@@ -252,7 +260,7 @@ def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], 
 
 def _bytes_after(skeleton: Skeleton, config: QuantizeConfig) -> tuple[int, int]:
     """Bytes of all tensors of the result, and of its quantized layers alone."""
-    after = skeleton.checkpoint.nbytes()
+    after = sum(info.nbytes for info in skeleton.checkpoint.tensors.values())
     stored = 0
     for block in skeleton.blocks:
         for name, linear in block.linears.items():
@@ -276,11 +284,11 @@ def _packed(rows: int, columns: int, config: QuantizeConfig) -> int:
 
 def _rest(skeleton: Skeleton) -> str:
     """The largest tensors outside the blocks' linears, by name."""
-    linears = {f"{name}.weight" for block in skeleton.blocks for name in block.linears}
+    linears = {id(x.weight) for block in skeleton.blocks for x in block.linears.values()}
     others = [
         (weight.numel(), name)
         for name, weight in skeleton.model.named_parameters()
-        if name not in linears
+        if id(weight) not in linears
     ]
     largest = sorted(others, reverse=True)[:2]
     return "the largest others are " + ", ".join(f"{n} ({size:,})" for size, n in largest)

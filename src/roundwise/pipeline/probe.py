@@ -165,13 +165,10 @@ def taking_notes(block: Block) -> Iterator[Notes]:
         return hook
 
     experts = tuple(f"{path}." for path in block.experts)
-    for path, module in block.module.named_modules(prefix=block.name):
+    for path, module in block.modules():
         # The stream does not pass inside experts, and no single one's output is all that is added to it.
         outside, linear = not path.startswith(experts), path in block.linears
-        if module is not block.module:
-            hooks.append(
-                module.register_forward_pre_hook(before(path, linear=linear, stream=outside))
-            )
+        hooks.append(module.register_forward_pre_hook(before(path, linear=linear, stream=outside)))
         if linear and outside:
             hooks.append(module.register_forward_hook(after(path)))
     try:

@@ -99,10 +99,11 @@ def quantize(
     clock.take()
     return_early()
     config = config or QuantizeConfig()
-    skeleton = open_skeleton(local_folder(model))
+    skeleton = open_skeleton(local_folder(model), lm_head=config.lm_head)
     skipped = _check(skeleton, config)
     if config.rotate:
-        skeleton = open_skeleton(rotated(skeleton.checkpoint, config.rotation_seed))
+        turned = rotated(skeleton.checkpoint, config.rotation_seed)
+        skeleton = open_skeleton(turned, lm_head=config.lm_head)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     texts = _calibration(

@@ -229,22 +229,23 @@ class Run:
                 self._tell(index, first, layers[-1])
 
         with clock.phase("read"):
-            self.skeleton.load(block.module, block.name)
+            self.skeleton.load(block.module, block.prefix)
         activations, routed = None, dict[str, list[int]]()
         if conductor is not None:
             groups = conductor.probe(block)
             sequential = self.mode == "true_sequential"
             routed = conductor.play(block, groups, solve_group, sequential=sequential)
-            with clock.phase("write"):
-                activations = journal.save_outputs(index, conductor.outputs())
-            # From here on the batches live in the file just written, not in memory.
-            conductor.replace_outputs(journal.load_outputs(activations))
+            if not block.is_head:
+                with clock.phase("write"):
+                    activations = journal.save_outputs(index, conductor.outputs())
+                # From here on the batches live in the file just written, not in memory.
+                conductor.replace_outputs(journal.load_outputs(activations))
         # Linears that the model's forward never called, or all of them without calibration.
         solve_group(Group([name for name in block.linears if name not in solved]))
         shard = shard_name(index, len(self.skeleton.blocks))
         with clock.phase("write"):
             digest = write_safetensors(self.out / shard, self._shard(index, solved, folded))
-        self.skeleton.unload(block.module, block.name)
+        self.skeleton.unload(block.module, block.prefix)
         line = {
             "block": index, "shard": shard, "sha256": digest,
             "activations": activations, "layers": layers, "experts": routed,

@@ -34,6 +34,9 @@ def command(
     experts: Annotated[
         str, typer.Option(help="Calibration tokens of an expert: routed or all.")
     ] = "routed",
+    lm_head: Annotated[
+        bool, typer.Option("--lm-head", help="Quantize the output head too.")
+    ] = False,
     override: Annotated[
         list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' for some modules.")
     ] = None,
@@ -58,11 +61,11 @@ def command(
 
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe, method=method,
-        experts=experts,
+        experts=experts, lm_head=lm_head,
         dynamic=parse_dynamic(override or [], skip or []),
     )  # fmt: skip
     found = plan(
-        open_skeleton(local_folder(model)), config,
+        open_skeleton(local_folder(model), lm_head=lm_head), config,
         samples=samples, seq_len=seq_len, batch_size=batch_size,
         mode=parse_mode(mode), budget=parse_size(max_memory),
     )  # fmt: skip
