@@ -13,6 +13,7 @@ import transformers
 
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.inference import autoload
+from roundwise.models.architecture import load_config, model_class
 from roundwise.models.checkpoint import SINGLE, Checkpoint
 from roundwise.models.hub import local_folder
 from roundwise.models.verify import quantization_settings
@@ -52,7 +53,8 @@ def load(
         if _is_old(checkpoint):
             folder = _modernised(checkpoint, Path(scratch))
         try:
-            loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            kind = model_class(load_config(checkpoint))
+            loaded, info = kind.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
             )
         except CheckpointError:

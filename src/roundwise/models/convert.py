@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.core.packing import pack
 from roundwise.errors import ConfigError, OutputError
+from roundwise.models.architecture import build, load_config
 from roundwise.models.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo
 from roundwise.models.formats import SUFFIXES
-from roundwise.models.skeleton import build, load_config
 from roundwise.models.split import Joint, joints
 from roundwise.models.verify import QuantizedLayer, quantization_settings, quantized_layers
 from roundwise.models.writer import copy_file, write_json, write_safetensors

@@ -19,11 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.core.rotation import Rotation
 from roundwise.errors import CheckpointError, ConfigError
+from roundwise.models.blocks import Block
 from roundwise.models.checkpoint import Checkpoint, TensorInfo
 from roundwise.models.folded import Change, FoldedCheckpoint
 from roundwise.models.head import head_of
 from roundwise.models.residual import Norm, Trace, near, run, stream_of, trace
-from roundwise.models.skeleton import Block, Skeleton, open_skeleton
+from roundwise.models.skeleton import Skeleton, open_skeleton
 
 #: Relative distance up to which float32 results before and after a fold count as the same.
 TOLERANCE = 1e-2

@@ -22,8 +22,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.errors import ConfigError
+from roundwise.models.architecture import arguments
+from roundwise.models.blocks import Block
 from roundwise.models.head import head_of
-from roundwise.models.skeleton import Block, Skeleton
+from roundwise.models.skeleton import Skeleton
 
 #: Tokens of the forward.
 TOKENS = 8
@@ -150,7 +152,7 @@ def run(
         block.module.forward = gate(block, block.module.forward)
     count = len(few[0].weight)
     try:
-        output = model(input_ids=torch.arange(count)[None], use_cache=False)
+        output = model(**arguments(model, torch.arange(count)[None]))
     finally:
         for block in skeleton.blocks:
             vars(block.module).pop("forward", None)

@@ -15,45 +15,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from roundwise.errors import CheckpointError, ConfigError
+from roundwise.errors import ConfigError
+from roundwise.models.architecture import build, load_config
+from roundwise.models.blocks import Block, find_blocks, head_block
 from roundwise.models.checkpoint import Checkpoint, TensorInfo
-from roundwise.models.experts import LinearExperts
-from roundwise.models.head import Head, head_of, is_tied, untie, untied
+from roundwise.models.head import is_tied, untie, untied
 from roundwise.models.names import map_names
-from roundwise.models.split import Layout, open_up, routers_of, split_experts
-
-
-@dataclass
-class Block:
-    """One of the repeated blocks."""
-
-    name: str
-    """Prefix of its modules, such as model.layers.3."""
-    module: nn.Module
-    linears: dict[str, nn.Module]
-    """Full module name -> nn.Linear or Conv1D, in order of definition."""
-    left: dict[str, str] = field(default_factory=dict)
-    """Full name of linears that are never quantized, and what they are."""
-    is_head: bool = False
-    """The output head; `module` is a `Head`, its name that of the layer in it."""
-
-    @property
-    def prefix(self) -> str:
-        """What the names of the modules in `module` begin with."""
-        return self.name.rpartition(".")[0] if self.is_head else self.name
-
-    def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """(full name, module) of everything inside."""
-        for path, module in self.module.named_modules(prefix=self.prefix):
-            if module is not self.module:
-                yield path.removeprefix("."), module
-
-    @property
-    def experts(self) -> dict[str, LinearExperts]:
-        """Full module name -> mixture of experts."""
-        return {name: m for name, m in self.modules() if isinstance(m, LinearExperts)}
+from roundwise.models.split import Layout, open_up, split_experts
 
 
 @dataclass
@@ -193,7 +162,7 @@ def open_skeleton(
         checkpoint = untied(checkpoint, model, source_of)
     blocks = find_blocks(model)
     if lm_head:
-        blocks.append(_head_block(model))
+        blocks.append(head_block(model))
     skeleton = Skeleton(model, checkpoint, blocks, source_of, dtype, layout)
     skeleton._block_of = dict(_blocks_of_tensors(skeleton))
     return skeleton
@@ -204,100 +173,6 @@ def as_linears(checkpoint: Checkpoint, layers: set[str], *, lm_head: bool) -> Ch
     if all(f"{name}.weight" in checkpoint.tensors for name in layers):
         return checkpoint
     return open_skeleton(checkpoint, lm_head=lm_head).checkpoint
-
-
-def load_config(checkpoint: Checkpoint) -> Any:
-    """Transformers' config of a checkpoint; code that comes with the model is never run."""
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=False, **checkpoint.overrides
-        )
-    except Exception as error:  # transformers raises many kinds here; all mean the same to a user
-        kind = checkpoint.config.get("model_type", "no model_type")
-        reason = str(error).strip().split("\n", 1)[0]
-        raise CheckpointError(
-            f"transformers {transformers.__version__} cannot open {checkpoint.folder} ({kind}): {reason}"
-        ) from error
-
-
-def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The model on the meta device, only its computed buffers (rotary tables, masks) real."""
-    try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
-            )
-    except ValueError as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ConfigError(f"{config.model_type} is no causal language model: {reason}") from error
-    computed = {name for name, _ in model.named_non_persistent_buffers()}
-    for name, module in model.named_modules():
-        fresh = False
-        for key, buffer in module._buffers.items():
-            if buffer is not None and f"{name}.{key}".lstrip(".") in computed:
-                module._buffers[key] = torch.empty_like(buffer, device="cpu")
-                fresh = True
-        # transformers fills computed buffers in its own initialisation; let it see only these.
-        module._is_hf_initialized = not fresh
-    model.initialize_weights()
-    return model.eval()
-
-
-def find_blocks(model: nn.Module) -> list[Block]:
-    """The repeated blocks: the outermost ModuleList that holds most linear weights.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    best, best_size = "", 0
-    lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not inside:
-            lists[name] = module
-            size = sum(linear.weight.numel() for _, linear in _linears(module))
-            if size > best_size:
-                best, best_size = name, size
-    if not best:
-        raise ConfigError(
-            f"{type(model).__name__} has no repeated blocks with linear layers: nothing to quantize"
-        )
-    return [_block(f"{best}.{i}", module) for i, module in enumerate(lists[best])]
-
-
-def _head_block(model: transformers.PreTrainedModel) -> Block:
-    name = head_of(model)
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    head = Head(name.rpartition(".")[2], linear)
-    model.set_submodule(name, head)
-    return Block(name, head, {name: linear}, is_head=True)
-
-
-def _block(name: str, module: nn.Module) -> Block:
-    left = {f"{name}.{n}": reason for n, reason in routers_of(module).items()}
-    linears = {f"{name}.{n}": linear for n, linear in _linears(module)}
-    return Block(name, module, {n: linear for n, linear in linears.items() if n not in left}, left)
-
-
-def weight_of(linear: nn.Module) -> torch.Tensor:
-    """The weight as [out, in]; Conv1D keeps it as [in, out]."""
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.T if isinstance(linear, Conv1D) else weight
-
-
-def set_weight(linear: nn.Module, W: torch.Tensor) -> None:
-    """Replaces the weight by W [out, in] in the dtype it had."""
-    dtype = weight_of(linear).dtype
-    value = W.T.contiguous() if isinstance(linear, Conv1D) else W
-    linear.weight = nn.Parameter(value.to(dtype), requires_grad=False)
-
-
-def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, child in module.named_modules():
-        if isinstance(child, nn.Linear | Conv1D):
-            yield name, child
 
 
 def _tensors_of(

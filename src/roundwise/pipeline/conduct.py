@@ -30,7 +30,8 @@ from torch import nn
 
 from roundwise.core.clock import clock
 from roundwise.errors import RunError
-from roundwise.models.skeleton import Block
+from roundwise.models.architecture import arguments
+from roundwise.models.blocks import Block
 from roundwise.pipeline.calibration import Batch
 from roundwise.pipeline.gather import Gatherer
 from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, stop
@@ -50,7 +51,7 @@ class Conductor:
         batches: calibration batches.
         reference: also play the original model.
         skip: resuming, the number of finished blocks; they are not played.
-        outputs: resuming, what the last finished block returned to each player.
+        outputs: resuming, what the last finished block returned to each player, by `Block.stack`.
         held_out: numbers of the batches that are summed up apart (`Group.held`).
         ratio: see `Group.add_drift`.
         policy: which tokens an expert's Hessian is made from.
@@ -64,7 +65,7 @@ class Conductor:
         *,
         reference: bool = False,
         skip: int = 0,
-        outputs: list[Any] | None = None,
+        outputs: dict[int, list[Any]] | None = None,
         held_out: frozenset[int] = frozenset(),
         ratio: float | None = None,
         policy: Policy | None = None,
@@ -80,8 +81,9 @@ class Conductor:
                 player.twin = Player(player.batch, player.number, player, original=True)
         self.originals = [player.twin for player in self.quantized if player.twin]
         self.players = [self.probe_player, *self.originals, *self.quantized]
-        for player, output in zip(self.players, outputs or [], strict=bool(outputs)):
-            player.output = output
+        for stack, saved in (outputs or {}).items():
+            for player, output in zip(self.players, saved, strict=True):
+                player.finished[stack] = output
         self._playing: dict[greenlet, Player] = {}
         self._variants: list[tuple[nn.Module, Any, Any]] = []
         self._showing_original = False
@@ -223,7 +225,7 @@ class Conductor:
             self._showing_original = original
 
     def _play(self, player: Player) -> None:
-        self.model(**player.batch.inputs(), use_cache=False)
+        self.model(**arguments(self.model, player.batch.input_ids, player.batch.mask))
 
     def _advance(self, player: Player, target: int) -> None:
         """Lets a player run until it stops at `target` or beyond."""
@@ -244,7 +246,7 @@ class Conductor:
             player = self._current()
             if index < self.skip:
                 # Finished earlier: all of them return what the last one did, only that one counts.
-                return player.output
+                return player.finished[self.blocks[index].stack]
             player.output = None
             stop(ENTER)
             if player.number >= 0 and not self.gatherer.sequential:

@@ -13,8 +13,9 @@ import torch
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.solver import ROW_WORKSPACE
+from roundwise.models.blocks import Block, weight_of
 from roundwise.models.experts import ROLES
-from roundwise.models.skeleton import Block, Skeleton, weight_of
+from roundwise.models.skeleton import Skeleton
 
 #: float32 matrices of ROW_WORKSPACE entries that solving a part of the rows holds at a time.
 SOLVING, REFINING = 8, 14

@@ -13,9 +13,10 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.packing import codes_per_block
 from roundwise.errors import ConfigError
 from roundwise.models import runtimes
+from roundwise.models.blocks import weight_of
 from roundwise.models.formats import check_shape
 from roundwise.models.head import is_tied
-from roundwise.models.skeleton import Skeleton, weight_of
+from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import PartInfo
 from roundwise.pipeline import forecast
 from roundwise.pipeline.memory import Mode, available, resident

@@ -16,7 +16,7 @@ from torch import nn
 from roundwise.core.correct import Drift
 from roundwise.core.hessian import CrossMoment, Hessian
 from roundwise.errors import RunError
-from roundwise.models.skeleton import Block
+from roundwise.models.blocks import Block
 
 
 @dataclass

@@ -15,11 +15,12 @@ import transformers
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
 from roundwise.errors import CalibrationError, ConfigError, Interrupted, RunError
+from roundwise.models.blocks import weight_of
 from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.fold import rotated
 from roundwise.models.formats import check_shape
 from roundwise.models.hub import local_folder
-from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
+from roundwise.models.skeleton import Skeleton, open_skeleton
 from roundwise.models.writer import storage_error
 from roundwise.pipeline.calibration import Calibration, load_calibration
 from roundwise.pipeline.damping import held_out

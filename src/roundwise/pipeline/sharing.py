@@ -9,7 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from roundwise.config import QuantizeConfig
-from roundwise.models.skeleton import Skeleton, build
+from roundwise.models.architecture import arguments, build
+from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import open_up
 from roundwise.pipeline.routing import Policy
 
@@ -43,7 +44,7 @@ def first_readers(skeleton: Skeleton, config: QuantizeConfig) -> dict[str, str]:
                 for key, buffer in module._buffers.items():
                     if buffer is not None:
                         module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
-            model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.int64), use_cache=False)
+            model(**arguments(model, torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)))
     except Exception:  # a forward that looks at its data, which fails in many ways without any
         return {}
     first: dict[tuple[int, int, int], str] = {}

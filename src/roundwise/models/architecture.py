@@ -1,0 +1,88 @@
+"""The model of a config: its class, built without weights, and what its forward is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from roundwise.errors import CheckpointError, ConfigError
+from roundwise.models.checkpoint import Checkpoint
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """Transformers' config of a checkpoint; code that comes with the model is never run."""
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=False, **checkpoint.overrides
+        )
+    except Exception as error:  # transformers raises many kinds here; all mean the same to a user
+        kind = checkpoint.config.get("model_type", "no model_type")
+        reason = str(error).strip().split("\n", 1)[0]
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot open {checkpoint.folder} ({kind}): {reason}"
+        ) from error
+
+
+def model_class(config: Any) -> type[transformers.PreTrainedModel]:
+    """The class that a checkpoint names, else the causal language model of its kind.
+
+    Raises:
+        ConfigError: transformers has neither.
+    """
+    for name in getattr(config, "architectures", None) or []:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    try:
+        found = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise ConfigError(f"{config.model_type} is no causal language model") from None
+    assert isinstance(found, type)
+    return found
+
+
+def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The model on the meta device, only its computed buffers (rotary tables, masks) real."""
+    with torch.device("meta"):
+        model = model_class(config)._from_config(config, dtype=dtype)
+    computed = {name for name, _ in model.named_non_persistent_buffers()}
+    for name, module in model.named_modules():
+        fresh = False
+        for key, buffer in module._buffers.items():
+            if buffer is not None and f"{name}.{key}".lstrip(".") in computed:
+                module._buffers[key] = torch.empty_like(buffer, device="cpu")
+                fresh = True
+        # transformers fills computed buffers in its own initialisation; let it see only these.
+        module._is_hf_initialized = not fresh
+    model.initialize_weights()
+    return model.eval()
+
+
+def arguments(
+    model: transformers.PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """What the model's forward is called with for some text.
+
+    A decoder behind an encoder is given the same text as the encoder.
+
+    Args:
+        model: any of transformers'.
+        input_ids: [windows, length].
+        mask: bool, False on padding.
+
+    Raises:
+        ConfigError: the model does not begin with text.
+    """
+    if model.main_input_name != "input_ids":
+        raise ConfigError(
+            f"{type(model).__name__} begins with {model.main_input_name}, which calibration text does "
+            "not give: use --method rtn"
+        )
+    given: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    if mask is not None:
+        given["attention_mask"] = mask.long()
+    if getattr(model.config, "is_encoder_decoder", False):
+        given |= {f"decoder_{name}": value for name, value in given.items() if name != "use_cache"}
+    return given
