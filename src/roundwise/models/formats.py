@@ -6,6 +6,8 @@ AutoGPTQ, GPTQModel and us, and read by vLLM, transformers and others.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -103,9 +105,20 @@ def infer_bits(tensors: dict[str, torch.Tensor], name: str) -> int:
     return bits
 
 
-def quantization_config(config: QuantizeConfig, *, true_sequential: bool) -> dict[str, Any]:
-    """`quantization_config` of config.json, with the keys that vLLM, transformers and others read."""
-    dynamic: dict[str, dict[str, Any]] = {}
+def quantization_config(
+    config: QuantizeConfig, *, true_sequential: bool, left: Iterable[str] = ()
+) -> dict[str, Any]:
+    """`quantization_config` of config.json, with the keys that vLLM, transformers and others read.
+
+    Args:
+        config: settings.
+        true_sequential: the mode.
+        left: names of linears that stay whatever the settings say.
+    """
+    dynamic: dict[str, dict[str, Any]] = {
+        f"-:.*{pattern}": {}
+        for pattern in dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(name)) for name in left)
+    }
     for pattern, changes in config.dynamic.items():
         # Readers match dynamic patterns from the start of the name; ours may stand anywhere in it.
         anchored = f".*(?:{pattern})"

@@ -35,6 +35,8 @@ class Skeleton:
     source_of: dict[str, str]
     """Name of a parameter or buffer in the model -> name of the tensor in the checkpoint."""
     dtype: torch.dtype
+    aside: list[Block] = field(default_factory=list)
+    """Blocks of which nothing is quantized, because a forward with text does not reach them."""
     layout: Layout = field(default_factory=dict)
     """Where there are experts, and what their projections are called."""
     _block_of: dict[str, int] = field(default_factory=dict)
@@ -53,6 +55,13 @@ class Skeleton:
     def other_tensors(self) -> dict[str, TensorInfo]:
         """The tensors of the checkpoint outside all blocks."""
         return {n: info for n, info in self.checkpoint.tensors.items() if n not in self._block_of}
+
+    def set_aside(self, blocks: list[Block]) -> None:
+        """Treats some blocks as everything else outside the blocks; they are in `aside` from then on."""
+        self.aside += blocks
+        names = {block.name for block in blocks}
+        self.blocks = [block for block in self.blocks if block.name not in names]
+        self._block_of = dict(_blocks_of_tensors(self))
 
     def load(
         self, module: nn.Module, prefix: str, *, recurse: bool = True, aligned: bool = True
@@ -163,7 +172,7 @@ def open_skeleton(
     blocks = find_blocks(model)
     if lm_head:
         blocks.append(head_block(model))
-    skeleton = Skeleton(model, checkpoint, blocks, source_of, dtype, layout)
+    skeleton = Skeleton(model, checkpoint, blocks, source_of, dtype, layout=layout)
     skeleton._block_of = dict(_blocks_of_tensors(skeleton))
     return skeleton
 

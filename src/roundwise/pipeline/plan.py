@@ -21,7 +21,7 @@ from roundwise.models.split import PartInfo
 from roundwise.pipeline import forecast
 from roundwise.pipeline.memory import Mode, available, resident
 from roundwise.pipeline.routing import check_experts
-from roundwise.pipeline.sharing import first_readers
+from roundwise.pipeline.sharing import leave_uncalled
 
 #: Part of all parameters below which a quantized model is hardly smaller: said as a warning.
 ADVISED_PART = 0.8
@@ -233,7 +233,7 @@ def _served(skeleton: Skeleton, config: QuantizeConfig) -> Iterator[dict[str, An
 
 def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], bool]:
     """All linears of the blocks, and whether it is known which share an input."""
-    leaders = first_readers(skeleton, config)
+    leaders = leave_uncalled(skeleton, config)
     found = []
     for block in skeleton.blocks:
         for name, linear in block.linears.items():
@@ -253,6 +253,7 @@ def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], 
                     leaders.get(name), why_not,
                 )
             )  # fmt: skip
+    for block in [*skeleton.blocks, *skeleton.aside]:
         for name, reason in block.left.items():
             rows, columns = weight_of(skeleton.model.get_submodule(name)).shape
             found.append(Module(name, (rows, columns), None, None, None, reason))

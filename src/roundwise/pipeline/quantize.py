@@ -29,6 +29,10 @@ from roundwise.pipeline.plan import beyond_budget
 from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.routing import check_experts
 from roundwise.pipeline.run import Progress, Run
+from roundwise.pipeline.sharing import leave_uncalled
+
+#: How reasons begin that go without saying: routers and gates of experts.
+EXPECTED = ("a router", "a gate")
 
 __all__ = ["Progress", "QuantizeResult", "quantize"]
 
@@ -101,10 +105,11 @@ def quantize(
     return_early()
     config = config or QuantizeConfig()
     skeleton = open_skeleton(local_folder(model), lm_head=config.lm_head)
-    skipped = _check(skeleton, config)
     if config.rotate:
         turned = rotated(skeleton.checkpoint, config.rotation_seed)
         skeleton = open_skeleton(turned, lm_head=config.lm_head)
+    leave_uncalled(skeleton, config)
+    skipped = _check(skeleton, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     texts = _calibration(
@@ -172,7 +177,21 @@ def _check(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
             if settings is not None:
                 out_features, in_features = weight_of(linear).shape
                 check_shape(name, out_features, in_features, settings)
-    return [f"{len(left)} of {len(names)} linear layers are left as they are"] if left else []
+    asked = [f"{len(left)} of {len(names)} linear layers are left as they are"] if left else []
+    return [*asked, *_stay(skeleton)]
+
+
+def _stay(skeleton: Skeleton) -> list[str]:
+    """One line for each reason why linears stay that nobody asked to leave; routers always do."""
+    reasons: dict[str, list[str]] = {}
+    for block in [*skeleton.blocks, *skeleton.aside]:
+        for name, reason in block.left.items():
+            if not reason.startswith(EXPECTED):
+                reasons.setdefault(reason, []).append(name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} stay: {reason}"
+        for reason, names in reasons.items()
+    ]
 
 
 def _uncovered(manifest: dict[str, Any], config: QuantizeConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which layers will read the same input, from a forward without data, so that a plan can say it."""
+"""What a forward without data tells: which layers are called, and which of them read the same input."""
 
 from __future__ import annotations
 
@@ -16,6 +16,26 @@ from roundwise.pipeline.routing import Policy
 
 #: Tokens of the forward.
 PROBE_TOKENS = 8
+
+
+def leave_uncalled(skeleton: Skeleton, config: QuantizeConfig) -> dict[str, str]:
+    """Has linears stay that the model never calls: it may read their weights in another way.
+
+    Returns:
+        What `first_readers` does; if that is nothing, no linear is known not to be called.
+    """
+    called = first_readers(skeleton, config)
+    for block in skeleton.blocks if called else []:
+        reached = called.keys() & block.linears.keys()
+        for name in [name for name in block.linears if name not in reached]:
+            del block.linears[name]
+            block.left[name] = (
+                "the model never calls it, but may read its weight"
+                if reached
+                else "the model does not call its block for text alone"
+            )
+    skeleton.set_aside([block for block in skeleton.blocks if called and not block.linears])
+    return called
 
 
 def first_readers(skeleton: Skeleton, config: QuantizeConfig) -> dict[str, str]:
