@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ class Family:
     """Its class; None: the causal language model of the config."""
     noise: float = 0.08
     """Added to all weights, so that none is zero or one; 0 where that would overflow."""
+    exact: torch.dtype = torch.float64
+    """What outputs are compared in."""
     method: str = "gptq"
     why_not: str | None = None
     """What a run with calibration says instead."""
@@ -121,7 +123,9 @@ def _decoders() -> dict[str, Family]:
         for k, v in sizes["GPTNeo"].items()
         if k not in ("num_hidden_layers", "num_attention_heads")
     }
-    return {name: Family("decoder", f"{name}Config", lambda s=s: s) for name, s in sizes.items()}
+    made = {name: Family("decoder", f"{name}Config", lambda s=s: s) for name, s in sizes.items()}
+    made["XGLM"] = replace(made["XGLM"], exact=torch.float32)  # its mask is made for float32
+    return made
 
 
 def _mixtures() -> dict[str, Family]:
@@ -165,8 +169,8 @@ def _mixtures() -> dict[str, Family]:
 
 def _hybrids() -> dict[str, Family]:
     state = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 24,
-        "time_step_rank": 16,
+        "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16,
+        "time_step_rank": 32,
     }  # fmt: skip
     sizes: dict[str, tuple[dict[str, Any], float]] = {
         "Mamba": (state, 0.08),
@@ -181,11 +185,11 @@ def _hybrids() -> dict[str, Family]:
         "Jamba": ({
             **GROUPED, "num_experts": 2, "num_experts_per_tok": 2, "attn_layer_period": 2,
             "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
-            "mamba_d_state": 24, "mamba_dt_rank": 16, "use_mamba_kernels": False,
+            "mamba_d_state": 16, "mamba_dt_rank": 32, "use_mamba_kernels": False,
         }, 0.08),
         "Zamba2": ({
-            **GROUPED, "layer_types": ["mamba", "hybrid"], "mamba_d_state": 16, "mamba_headdim": 16,
-            "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1,
+            **GROUPED, "layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 16,
+            "mamba_headdim": 16, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1,
         }, 0.08),
         "Qwen3Next": ({
             **EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
@@ -226,7 +230,8 @@ def _encoders() -> dict[str, Family]:
     modern = {"global_attn_every_n_layers": 2, "cls_token_id": 0, "sep_token_id": 1}
     sizes = {
         "Bert": PADDED, "Roberta": PADDED, "ModernBert": {**PADDED, **modern}, "MPNet": PADDED,
-        "Electra": {**PADDED, "embedding_size": 64}, "DebertaV2": PADDED,
+        "Electra": {**PADDED, "embedding_size": 64}, "Albert": {**PADDED, "embedding_size": 64},
+        "DebertaV2": PADDED,
         "DistilBert": {
             "vocab_size": VOCABULARY, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96,
             "max_position_embeddings": 64,

@@ -48,14 +48,17 @@ def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
     with torch.device("meta"):
         model = model_class(config)._from_config(config, dtype=dtype)
     computed = {name for name, _ in model.named_non_persistent_buffers()}
+    fresh = {""}
     for name, module in model.named_modules():
-        fresh = False
         for key, buffer in module._buffers.items():
             if buffer is not None and f"{name}.{key}".lstrip(".") in computed:
                 module._buffers[key] = torch.empty_like(buffer, device="cpu")
-                fresh = True
-        # transformers fills computed buffers in its own initialisation; let it see only these.
-        module._is_hf_initialized = not fresh
+                parts = name.split(".")
+                fresh |= {".".join(parts[:end]) for end in range(len(parts) + 1)}
+    # transformers fills computed buffers in its own initialisation, at times that of a module around:
+    # let it see only these.
+    for name, module in model.named_modules():
+        module._is_hf_initialized = name not in fresh
     model.initialize_weights()
     return model.eval()
 

@@ -233,7 +233,7 @@ def _served(skeleton: Skeleton, config: QuantizeConfig) -> Iterator[dict[str, An
 
 def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], bool]:
     """All linears of the blocks, and whether it is known which share an input."""
-    leaders = leave_uncalled(skeleton, config)
+    leaders = leave_uncalled(skeleton, config).first
     found = []
     for block in skeleton.blocks:
         for name, linear in block.linears.items():

@@ -15,6 +15,7 @@ import transformers
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
 from roundwise.errors import CalibrationError, ConfigError, Interrupted, RunError
+from roundwise.models.architecture import arguments
 from roundwise.models.blocks import weight_of
 from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.fold import rotated
@@ -108,8 +109,13 @@ def quantize(
     if config.rotate:
         turned = rotated(skeleton.checkpoint, config.rotation_seed)
         skeleton = open_skeleton(turned, lm_head=config.lm_head)
-    leave_uncalled(skeleton, config)
+    calls = leave_uncalled(skeleton, config)
     skipped = _check(skeleton, config)
+    if calls.repeated:
+        skipped.append(
+            f"{calls.repeated[0]} and others are called several times in a forward: they are fitted to "
+            "what they read the first time"
+        )
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     texts = _calibration(
@@ -225,6 +231,9 @@ def _calibration(
             f"{config.method} needs calibration text: --calibration FILE, or a named set such as "
             "python-stdlib or wikitext2"
         )
+    arguments(
+        skeleton.model, torch.zeros(1, 1, dtype=torch.int64)
+    )  # refuses what is not fed with text
     text_config = skeleton.model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or seq_len
     widest = max(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,13 +20,20 @@ from roundwise.pipeline.routing import Policy
 PROBE_TOKENS = 8
 
 
-def leave_uncalled(skeleton: Skeleton, config: QuantizeConfig) -> dict[str, str]:
-    """Has linears stay that the model never calls: it may read their weights in another way.
+@dataclass(frozen=True)
+class Calls:
+    """What a forward without data called; nothing if it looks at its data."""
 
-    Returns:
-        What `first_readers` does; if that is nothing, no linear is known not to be called.
-    """
-    called = first_readers(skeleton, config)
+    first: dict[str, str] = field(default_factory=dict)
+    """Layer -> the first that reads the same tensor."""
+    repeated: tuple[str, ...] = ()
+    """Layers that were called more than once."""
+
+
+def leave_uncalled(skeleton: Skeleton, config: QuantizeConfig) -> Calls:
+    """Has linears stay that the model never calls: it may read their weights in another way."""
+    calls = trace_calls(skeleton, config)
+    called = calls.first
     for block in skeleton.blocks if called else []:
         reached = called.keys() & block.linears.keys()
         for name in [name for name in block.linears if name not in reached]:
@@ -35,11 +44,11 @@ def leave_uncalled(skeleton: Skeleton, config: QuantizeConfig) -> dict[str, str]
                 else "the model does not call its block for text alone"
             )
     skeleton.set_aside([block for block in skeleton.blocks if called and not block.linears])
-    return called
+    return calls
 
 
-def first_readers(skeleton: Skeleton, config: QuantizeConfig) -> dict[str, str]:
-    """Layer -> the first that reads the same tensor, from a forward without data; {}: not known."""
+def trace_calls(skeleton: Skeleton, config: QuantizeConfig) -> Calls:
+    """Runs the forward."""
     model = build(skeleton.model.config, skeleton.dtype)
     open_up(model, skeleton.layout)
     policy = Policy(config.experts)
@@ -66,10 +75,12 @@ def first_readers(skeleton: Skeleton, config: QuantizeConfig) -> dict[str, str]:
                         module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
             model(**arguments(model, torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)))
     except Exception:  # a forward that looks at its data, which fails in many ways without any
-        return {}
+        return Calls()
     first: dict[tuple[int, int, int], str] = {}
-    found = {}
+    found: dict[str, str] = {}
     for name, x in seen:
         key = (x.untyped_storage()._cdata, x.numel(), x._version)
-        found[name] = first.setdefault(key, name)
-    return found
+        leader = first.setdefault(key, name)
+        found.setdefault(name, leader)
+    counts = Counter(name for name, _ in seen)
+    return Calls(found, tuple(name for name, count in counts.items() if count > 1))
