@@ -172,7 +172,7 @@ class TestModel:
         ended = commands.run(
             "quantize", quantized("llama"), tmp_path / "out", "--calibration", text
         )  # fmt: skip
-        refused(ended, "is quantized already (gptq): start from the original")
+        refused(ended, "is quantized already (awq): start from the original")
 
     def test_code_that_comes_with_the_model_is_not_run(
         self, quantize: Callable[..., Ended], model: Path, tmp_path: Path

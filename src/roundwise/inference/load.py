@@ -15,8 +15,8 @@ from roundwise.errors import CheckpointError, ConfigError
 from roundwise.inference import autoload
 from roundwise.models.architecture import load_config, model_class
 from roundwise.models.checkpoint import SINGLE, Checkpoint
+from roundwise.models.formats import quantization_settings
 from roundwise.models.hub import local_folder
-from roundwise.models.verify import quantization_settings
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",

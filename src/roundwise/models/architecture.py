@@ -12,9 +12,9 @@ from roundwise.models.checkpoint import Checkpoint
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """Transformers' config of a checkpoint; code that comes with the model is never run."""
+    """Transformers' config of a checkpoint as it is without quantization; no code of its own is run."""
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=False, **checkpoint.overrides
         )
     except Exception as error:  # transformers raises many kinds here; all mean the same to a user
@@ -23,6 +23,15 @@ def load_config(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot open {checkpoint.folder} ({kind}): {reason}"
         ) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def dtype_of(config: dict[str, Any]) -> torch.dtype | None:
+    """What the config.json of a model says that it computes in; None: nothing."""
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else None
 
 
 def model_class(config: Any) -> type[transformers.PreTrainedModel]:

@@ -7,7 +7,8 @@ AutoGPTQ, GPTQModel and us, and read by vLLM, transformers and others.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.packing import codes_per_block, pack, unpack
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.errors import CheckpointError, ConfigError
+from roundwise.models.checkpoint import Checkpoint, TensorInfo, read_json
 from roundwise.version import __version__
 
 #: What replaces NAME.weight.
@@ -156,3 +158,63 @@ def dynamic_of(settings: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
         pattern = pattern[5:-1] if ours else f"^(?:{pattern})"
         found[pattern] = None if rule.startswith("-:") else dict(changes)
     return found
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A quantized linear as it stands in a checkpoint."""
+
+    name: str
+    parts: dict[str, TensorInfo]
+
+    def in_features(self) -> int:
+        """Input channels, from the shapes alone."""
+        groups, columns = self.parts["scales"].shape
+        bits = self.parts["qzeros"].nbytes * 8 // (groups * columns)
+        return self.parts["qweight"].nbytes * 8 // (bits * columns)
+
+    def read(self, checkpoint_format: str) -> QuantizedWeight:
+        """Its codes, scales and zeros."""
+        tensors = {suffix: info.read() for suffix, info in self.parts.items()}
+        return decode(tensors, checkpoint_format, self.name)
+
+
+def quantized_layers(checkpoint: Checkpoint) -> Iterator[QuantizedLayer]:
+    """All quantized linears of a GPTQ checkpoint, recognised by their tensors.
+
+    Raises:
+        CheckpointError: one of a layer's tensors is missing.
+    """
+    for tensor in checkpoint.tensors:
+        if tensor.endswith(".qweight"):
+            name = tensor.removesuffix(".qweight")
+            parts = {
+                suffix: checkpoint.tensors[f"{name}.{suffix}"]
+                for suffix in SUFFIXES
+                if f"{name}.{suffix}" in checkpoint.tensors
+            }
+            missing = {"qweight", "qzeros", "scales"} - set(parts)
+            if missing:
+                raise CheckpointError(f"{name} lacks {', '.join(sorted(missing))}")
+            yield QuantizedLayer(name, parts)
+
+
+def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`quantization_config` of config.json, or the quantize_config.json of older tools.
+
+    Raises:
+        CheckpointError: neither is there, or the method is not gptq.
+    """
+    settings = checkpoint.config.get("quantization_config")
+    if settings is None and (checkpoint.folder / "quantize_config.json").exists():
+        settings = read_json(checkpoint.folder / "quantize_config.json")
+    if not isinstance(settings, dict):
+        raise CheckpointError(
+            f"{checkpoint.folder} is not quantized: there is no quantization_config"
+        )
+    method = settings.get("quant_method", "gptq")
+    if method != "gptq":
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantized with {method}, not in the GPTQ format"
+        )
+    return settings

@@ -16,12 +16,12 @@ import torch
 import transformers
 from torch import nn
 
-from roundwise.errors import ConfigError
 from roundwise.models.architecture import build, load_config
 from roundwise.models.blocks import Block, find_blocks, head_block
 from roundwise.models.checkpoint import Checkpoint, TensorInfo
 from roundwise.models.head import is_tied, untie, untied
 from roundwise.models.names import map_names
+from roundwise.models.sources import as_dense
 from roundwise.models.split import Layout, open_up, split_experts
 
 
@@ -39,6 +39,8 @@ class Skeleton:
     """Blocks of which nothing is quantized, because a forward with text does not reach them."""
     layout: Layout = field(default_factory=dict)
     """Where there are experts, and what their projections are called."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be said about the checkpoint."""
     _block_of: dict[str, int] = field(default_factory=dict)
     _maps: dict[str, mmap.mmap] = field(default_factory=dict)
     """Name of a module -> where its loaded weight lives."""
@@ -152,11 +154,7 @@ def open_skeleton(
         ConfigError: the model has no repeated blocks with linear layers, or is quantized already.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
-        raise ConfigError(
-            f"{checkpoint.folder} is quantized already ({method}): start from the original"
-        )
+    checkpoint, notes = as_dense(checkpoint)
     config = load_config(checkpoint)
     dtype = dtype or _model_dtype(config, checkpoint)
     model = build(config, dtype)
@@ -172,7 +170,7 @@ def open_skeleton(
     blocks = find_blocks(model)
     if lm_head:
         blocks.append(head_block(model))
-    skeleton = Skeleton(model, checkpoint, blocks, source_of, dtype, layout=layout)
+    skeleton = Skeleton(model, checkpoint, blocks, source_of, dtype, layout=layout, notes=notes)
     skeleton._block_of = dict(_blocks_of_tensors(skeleton))
     return skeleton
 

@@ -6,7 +6,6 @@ too, as far as there is something to hold them against.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import torch
 
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.errors import CheckpointError, RoundwiseError, VerificationError
-from roundwise.models.checkpoint import Checkpoint, TensorInfo, file_digest, read_json
+from roundwise.models.checkpoint import Checkpoint, file_digest, read_json
 from roundwise.models.fold import as_quantized
-from roundwise.models.formats import SUFFIXES, decode
+from roundwise.models.formats import quantization_settings, quantized_layers
 from roundwise.models.scaling import as_prescaled
 from roundwise.models.skeleton import as_linears
+from roundwise.models.sources import as_dense
 from roundwise.models.split import carried
 
 MANIFEST = "roundwise.json"
@@ -53,66 +53,6 @@ class Audit:
             )
 
 
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """A quantized linear as it stands in a checkpoint."""
-
-    name: str
-    parts: dict[str, TensorInfo]
-
-    def in_features(self) -> int:
-        """Input channels, from the shapes alone."""
-        groups, columns = self.parts["scales"].shape
-        bits = self.parts["qzeros"].nbytes * 8 // (groups * columns)
-        return self.parts["qweight"].nbytes * 8 // (bits * columns)
-
-    def read(self, checkpoint_format: str) -> QuantizedWeight:
-        """Its codes, scales and zeros."""
-        tensors = {suffix: info.read() for suffix, info in self.parts.items()}
-        return decode(tensors, checkpoint_format, self.name)
-
-
-def quantized_layers(checkpoint: Checkpoint) -> Iterator[QuantizedLayer]:
-    """All quantized linears of a GPTQ checkpoint, recognised by their tensors.
-
-    Raises:
-        CheckpointError: one of a layer's tensors is missing.
-    """
-    for tensor in checkpoint.tensors:
-        if tensor.endswith(".qweight"):
-            name = tensor.removesuffix(".qweight")
-            parts = {
-                suffix: checkpoint.tensors[f"{name}.{suffix}"]
-                for suffix in SUFFIXES
-                if f"{name}.{suffix}" in checkpoint.tensors
-            }
-            missing = {"qweight", "qzeros", "scales"} - set(parts)
-            if missing:
-                raise CheckpointError(f"{name} lacks {', '.join(sorted(missing))}")
-            yield QuantizedLayer(name, parts)
-
-
-def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`quantization_config` of config.json, or the quantize_config.json of older tools.
-
-    Raises:
-        CheckpointError: neither is there, or the method is not gptq.
-    """
-    settings = checkpoint.config.get("quantization_config")
-    if settings is None and (checkpoint.folder / "quantize_config.json").exists():
-        settings = read_json(checkpoint.folder / "quantize_config.json")
-    if not isinstance(settings, dict):
-        raise CheckpointError(
-            f"{checkpoint.folder} is not quantized: there is no quantization_config"
-        )
-    method = settings.get("quant_method", "gptq")
-    if method != "gptq":
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized with {method}, not in the GPTQ format"
-        )
-    return settings
-
-
 def audit(
     folder: Path, *, against: Checkpoint | None = None, config_file: str = "config.json"
 ) -> Audit:
@@ -133,7 +73,7 @@ def audit(
             checkpoint = Checkpoint(folder, config_file=config_file)
             if against is not None:
                 against = as_linears(
-                    against, {layer.name for layer in quantized_layers(checkpoint)},
+                    as_dense(against)[0], {layer.name for layer in quantized_layers(checkpoint)},
                     lm_head=bool(quantization_settings(checkpoint).get("lm_head")),
                 )  # fmt: skip
                 against = as_quantized(against, quantization_settings(checkpoint))

@@ -143,7 +143,7 @@ def plan(
     """
     text = skeleton.model.config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or seq_len
-    warnings = []
+    warnings = [*skeleton.notes]
     if seq_len > limit:
         seq_len = limit
         warnings.append(f"seq_len is {limit}, the longest text the model takes")

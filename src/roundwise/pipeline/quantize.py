@@ -106,6 +106,7 @@ def quantize(
     return_early()
     config = config or QuantizeConfig()
     skeleton = open_skeleton(local_folder(model), lm_head=config.lm_head)
+    notes = skeleton.notes
     if config.rotate:
         turned = rotated(skeleton.checkpoint, config.rotation_seed)
         skeleton = open_skeleton(turned, lm_head=config.lm_head)
@@ -163,6 +164,7 @@ def quantize(
         experts=manifest["experts"],
         warnings=[
             *(texts.warnings if texts else []),
+            *notes,
             *skipped,
             *_uncovered(manifest, config),
             *([] if run.memory.fits else [beyond_budget(run.memory)]),
