@@ -148,7 +148,7 @@ def test_fp8_without_what_it_needs(tmp_path: Path) -> None:
     save_file(tensors, fp8 / "model.safetensors", {"format": "pt"})
     with edited_json(fp8 / "config.json") as config:
         config["quantization_config"]["weight_block_size"] = [32, 32]
-    with pytest.raises(CheckpointError, match="up_proj.weight_scale_inv is missing"):
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight_scale_inv is missing"):
         open_skeleton(fp8)
 
 
