@@ -128,6 +128,13 @@ class QuantizeConfig(BaseModel):
         description="Quantize the output head too; one that is tied to the embedding gets a weight of "
         "its own.",
     )
+    target_bpw: float | None = Field(
+        None,
+        gt=0.0,
+        le=16.0,
+        description="Bits per weight, everything counted: each layer gets the width and group size that "
+        "lose least together. bits and group_size are left to layers that nothing is chosen for.",
+    )
     rotate: bool = Field(
         False,
         description="Rotate the residual stream before quantizing, folded into the weights (QuaRot): "
@@ -184,6 +191,12 @@ class QuantizeConfig(BaseModel):
         for changes in self.dynamic.values():
             if changes:
                 self.merged(changes)
+        return self
+
+    @model_validator(mode="after")
+    def _target_needs_activations(self) -> QuantizeConfig:
+        if self.method == "rtn" and self.target_bpw is not None:
+            raise ValueError("target_bpw looks at activations, which rtn does not: use method=gptq")
         return self
 
     @model_validator(mode="after")

@@ -44,6 +44,14 @@ def check_shape(name: str, out_features: int, in_features: int, config: Quantize
             )
 
 
+def packed_bytes(rows: int, columns: int, config: QuantizeConfig) -> int:
+    """Bytes of qweight, qzeros, scales and g_idx of a weight [rows, columns]."""
+    groups = config.groups(columns)
+    block = codes_per_block(config.bits)
+    words = (columns // block) * rows + groups * (rows // block)
+    return 4 * words * (block * config.bits // 32) + 2 * groups * rows + 4 * columns
+
+
 def encode(q: QuantizedWeight, config: QuantizeConfig) -> dict[str, torch.Tensor]:
     """The four tensors of a quantized weight, by suffix.
 

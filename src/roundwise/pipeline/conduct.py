@@ -84,6 +84,7 @@ class Conductor:
         for stack, saved in (outputs or {}).items():
             for player, output in zip(self.players, saved, strict=True):
                 player.finished[stack] = output
+        self._trying = False
         self._playing: dict[greenlet, Player] = {}
         self._variants: list[tuple[nn.Module, Any, Any]] = []
         self._showing_original = False
@@ -127,9 +128,7 @@ class Conductor:
             experts.visits = lambda x, _, experts=experts: self.policy.everyone(experts, x)
         with taking_notes(block) as notes:
             self._advance(self.probe_player, EXIT)
-        output = self.probe_player.output
-        result = output[0] if isinstance(output, tuple) else output
-        notes.stream.append((block.name, result))
+        notes.stream.append((block.name, _hidden(self.probe_player.output)))
         return notes.groups()
 
     def play(
@@ -169,6 +168,45 @@ class Conductor:
         tokens = {routing.name: routing.tokens.tolist() for routing in self.gatherer.routings}
         self.gatherer.end()
         return tokens
+
+    def survey(
+        self,
+        block: Block,
+        groups: list[Group],
+        measure: Callable[[Callable[[], list[torch.Tensor]], list[torch.Tensor]], None],
+        *,
+        tokens: int,
+    ) -> None:
+        """Plays the block with its own weights, and as often with others as it takes to compare them.
+
+        Args:
+            block: the block all players have entered.
+            groups: what `probe` returned; their Hessians are complete when `measure` is called.
+            measure: called with a function that plays the block with its present weights, and with
+                what the block returned with its own; it leaves the weights as they were.
+            tokens: of the first batches that are played again, about.
+        """
+        self.gatherer.begin(block, groups, sequential=False, drift=False)
+        self._trying = True
+        self._gather(groups)
+        again, played = [], 0
+        for player in self.quantized:
+            if played < tokens:
+                again.append(player)
+                played += player.batch.input_ids.numel()
+
+        def attempt() -> list[torch.Tensor]:
+            for player in again:
+                self._resume(player)
+            return [_hidden(player.trial) for player in again]
+
+        measure(attempt, [_hidden(player.output) for player in again])
+        self._trying = False
+        for player in self.quantized:
+            self._advance(player, EXIT)
+            player.trial = None
+            player.passing.clear()
+        self.gatherer.end()
 
     def _reach(self, index: int, groups: list[Group]) -> None:
         """Sequential mode: leads all players in front of a group."""
@@ -243,7 +281,7 @@ class Conductor:
         """A block's forward with the stops around it."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            player = self._current()
+            player, surveyed = self._current(), False
             if index < self.skip:
                 # Finished earlier: all of them return what the last one did, only that one counts.
                 return player.finished[self.blocks[index].stack]
@@ -254,8 +292,12 @@ class Conductor:
                     original(*args, **kwargs)
                     stop(COUNTED)
                 player.output = original(*args, **kwargs)
+                surveyed = self._trying
                 stop(GATHERED)
-            if player.output is None or not player.original:
+                while self._trying:
+                    player.trial = original(*args, **kwargs)
+                    stop(GATHERED)
+            if player.output is None or not (player.original or surveyed):
                 player.output = original(*args, **kwargs)
             stop(EXIT)
             output, player.output = player.output, None
@@ -265,3 +307,10 @@ class Conductor:
 
     def _current(self) -> Player:
         return self._playing[getcurrent()]
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """The hidden states among what a block returned."""
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, torch.Tensor)
+    return found

@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.packing import codes_per_block
 from roundwise.errors import ConfigError
 from roundwise.models import runtimes
 from roundwise.models.blocks import weight_of
-from roundwise.models.formats import check_shape
+from roundwise.models.formats import check_shape, packed_bytes
 from roundwise.models.head import is_tied
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import PartInfo
@@ -270,18 +269,10 @@ def _bytes_after(skeleton: Skeleton, config: QuantizeConfig) -> tuple[int, int]:
             if settings is not None:
                 source = skeleton.checkpoint.tensors[skeleton.source_of[f"{name}.weight"]]
                 rows, columns = weight_of(linear).shape
-                packed = _packed(rows, columns, settings)
+                packed = packed_bytes(rows, columns, settings)
                 after += packed - source.nbytes
                 stored += packed
     return after, stored
-
-
-def _packed(rows: int, columns: int, config: QuantizeConfig) -> int:
-    """Bytes of qweight, qzeros, scales and g_idx."""
-    groups = config.groups(columns)
-    block = codes_per_block(config.bits)
-    words = (columns // block) * rows + groups * (rows // block)
-    return 4 * words * (block * config.bits // 32) + 2 * groups * rows + 4 * columns
 
 
 def _rest(skeleton: Skeleton) -> str:
