@@ -432,7 +432,7 @@ class TestFailuresOnTheWay:
                 folder, tmp_path / "out", QUICK, rows, samples=3, seq_len=32, batch_size=1
             )  # fmt: skip
 
-    def test_a_layer_that_no_token_reached_falls_back_or_is_an_error(
+    def test_a_layer_that_no_token_reached_falls_back(
         self, copy_of: Callable[[str], Path], tmp_path: Path
     ) -> None:
         # A norm of zeros: the MLP reads nothing but zeros.
@@ -447,8 +447,9 @@ class TestFailuresOnTheWay:
         fallen = {name for name, reason in reasons.items() if reason}
         assert fallen == {f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")}
         assert "Hessian is zero" in str(reasons["model.layers.1.mlp.up_proj"])
-        with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.gate_proj: the Hessian is zero"):
-            rw.quantize(folder, tmp_path / "strict", QUICK, windows(), strict=True, **settings)
+        assert result.not_as_asked[0].startswith(
+            "model.layers.1.mlp.gate_proj: rounded to nearest: the Hessian is zero"
+        )
 
     def test_what_was_computed_is_read_back_before_success(
         self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ class Calibration:
     settings: dict[str, Any] = field(default_factory=dict)
     """Where the windows came from and how they were picked."""
     warnings: list[str] = field(default_factory=list)
+    """Advice."""
+    not_as_asked: list[str] = field(default_factory=list)
+    """Where the text gives less than was asked for."""
 
     def describe(self) -> dict[str, Any]:
         """For the record: two calibrations that describe themselves alike are alike."""
@@ -89,6 +93,7 @@ def load_calibration(
         if value < 1:
             raise CalibrationError(f"{name}={value}: must be at least 1")
     generator = random.Random(seed)
+    not_as_asked = []
     if isinstance(source, str):
         parts = mixture(source)
         windows, names = [], []
@@ -101,10 +106,13 @@ def load_calibration(
         if len(parts) > 1:
             generator.shuffle(windows)  # every batch sees some of each
     else:
-        windows = [_item_tokens(item, tokenizer)[:seq_len] for item in source][:samples]
-        windows = [window for window in windows if window]
+        items = [_item_tokens(item, tokenizer) for item in islice(source, samples)]
+        not_as_asked = _cut_off(items, len(source), seq_len)
+        windows = [item[:seq_len] for item in items if item]
     if not windows:
         raise CalibrationError("the calibration text holds no tokens")
+    if len(windows) < samples:
+        not_as_asked.append(f"the calibration text gives only {len(windows)} of {samples} windows")
     digest = hashlib.sha256()
     for window in windows:
         digest.update(torch.tensor([len(window), *window]).numpy().tobytes())
@@ -121,7 +129,8 @@ def load_calibration(
             "seed": seed,
             "sketch": sketch(windows),
         },
-        warnings=_warnings(windows, samples, tokens, widest),
+        warnings=_warnings(windows, tokens, widest),
+        not_as_asked=not_as_asked,
     )
 
 
@@ -221,10 +230,21 @@ def _batches(windows: list[list[int]], batch_size: int) -> list[Batch]:
     return batches
 
 
-def _warnings(windows: list[list[int]], samples: int, tokens: int, widest: int) -> list[str]:
+def _cut_off(items: list[list[int]], given: int, seq_len: int) -> list[str]:
+    """What is not used of a Python list of windows."""
     found = []
-    if len(windows) < samples:
-        found.append(f"the calibration text gives only {len(windows)} of {samples} windows")
+    if given > len(items):
+        found.append(f"only the first {len(items)} of {given} calibration items are used: samples")
+    longer = sum(len(item) > seq_len for item in items)
+    if longer:
+        found.append(
+            f"{longer} of {len(items)} calibration items are cut to seq_len={seq_len} tokens"
+        )
+    return found
+
+
+def _warnings(windows: list[list[int]], tokens: int, widest: int) -> list[str]:
+    found = []
     if len(windows) < ADVISED_SAMPLES:
         found.append(f"{len(windows)} calibration samples: {ADVISED_SAMPLES} or more are advised")
     if tokens < widest:

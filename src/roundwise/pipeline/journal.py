@@ -62,6 +62,10 @@ class Journal:
             raise OutputError(f"{self.path} is damaged: start anew with --restart") from None
         return (lines[0]["fingerprint"], lines[1:]) if lines else (None, [])
 
+    def layers(self) -> list[dict[str, Any]]:
+        """Records of all layers of finished blocks."""
+        return [layer for line in self.read()[1] for layer in line["layers"]]
+
     def start(self, fingerprint: dict[str, Any]) -> None:
         """Begins an empty journal."""
         self.path.unlink(missing_ok=True)

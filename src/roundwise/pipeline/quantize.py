@@ -21,10 +21,10 @@ from roundwise.models.formats import check_shape
 from roundwise.models.hub import local_folder
 from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
 from roundwise.models.writer import storage_error
+from roundwise.pipeline import asked
 from roundwise.pipeline.calibration import Calibration, load_calibration
 from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.memory import Mode, parse_size, peak_rss, return_early
-from roundwise.pipeline.plan import beyond_budget
 from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.run import Progress, Run
 
@@ -49,6 +49,9 @@ class QuantizeResult:
     mode: str
     layers: list[dict[str, Any]]
     warnings: list[str]
+    """Advice: worth knowing, though everything went as asked."""
+    not_as_asked: list[str]
+    """What did not go as asked; with `strict` an error instead."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -82,15 +85,16 @@ def quantize(
             Needed unless the method is rtn.
         samples, seq_len, batch_size, seed: windows of calibration tokens and how they are picked.
         mode: true_sequential or block (see `Conductor.play`); None: as memory allows.
-        max_memory: budget for that choice, such as "8GB"; a run that is expected to need more says so
-            in its warnings.
+        max_memory: budget for that choice, such as "8GB".
         restart: begin anew even if finished blocks are there.
-        strict: a layer that cannot be solved is an error instead of a recorded fallback.
+        strict: what does not go as asked is an error, before work begins where it can be told, instead
+            of a line in the result.
         progress: called after each layer and each block.
 
     Raises:
         UsageError: input or settings that cannot work; nothing has been written.
         RunError: the work failed or was interrupted; finished blocks are kept.
+        StrictError, FallbackError: among these two, what `strict` does not let pass.
     """
     begun = time.monotonic()
     clock.take()
@@ -107,12 +111,22 @@ def quantize(
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     held_out(config, len(texts.batches) if texts else 0)  # refuses before anything is written
-    run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), strict, progress)
+    run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), progress)
+    not_as_asked = [*asked.before(skeleton, config), *(texts.not_as_asked if texts else [])]
     if config.prescales:
         run.prescaler = Prescaler(skeleton, config)
+        not_as_asked += run.prescaler.left_out()
+    not_as_asked += asked.of_memory(run.forecast(mode), mode, run.forecast("true_sequential"))
+    if strict:
+        asked.refuse(not_as_asked)
+        run.progress = asked.strictly(progress)
     journal = run.open(restart=restart)
     try:
+        if strict:
+            asked.refuse_layers(journal.layers())
         manifest = run.finished() or run.work(journal)
+        if strict:  # a finished checkpoint that was found may be of a run that was not
+            asked.refuse_layers(manifest["layers"])
         journal.finish()
     except KeyboardInterrupt:
         done = len(journal.read()[1])
@@ -144,11 +158,8 @@ def quantize(
         bytes_after=manifest["bytes_after"],
         mode=manifest["mode"],
         layers=manifest["layers"],
-        warnings=[
-            *(texts.warnings if texts else []),
-            *skipped,
-            *([] if run.memory.fits else [beyond_budget(run.memory)]),
-        ],
+        warnings=[*(texts.warnings if texts else []), *skipped],
+        not_as_asked=[*not_as_asked, *asked.of_layers(manifest["layers"])],
     )
 
 
@@ -206,7 +217,7 @@ def _calibration(
             "is it another model's tokenizer?"
         )
     if seq_len > limit:
-        loaded.warnings.append(
+        loaded.not_as_asked.append(
             f"seq_len is {limit}, the longest text the model takes, not {seq_len}"
         )
     return loaded

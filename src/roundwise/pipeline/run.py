@@ -66,11 +66,19 @@ class Run:
     """None: as an earlier run in this folder chose, else as memory allows."""
     budget: int | None
     """Bytes, for that choice."""
-    strict: bool
     progress: Callable[[Progress], None] | None
     prescaler: Prescaler | None = None
     memory: Memory | None = None
     """What the run is expected to hold; set with the fingerprint."""
+
+    def forecast(self, mode: Mode | None) -> Memory:
+        """What the run would hold in a mode; None: in the one that memory allows."""
+        return plan_memory(
+            self.skeleton, self.config,
+            tokens=self.texts.tokens if self.texts else 0,
+            batch=max(b.input_ids.numel() for b in self.texts.batches) if self.texts else 0,
+            mode=mode, budget=self.budget,
+        )  # fmt: skip
 
     def fingerprint(self, known: dict[str, Any] | None) -> dict[str, Any]:
         """Everything that decides the bytes of the result.
@@ -82,12 +90,7 @@ class Run:
         # The first pattern that matches wins: their order counts, which a JSON object's does not.
         config["dynamic"] = [list(item) for item in config["dynamic"].items()]
         self.mode = self.mode or (known or {}).get("mode")
-        self.memory = plan_memory(
-            self.skeleton, self.config,
-            tokens=self.texts.tokens if self.texts else 0,
-            batch=max(b.input_ids.numel() for b in self.texts.batches) if self.texts else 0,
-            mode=self.mode, budget=self.budget,
-        )  # fmt: skip
+        self.memory = self.forecast(self.mode)
         if self.texts is not None:
             self.mode = self.memory.mode
         return {
@@ -279,8 +282,6 @@ class Run:
                 lost = inputs.lost(W, settings)
                 return solve(W, inputs.prepared(settings), settings, lost=lost)
             except SingularError as error:
-                if self.strict:
-                    raise
                 return round_to_nearest(W, settings, fallback=str(error))
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error

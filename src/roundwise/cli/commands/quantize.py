@@ -96,7 +96,7 @@ def command(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew in this folder.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="A layer that cannot be solved is an error.")
+        bool, typer.Option("--strict", help="What does not go as asked is an error.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -200,17 +200,8 @@ def _print(result: QuantizeResult, config: QuantizeConfig) -> None:
             f"largest {max(errors):.2e} ({worst['name']})",
             highlight=False,
         )
-    for text in [*result.warnings, *not_as_asked(result.layers)]:
+    for text in result.warnings:
         stdout.print(f"[yellow]note:[/] {text}", highlight=False, soft_wrap=True)
     stdout.print(f"verified, saved in {result.output}", highlight=False, soft_wrap=True)
-
-
-def not_as_asked(layers: list[dict[str, Any]]) -> list[str]:
-    """One line for each layer that fell back or needed more damping."""
-    lines = []
-    for layer in layers:
-        if layer["fallback"]:
-            lines.append(f"{layer['name']} was rounded to nearest: {layer['fallback']}")
-        elif len(layer["damp_tried"]) > 1:
-            lines.append(f"{layer['name']} needed damping {layer['damp_percent']:g}")
-    return lines
+    for text in result.not_as_asked:
+        stdout.print(f"[red]not as asked:[/] {text}", highlight=False, soft_wrap=True)
