@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,21 @@ def test_what_is_read_can_be_changed_without_changing_the_file(llama: Path) -> N
     tensor = Checkpoint(llama).tensors["model.norm.weight"].read()
     tensor.zero_()
     assert (llama / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["cut", "removed"])
+def test_a_file_that_was_changed_since_it_was_opened(change: str, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(10_000), "b": torch.ones(10_000)}, tmp_path / "x.safetensors")
+    infos = read_header(tmp_path / "x.safetensors")
+    if change == "cut":
+        os.truncate(tmp_path / "x.safetensors", 200)
+    else:
+        (tmp_path / "x.safetensors").unlink()
+    for info in infos.values():
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            info.read()
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            list(info.chunks())
 
 
 def test_all_tensors_of_a_checkpoint(llama: Path) -> None:
@@ -122,6 +139,11 @@ class TestIdentity:
         data[-1] ^= 1
         (tmp_path / "model.safetensors").write_bytes(data)
         assert Checkpoint(tmp_path).identity() != before
+
+    def test_it_is_the_hash_of_every_file(self, llama: Path) -> None:
+        data = (llama / "model.safetensors").read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        assert Checkpoint(llama).identity()["files"] == {"model.safetensors": digest}
 
     def test_another_config(self, llama: Path, tmp_path: Path) -> None:
         for name in ("config.json", "model.safetensors"):

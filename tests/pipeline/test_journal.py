@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,17 @@ def test_one_at_a_time(journal: Journal) -> None:
         Journal(out)
     journal.close()
     Journal(out).close()
+
+
+def test_a_lock_that_cannot_be_had_is_not_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("roundwise.pipeline.journal.fcntl.flock", refuse)
+    with pytest.raises(OutputError, match=r"cannot lock .*lock: No locks available"):
+        Journal(tmp_path / "out")
 
 
 def test_finishing_removes_the_work_folder_only(journal: Journal) -> None:

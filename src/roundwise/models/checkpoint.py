@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,16 @@ class TensorInfo:
         if not self.nbytes:
             return torch.empty(self.shape, dtype=dtype), None
         page = self.start - self.start % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as file:
-            view = mmap.mmap(
-                file.fileno(), self.start - page + self.nbytes, access=mmap.ACCESS_COPY, offset=page
-            )
+        try:
+            with self.path.open("rb") as file:
+                view = mmap.mmap(
+                    file.fileno(), self.start - page + self.nbytes,
+                    access=mmap.ACCESS_COPY, offset=page,
+                )  # fmt: skip
+        except (OSError, ValueError) as error:  # the latter: the file is too short for it
+            raise CheckpointError(
+                f"{self.path} cannot be read any more, it was changed since it was opened: {error}"
+            ) from None
         offset = self.start - page
         if offset % (ALIGNMENT if aligned else dtype.itemsize):
             # Kernels may sum up unaligned data in another order: copied, so that equal weights give
@@ -95,7 +102,13 @@ class TensorInfo:
 
     def chunks(self) -> Iterator[bytes]:
         """The raw bytes, a few MB at a time."""
-        with self.path.open("rb") as file:
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read any more: {error.strerror}"
+            ) from None
+        with file:
             file.seek(self.start)
             left = self.nbytes
             while left:
@@ -126,6 +139,8 @@ class Checkpoint:
         #: What the model's config is to say instead of config.json.
         self.overrides: dict[str, Any] = {}
         self.files = self._weight_files()
+        self._states = {file: _state(file) for file in self.files}
+        self._identity: dict[str, Any] | None = None
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
             for name, info in read_header(file).items():
@@ -203,18 +218,23 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from a changed one: sizes, times and hashes of all headers."""
-        return {
-            "config": _digest(json.dumps(self.config, sort_keys=True).encode()),
-            "files": {
-                file.name: [
-                    file.stat().st_size,
-                    file.stat().st_mtime_ns,
-                    _digest(_header_bytes(file)),
-                ]
-                for file in self.files
-            },
-        }
+        """What tells this checkpoint from a changed one: hashes of config.json and all weights.
+
+        Every byte is read, once for each checkpoint that is opened, several files at a time.
+        """
+        if self._identity is None:
+            config = json.dumps(self.config, sort_keys=True).encode()
+            with ThreadPoolExecutor(min(len(self.files), os.cpu_count() or 1)) as pool:
+                digests = list(pool.map(file_digest, self.files))
+            files = {file.name: digest for file, digest in zip(self.files, digests, strict=True)}
+            self._identity = {"config": hashlib.sha256(config).hexdigest(), "files": files}
+        return self._identity
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError when a file with weights is not the one that was opened."""
+        for file, before in self._states.items():
+            if _state(file) != before:
+                raise CheckpointError(f"{file} was changed while it was being read")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -263,5 +283,10 @@ def _header_bytes(file: Path) -> bytes:
         return stream.read(int.from_bytes(stream.read(8), "little"))
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _state(file: Path) -> tuple[int, ...] | None:
+    """What changes with a file's content, short of its content; None: it is gone."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -147,3 +147,7 @@ class FoldedCheckpoint(Checkpoint):
     def identity(self) -> dict[str, Any]:
         """That of the source: what is changed, and how, follows from it and the settings."""
         return self.source.identity()
+
+    def check_unchanged(self) -> None:
+        """That of the source."""
+        self.source.check_unchanged()

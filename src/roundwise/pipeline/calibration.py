@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,13 +94,15 @@ def load_calibration(
         if value < 1:
             raise CalibrationError(f"{name}={value}: must be at least 1")
     generator = random.Random(seed)
-    not_as_asked = []
+    not_as_asked, texts = [], []
     if isinstance(source, str):
         parts = mixture(source)
         windows, names = [], []
         for (name, _), count in zip(parts, shares(samples, [w for _, w in parts]), strict=True):
             wanted = max(CHARACTERS_PER_TOKEN * count * seq_len, 1 << 20)
-            documents = _sample_documents(read_documents(name), wanted, generator)
+            whole = read_documents(name)
+            texts.append([Path(name).name, _digest(whole)])
+            documents = _sample_documents(whole, wanted, generator)
             drawn = _cut(_tokenize(documents, tokenizer), count, seq_len, generator)
             windows += drawn
             names.append(Path(name).name if len(parts) == 1 else f"{Path(name).name}: {len(drawn)}")
@@ -124,6 +127,8 @@ def load_calibration(
         digest=digest.hexdigest(),
         settings={
             "source": ", ".join(names) if isinstance(source, str) else "list",
+            "texts": texts,
+            "wanted": samples,
             "seq_len": seq_len,
             "batch_size": batch_size,
             "seed": seed,
@@ -132,6 +137,14 @@ def load_calibration(
         warnings=_warnings(windows, tokens, widest),
         not_as_asked=not_as_asked,
     )
+
+
+def _digest(documents: list[Document]) -> str:
+    """SHA-256 of a text: of all its documents, in their order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(json.dumps(document).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:

@@ -9,24 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
-from roundwise.errors import CalibrationError, ConfigError, Interrupted, RunError
-from roundwise.models.checkpoint import Checkpoint
-from roundwise.models.fold import rotated
-from roundwise.models.formats import check_shape
-from roundwise.models.hub import local_folder
-from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
+from roundwise.errors import Interrupted, RunError
 from roundwise.models.writer import storage_error
 from roundwise.pipeline import asked
-from roundwise.pipeline.calibration import Calibration, load_calibration
-from roundwise.pipeline.damping import held_out
-from roundwise.pipeline.memory import Mode, parse_size, peak_rss, return_early
-from roundwise.pipeline.prescale import Prescaler
-from roundwise.pipeline.run import Progress, Run
+from roundwise.pipeline.folder import finished, open_folder
+from roundwise.pipeline.memory import Mode, peak_rss
+from roundwise.pipeline.prepare import Prepared, prepare
+from roundwise.pipeline.run import Progress
 
 __all__ = ["Progress", "QuantizeResult", "quantize"]
 
@@ -96,46 +87,40 @@ def quantize(
         RunError: the work failed or was interrupted; finished blocks are kept.
         StrictError, FallbackError: among these two, what `strict` does not let pass.
     """
-    begun = time.monotonic()
-    clock.take()
-    return_early()
-    config = config or QuantizeConfig()
-    skeleton = open_skeleton(local_folder(model))
-    skipped = _check(skeleton, config)
-    if config.rotate:
-        skeleton = open_skeleton(rotated(skeleton.checkpoint, config.rotation_seed))
-    if isinstance(calibration, os.PathLike):
-        calibration = os.fspath(calibration)
-    texts = _calibration(
-        skeleton, config, calibration,
+    prepared = prepare(
+        model, out, config or QuantizeConfig(), calibration,
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
+        mode=mode, max_memory=max_memory,
     )  # fmt: skip
-    held_out(config, len(texts.batches) if texts else 0)  # refuses before anything is written
-    run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), progress)
-    not_as_asked = [*asked.before(skeleton, config), *(texts.not_as_asked if texts else [])]
-    if config.prescales:
-        run.prescaler = Prescaler(skeleton, config)
-        not_as_asked += run.prescaler.left_out()
-    not_as_asked += asked.of_memory(run.forecast(mode), mode, run.forecast("true_sequential"))
-    if strict:
-        asked.refuse(not_as_asked)
-        run.progress = asked.strictly(progress)
-    journal = run.open(restart=restart)
+    return carry_out(prepared, restart=restart, strict=strict, progress=progress)
+
+
+def carry_out(
+    prepared: Prepared,
+    *,
+    restart: bool,
+    strict: bool,
+    progress: Callable[[Progress], None] | None,
+) -> QuantizeResult:
+    """Does what was prepared; arguments and errors as for `quantize`."""
+    run, not_as_asked = prepared.run, prepared.not_as_asked
+    run.progress = asked.strictly(progress) if strict else progress
+    asked.refuse(not_as_asked if strict else [])
+    journal = open_folder(run.out, run.skeleton.checkpoint.folder, restart=restart)
     try:
-        if strict:
-            asked.refuse_layers(journal.layers())
-        manifest = run.finished() or run.work(journal)
-        if strict:  # a finished checkpoint that was found may be of a run that was not
-            asked.refuse_layers(manifest["layers"])
+        asked.refuse_layers(journal.layers() if strict else [])
+        manifest = finished(run.out, run.fingerprint) or run.work(journal)
+        # A finished checkpoint that was found may be of a run that was not strict.
+        asked.refuse_layers(manifest["layers"] if strict else [])
         journal.finish()
     except KeyboardInterrupt:
-        done = len(journal.read()[1])
+        done, blocks = len(journal.read()[1]), len(run.skeleton.blocks)
         raise Interrupted(
-            f"stopped; {done} of {len(skeleton.blocks)} blocks are finished and kept in {out}: "
+            f"stopped; {done} of {blocks} blocks are finished and kept in {run.out}: "
             "run the same command again to go on"
         ) from None
     except OSError as error:
-        raise storage_error(error, Path(error.filename or out)) from error
+        raise storage_error(error, Path(error.filename or run.out)) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise RunError(
@@ -145,10 +130,10 @@ def quantize(
         raise
     finally:
         journal.close()
-    seconds, phases = time.monotonic() - begun, clock.take()
+    seconds, phases = time.monotonic() - prepared.begun, clock.take()
     assert run.memory is not None
     return QuantizeResult(
-        output=Path(out),
+        output=run.out,
         seconds=seconds,
         phases={"start": max(seconds - sum(phases.values()), 0.0), **phases},
         peak_rss_bytes=peak_rss(),
@@ -158,77 +143,6 @@ def quantize(
         bytes_after=manifest["bytes_after"],
         mode=manifest["mode"],
         layers=manifest["layers"],
-        warnings=[*(texts.warnings if texts else []), *skipped],
+        warnings=prepared.warnings,
         not_as_asked=[*not_as_asked, *asked.of_layers(manifest["layers"])],
     )
-
-
-def _check(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
-    """Refuses what cannot be stored, before any work; what is left as it is, by name."""
-    names = [name for block in skeleton.blocks for name in block.linears]
-    left = [name for name in names if config.for_module(name) is None]
-    if len(left) == len(names):
-        raise ConfigError("every linear layer is skipped: nothing to quantize")
-    for block in skeleton.blocks:
-        for name, linear in block.linears.items():
-            settings = config.for_module(name)
-            if settings is not None:
-                out_features, in_features = weight_of(linear).shape
-                check_shape(name, out_features, in_features, settings)
-    return [f"{len(left)} of {len(names)} linear layers are left as they are"] if left else []
-
-
-def _calibration(
-    skeleton: Skeleton,
-    config: QuantizeConfig,
-    source: str | Sequence[Any] | None,
-    *,
-    samples: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-) -> Calibration | None:
-    """Tokenized calibration windows; None for rounding to nearest, which needs none."""
-    if config.method == "rtn":
-        return None
-    if source is None:
-        raise CalibrationError(
-            f"{config.method} needs calibration text: --calibration FILE, or a named set such as "
-            "python-stdlib or wikitext2"
-        )
-    text_config = skeleton.model.config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None) or seq_len
-    widest = max(
-        weight_of(linear).shape[1] for block in skeleton.blocks for linear in block.linears.values()
-    )
-    tokenizer = None
-    if isinstance(source, str) or any(isinstance(item, str) for item in source):
-        tokenizer = load_tokenizer(skeleton.checkpoint)
-    loaded = load_calibration(
-        source, tokenizer,
-        samples=samples, seq_len=min(seq_len, limit), batch_size=batch_size, seed=seed, widest=widest,
-    )  # fmt: skip
-    vocabulary = int(text_config.vocab_size)
-    ends = [int(end) for batch in loaded.batches for end in torch.aminmax(batch.input_ids)]
-    wrong = next((token for token in ends if not 0 <= token < vocabulary), None)
-    if wrong is not None:
-        raise CalibrationError(
-            f"calibration has token id {wrong}, but the model knows {vocabulary}: "
-            "is it another model's tokenizer?"
-        )
-    if seq_len > limit:
-        loaded.not_as_asked.append(
-            f"seq_len is {limit}, the longest text the model takes, not {seq_len}"
-        )
-    return loaded
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; no code that comes with it is run."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=False
-        )
-    except Exception as error:  # transformers raises many kinds here; all mean the same to a user
-        reason = str(error).strip().split("\n", 1)[0]
-        raise CalibrationError(f"{checkpoint.folder} has no usable tokenizer: {reason}") from error
