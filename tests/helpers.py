@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from roundwise.models.skeleton import Skeleton, weight_of
 from roundwise.pipeline.calibration import Batch
 from roundwise.pipeline.conduct import Conductor, Group
+from roundwise.pipeline.routing import Policy
 
 VOCABULARY = 128
 #: Sizes that every small model has, under the names that most architectures use.
@@ -141,11 +142,17 @@ def conduct(
     sequential: bool = True,
     reference: bool = False,
     held_out: frozenset[int] = frozenset(),
+    policy: Policy | None = None,
 ) -> Iterator[tuple[list[Group], Conductor]]:
     """Leads batches through all blocks; yields the groups of each, all players standing behind it."""
     skeleton.load_outside_blocks()
     with Conductor(
-        skeleton.model, skeleton.blocks, played, reference=reference, held_out=held_out
+        skeleton.model,
+        skeleton.blocks,
+        played,
+        reference=reference,
+        held_out=held_out,
+        policy=policy,
     ) as conductor:
         for block in skeleton.blocks:
             conductor.enter()

@@ -17,6 +17,7 @@ Order = Literal["natural", "static", "group_aware"]
 Method = Literal["gptq", "rtn", "awq"]
 Prescale = Literal["none", "awq"]
 Format = Literal["gptq", "gptq_v2"]
+Experts = Literal["routed", "all"]
 
 Recipe = Literal["best", "textbook"]
 GridSearch = Literal["minmax", "mse", "pivot"]
@@ -113,6 +114,14 @@ class QuantizeConfig(BaseModel):
         ge=1,
         le=64,
         description="Codes of a row that may move together while refining; 1: coordinate descent.",
+    )
+    experts: Experts = Field(
+        "routed",
+        description="Calibration tokens of an expert: routed, those its router sends there, or all of "
+        "them if that is fewer than expert_tokens; all: every token passes every expert.",
+    )
+    expert_tokens: int = Field(
+        256, ge=0, description="Fewest routed tokens that an expert's Hessian may be made from."
     )
     rotate: bool = Field(
         False,

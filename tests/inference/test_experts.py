@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import roundwise as rw
 from roundwise.errors import CheckpointError
-from roundwise.inference.experts import PackedExperts
 from roundwise.inference.qlinear import QuantLinear
+from roundwise.models.experts import LinearExperts
 from roundwise.models.formats import encode, quantization_config
 from tests.helpers import LLAMA, edited_json, random_model, windows
 
@@ -95,7 +95,7 @@ def test_computes_as_the_dense_model(
 ) -> None:
     out = packed(folder(name), tmp_path / "out", linear)
     model, _ = rw.load(out)
-    experts = [m for m in model.modules() if isinstance(m, PackedExperts)]
+    experts = [m for m in model.modules() if isinstance(m, LinearExperts)]
     assert len(experts) == (1 if name == "deepseek_v3" else 2)
     assert sum(isinstance(m, QuantLinear) for m in experts[0].modules()) == 12
     assert not any(p.ndim == 3 for p in model.parameters())
@@ -119,7 +119,7 @@ def test_saved_and_loaded_again(name: str, folder: Callable[[str], Path], tmp_pa
 def test_experts_that_are_not_packed_stay(folder: Callable[[str], Path], tmp_path: Path) -> None:
     out = packed(folder("mixtral"), tmp_path / "out", lambda n: linear(n) and "experts" not in n)
     model, _ = rw.load(out)
-    assert not any(isinstance(m, PackedExperts) for m in model.modules())
+    assert not any(isinstance(m, LinearExperts) for m in model.modules())
     plain = transformers.AutoModelForCausalLM.from_pretrained(out / "dense").eval()
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-3, atol=1e-3)
 

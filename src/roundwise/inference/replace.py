@@ -11,9 +11,17 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from roundwise.errors import CheckpointError
-from roundwise.inference.experts import PackedExperts, is_fused, shape_of, split_name
 from roundwise.inference.qlinear import QuantLinear
 from roundwise.models.checkpoint import TensorInfo
+from roundwise.models.experts import (
+    ROLES,
+    LinearExperts,
+    count_of,
+    is_fused,
+    roles_of,
+    shape_of,
+    split_name,
+)
 from roundwise.models.formats import infer_bits
 from roundwise.models.skeleton import weight_of
 
@@ -42,14 +50,32 @@ def replace_linears(
             weight = weight_of(module)
             shape = (weight.shape[0], weight.shape[1])
         else:
-            weight, shape = module.down_proj, shape_of(module, part[1])
+            weight, shape = module.down_proj, shape_of(module, ROLES[part[1]])
         layer = _layer(name, tensors, shape, zero_offset, weight.dtype).train(module.training)
         if part is None:
             model.set_submodule(target, layer)
         else:
             experts[target][part] = layer
     for target, layers in experts.items():
-        model.set_submodule(target, PackedExperts(target, model.get_submodule(target), layers))
+        original = model.get_submodule(target)
+        _check_experts(target, original, layers)
+        model.set_submodule(target, LinearExperts(original, {**layers}))
+
+
+def _check_experts(
+    name: str, original: nn.Module, layers: dict[tuple[int, str], QuantLinear]
+) -> None:
+    """Refuses files that hold some of a block's experts, or more than there are."""
+    count, wanted = count_of(original), set(roles_of(original))
+    for expert in range(count):
+        roles = {ROLES[projection] for number, projection in layers if number == expert}
+        if roles != wanted:
+            raise CheckpointError(
+                f"{name}.{expert} has no quantized {', '.join(sorted(wanted - roles))} projection: "
+                "experts of a block are quantized all or none"
+            )
+    if len(layers) != count * len(wanted):
+        raise CheckpointError(f"{name}: the files hold more than the model's {count} experts")
 
 
 class _Names:

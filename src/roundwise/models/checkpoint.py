@@ -237,6 +237,35 @@ class Checkpoint:
                 raise CheckpointError(f"{file} was changed while it was being read")
 
 
+class CheckpointView(Checkpoint):
+    """Another checkpoint, some of whose tensors or settings look otherwise.
+
+    Args:
+        source: the checkpoint as it is on the disk, or another view.
+        tensors: all tensors of the view.
+        config: its config.json.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        tensors: dict[str, TensorInfo],
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.source, self.folder, self.files = source, source.folder, source.files
+        self.config = source.config if config is None else config
+        self.overrides = source.overrides
+        self.tensors = tensors
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the folder."""
+        return self.source.nbytes()
+
+    def identity(self) -> dict[str, Any]:
+        """That of the source: what looks otherwise, and how, follows from it and the settings."""
+        return self.source.identity()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError when it is missing, damaged or no object."""
     try:

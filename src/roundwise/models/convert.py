@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.core.packing import pack
@@ -16,6 +18,7 @@ from roundwise.errors import ConfigError, OutputError
 from roundwise.models.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo
 from roundwise.models.formats import SUFFIXES
 from roundwise.models.skeleton import build, load_config
+from roundwise.models.split import Joint, joints
 from roundwise.models.verify import QuantizedLayer, quantization_settings, quantized_layers
 from roundwise.models.writer import copy_file, write_json, write_safetensors
 
@@ -32,6 +35,11 @@ class Piece:
     name: str
     nbytes: int
     make: Callable[[], torch.Tensor | TensorInfo]
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory."""
+        made = self.make()
+        return made.read() if isinstance(made, TensorInfo) else made
 
 
 def convert(source: Path, out: Path, to: Target, *, dtype: torch.dtype | None = None) -> Path:
@@ -88,8 +96,33 @@ def _as_is(name: str, info: TensorInfo) -> Piece:
 def _dense(
     checkpoint: Checkpoint, layers: dict[str, QuantizedLayer], before: str, dtype: torch.dtype
 ) -> Iterator[Piece]:
-    """Dequantized weights in place of codes; everything else byte for byte."""
-    turned = _conv1d(checkpoint)
+    """Dequantized weights in place of codes; everything else byte for byte.
+
+    Experts are joined again where transformers reads them in no other way.
+    """
+    model = _model(checkpoint)
+    pieces = {piece.name: piece for piece in _apart(model, checkpoint, layers, before, dtype)}
+    for joint in joints(model, checkpoint, {*layers}):
+        members = {name: pieces.pop(name) for names in joint.members for name in names}
+
+        nbytes = sum(member.nbytes for member in members.values())
+        pieces[joint.name] = Piece(joint.name, nbytes, partial(_join, joint, members))
+    yield from pieces.values()
+
+
+def _join(joint: Joint, members: dict[str, Piece]) -> torch.Tensor:
+    return joint.make(lambda name: members[name].read())
+
+
+def _apart(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    layers: dict[str, QuantizedLayer],
+    before: str,
+    dtype: torch.dtype,
+) -> Iterator[Piece]:
+    """The tensors of a dense checkpoint, experts one by one."""
+    turned = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     for name, info in checkpoint.tensors.items():
         stem, _, suffix = name.rpartition(".")
         if stem not in layers or suffix not in SUFFIXES:
@@ -148,13 +181,12 @@ def _write(out: Path, pieces: list[Piece]) -> None:
         write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _conv1d(checkpoint: Checkpoint) -> list[str]:
-    """Modules of the model that keep their weight as [in, out]."""
+def _model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model of a quantized checkpoint as it was before, on the meta device."""
     config = load_config(checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = build(config, torch.float32)
-    return [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    return build(config, torch.float32)
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:

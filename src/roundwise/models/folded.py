@@ -16,7 +16,7 @@ import torch
 
 from roundwise.core.rotation import Rotation
 from roundwise.errors import CheckpointError
-from roundwise.models.checkpoint import CHUNK, CODES, DTYPES, Checkpoint, TensorInfo
+from roundwise.models.checkpoint import CHUNK, CODES, DTYPES, Checkpoint, CheckpointView, TensorInfo
 
 #: Numbers that are worked on at a time, in float64: few enough for the processor's cache.
 PART = 1 << 18
@@ -112,7 +112,7 @@ class FoldedInfo(TensorInfo):
             yield self.rows(start, min(step, self.shape[0] - start)).read()
 
 
-class FoldedCheckpoint(Checkpoint):
+class FoldedCheckpoint(CheckpointView):
     """The tensors of another checkpoint, some of them changed.
 
     Args:
@@ -132,10 +132,11 @@ class FoldedCheckpoint(Checkpoint):
         overrides: dict[str, Any] | None = None,
         exact: bool = False,
     ) -> None:
-        self.source, self.folder, self.files = source, source.folder, source.files
-        self.overrides = {**source.overrides, **(overrides or {})}
-        self.config = {**source.config, **(overrides or {})}
-        self.tensors = {**source.tensors, **(added or {})}
+        overrides = overrides or {}
+        super().__init__(
+            source, {**source.tensors, **(added or {})}, {**source.config, **overrides}
+        )
+        self.overrides = {**source.overrides, **overrides}
         dtype = CODES[torch.float32] if exact else None
         for name, change in changes.items():
             self.tensors[name] = FoldedInfo.of(self.tensors[name], change, dtype)

@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.models.checkpoint import Checkpoint, TensorInfo
+from roundwise.models.experts import LinearExperts
+from roundwise.models.split import Layout, routers_of, split_experts
 
 
 @dataclass
@@ -32,6 +34,14 @@ class Block:
     module: nn.Module
     linears: dict[str, nn.Module]
     """Full module name -> nn.Linear or Conv1D, in order of definition."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Full name of linears that are never quantized, and what they are."""
+
+    @property
+    def experts(self) -> dict[str, LinearExperts]:
+        """Full module name -> mixture of experts."""
+        modules = self.module.named_modules(prefix=self.name)
+        return {name: module for name, module in modules if isinstance(module, LinearExperts)}
 
 
 @dataclass
@@ -44,6 +54,8 @@ class Skeleton:
     source_of: dict[str, str]
     """Name of a parameter or buffer in the model -> name of the tensor in the checkpoint."""
     dtype: torch.dtype
+    layout: Layout = field(default_factory=dict)
+    """Where there are experts, and what their projections are called."""
     _block_of: dict[str, int] = field(default_factory=dict)
     _maps: dict[str, mmap.mmap] = field(default_factory=dict)
     """Name of a module -> where its loaded weight lives."""
@@ -154,10 +166,18 @@ def open_skeleton(
     config = load_config(checkpoint)
     dtype = dtype or _model_dtype(config, checkpoint)
     model = build(config, dtype)
+    checkpoint, layout = split_experts(model, checkpoint)
     blocks = find_blocks(model)
-    skeleton = Skeleton(model, checkpoint, blocks, _map_names(model, checkpoint), dtype)
+    skeleton = Skeleton(model, checkpoint, blocks, _map_names(model, checkpoint), dtype, layout)
     skeleton._block_of = dict(_blocks_of_tensors(skeleton))
     return skeleton
+
+
+def as_split(checkpoint: Checkpoint, layers: set[str]) -> Checkpoint:
+    """The checkpoint with a tensor for each expert, if `layers` names some that it has no weight of."""
+    if all(f"{name}.weight" in checkpoint.tensors for name in layers):
+        return checkpoint
+    return open_skeleton(checkpoint).checkpoint
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -216,10 +236,13 @@ def find_blocks(model: nn.Module) -> list[Block]:
         raise ConfigError(
             f"{type(model).__name__} has no repeated blocks with linear layers: nothing to quantize"
         )
-    return [
-        Block(f"{best}.{i}", module, {f"{best}.{i}.{n}": linear for n, linear in _linears(module)})
-        for i, module in enumerate(lists[best])
-    ]
+    return [_block(f"{best}.{i}", module) for i, module in enumerate(lists[best])]
+
+
+def _block(name: str, module: nn.Module) -> Block:
+    left = {f"{name}.{n}": reason for n, reason in routers_of(module).items()}
+    linears = {f"{name}.{n}": linear for n, linear in _linears(module)}
+    return Block(name, module, {n: linear for n, linear in linears.items() if n not in left}, left)
 
 
 def weight_of(linear: nn.Module) -> torch.Tensor:
@@ -283,8 +306,9 @@ def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> d
         name, converter = rename_source_key(
             key, renamings, converters, model.base_model_prefix, names
         )
-        if converter is None:
-            stored[name] = key
+        if converter is not None:  # experts that were split need no conversion
+            name = rename_source_key(key, renamings, [], model.base_model_prefix, names)[0]
+        stored[name] = key
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     partners: dict[str, list[str]] = {}
     for left, right in ties.items():

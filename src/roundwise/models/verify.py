@@ -19,6 +19,8 @@ from roundwise.models.checkpoint import Checkpoint, TensorInfo, file_digest, rea
 from roundwise.models.fold import as_quantized
 from roundwise.models.formats import SUFFIXES, decode
 from roundwise.models.scaling import as_prescaled
+from roundwise.models.skeleton import as_split
+from roundwise.models.split import carried
 
 MANIFEST = "roundwise.json"
 #: Recorded and recomputed weight errors may differ by summation order only.
@@ -131,6 +133,7 @@ def audit(
         if not report.failures:
             checkpoint = Checkpoint(folder, config_file=config_file)
             if against is not None:
+                against = as_split(against, {layer.name for layer in quantized_layers(checkpoint)})
                 against = as_quantized(against, quantization_settings(checkpoint))
                 against = as_prescaled(against, checkpoint, (manifest or {}).get("layers", []))
             _check_layers(report, checkpoint, against, manifest)
@@ -252,9 +255,7 @@ def _wrong_error(
 def _check_rest(report: Audit, checkpoint: Checkpoint, against: Checkpoint) -> None:
     """Tensors that were not quantized, and side files, equal the original's byte for byte."""
     stems = {layer.name for layer in quantized_layers(checkpoint)}
-    for name, original in against.tensors.items():
-        if name.removesuffix(".weight") in stems and name.endswith(".weight"):
-            continue
+    for name, original in carried(against.tensors, stems).items():
         copy = checkpoint.tensors.get(name)
         wrong = None
         if copy is None:

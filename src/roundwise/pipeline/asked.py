@@ -49,6 +49,8 @@ def of_memory(memory: Memory, asked: Mode | None, sequential: Memory) -> list[st
 
 def of_layer(layer: dict[str, Any]) -> str | None:
     """What the record of one layer says, without the layer's name; None: all as asked."""
+    if layer["fallback"] and layer["relative_error"] is not None:
+        return str(layer["fallback"])
     if layer["fallback"]:
         return f"rounded to nearest: {layer['fallback']}"
     if len(layer["damp_tried"]) > 1:
@@ -66,6 +68,8 @@ def of_layers(layers: list[dict[str, Any]]) -> list[str]:
     for layer in layers:
         text = of_layer(layer)
         if text:
+            # Each expert has a number of its own; a line for each would hide all others.
+            text = re.sub(r"\d+(?= of \d+ calibration tokens)", "few", text)
             found.setdefault((re.sub(r"\.\d+(?=\.)", ".*", layer["name"]), text), []).append(
                 layer["name"]
             )

@@ -5,8 +5,10 @@ transformers wrote it. Hooks hand control back to the conductor; only one player
 one thread. A player stops
 
     ENTER      in front of a block, before it needs the block's weights
-    0, 1, …    in front of the first linear of each group that shares an input (sequential mode)
-    GATHERED   after a first pass through the block that only gathered Hessians (block mode)
+    COUNTED    after a pass through a block with experts that only counted their tokens (block mode)
+    1, 3, …    in front of the first linear of each group that shares an input (sequential mode)
+    0, 2, …    in front of experts, whose first group comes next: the router has chosen
+    GATHERED   after a pass through the block that only gathered Hessians (block mode)
     EXIT       behind the block, with its output
 
 so the conductor always knows that every batch has reached the same place. The first player is a
@@ -20,7 +22,6 @@ Knows hooks and what they sum up; nothing of files, solving, or formats.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,35 +29,16 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
 from roundwise.core.clock import clock
-from roundwise.errors import NumericalError, RunError
-from roundwise.models.skeleton import Block, weight_of
+from roundwise.errors import RunError
+from roundwise.models.skeleton import Block
 from roundwise.pipeline.calibration import Batch
-from roundwise.pipeline.probe import Captured, Group, taking_notes
+from roundwise.pipeline.gather import Gatherer
+from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, stop
+from roundwise.pipeline.probe import Group, taking_notes
+from roundwise.pipeline.routing import Policy, routings
 
-ENTER, GATHERED, EXIT = -1, 1 << 20, 1 << 21
 #: Tokens of the probe: enough for any local attention pattern to be well formed.
 PROBE_TOKENS = 8
-
-
-@dataclass
-class Player:
-    """One batch on its way through the model."""
-
-    batch: Batch
-    number: int
-    """Place among the batches; -1 is the probe."""
-    twin: Player | None = None
-    """The player of the same batch in the original model."""
-    original: bool = False
-    """Plays the original weights."""
-    task: greenlet | None = None
-    at: int = EXIT
-    output: Any = None
-    """What the block returned, while the player stands behind it."""
-    captured: dict[str, Captured] = field(default_factory=dict)
-    """Of an original player: what it met in front of each group that its twin has yet to reach."""
-    streams: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Inputs of the modules that see the residual stream."""
 
 
 class Conductor:
@@ -71,6 +53,7 @@ class Conductor:
         outputs: resuming, what the last finished block returned to each player.
         held_out: numbers of the batches that are summed up apart (`Group.held`).
         ratio: see `Group.add_drift`.
+        policy: which tokens an expert's Hessian is made from.
     """
 
     def __init__(
@@ -84,26 +67,25 @@ class Conductor:
         outputs: list[Any] | None = None,
         held_out: frozenset[int] = frozenset(),
         ratio: float | None = None,
+        policy: Policy | None = None,
     ) -> None:
-        self.model, self.blocks, self.skip, self.held_out = model, blocks, skip, held_out
-        self.ratio = ratio
-        self._linears = {name: linear for b in blocks for name, linear in b.linears.items()}
+        self.model, self.blocks, self.skip = model, blocks, skip
+        self.policy = policy or Policy()
+        self.gatherer = Gatherer(self._current, held_out=held_out, ratio=ratio, policy=self.policy)
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
         self.probe_player = Player(probe, -1)
         self.quantized = [Player(batch, i) for i, batch in enumerate(batches)]
         if reference:
             for player in self.quantized:
-                player.twin = Player(player.batch, player.number, original=True)
+                player.twin = Player(player.batch, player.number, player, original=True)
         self.originals = [player.twin for player in self.quantized if player.twin]
         self.players = [self.probe_player, *self.originals, *self.quantized]
         for player, output in zip(self.players, outputs or [], strict=bool(outputs)):
             player.output = output
-        self._leaders: dict[str, tuple[int, Group]] = {}
-        self._sequential = True
+        self._playing: dict[greenlet, Player] = {}
         self._variants: list[tuple[nn.Module, Any, Any]] = []
         self._showing_original = False
         self._grad = True
-        self._hooks: list[Any] = []
 
     def __enter__(self) -> Conductor:
         # Grad mode belongs to the thread, which all players share: switched off here, once.
@@ -111,10 +93,9 @@ class Conductor:
         torch.set_grad_enabled(False)
         for index, block in enumerate(self.blocks):
             block.module.forward = self._gate(index, block.module.forward)
-            for name, linear in block.linears.items():
-                self._hooks.append(linear.register_forward_pre_hook(self._hook(name)))
         for player in self.players:
             player.task = greenlet(self._play)
+            self._playing[player.task] = player
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,8 +104,7 @@ class Conductor:
                 player.task.throw(GreenletExit)
         for block in self.blocks:
             vars(block.module).pop("forward", None)
-        for hook in self._hooks:
-            hook.remove()
+        self.gatherer.end()
         torch.set_grad_enabled(self._grad)
 
     def enter(self) -> None:
@@ -141,12 +121,19 @@ class Conductor:
         Raises:
             RunError: the block calls a linear more than once.
         """
+        for experts in block.experts.values():
+            experts.visits = lambda x, _, experts=experts: self.policy.everyone(experts, x)
         with taking_notes(block) as notes:
             self._advance(self.probe_player, EXIT)
         output = self.probe_player.output
         result = output[0] if isinstance(output, tuple) else output
         notes.stream.append((block.name, result))
-        return notes.groups()
+        groups = notes.groups()
+        for routing in routings(block, groups, self.policy):
+            for group in groups:
+                if routing.expert_of.keys() & set(group.names):
+                    group.residual = None  # a token's experts add to the stream together
+        return groups
 
     def play(
         self,
@@ -155,7 +142,7 @@ class Conductor:
         solve: Callable[[Group], None],
         *,
         sequential: bool,
-    ) -> None:
+    ) -> dict[str, list[int]]:
         """Plays the block with all batches and solves its groups.
 
         Args:
@@ -164,27 +151,51 @@ class Conductor:
             solve: replaces the weights of a group's linears; its Hessian is complete.
             sequential: stop at every group, so that each sees already quantized predecessors;
                 otherwise gather all Hessians in a first pass, and play the block again.
+
+        Returns:
+            For each module of experts, how many tokens its router sent to each.
         """
-        self._sequential = sequential
-        self._leaders = {group.names[0]: (i, group) for i, group in enumerate(groups)}
-        taps = self._tap(block, groups) if self.originals else []
+        self.gatherer.begin(block, groups, sequential=sequential, drift=bool(self.originals))
         if not sequential:
-            for player in self.quantized:
-                if player.twin is not None:
-                    self._advance(player.twin, GATHERED)
-                self._advance(player, GATHERED)
+            self._gather(groups)
         for index, group in enumerate(groups):
             if sequential:
-                for player in [*self.originals, *self.quantized]:
-                    self._advance(player, index)
+                self._reach(index, groups)
             self._solve(block, group, solve)
-        self._leaders = {}
-        for hook in taps:
-            hook.remove()
         for player in [*self.originals, *self.quantized]:
             self._advance(player, EXIT)
-            player.captured.clear()
-            player.streams.clear()
+            for held in (player.captured, player.streams, player.passing):
+                held.clear()
+        tokens = {routing.name: routing.tokens.tolist() for routing in self.gatherer.routings}
+        self.gatherer.end()
+        return tokens
+
+    def _reach(self, index: int, groups: list[Group]) -> None:
+        """Sequential mode: leads all players in front of a group."""
+        players = [*self.originals, *self.quantized]
+        for routing in self.gatherer.routings:
+            if routing.first == index:
+                for player in players:
+                    self._advance(player, 2 * index)
+                routing.decide(groups)
+        for player in players:
+            self._advance(player, 2 * index + 1)
+
+    def _gather(self, groups: list[Group]) -> None:
+        """Block mode: gathers all Hessians, one batch after another."""
+        found = self.gatherer.routings
+        if found and self.policy.gather == "routed":
+            self.gatherer.counting = True
+            for player in self.quantized:
+                self._advance(player, COUNTED)
+            self.gatherer.counting = False
+            for routing in found:
+                routing.decide(groups)
+        for player in self.quantized:
+            both = [player.twin, player] if player.twin is not None else [player]
+            for place in [*(2 * routing.first for routing in found), GATHERED]:
+                for each in both:
+                    self._advance(each, place)
 
     def outputs(self) -> list[Any]:
         """What the block returned to each player, all standing behind it."""
@@ -238,7 +249,10 @@ class Conductor:
                 return player.output
             player.output = None
             stop(ENTER)
-            if player.number >= 0 and not self._sequential:
+            if player.number >= 0 and not self.gatherer.sequential:
+                if self.gatherer.counting:
+                    original(*args, **kwargs)
+                    stop(COUNTED)
                 player.output = original(*args, **kwargs)
                 stop(GATHERED)
             if player.output is None or not player.original:
@@ -249,73 +263,5 @@ class Conductor:
 
         return forward
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        """In front of a linear: sums up what it is fed with, and stops."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            player = self._current()
-            index, group = self._leaders.get(name, (GATHERED, None))
-            if player.number < 0 or group is None or index <= player.at:
-                return
-            stream = player.streams.get(group.residual or "")
-            if player.original:
-                player.captured[name] = Captured(args[0], stream)
-            else:
-                self._add(player, name, group, args[0], stream)
-            if self._sequential:
-                stop(index)
-
-        return hook
-
-    def _add(
-        self, player: Player, name: str, group: Group, x: torch.Tensor, stream: torch.Tensor | None
-    ) -> None:
-        mask = _fitting_mask(player.batch.mask, x)
-        group = group.part(held=player.number in self.held_out)
-        try:
-            with clock.phase("hessian"):
-                group.add(x, mask)
-        except NumericalError as error:
-            raise NumericalError(f"{name}, calibration batch {player.number}: {error}") from None
-        if player.twin is not None and name in player.twin.captured:
-            with clock.phase("drift"):
-                W = weight_of(self._linears[name]) if len(group.names) == 1 else None
-                captured = player.twin.captured.pop(name)
-                group.add_drift(x, captured, stream, mask, W=W, ratio=self.ratio)
-
-    def _tap(self, block: Block, groups: list[Group]) -> list[Any]:
-        """Hooks that keep the residual stream where a group adds to it."""
-
-        def tap(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                self._current().streams[name] = args[0]
-
-            return hook
-
-        names = {group.residual for group in groups if group.residual}
-        return [
-            block.module.get_submodule(
-                name.removeprefix(f"{block.name}.")
-            ).register_forward_pre_hook(tap(name))
-            for name in sorted(names)
-        ]
-
     def _current(self) -> Player:
-        task = getcurrent()
-        return next(player for player in self.players if player.task is task)
-
-
-def stop(place: int) -> None:
-    """Hands control from a player back to the conductor."""
-    parent = getcurrent().parent
-    assert parent is not None
-    parent.switch(place)
-
-
-def _fitting_mask(mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """The padding mask, if `x` [..., in] has one row per token of the batch."""
-    if mask is None:
-        return None
-    if x.numel() // x.shape[-1] != mask.numel():
-        raise NumericalError("padded batches cannot pass a layer that sees only some of the tokens")
-    return mask
+        return self._playing[getcurrent()]

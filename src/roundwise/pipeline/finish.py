@@ -13,6 +13,7 @@ from roundwise.config import QuantizeConfig
 from roundwise.models.checkpoint import INDEX, file_digest, read_header
 from roundwise.models.formats import SUFFIXES, quantization_config
 from roundwise.models.skeleton import Skeleton
+from roundwise.models.split import carried
 from roundwise.models.verify import MANIFEST, audit
 from roundwise.models.writer import copy_file, sync_folder, write_json, write_safetensors
 from roundwise.pipeline.environment import described
@@ -52,7 +53,7 @@ def finish(
     source, blocks = skeleton.checkpoint, len(skeleton.blocks)
     last = shard_name(blocks, blocks)
     files = {line["shard"]: line["sha256"] for line in done}
-    files[last] = write_safetensors(out / last, skeleton.other_tensors())
+    files[last] = write_safetensors(out / last, carried(skeleton.other_tensors(), set()))
     _write_index(out, sorted(files))
     for path in source.side_files():
         copy_file(path, out / path.name)
@@ -79,6 +80,11 @@ def finish(
             for info in read_header(out / name).values()
         ),
         "layers": layers,
+        "experts": [
+            {"name": name, "tokens": tokens}
+            for line in done
+            for name, tokens in line["experts"].items()
+        ],
         "files": files,
     }
     source.check_unchanged()

@@ -19,8 +19,10 @@ from roundwise.errors import ConfigError
 from roundwise.models import runtimes
 from roundwise.models.formats import check_shape
 from roundwise.models.skeleton import Skeleton, build, weight_of
+from roundwise.models.split import open_up
 from roundwise.pipeline import forecast
 from roundwise.pipeline.memory import Mode, available, resident
+from roundwise.pipeline.routing import Policy, check_experts
 
 #: Part of all parameters below which a quantized model is hardly smaller: said as a warning.
 ADVISED_PART = 0.8
@@ -153,6 +155,11 @@ def plan(
     if part < ADVISED_PART:
         warnings.append(f"only {part:.0%} of the parameters are quantized: {_rest(skeleton)}")
     problems = [m.why_not for m in modules if m.bits and m.why_not]
+    for block in skeleton.blocks:
+        try:
+            check_experts(block, config)
+        except ConfigError as error:
+            problems.append(str(error))
     memory = plan_memory(
         skeleton, config, tokens=tokens, batch=batch_size * seq_len, mode=mode, budget=budget
     )
@@ -205,7 +212,7 @@ def _served(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], bool]:
     """All linears of the blocks, and whether it is known which share an input."""
-    leaders = _leaders(skeleton)
+    leaders = _leaders(skeleton, config)
     found = []
     for block in skeleton.blocks:
         for name, linear in block.linears.items():
@@ -225,12 +232,20 @@ def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], 
                     leaders.get(name), why_not,
                 )
             )  # fmt: skip
+        for name, reason in block.left.items():
+            rows, columns = weight_of(skeleton.model.get_submodule(name)).shape
+            found.append(Module(name, (rows, columns), None, None, None, reason))
     return found, bool(leaders)
 
 
-def _leaders(skeleton: Skeleton) -> dict[str, str]:
+def _leaders(skeleton: Skeleton, config: QuantizeConfig) -> dict[str, str]:
     """Layer -> the first that reads the same tensor, from a forward without data; {}: not known."""
     model = build(skeleton.model.config, skeleton.dtype)
+    open_up(model, skeleton.layout)
+    policy = Policy(config.experts)
+    for path in skeleton.layout:
+        experts = model.get_submodule(path)
+        experts.visits = lambda x, _, experts=experts: policy.everyone(experts, x)
     seen: list[tuple[str, torch.Tensor]] = []  # tensors are kept, so that no identity comes again
 
     def hook(name: str) -> Any:

@@ -28,6 +28,7 @@ from roundwise.pipeline.calibration import Calibration, load_calibration
 from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.memory import Mode, parse_size, return_early
 from roundwise.pipeline.prescale import Prescaler
+from roundwise.pipeline.routing import check_experts
 from roundwise.pipeline.run import Run
 
 
@@ -93,6 +94,7 @@ def _check(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
     if len(left) == len(names):
         raise ConfigError("every linear layer is skipped: nothing to quantize")
     for block in skeleton.blocks:
+        check_experts(block, config)
         for name, linear in block.linears.items():
             settings = config.for_module(name)
             if settings is not None:

@@ -32,6 +32,8 @@ class Group:
     residual_drift: CrossMoment | None = None
     held: Group | None = None
     """The sums over batches that are held out."""
+    fallback: str | None = None
+    """Why its sums are not those of the tokens that pass in the model."""
 
     def part(self, *, held: bool) -> Group:
         """What a batch is summed up in."""

@@ -39,6 +39,8 @@ class QuantizeResult:
     bytes_after: int
     mode: str
     layers: list[dict[str, Any]]
+    experts: list[dict[str, Any]]
+    """For each module of experts, its name and how many calibration tokens its router sent to each."""
     warnings: list[str]
     """Advice: worth knowing, though everything went as asked."""
     not_as_asked: list[str]
@@ -143,6 +145,10 @@ def carry_out(
         bytes_after=manifest["bytes_after"],
         mode=manifest["mode"],
         layers=manifest["layers"],
+        experts=manifest["experts"],
         warnings=prepared.warnings,
-        not_as_asked=[*not_as_asked, *asked.of_layers(manifest["layers"])],
+        not_as_asked=[
+            *not_as_asked,
+            *asked.of_layers(manifest["layers"]),
+        ],
     )

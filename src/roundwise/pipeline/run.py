@@ -24,6 +24,7 @@ from roundwise.errors import NumericalError, OutputError, RunError, SingularErro
 from roundwise.models.checkpoint import file_digest
 from roundwise.models.formats import encode
 from roundwise.models.skeleton import Block, Skeleton, set_weight, weight_of
+from roundwise.models.split import carried
 from roundwise.models.writer import write_safetensors
 from roundwise.pipeline import environment
 from roundwise.pipeline.calibration import Calibration
@@ -37,6 +38,7 @@ from roundwise.pipeline.memory import Mode, reusing
 from roundwise.pipeline.plan import Memory, plan_memory
 from roundwise.pipeline.prescale import Prescaler, Scaling
 from roundwise.pipeline.probe import Group
+from roundwise.pipeline.routing import Policy
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Run:
             skip=first,
             outputs=outputs,
             held_out=held_out(self.config, len(self.texts.batches)),
+            policy=Policy(self.config.experts, self.config.expert_tokens),
         ) as conductor:
             for index in range(first, len(self.skeleton.blocks)):
                 conductor.enter()
@@ -184,15 +187,17 @@ class Run:
                     set_weight(linear, scaling.undo(q.dequantize(weight_of(linear).dtype)))
                     solved[name] = encode(q, settings)
                 layers.append(_layer(name, q, settings, inputs.tokens))
+                layers[-1]["fallback"] = q.fallback or group.fallback
                 layers[-1] |= scaling.record(name) | inputs.damping.record(settings)
                 self._tell(index, first, layers[-1])
 
         with clock.phase("read"):
             self.skeleton.load(block.module, block.name)
-        activations = None
+        activations, routed = None, dict[str, list[int]]()
         if conductor is not None:
             groups = conductor.probe(block)
-            conductor.play(block, groups, solve_group, sequential=self.mode == "true_sequential")
+            sequential = self.mode == "true_sequential"
+            routed = conductor.play(block, groups, solve_group, sequential=sequential)
             with clock.phase("write"):
                 activations = journal.save_outputs(index, conductor.outputs())
             # From here on the batches live in the file just written, not in memory.
@@ -205,7 +210,7 @@ class Run:
         self.skeleton.unload(block.module, block.name)
         line = {
             "block": index, "shard": shard, "sha256": digest,
-            "activations": activations, "layers": layers,
+            "activations": activations, "layers": layers, "experts": routed,
         }  # fmt: skip
         journal.block_done(line)
         done.append(line)
@@ -255,15 +260,18 @@ class Run:
         folded: dict[str, torch.Tensor],
     ) -> dict[str, Any]:
         """The block's tensors as they go to disk: quantized ones packed, all others as they were."""
-        replaced = {self.skeleton.source_of[f"{name}.weight"]: name for name in solved}
+        stems = {
+            self.skeleton.source_of[f"{name}.weight"].removesuffix(".weight"): name
+            for name in solved
+        }
         tensors: dict[str, Any] = {}
         for tensor, info in self.skeleton.block_tensors(index).items():
-            if tensor in replaced:
-                stem = tensor.removesuffix("weight")
-                for suffix, part in solved[replaced[tensor]].items():
-                    tensors[stem + suffix] = part
+            stem, _, kind = tensor.rpartition(".")
+            if stem in stems and kind == "weight":
+                parts = solved[stems[stem]].items()
+                tensors |= {f"{stem}.{suffix}": part for suffix, part in parts}
             else:
-                tensors[tensor] = folded.get(tensor, info)
+                tensors |= carried({tensor: folded.get(tensor, info)}, {*stems})
         return tensors
 
     def _tell(self, index: int, first: int, layer: dict[str, Any] | None) -> None:

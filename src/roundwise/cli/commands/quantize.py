@@ -74,6 +74,13 @@ def command(
         str | None,
         typer.Option(help="gptq (v1) or gptq_v2; the default is v1 with --sym, else v2."),
     ] = None,
+    experts: Annotated[
+        str,
+        typer.Option(help="Calibration tokens of an expert: routed, those sent to it; all: every."),
+    ] = "routed",
+    expert_tokens: Annotated[
+        int, typer.Option(help="An expert that is sent fewer is given all tokens, and named.")
+    ] = 256,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -132,7 +139,8 @@ def command(
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
         damp_percent=_number(damp_percent), method=method, prescale=prescale,
-        rotate=rotate, rotation_seed=rotation_seed, dynamic=parse_dynamic(override or [], skip or []),
+        experts=experts, expert_tokens=expert_tokens, rotate=rotate, rotation_seed=rotation_seed,
+        dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     with steps("quantizing") as shown:
@@ -217,6 +225,8 @@ def print_result(result: QuantizeResult) -> None:
         f"peak memory {size(result.peak_rss_bytes)}, mode {result.mode}",
         highlight=False,
     )
+    if result.experts:
+        stdout.print(coverage(result.experts), highlight=False)
     errors = [layer["relative_error"] for layer in solved if layer["relative_error"] is not None]
     if errors:
         worst = max(solved, key=lambda layer: layer["relative_error"] or 0.0)
@@ -230,3 +240,12 @@ def print_result(result: QuantizeResult) -> None:
     stdout.print(f"verified, saved in {result.output}", highlight=False, soft_wrap=True)
     for text in result.not_as_asked:
         stdout.print(f"[red]not as asked:[/] {text}", highlight=False, soft_wrap=True)
+
+
+def coverage(experts: list[dict[str, Any]]) -> str:
+    """One line on how many tokens the experts were sent."""
+    counts = sorted(tokens for line in experts for tokens in line["tokens"])
+    return (
+        f"{len(counts)} experts in {len(experts)} layers: {counts[0]} to {counts[-1]} calibration "
+        f"tokens each, half of them {counts[len(counts) // 2]} or more"
+    )

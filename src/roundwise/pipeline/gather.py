@@ -1,0 +1,171 @@
+"""What is summed up while a block is played: the inputs of its groups, and how far they have drifted.
+
+Hooks in front of linears and of experts; they run inside the players, and stop them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from roundwise.core.clock import clock
+from roundwise.errors import NumericalError
+from roundwise.models.experts import Visits
+from roundwise.models.skeleton import Block, weight_of
+from roundwise.pipeline.players import GATHERED, Player, stop
+from roundwise.pipeline.probe import Captured, Group
+from roundwise.pipeline.routing import Passing, Policy, Routing, routings
+
+
+class Gatherer:
+    """Sums up what the players meet in front of the groups of one block.
+
+    Args:
+        current: the player that is running.
+        held_out, ratio, policy: see `Conductor`.
+    """
+
+    def __init__(
+        self,
+        current: Callable[[], Player],
+        *,
+        held_out: frozenset[int],
+        ratio: float | None,
+        policy: Policy,
+    ) -> None:
+        self._current, self.held_out, self.ratio, self.policy = current, held_out, ratio, policy
+        self.sequential = True
+        """Players stop at every group."""
+        self.counting = False
+        """Nothing is summed up yet: only the tokens of experts are counted."""
+        self.routings: list[Routing] = []
+        self._linears: dict[str, nn.Module] = {}
+        self._leaders: dict[str, tuple[int, Group]] = {}
+        self._experts: dict[str, tuple[Routing, int]] = {}
+        self._hooks: list[Any] = []
+
+    def begin(self, block: Block, groups: list[Group], *, sequential: bool, drift: bool) -> None:
+        """Puts the hooks into a block; `drift`: the original model is played beside."""
+        self.sequential, self._linears = sequential, block.linears
+        self._leaders = {group.names[0]: (2 * i + 1, group) for i, group in enumerate(groups)}
+        self.routings = routings(block, groups, self.policy)
+        for routing in self.routings:
+            routing.experts.visits = partial(self._visits, routing)
+            self._experts |= {n: (routing, expert) for n, expert in routing.expert_of.items()}
+        self._hooks = [
+            block.linears[name].register_forward_pre_hook(self._hook(name))
+            for name in self._leaders
+        ]
+        if drift:
+            self._hooks += self._tap(block, groups)
+
+    def end(self) -> None:
+        """Takes the hooks out again."""
+        for hook in self._hooks:
+            hook.remove()
+        for routing in self.routings:
+            vars(routing.experts).pop("visits", None)
+        self._hooks, self._leaders, self._experts, self.routings = [], {}, {}, []
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """In front of a linear: sums up what it is fed with, and stops."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            player = self._current()
+            place, group = self._leaders.get(name, (GATHERED, None))
+            if self.counting or group is None or place <= player.at:
+                return
+            stream = player.streams.get(group.residual or "")
+            x, rows, shared = args[0], *self._rows(player, name)
+            if player.original:
+                player.captured[name] = Captured(x if shared is None else x[shared], stream)
+            else:
+                mask = _fitting_mask(player.batch.mask, x, rows)
+                self._add(player, name, group, x, stream, mask)
+            if self.sequential:
+                stop(place)
+
+        return hook
+
+    def _add(
+        self,
+        player: Player,
+        name: str,
+        group: Group,
+        x: torch.Tensor,
+        stream: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> None:
+        captured = player.twin.captured.pop(name, None) if player.twin is not None else None
+        if not x.numel():  # none of this batch's tokens were sent to an expert
+            return
+        group = group.part(held=player.number in self.held_out)
+        try:
+            with clock.phase("hessian"):
+                group.add(x, mask)
+        except NumericalError as error:
+            raise NumericalError(f"{name}, calibration batch {player.number}: {error}") from None
+        if captured is not None:
+            with clock.phase("drift"):
+                W = weight_of(self._linears[name]) if len(group.names) == 1 else None
+                group.add_drift(x, captured, stream, mask, W=W, ratio=self.ratio)
+
+    def _visits(self, routing: Routing, x: torch.Tensor, index: torch.Tensor) -> Visits:
+        """In front of experts: decides which tokens of the current player pass which."""
+        player = self._current()
+        if player.at >= GATHERED:
+            return routing.experts.routed(x, index)
+        if not player.original and routing.name not in player.passing:
+            routing.count(index, player.batch.mask)
+        passing = player.passing[routing.name] = Passing(index)
+        if self.counting:
+            return routing.experts.routed(x, index)
+        twin = None
+        if self.policy.gather == "routed":
+            stop(2 * routing.first)  # until it is known what all batches, and the twin, chose
+            if player.original and player.twin is not None:
+                twin = player.twin.passing[routing.name]
+        routing.send(passing, twin)
+        return passing.visits()
+
+    def _rows(self, player: Player, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of an expert's linear: `Passing.rows` and `Passing.shared`; None: all tokens."""
+        if name not in self._experts:
+            return None, None
+        routing, expert = self._experts[name]
+        passing = player.passing[routing.name]
+        return passing.rows[expert], passing.shared[expert]
+
+    def _tap(self, block: Block, groups: list[Group]) -> list[Any]:
+        """Hooks that keep the residual stream where a group adds to it."""
+
+        def tap(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                self._current().streams[name] = args[0]
+
+            return hook
+
+        names = {group.residual for group in groups if group.residual}
+        return [
+            block.module.get_submodule(
+                name.removeprefix(f"{block.name}.")
+            ).register_forward_pre_hook(tap(name))
+            for name in sorted(names)
+        ]
+
+
+def _fitting_mask(
+    mask: torch.Tensor | None, x: torch.Tensor, rows: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The padding mask of `x` [..., in], which has a row per token, or for each of `rows`."""
+    if mask is None:
+        return None
+    if rows is not None:
+        return mask.reshape(-1)[rows]
+    if x.numel() // x.shape[-1] != mask.numel():
+        raise NumericalError("padded batches cannot pass a layer that sees only some of the tokens")
+    return mask
