@@ -184,3 +184,17 @@ class TestLayers:
             "model.layers.*.up_proj (40 layers): rounded to nearest: no token",
             "head: rounded to nearest: no token",
         ]
+
+
+def test_experts_with_few_tokens_share_a_line_and_are_not_called_rounded():
+    layers = [
+        {
+            "name": f"model.layers.0.mlp.experts.{expert}.up_proj",
+            "fallback": f"only {expert} of 128 calibration tokens were routed here",
+            "relative_error": 0.01,
+        }
+        for expert in range(3)
+    ]
+    (line,) = asked.of_layers(layers)
+    assert "(3 layers): only few of 128 calibration tokens" in line
+    assert "nearest" not in line

@@ -49,7 +49,7 @@ def of_memory(memory: Memory, asked: Mode | None, sequential: Memory) -> list[st
 
 def of_layer(layer: dict[str, Any]) -> str | None:
     """What the record of one layer says, without the layer's name; None: all as asked."""
-    if layer["fallback"] and layer["relative_error"] is not None:
+    if layer["fallback"] and layer.get("relative_error") is not None:
         return str(layer["fallback"])
     if layer["fallback"]:
         return f"rounded to nearest: {layer['fallback']}"
