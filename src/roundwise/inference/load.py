@@ -53,7 +53,11 @@ def load(
             folder = _modernised(checkpoint, Path(scratch))
         try:
             loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                folder,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except CheckpointError:
             raise

@@ -15,7 +15,8 @@ import torch
 
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.errors import CheckpointError, RoundwiseError, VerificationError
-from roundwise.models.checkpoint import Checkpoint, TensorInfo, file_digest, read_json
+from roundwise.models.checkpoint import Checkpoint, TensorInfo
+from roundwise.models.files import file_digest, read_json
 from roundwise.models.fold import as_quantized
 from roundwise.models.formats import SUFFIXES, decode
 from roundwise.models.scaling import as_prescaled

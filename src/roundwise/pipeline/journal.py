@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from roundwise.errors import OutputError, RunError
-from roundwise.models.checkpoint import file_digest, read_header
+from roundwise.models.checkpoint import read_header
+from roundwise.models.files import file_digest
 from roundwise.models.writer import PARTIAL, storage_error, write_safetensors
 
 WORK = ".roundwise"
