@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from roundwise.errors import CheckpointError
+from roundwise.models.bounds import check_config
 from roundwise.models.files import check_links, file_digest, read_json, state_of
 
 DTYPES = {
@@ -137,6 +138,7 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder with a model in it")
         self.config = read_json(self.folder / config_file)
+        check_config(self.config)
         #: What the model's config is to say instead of config.json.
         self.overrides: dict[str, Any] = {}
         self.files = self._weight_files()

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.core.packing import pack
 from roundwise.errors import ConfigError, OutputError
+from roundwise.models.bounds import bounded_modules
 from roundwise.models.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo
 from roundwise.models.formats import SUFFIXES
 from roundwise.models.skeleton import build, load_config
@@ -96,8 +97,7 @@ def _dense(
             yield _as_is(name, info)
         elif suffix == "qweight":
             layer = layers[stem]
-            columns = layer.parts["scales"].shape[1]
-            size = layer.in_features() * columns * dtype.itemsize
+            size = layer.in_features() * info.shape[1] * dtype.itemsize
 
             def dequantized(layer: QuantizedLayer = layer, stem: str = stem) -> torch.Tensor:
                 W = layer.read(before).dequantize(dtype)
@@ -153,7 +153,8 @@ def _conv1d(checkpoint: Checkpoint) -> list[str]:
     config = load_config(checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = build(config, torch.float32)
+    with bounded_modules(len(checkpoint.tensors)):
+        model = build(config, torch.float32)
     return [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
 
 

@@ -50,7 +50,8 @@ def of_memory(memory: Memory, asked: Mode | None, sequential: Memory) -> list[st
 def of_layer(layer: dict[str, Any]) -> str | None:
     """What the record of one layer says, without the layer's name; None: all as asked."""
     if layer["fallback"]:
-        return f"rounded to nearest: {layer['fallback']}"
+        rounded = "rounded to nearest: " if layer["relative_error"] is None else ""
+        return f"{rounded}{layer['fallback']}"
     if len(layer["damp_tried"]) > 1:
         return f"damping raised to {layer['damp_percent']:g}: the Hessian was indefinite with less"
     if "damp_losses" in layer and layer["damp_losses"] is None:
