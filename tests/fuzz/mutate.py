@@ -51,13 +51,9 @@ def mutate(data: bytes, limit: int, seed: int, flip: Callable[[bytes, int], byte
     lines = data.split(b"\n") if b"\n{" in data else [data]
     index = draw.randrange(len(lines))
     try:
-        value = json.loads(lines[index])
-    except (ValueError, RecursionError):
-        return flip(data, limit)
-    holder = [value]
-    for _ in range(draw.choice((1, 1, 1, 2, 3))):
-        _change(holder, draw)
-    try:
+        holder = [json.loads(lines[index])]
+        for _ in range(draw.choice((1, 1, 1, 2, 3))):
+            _change(holder, draw)
         lines[index] = json.dumps(holder[0]).encode()
     except (ValueError, RecursionError):
         return flip(data, limit)

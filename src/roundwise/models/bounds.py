@@ -16,8 +16,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from roundwise.errors import CheckpointError
 
-#: Names of settings that count what a model is made of, and the largest count taken for one.
-COUNTS, LARGEST = re.compile("layer|block|depth|expert|stage|stack|codebook"), 100_000
+#: Names of settings that count what a model is made of, those of its sizes among them, and the largest
+#: count taken for one: fifty times what the deepest model has.
+COUNTS, SIZES = "layer|block|depth|expert|stage|stack|codebook", "size|dim|width|len|capacity|token"
+LARGEST = 10_000
 #: Modules that a model may have for each tensor in its files, and beyond.
 PER_TENSOR, MODULES = 16, 10_000
 #: Bytes of tables that a model computes instead of storing: rotary frequencies, masks.
@@ -40,12 +42,16 @@ def check_config(config: dict[str, Any]) -> None:
             left += [(inherit or below, item) for below, item in value.items()]
         elif isinstance(value, list):
             left += [(key, item) for item in value]
-        elif isinstance(value, int | float) and COUNTS.search(key) and value > LARGEST:
+        elif isinstance(value, int | float) and value > LARGEST and _counts(key):
             raise CheckpointError(f"config.json says {key}={value}, which no model has")
         elif isinstance(value, str) and "/" in value and key.endswith("_implementation"):
             raise CheckpointError(
                 f"config.json says {key}={value[:80]!r}: code from the hub is not run, take it out"
             )
+
+
+def _counts(key: str) -> bool:
+    return re.search(COUNTS, key) is not None and re.search(SIZES, key) is None
 
 
 @contextmanager
