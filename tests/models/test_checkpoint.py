@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from roundwise.errors import CheckpointError
-from roundwise.models.checkpoint import DTYPES, Checkpoint, read_header, read_json
+from roundwise.models.checkpoint import DTYPES, Checkpoint, read_header
+from roundwise.models.files import read_json
 from tests.helpers import raw, tensors_of
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -123,6 +125,103 @@ def test_side_files_are_everything_but_weights(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     (tmp_path / "folder").mkdir()
     assert [path.name for path in Checkpoint(tmp_path).side_files()] == kept
+
+
+class TestLinks:
+    """A link may lead to a file of the same folder or of the hub's cache; anywhere else is refused."""
+
+    @pytest.fixture
+    def folder(self, llama: Path, tmp_path: Path) -> Path:
+        shutil.copytree(llama, tmp_path / "model")
+        (tmp_path / "secret.txt").write_text("mine")
+        return tmp_path / "model"
+
+    @pytest.mark.parametrize(
+        "name", ["config.json", "model.safetensors", "generation_config.json", "LICENSE"]
+    )
+    @pytest.mark.parametrize("absolute", [True, False])
+    def test_to_elsewhere(self, name: str, absolute: bool, folder: Path, tmp_path: Path) -> None:
+        if (folder / name).exists():
+            (folder / name).rename(tmp_path / name)
+        else:
+            (tmp_path / name).write_text("mine")
+        (folder / name).symlink_to(tmp_path / name if absolute else f"../{name}")
+        with pytest.raises(CheckpointError, match=rf"{name} is a link to .*, outside the folder"):
+            Checkpoint(folder)
+
+    def test_what_is_not_read_may_lead_anywhere(self, folder: Path, tmp_path: Path) -> None:
+        (folder / ".git").symlink_to(tmp_path)
+        (folder / "pytorch_model.bin").symlink_to(tmp_path / "secret.txt")
+        (folder / "original").symlink_to(tmp_path)
+        assert all(not file.is_symlink() for file in Checkpoint(folder).side_files())
+
+    def test_in_the_folder(self, folder: Path) -> None:
+        (folder / "COPYING").symlink_to("generation_config.json")
+        assert folder / "COPYING" in Checkpoint(folder).side_files()
+
+    def test_a_folder_that_is_a_link(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(folder)
+        assert Checkpoint(tmp_path / "link").tensors.keys() == Checkpoint(folder).tensors.keys()
+
+    @pytest.mark.parametrize("through_link", [False, True])
+    def test_the_cache_of_the_hub(self, through_link: bool, folder: Path, tmp_path: Path) -> None:
+        # models--owner--name/snapshots/REVISION/file -> ../../blobs/HASH
+        cache = tmp_path / "models--owner--name"
+        snapshot = cache / "snapshots" / "0123abc"
+        snapshot.mkdir(parents=True)
+        (cache / "blobs").mkdir()
+        for number, file in enumerate(sorted(folder.iterdir())):
+            file.rename(cache / "blobs" / str(number))
+            (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+        if through_link:
+            (tmp_path / "link").symlink_to(snapshot)
+        checkpoint = Checkpoint(tmp_path / "link" if through_link else snapshot)
+        assert checkpoint.tensors
+        assert [file.name for file in checkpoint.side_files()] == ["generation_config.json"]
+        # Not even there may a link lead anywhere.
+        (snapshot / "LICENSE").symlink_to(tmp_path / "secret.txt")
+        with pytest.raises(CheckpointError, match="LICENSE is a link"):
+            Checkpoint(snapshot)
+
+    def test_a_cache_whose_files_are_elsewhere(self, folder: Path, tmp_path: Path) -> None:
+        snapshot = tmp_path / "x" / "snapshots" / "model"
+        snapshot.parent.mkdir(parents=True)
+        folder.rename(snapshot)
+        (tmp_path / "x" / "blobs").symlink_to(tmp_path)
+        (snapshot / "LICENSE").symlink_to("../../blobs/secret.txt")
+        with pytest.raises(CheckpointError, match="LICENSE is a link"):
+            Checkpoint(snapshot)
+
+    def test_in_circles(self, folder: Path) -> None:
+        (folder / "LICENSE").symlink_to("LICENSE")
+        assert Checkpoint(folder).tensors  # no file at all
+        (folder / "config.json").unlink()
+        (folder / "config.json").symlink_to("config.json")
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "LICENSE"]
+)
+def test_a_pipe_is_no_file(name: str, llama: Path, tmp_path: Path) -> None:
+    # To open one would wait for ever.
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "model" / name)
+    if name in ("config.json", "model.safetensors"):
+        with pytest.raises(CheckpointError, match="has no "):
+            Checkpoint(tmp_path / "model")
+    else:
+        assert Checkpoint(tmp_path / "model").tensors
+
+
+def test_json_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roundwise.models.files.MAX_JSON", 1 << 20)
+    (tmp_path / "config.json").touch()
+    os.truncate(tmp_path / "config.json", 1 << 40)  # a hole: it takes no room on the disk
+    with pytest.raises(CheckpointError, match="larger than 1 MiB"):
+        read_json(tmp_path / "config.json")
 
 
 class TestIdentity:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from roundwise.errors import StorageError
 from roundwise.models import writer
-from roundwise.models.checkpoint import DTYPES, file_digest, read_header
+from roundwise.models.checkpoint import DTYPES, read_header
+from roundwise.models.files import file_digest
 from roundwise.models.writer import copy_file, replacing, write_json, write_safetensors
 from tests.helpers import Stop, raw
 

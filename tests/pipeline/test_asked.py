@@ -177,7 +177,12 @@ class TestLayers:
 
     def test_layers_alike_share_a_line(self) -> None:
         layers = [
-            {"name": f"model.layers.{i}.up_proj", "fallback": "no token", "damp_tried": []}
+            {
+                "name": f"model.layers.{i}.up_proj",
+                "fallback": "no token",
+                "relative_error": None,
+                "damp_tried": [],
+            }
             for i in range(40)
         ]
         assert asked.of_layers([*layers, {**layers[0], "name": "head"}]) == [

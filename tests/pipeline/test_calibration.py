@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -297,3 +298,29 @@ def test_shares_add_up() -> None:
     assert shares(10, [0.5, 0.25, 0.25]) == [5, 3, 2]
     assert shares(128, [1.0]) == [128]
     assert shares(3, [0.98, 0.01, 0.01]) == [3, 1, 1]
+
+
+class TestWhatCannotBeTokens:
+    @pytest.fixture
+    def tokenizer(self, tiny: Path) -> Any:
+        return transformers.AutoTokenizer.from_pretrained(tiny)
+
+    def read(self, folder: Path, record: str, tokenizer: Any) -> None:
+        (folder / "x.jsonl").write_text(f'{{"text": "fine"}}\n{record}\n')
+        load_calibration(
+            str(folder / "x.jsonl"), tokenizer, samples=1, seq_len=4, batch_size=1, seed=0
+        )
+
+    def test_half_a_character(self, tokenizer: Any, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match=r"a text of the calibration.*begins with .*odd"):
+            self.read(tmp_path, '{"text": "odd \\ud800"}', tokenizer)
+
+    def test_a_chat_that_the_template_refuses(self, tokenizer: Any, tmp_path: Path) -> None:
+        tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+        chat = '{"messages": [{"role": "user", "content": "hello"}]}'
+        with pytest.raises(CalibrationError, match=r"a chat of .*\(roles must alternate\).*hello"):
+            self.read(tmp_path, chat, tokenizer)
+
+    def test_json_nested_without_end(self, tokenizer: Any, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match="line 2 is no JSON"):
+            self.read(tmp_path, '{"text": ' + "[" * 100_000, tokenizer)

@@ -24,7 +24,10 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 
 def line(block: int, activations: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"block": block, "shard": f"{block}.safetensors", "activations": activations}
+    return {
+        "block": block, "shard": f"{block}.safetensors", "sha256": "0", "activations": activations,
+        "layers": [],
+    }  # fmt: skip
 
 
 def test_lines_come_back_in_their_order(journal: Journal) -> None:

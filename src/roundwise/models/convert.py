@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.core.packing import pack
 from roundwise.errors import ConfigError, OutputError
+from roundwise.models.bounds import bounded_modules
 from roundwise.models.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo
 from roundwise.models.formats import SUFFIXES
 from roundwise.models.skeleton import build, load_config
@@ -129,8 +130,7 @@ def _apart(
             yield _as_is(name, info)
         elif suffix == "qweight":
             layer = layers[stem]
-            columns = layer.parts["scales"].shape[1]
-            size = layer.in_features() * columns * dtype.itemsize
+            size = layer.in_features() * info.shape[1] * dtype.itemsize
 
             def dequantized(layer: QuantizedLayer = layer, stem: str = stem) -> torch.Tensor:
                 W = layer.read(before).dequantize(dtype)
@@ -186,7 +186,8 @@ def _model(checkpoint: Checkpoint) -> PreTrainedModel:
     config = load_config(checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return build(config, torch.float32)
+    with bounded_modules(len(checkpoint.tensors)):
+        return build(config, torch.float32)
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:

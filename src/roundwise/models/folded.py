@@ -140,15 +140,3 @@ class FoldedCheckpoint(CheckpointView):
         dtype = CODES[torch.float32] if exact else None
         for name, change in changes.items():
             self.tensors[name] = FoldedInfo.of(self.tensors[name], change, dtype)
-
-    def nbytes(self) -> int:
-        """Bytes of all tensors in the folder."""
-        return self.source.nbytes()
-
-    def identity(self) -> dict[str, Any]:
-        """That of the source: what is changed, and how, follows from it and the settings."""
-        return self.source.identity()
-
-    def check_unchanged(self) -> None:
-        """That of the source."""
-        self.source.check_unchanged()

@@ -67,8 +67,13 @@ def decode(tensors: dict[str, torch.Tensor], checkpoint_format: str, name: str) 
         CheckpointError: shapes that contradict each other.
     """
     qweight, qzeros, scales = (tensors[suffix] for suffix in SUFFIXES[:3])
-    groups = scales.shape[0]
-    bits = infer_bits(tensors, name)
+    bits, groups = infer_bits(tensors, name), scales.shape[0]
+    whole = {qweight.dtype, qzeros.dtype} == {torch.int32}
+    if not whole or not scales.is_floating_point():
+        raise CheckpointError(
+            f"{name}: qweight and qzeros must be int32 and scales floating point, they are "
+            f"{qweight.dtype}, {qzeros.dtype} and {scales.dtype}"
+        )
     codes = unpack(qweight, bits).T.contiguous()
     zeros = unpack(qzeros.T.contiguous(), bits).to(torch.int32)
     if checkpoint_format == "gptq":

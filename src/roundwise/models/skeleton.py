@@ -19,7 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from roundwise.errors import CheckpointError, ConfigError
+from roundwise.errors import CheckpointError, ConfigError, RoundwiseError
+from roundwise.models.bounds import bounded_modules, check_computed, dtype_named
 from roundwise.models.checkpoint import Checkpoint, TensorInfo
 from roundwise.models.experts import LinearExperts
 from roundwise.models.split import Layout, routers_of, split_experts
@@ -159,13 +160,15 @@ def open_skeleton(
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
+        settings = checkpoint.config["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise ConfigError(
-            f"{checkpoint.folder} is quantized already ({method}): start from the original"
+            f"{checkpoint.folder} is quantized already ({method or 'unknown'}): start from the original"
         )
     config = load_config(checkpoint)
     dtype = dtype or _model_dtype(config, checkpoint)
-    model = build(config, dtype)
+    with bounded_modules(len(checkpoint.tensors)):
+        model = build(config, dtype)
     checkpoint, layout = split_experts(model, checkpoint)
     blocks = find_blocks(model)
     skeleton = Skeleton(model, checkpoint, blocks, _map_names(model, checkpoint), dtype, layout)
@@ -201,9 +204,17 @@ def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=False
             )
-    except ValueError as error:
+    except RoundwiseError:
+        raise
+    except Exception as error:  # many kinds for one reason: a config that makes no sense
         reason = str(error).strip().split("\n", 1)[0]
-        raise ConfigError(f"{config.model_type} is no causal language model: {reason}") from error
+        kind = config.model_type
+        if isinstance(error, ValueError):
+            raise ConfigError(f"{kind} is no causal language model: {reason}") from error
+        raise CheckpointError(
+            f"transformers cannot build the {kind} of config.json: {reason}"
+        ) from error
+    check_computed(model)
     computed = {name for name, _ in model.named_non_persistent_buffers()}
     for name, module in model.named_modules():
         fresh = False
@@ -279,9 +290,7 @@ def _model_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
     text = config.get_text_config()
     for value in (getattr(config, "dtype", None), getattr(text, "dtype", None)):
         if value is not None:
-            dtype = getattr(torch, value) if isinstance(value, str) else value
-            assert isinstance(dtype, torch.dtype)
-            return dtype
+            return dtype_named(value)
     largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes)
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(largest.dtype, torch.float32)
 

@@ -15,9 +15,11 @@ import torch
 
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.errors import CheckpointError, RoundwiseError, VerificationError
-from roundwise.models.checkpoint import Checkpoint, TensorInfo, file_digest, read_json
+from roundwise.models.checkpoint import Checkpoint, TensorInfo
+from roundwise.models.files import file_digest, read_json
 from roundwise.models.fold import as_quantized
-from roundwise.models.formats import SUFFIXES, decode
+from roundwise.models.formats import SUFFIXES, decode, infer_bits
+from roundwise.models.records import Manifest, damage
 from roundwise.models.scaling import as_prescaled
 from roundwise.models.skeleton import as_split
 from roundwise.models.split import carried
@@ -60,11 +62,14 @@ class QuantizedLayer:
     name: str
     parts: dict[str, TensorInfo]
 
+    def bits(self) -> int:
+        """Width of its codes, from the shapes alone; CheckpointError when they contradict each other."""
+        shapes = {key: torch.empty(info.shape, device="meta") for key, info in self.parts.items()}
+        return infer_bits(shapes, self.name)
+
     def in_features(self) -> int:
         """Input channels, from the shapes alone."""
-        groups, columns = self.parts["scales"].shape
-        bits = self.parts["qzeros"].nbytes * 8 // (groups * columns)
-        return self.parts["qweight"].nbytes * 8 // (bits * columns)
+        return self.parts["qweight"].shape[0] * 32 // self.bits()
 
     def read(self, checkpoint_format: str) -> QuantizedWeight:
         """Its codes, scales and zeros."""
@@ -157,16 +162,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     manifest = read_json(file)
-    layers, files = manifest.get("layers"), manifest.get("files")
-    whole = (
-        isinstance(files, dict)
-        and all(isinstance(digest, str) for digest in files.values())
-        and isinstance(layers, list)
-        and all(isinstance(line, dict) and isinstance(line.get("name"), str) for line in layers)
-        and isinstance(manifest.get("run"), dict)
-    )
-    if not whole:
-        raise CheckpointError(f"{file} is damaged")
+    wrong = damage(Manifest, manifest)
+    if wrong:
+        raise CheckpointError(f"{file} is damaged: {wrong}")
     return manifest
 
 
@@ -183,9 +181,7 @@ def changed_files(
     found = []
     for name, digest in files.items():
         path = folder / (config_file if name == "config.json" else name)
-        if Path(name).name != name:
-            found.append(f"{name!r} in {MANIFEST} is not in the folder")
-        elif not path.is_file():
+        if not path.is_file():
             found.append(f"{name} is missing")
         elif file_digest(path) != digest:
             found.append(f"{name} was changed since it was written")

@@ -74,8 +74,13 @@ def _pieces(
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically, keys in the order given."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:  # half a character, which JSON can hold and UTF-8 cannot
+        data = json.dumps(value, indent=2).encode()
     with replacing(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(data + b"\n")
 
 
 def copy_file(source: Path, path: Path) -> None:

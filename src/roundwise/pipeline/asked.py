@@ -52,7 +52,8 @@ def of_layer(layer: dict[str, Any]) -> str | None:
     if layer["fallback"] and layer.get("relative_error") is not None:
         return str(layer["fallback"])
     if layer["fallback"]:
-        return f"rounded to nearest: {layer['fallback']}"
+        rounded = "rounded to nearest: " if layer["relative_error"] is None else ""
+        return f"{rounded}{layer['fallback']}"
     if len(layer["damp_tried"]) > 1:
         return f"damping raised to {layer['damp_percent']:g}: the Hessian was indefinite with less"
     if "damp_losses" in layer and layer["damp_losses"] is None:

@@ -187,15 +187,23 @@ def _tokenize(documents: list[Document], tokenizer: Any) -> list[int]:
 
 
 def _document_tokens(document: Document, tokenizer: Any) -> list[int]:
-    if isinstance(document, str):
-        return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-    if not getattr(tokenizer, "chat_template", None):
+    is_text = isinstance(document, str)
+    if not is_text and not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
             "the calibration file holds chats, but this model's tokenizer has no chat template: "
             "give plain `text` instead"
         )
-    encoded = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
+    try:
+        if is_text:
+            return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        encoded = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)
+        return list(encoded["input_ids"])
+    except Exception as error:  # of templates in their own words, of tokenizers in any
+        kind = "text" if is_text else "chat"
+        raise CalibrationError(
+            f"a {kind} of the calibration cannot be turned into tokens ({error}): it begins with "
+            f"{str(document)[:60]!r}"
+        ) from error
 
 
 def _item_tokens(item: Any, tokenizer: Any) -> list[int]:

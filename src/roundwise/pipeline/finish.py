@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from roundwise.config import QuantizeConfig
-from roundwise.models.checkpoint import INDEX, file_digest, read_header
+from roundwise.models.checkpoint import INDEX, read_header
+from roundwise.models.files import file_digest
 from roundwise.models.formats import SUFFIXES, quantization_config
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import carried

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from roundwise.errors import OutputError, RunError
-from roundwise.models.checkpoint import file_digest, read_header
+from roundwise.models.checkpoint import read_header
+from roundwise.models.files import file_digest
+from roundwise.models.records import Fingerprint, FinishedBlock, damage
 from roundwise.models.writer import PARTIAL, storage_error, write_safetensors
 
 WORK = ".roundwise"
@@ -61,9 +63,17 @@ class Journal:
         whole, _, _torn = self.path.read_bytes().rpartition(b"\n")
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
-            raise OutputError(f"{self.path} is damaged: start anew with --restart") from None
-        return (lines[0]["fingerprint"], lines[1:]) if lines else (None, [])
+            if not lines:
+                return None, []
+            fingerprint, done = lines[0]["fingerprint"], lines[1:]
+            wrong = damage(Fingerprint, fingerprint) or damage(list[FinishedBlock], done)
+            if wrong:
+                raise ValueError(wrong)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise OutputError(
+                f"{self.path} is damaged: start anew with --restart ({error})"
+            ) from None
+        return fingerprint, done
 
     def layers(self) -> list[dict[str, Any]]:
         """Records of all layers of finished blocks."""

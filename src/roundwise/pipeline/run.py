@@ -21,7 +21,7 @@ from roundwise.core.clock import clock
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.solver import round_to_nearest, solve
 from roundwise.errors import NumericalError, OutputError, RunError, SingularError
-from roundwise.models.checkpoint import file_digest
+from roundwise.models.files import file_digest
 from roundwise.models.formats import encode
 from roundwise.models.skeleton import Block, Skeleton, set_weight, weight_of
 from roundwise.models.split import carried
