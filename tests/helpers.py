@@ -19,7 +19,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from roundwise.models.skeleton import Skeleton, weight_of
+from roundwise.models.blocks import weight_of
+from roundwise.models.skeleton import Skeleton
 from roundwise.pipeline.calibration import Batch
 from roundwise.pipeline.conduct import Conductor, Group
 from roundwise.pipeline.routing import Policy
@@ -132,6 +133,12 @@ def windows(count: int = 4, length: int = 32, seed: int = 0) -> list[list[int]]:
 def batches(rows: list[list[int]], size: int = 2) -> list[Batch]:
     """Windows of one length as batches without padding."""
     return [Batch(torch.tensor(rows[i : i + size]), None) for i in range(0, len(rows), size)]
+
+
+def inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """Arguments of a language model's forward."""
+    given = {"input_ids": batch.input_ids}
+    return given if batch.mask is None else {**given, "attention_mask": batch.mask.long()}
 
 
 def conduct(

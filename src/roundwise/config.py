@@ -123,6 +123,11 @@ class QuantizeConfig(BaseModel):
     expert_tokens: int = Field(
         256, ge=0, description="Fewest routed tokens that an expert's Hessian may be made from."
     )
+    lm_head: bool = Field(
+        False,
+        description="Quantize the output head too; one that is tied to the embedding gets a weight of "
+        "its own.",
+    )
     rotate: bool = Field(
         False,
         description="Rotate the residual stream before quantizing, folded into the weights (QuaRot): "

@@ -166,13 +166,10 @@ class TestModel:
             config["num_hidden_layers"] = 0
         refused(quantize(), "LlamaForCausalLM has no repeated blocks with linear layers")
 
-    def test_quantized_already(
-        self, commands: Commands, quantized: Callable[..., Path], text: Path, tmp_path: Path
-    ) -> None:
-        ended = commands.run(
-            "quantize", quantized("llama"), tmp_path / "out", "--calibration", text
-        )  # fmt: skip
-        refused(ended, "is quantized already (gptq): start from the original")
+    def test_quantized_already(self, quantize: Callable[..., Ended], model: Path) -> None:
+        with edited_json(model / "config.json") as config:
+            config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+        refused(quantize(), "is quantized already (awq): start from the original")
 
     def test_code_that_comes_with_the_model_is_not_run(
         self, quantize: Callable[..., Ended], model: Path, tmp_path: Path

@@ -23,7 +23,8 @@ from roundwise.cli.commands import generate
 from roundwise.inference.prompts import encode_chat
 from roundwise.models.verify import audit
 from roundwise.pipeline import texts
-from tests.helpers import CHAT_TEMPLATE, Commands, Ended, contents, edited_json
+from tests.helpers import CHAT_TEMPLATE, Commands, Ended, contents, edited_json, random_model
+from tests.mixtures import MIXTURES
 
 QUANTIZE_KEYS = {
     "output", "seconds", "peak_rss_bytes", "bits_per_weight", "bytes_before", "bytes_after", "mode",
@@ -482,3 +483,29 @@ class TestFromManifest:
         ended = commands.run("quantize", "--output", "new")
         assert ended.code == 2
         assert "which model?" in ended.sentence
+
+
+def test_tokens_of_experts_are_shown(
+    commands: Commands, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    config = MIXTURES["mixtral"].config()
+    config.vocab_size = 4096
+    random_model(config).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, tmp_path / "model")
+    options = ["--calibration", text, "--samples", 4, "--seq-len", 64, "--group-size", 32]
+    shown = commands.run(
+        "quantize", tmp_path / "model", tmp_path / "out", *options, "--expert-tokens", 10_000
+    )
+    assert shown.code == 0, shown.stderr
+    assert "8 experts in 2 layers: " in shown.stdout
+    assert "few of 256 calibration tokens were routed to this expert" in " ".join(
+        shown.stdout.split()
+    )
+    assert "was rounded to nearest" not in shown.stdout
+    every = commands.run(
+        "quantize", tmp_path / "model", tmp_path / "all", *options, "--experts", "all", "--json"
+    )
+    assert every.code == 0, every.stderr
+    assert {layer["tokens"] for layer in every.json["layers"]} == {4 * 64}
+    assert len(every.json["experts"]) == 2

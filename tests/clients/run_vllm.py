@@ -2,7 +2,7 @@
 
 Run by vLLM's own interpreter and knows nothing of roundwise (see run_gptqmodel.py).
 
-    python run_vllm.py CHECKPOINT INPUT.npz OUTPUT.npz [--dtype float16|bfloat16]
+    python run_vllm.py CHECKPOINT INPUT.npz OUTPUT.npz [--dtype float16|bfloat16] [--experts-anywhere]
 
 INPUT holds `input_ids` [windows, length] int64. Writes `logprobs` [windows, length, vocab] float32
 (natural logarithm, normalised over the whole vocabulary) and `argmax` [windows, length].
@@ -39,7 +39,14 @@ def main() -> None:
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
+    parser.add_argument("--experts-anywhere", action="store_true")
     args = parser.parse_args()
+    if args.experts_anywhere:
+        # Its kernel for quantized experts is offered on processors with AMX tiles only, for its speed.
+        # Here it is to show that it reads and computes what is in the files, which it does without.
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
+
+        CPUExpertsInt4._supports_current_device = staticmethod(lambda: True)
 
     windows = np.load(args.input)["input_ids"]
     llm = LLM(

@@ -142,6 +142,23 @@ def test_vllm_computes_what_we_wrote_in_v2(
     judge(logprobs, checkpoint, windows, torch.float16, finding, normalised=True)
 
 
+def test_vllm_computes_a_quantized_head(
+    ours: Quantize, vllm: Client, windows: NDArray[np.int64], finding: Finding
+) -> None:
+    """The tiny model's head is tied to its embedding: it is given a weight of its own."""
+    checkpoint = ours(**EVERYONE, lm_head=True)
+    judge(
+        vllm(checkpoint)["logprobs"], checkpoint, windows, torch.float16, finding, normalised=True
+    )
+
+
+def test_gptqmodel_computes_a_quantized_head(
+    ours: Quantize, gptqmodel: Client, windows: NDArray[np.int64], finding: Finding
+) -> None:
+    checkpoint = ours(**EVERYONE, lm_head=True)
+    judge(gptqmodel(checkpoint)["logits"], checkpoint, windows, torch.float16, finding)
+
+
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [("float16", torch.float16), ("auto", torch.bfloat16)],

@@ -17,7 +17,7 @@ import roundwise as rw
 from roundwise.errors import CheckpointError
 from roundwise.inference.qlinear import QuantLinear
 from roundwise.models.checkpoint import Checkpoint
-from roundwise.models.verify import quantized_layers
+from roundwise.models.formats import quantized_layers
 from tests.helpers import assign, edited_json, tensors_of, windows
 
 WIDTHS = pytest.mark.parametrize("bits", [2, 3, 4, 8])

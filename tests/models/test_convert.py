@@ -13,7 +13,8 @@ from roundwise.errors import ConfigError, OutputError
 from roundwise.models import convert as module
 from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.convert import convert
-from roundwise.models.verify import audit, quantization_settings, quantized_layers
+from roundwise.models.formats import quantization_settings, quantized_layers
+from roundwise.models.verify import audit
 from tests.helpers import raw, tensors_of
 
 

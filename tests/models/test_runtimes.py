@@ -21,6 +21,10 @@ def refusing(**changes) -> set[str]:
         ({"sym": False}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "GPTQModel"}),
         ({"desc_act": True}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
         ({"group_size": 16}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
+        ({"experts": "gate_proj"}, {"vLLM, CPU"}),
+        ({"experts": "w1"}, {"vLLM, CPU", "GPTQModel"}),
+        ({"experts": "together"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
+        ({"experts": "mixed"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
     ],
 )
 def test_engines(changes, engines):

@@ -11,8 +11,9 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.errors import CheckpointError, ConfigError
+from roundwise.models.blocks import find_blocks, set_weight, weight_of
 from roundwise.models.bundled import bundled_model
-from roundwise.models.skeleton import find_blocks, open_skeleton, set_weight, weight_of
+from roundwise.models.skeleton import open_skeleton
 from tests.helpers import ARCHITECTURES, Architecture, linear_names, tensors_of
 
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -96,9 +97,9 @@ def test_a_model_without_repeated_blocks() -> None:
 
 def test_of_several_lists_the_heaviest_counts() -> None:
     model = torch.nn.Module()
-    model.adapters = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(5))
+    model.adapters = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(5))
     model.layers = torch.nn.ModuleList(
-        torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2)) for _ in range(3)
+        torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(2)) for _ in range(3)
     )
     assert [block.name for block in find_blocks(model)] == ["layers.0", "layers.1", "layers.2"]
     assert list(find_blocks(model)[1].linears) == ["layers.1.0", "layers.1.1"]
@@ -116,3 +117,34 @@ def test_another_shape_than_the_config_asks_for(copy_of: Callable[[str], Path]) 
     (folder / "config.json").write_text(config.replace('"vocab_size": 128', '"vocab_size": 96'))
     with pytest.raises(CheckpointError, match=r"has shape \[128, 64\].*asks for \[96, 64\]"):
         open_skeleton(folder).load_outside_blocks()
+
+
+class Doubling(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Product(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Chooser(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = super().forward(x)
+        return scores, scores.topk(2).indices
+
+
+def test_linears_that_are_none_and_small_ones_stay() -> None:
+    model = torch.nn.Module()
+    kinds = [torch.nn.Linear(64, 64), Product(64, 64), Doubling(64, 64), Chooser(64, 64)]
+    small = [torch.nn.Linear(64, 31), torch.nn.Linear(16, 64)]
+    model.layers = torch.nn.ModuleList([torch.nn.ModuleList([*kinds, *small])])
+    (block,) = find_blocks(model)
+    assert list(block.linears) == ["layers.0.0", "layers.0.1"]
+    assert block.left == {
+        "layers.0.2": "Doubling computes more than a product",
+        "layers.0.3": "Chooser computes more than a product",
+        "layers.0.4": "it has fewer than 32 channels",
+        "layers.0.5": "it has fewer than 32 channels",
+    }

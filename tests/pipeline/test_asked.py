@@ -17,6 +17,7 @@ from roundwise.core import native
 from roundwise.errors import FallbackError, StrictError
 from roundwise.models.skeleton import open_skeleton
 from roundwise.pipeline import asked
+from roundwise.pipeline.sharing import Calls
 from tests.conftest import QUICK
 from tests.helpers import random_model, windows
 
@@ -110,13 +111,14 @@ def test_weights_that_belong_to_no_linear_layer(tmp_path: Path) -> None:
     )
     random_model(config).save_pretrained(tmp_path / "model")
     skeleton = open_skeleton(tmp_path / "model")
-    (line,) = asked.before(skeleton, QUICK)
+    small, line = asked.before(skeleton, QUICK, Calls())
+    assert "dt_proj and 1 more stay: " in small
     assert re.match(
         r"2\d% of the blocks' weights belong to no linear layer and stay as they are", line
     )
     assert "mixer.conv1d.weight (8,192) and the like" in line
     # As it is asked for, it is no surprise.
-    assert asked.before(skeleton, with_patterns(conv1d=None)) == []
+    assert asked.before(skeleton, with_patterns(conv1d=None), Calls()) == [small]
 
 
 class TestLayers:

@@ -204,7 +204,6 @@ class TestPythonList:
         for batch in found.batches:
             padded = len(set(map(len, rows(Calibration([batch], 0, 0, ""))))) > 1
             assert (batch.mask is not None) == padded
-            assert ("attention_mask" in batch.inputs()) == padded
             if batch.mask is not None:  # on the right
                 assert torch.equal(batch.mask, batch.mask.sort(dim=1, descending=True).values)
 

@@ -14,7 +14,7 @@ from roundwise.errors import NumericalError, RunError
 from roundwise.models.skeleton import open_skeleton
 from roundwise.pipeline.calibration import load_calibration
 from roundwise.pipeline.conduct import Conductor, Group
-from tests.helpers import ARCHITECTURES, batches, conduct, hidden, windows
+from tests.helpers import ARCHITECTURES, batches, conduct, hidden, inputs, windows
 
 MODES = pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "block"])
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -53,7 +53,7 @@ def test_hidden_states_are_those_of_the_plain_model_bit_for_bit(
     name: str, sequential: bool, reference: bool, folder_of: Callable[[str], Path]
 ) -> None:
     folder, played = folder_of(name), batches(windows())
-    expected = [block_outputs(folder, ARCHITECTURES[name].blocks, b.inputs()) for b in played]
+    expected = [block_outputs(folder, ARCHITECTURES[name].blocks, inputs(b)) for b in played]
     skeleton = open_skeleton(folder)
     behind = conduct(skeleton, played, sequential=sequential, reference=reference)
     for index, (_, conductor) in enumerate(behind):
@@ -65,7 +65,7 @@ def test_hidden_states_are_those_of_the_plain_model_bit_for_bit(
 
 def test_hidden_states_of_the_trained_model_in_bfloat16(tiny: Path) -> None:
     played = batches(windows(length=200), size=4)
-    expected = block_outputs(tiny, "model.layers", played[0].inputs())
+    expected = block_outputs(tiny, "model.layers", inputs(played[0]))
     assert expected[0].dtype == torch.bfloat16
     for index, (_, conductor) in enumerate(conduct(open_skeleton(tiny), played)):
         assert torch.equal(hidden(conductor.quantized[0].output), expected[index])
@@ -77,7 +77,7 @@ def test_the_reference_stays_the_original_whatever_is_replaced(
     name: str, sequential: bool, folder_of: Callable[[str], Path]
 ) -> None:
     folder, played = folder_of(name), batches(windows())
-    expected = [block_outputs(folder, ARCHITECTURES[name].blocks, b.inputs()) for b in played]
+    expected = [block_outputs(folder, ARCHITECTURES[name].blocks, inputs(b)) for b in played]
     skeleton = open_skeleton(folder)
 
     def double(group: Group) -> None:

@@ -35,7 +35,7 @@ def test_lines_come_back_in_their_order(journal: Journal) -> None:
     journal.start({"bits": 4})
     assert journal.read() == ({"bits": 4}, [])
     for block in range(3):
-        journal.block_done(line(block))
+        journal.block_done(line(block), keep=set())
     assert journal.read() == ({"bits": 4}, [line(0), line(1), line(2)])
 
 
@@ -51,18 +51,18 @@ def test_a_line_is_on_the_disk_before_work_goes_on(
         sync(descriptor)
 
     monkeypatch.setattr("roundwise.pipeline.journal.os.fsync", record)
-    journal.block_done(line(0))
+    journal.block_done(line(0), keep=set())
     assert str(journal.path) in synced
 
 
 def test_a_torn_line_does_not_count_and_is_cut_off(journal: Journal) -> None:
     journal.start({})
-    journal.block_done(line(0))
+    journal.block_done(line(0), keep=set())
     with journal.path.open("a") as file:
         file.write('{"block": 1')
     assert journal.read()[1] == [line(0)]
     journal.trim()
-    journal.block_done(line(1))
+    journal.block_done(line(1), keep=set())
     assert journal.read()[1] == [line(0), line(1)]
 
 
@@ -111,12 +111,13 @@ def test_a_block_that_returns_something_else_is_refused(journal: Journal) -> Non
         journal.save_outputs(2, [{"hidden": torch.ones(1)}])
 
 
-def test_only_the_last_activations_are_kept(journal: Journal) -> None:
+def test_only_activations_that_are_needed_are_kept(journal: Journal) -> None:
     journal.start({})
     for block in range(3):
-        journal.block_done(line(block, journal.save_outputs(block, [torch.ones(2)])))
-        files = [path.name for path in journal.folder.glob("activations-*")]
-        assert files == [f"activations-{block:05d}.safetensors"]
+        saved = journal.save_outputs(block, [torch.ones(2)])
+        keep = {"activations-00000.safetensors", saved["file"]}
+        journal.block_done(line(block, saved), keep=keep)
+        assert {path.name for path in journal.folder.glob("activations-*")} == keep
 
 
 def test_one_at_a_time(journal: Journal) -> None:

@@ -43,6 +43,11 @@ SHAPES = {
         num_key_value_heads=2, head_dim=128, vocab_size=4096, max_position_embeddings=256,
         tie_word_embeddings=True,
     ),
+    "mixture": transformers.Qwen3MoeConfig(
+        hidden_size=768, moe_intermediate_size=768, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128, vocab_size=512, max_position_embeddings=256,
+        num_experts=16, num_experts_per_tok=4,
+    ),
 }  # fmt: skip
 
 
@@ -52,6 +57,8 @@ SHAPES = {
         ("llama", {"recipe": "textbook"}, "true_sequential"),
         ("gpt2", {"recipe": "textbook", "bits": 3}, "true_sequential"),
         ("qwen3", {"refine": 0}, "block"),
+        ("mixture", {"refine": 0}, "true_sequential"),
+        ("mixture", {"refine": 0}, "block"),
     ],
 )
 def test_peak_and_size_are_as_planned(name, settings, mode, tmp_path):
@@ -74,7 +81,7 @@ def test_peak_and_size_are_as_planned(name, settings, mode, tmp_path):
     assert planned.bytes_after == pytest.approx(result["bytes_after"], rel=0.01)
     assert planned.bits_per_weight == pytest.approx(result["bits_per_weight"], rel=0.01)
     assert planned.memory.mode == result["mode"]
-    assert planned.tied_embeddings == (name != "llama")
+    assert planned.tied_embeddings == (name in ("gpt2", "qwen3"))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

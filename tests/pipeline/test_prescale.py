@@ -13,7 +13,8 @@ import transformers
 import roundwise as rw
 from roundwise.errors import ConfigError, OutputError
 from roundwise.models.checkpoint import Checkpoint
-from roundwise.models.verify import audit, quantized_layers
+from roundwise.models.formats import quantized_layers
+from roundwise.models.verify import audit
 from tests.conftest import BEST, QUICK
 from tests.helpers import (
     ARCHITECTURES,

@@ -13,9 +13,9 @@ import transformers
 import roundwise as rw
 from roundwise.core.correct import Drift
 from roundwise.errors import CalibrationError, ConfigError, NumericalError, RunError
+from roundwise.models.blocks import weight_of
 from roundwise.models.checkpoint import Checkpoint
-from roundwise.models.skeleton import weight_of
-from roundwise.models.verify import quantized_layers
+from roundwise.models.formats import quantized_layers
 from tests.conftest import BEST, QUICK
 from tests.helpers import (
     ARCHITECTURES,

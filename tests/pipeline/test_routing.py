@@ -17,7 +17,7 @@ from roundwise.models.skeleton import Skeleton, open_skeleton
 from roundwise.pipeline.calibration import Batch, load_calibration
 from roundwise.pipeline.conduct import Conductor, Group
 from roundwise.pipeline.routing import Policy
-from tests.helpers import batches, conduct, hidden, random_model, windows
+from tests.helpers import batches, conduct, hidden, inputs, random_model, windows
 from tests.mixtures import MIXTURES
 
 MODES = pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "block"])
@@ -109,7 +109,7 @@ def test_what_the_model_computes_stays(
         )
     with torch.no_grad():
         for batch in played:
-            skeleton.model(**batch.inputs(), use_cache=False)
+            skeleton.model(**inputs(batch), use_cache=False)
     fresh = open_skeleton(folder(name))
     behind = conduct(fresh, played, policy=policy, sequential=sequential, reference=reference)
     for block, (_, conductor) in zip(fresh.blocks, behind, strict=False):

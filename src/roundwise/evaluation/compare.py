@@ -27,9 +27,9 @@ from roundwise.evaluation.tasks import evaluate_tasks
 from roundwise.evaluation.verdict import TaskChange, degradation, task_changes, verdict
 from roundwise.inference.load import load
 from roundwise.models.checkpoint import Checkpoint
-from roundwise.models.formats import dynamic_of
+from roundwise.models.formats import dynamic_of, quantization_settings
 from roundwise.models.hub import local_folder
-from roundwise.models.verify import quantization_settings, read_manifest
+from roundwise.models.verify import read_manifest
 from roundwise.pipeline.quantize import quantize
 from roundwise.pipeline.sketch import overlap
 

@@ -13,10 +13,11 @@ import transformers
 
 from roundwise.errors import CheckpointError, ConfigError, RoundwiseError
 from roundwise.inference import autoload
+from roundwise.models.architecture import load_config, model_class
 from roundwise.models.bounds import bounded_modules
 from roundwise.models.checkpoint import SINGLE, Checkpoint
+from roundwise.models.formats import quantization_settings
 from roundwise.models.hub import local_folder
-from roundwise.models.verify import quantization_settings
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
@@ -53,8 +54,9 @@ def load(
         if _is_old(checkpoint):
             folder = _modernised(checkpoint, Path(scratch))
         try:
+            kind = model_class(load_config(checkpoint))
             with bounded_modules(len(checkpoint.tensors)):
-                loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+                loaded, info = kind.from_pretrained(
                     folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
                     output_loading_info=True,
                 )  # fmt: skip

@@ -12,6 +12,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from roundwise.errors import CheckpointError
 from roundwise.inference.qlinear import QuantLinear
+from roundwise.models.blocks import weight_of
 from roundwise.models.checkpoint import TensorInfo
 from roundwise.models.experts import (
     ROLES,
@@ -23,7 +24,6 @@ from roundwise.models.experts import (
     split_name,
 )
 from roundwise.models.formats import infer_bits
-from roundwise.models.skeleton import weight_of
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 

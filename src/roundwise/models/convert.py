@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -15,12 +15,16 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.core.packing import pack
 from roundwise.errors import ConfigError, OutputError
+from roundwise.models.architecture import build, dtype_of, load_config
 from roundwise.models.bounds import bounded_modules
 from roundwise.models.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo
-from roundwise.models.formats import SUFFIXES
-from roundwise.models.skeleton import build, load_config
+from roundwise.models.formats import (
+    SUFFIXES,
+    QuantizedLayer,
+    quantization_settings,
+    quantized_layers,
+)
 from roundwise.models.split import Joint, joints
-from roundwise.models.verify import QuantizedLayer, quantization_settings, quantized_layers
 from roundwise.models.writer import copy_file, write_json, write_safetensors
 
 Target = Literal["gptq", "gptq_v2", "dense"]
@@ -71,7 +75,7 @@ def convert(source: Path, out: Path, to: Target, *, dtype: torch.dtype | None = 
     config = {**checkpoint.config}
     config.pop("quantization_config", None)
     if to == "dense":
-        dtype = dtype or _dtype_of(checkpoint)
+        dtype = dtype or dtype_of(checkpoint.config) or torch.float16
         pieces = _dense(checkpoint, layers, before, dtype)
     else:
         if dtype is not None:
@@ -101,7 +105,8 @@ def _dense(
 
     Experts are joined again where transformers reads them in no other way.
     """
-    model = _model(checkpoint)
+    with bounded_modules(len(checkpoint.tensors)):
+        model = build(load_config(checkpoint), torch.float32)
     pieces = {piece.name: piece for piece in _apart(model, checkpoint, layers, before, dtype)}
     for joint in joints(model, checkpoint, {*layers}):
         members = {name: pieces.pop(name) for names in joint.members for name in names}
@@ -130,7 +135,8 @@ def _apart(
             yield _as_is(name, info)
         elif suffix == "qweight":
             layer = layers[stem]
-            size = layer.in_features() * info.shape[1] * dtype.itemsize
+            columns = layer.parts["scales"].shape[1]
+            size = layer.in_features() * columns * dtype.itemsize
 
             def dequantized(layer: QuantizedLayer = layer, stem: str = stem) -> torch.Tensor:
                 W = layer.read(before).dequantize(dtype)
@@ -179,19 +185,3 @@ def _write(out: Path, pieces: list[Piece]) -> None:
     if count > 1:
         total = sum(piece.nbytes for piece in pieces)
         write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model of a quantized checkpoint as it was before, on the meta device."""
-    config = load_config(checkpoint)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with bounded_modules(len(checkpoint.tensors)):
-        return build(config, torch.float32)
-
-
-def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
-    """What the model computes in, from its config."""
-    name: Any = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    found = getattr(torch, str(name), None)
-    return found if isinstance(found, torch.dtype) else torch.float16

@@ -3,6 +3,10 @@
 Transformers keeps the experts of a block as two tensors with an axis for the experts. Files hold one
 matrix per expert and projection, in most families, and always in the GPTQ format. `LinearExperts` takes
 the place of transformers' module and computes the same from the layers that it is given.
+
+Where one tensor holds gate and up, its first half is the "gate" and its second half the "up", as others
+have it too (GPTQModel), even if the model takes the rows in turns (GPT-OSS): put together again, they
+are what the model's own gate expects.
 """
 
 from __future__ import annotations
@@ -74,7 +78,6 @@ class LinearExperts(nn.Module):
     def __init__(self, original: nn.Module, layers: dict[tuple[int, str], nn.Module]) -> None:
         super().__init__()
         self.count, self.roles = count_of(original), roles_of(original)
-        self.is_concatenated: bool = getattr(original, "is_concatenated", True)
         self.has_post_expert_norm: bool = getattr(original, "has_post_expert_norm", False)
         for key, value in vars(original).items():
             if not key.startswith("_") and key not in vars(self):
@@ -120,12 +123,7 @@ class LinearExperts(nn.Module):
         """What one expert makes of tokens [n, hidden]."""
         if "gate" in self.roles:
             both = [self.layer(expert, role)(x) for role in ("gate", "up")]
-            joined = (
-                torch.cat(both, dim=-1)
-                if self.is_concatenated
-                else torch.stack(both, dim=-1).flatten(-2)
-            )
-            inner: torch.Tensor = self._gate(self, joined)
+            inner: torch.Tensor = self._gate(self, torch.cat(both, dim=-1))
         else:
             inner = self.get_submodule("act_fn")(self.layer(expert, "up")(x))
         y: torch.Tensor = self.layer(expert, "down")(inner)

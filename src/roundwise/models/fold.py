@@ -19,10 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.core.rotation import Rotation
 from roundwise.errors import CheckpointError, ConfigError
+from roundwise.models.blocks import Block
 from roundwise.models.checkpoint import Checkpoint, TensorInfo
 from roundwise.models.folded import Change, FoldedCheckpoint
-from roundwise.models.residual import Norm, Trace, head_of, near, run, stream_of, trace
-from roundwise.models.skeleton import Block, Skeleton, open_skeleton
+from roundwise.models.head import head_of
+from roundwise.models.residual import Norm, Trace, near, run, stream_of, trace
+from roundwise.models.skeleton import Skeleton, open_skeleton
 
 #: Relative distance up to which float32 results before and after a fold count as the same.
 TOLERANCE = 1e-2
@@ -114,7 +116,7 @@ class _Plan:
         skeleton = self.skeleton
         if skeleton.model.config.get_text_config().tie_word_embeddings:
             self.overrides = {"tie_word_embeddings": False}
-        head = f"{head_of(skeleton)}.weight"
+        head = f"{head_of(skeleton.model)}.weight"
         stored = skeleton.source_of[head]
         if list(skeleton.source_of.values()).count(stored) > 1:
             self.added[head] = skeleton.checkpoint.tensors[stored]

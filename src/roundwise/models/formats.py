@@ -6,6 +6,9 @@ AutoGPTQ, GPTQModel and us, and read by vLLM, transformers and others.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +17,8 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.packing import codes_per_block, pack, unpack
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.errors import CheckpointError, ConfigError
+from roundwise.models.checkpoint import Checkpoint, TensorInfo
+from roundwise.models.files import read_json
 from roundwise.version import __version__
 
 #: What replaces NAME.weight.
@@ -108,9 +113,20 @@ def infer_bits(tensors: dict[str, torch.Tensor], name: str) -> int:
     return bits
 
 
-def quantization_config(config: QuantizeConfig, *, true_sequential: bool) -> dict[str, Any]:
-    """`quantization_config` of config.json, with the keys that vLLM, transformers and others read."""
-    dynamic: dict[str, dict[str, Any]] = {}
+def quantization_config(
+    config: QuantizeConfig, *, true_sequential: bool, left: Iterable[str] = ()
+) -> dict[str, Any]:
+    """`quantization_config` of config.json, with the keys that vLLM, transformers and others read.
+
+    Args:
+        config: settings.
+        true_sequential: the mode.
+        left: names of linears that stay whatever the settings say.
+    """
+    dynamic: dict[str, dict[str, Any]] = {
+        f"-:.*{pattern}": {}
+        for pattern in dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(name)) for name in left)
+    }
     for pattern, changes in config.dynamic.items():
         # Readers match dynamic patterns from the start of the name; ours may stand anywhere in it.
         anchored = f".*(?:{pattern})"
@@ -121,7 +137,7 @@ def quantization_config(config: QuantizeConfig, *, true_sequential: bool) -> dic
         "group_size": config.group_size,
         "desc_act": config.desc_act,
         "sym": config.sym,
-        "lm_head": False,
+        "lm_head": config.lm_head,
         "checkpoint_format": config.format,
         "true_sequential": true_sequential,
         # Readers expect a number, or nothing.
@@ -148,3 +164,66 @@ def dynamic_of(settings: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
         pattern = pattern[5:-1] if ours else f"^(?:{pattern})"
         found[pattern] = None if rule.startswith("-:") else dict(changes)
     return found
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A quantized linear as it stands in a checkpoint."""
+
+    name: str
+    parts: dict[str, TensorInfo]
+
+    def bits(self) -> int:
+        """Width of its codes, from the shapes alone; CheckpointError when they contradict each other."""
+        shapes = {key: torch.empty(info.shape, device="meta") for key, info in self.parts.items()}
+        return infer_bits(shapes, self.name)
+
+    def in_features(self) -> int:
+        """Input channels, from the shapes alone."""
+        return self.parts["qweight"].shape[0] * 32 // self.bits()
+
+    def read(self, checkpoint_format: str) -> QuantizedWeight:
+        """Its codes, scales and zeros."""
+        tensors = {suffix: info.read() for suffix, info in self.parts.items()}
+        return decode(tensors, checkpoint_format, self.name)
+
+
+def quantized_layers(checkpoint: Checkpoint) -> Iterator[QuantizedLayer]:
+    """All quantized linears of a GPTQ checkpoint, recognised by their tensors.
+
+    Raises:
+        CheckpointError: one of a layer's tensors is missing.
+    """
+    for tensor in checkpoint.tensors:
+        if tensor.endswith(".qweight"):
+            name = tensor.removesuffix(".qweight")
+            parts = {
+                suffix: checkpoint.tensors[f"{name}.{suffix}"]
+                for suffix in SUFFIXES
+                if f"{name}.{suffix}" in checkpoint.tensors
+            }
+            missing = {"qweight", "qzeros", "scales"} - set(parts)
+            if missing:
+                raise CheckpointError(f"{name} lacks {', '.join(sorted(missing))}")
+            yield QuantizedLayer(name, parts)
+
+
+def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`quantization_config` of config.json, or the quantize_config.json of older tools.
+
+    Raises:
+        CheckpointError: neither is there, or the method is not gptq.
+    """
+    settings = checkpoint.config.get("quantization_config")
+    if settings is None and (checkpoint.folder / "quantize_config.json").exists():
+        settings = read_json(checkpoint.folder / "quantize_config.json")
+    if not isinstance(settings, dict):
+        raise CheckpointError(
+            f"{checkpoint.folder} is not quantized: there is no quantization_config"
+        )
+    method = settings.get("quant_method", "gptq")
+    if method != "gptq":
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantized with {method}, not in the GPTQ format"
+        )
+    return settings

@@ -22,7 +22,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.errors import ConfigError
-from roundwise.models.skeleton import Block, Skeleton
+from roundwise.models.architecture import arguments
+from roundwise.models.blocks import Block
+from roundwise.models.head import head_of
+from roundwise.models.skeleton import Skeleton
 
 #: Tokens of the forward.
 TOKENS = 8
@@ -89,7 +92,7 @@ def trace(skeleton: Skeleton) -> Trace:
     Raises:
         ConfigError: what passes between the blocks is no stream of hidden states.
     """
-    model, head = skeleton.model, head_of(skeleton)
+    model, head = skeleton.model, head_of(skeleton.model)
     found = Trace(int(model.config.get_text_config().hidden_size))
     inside = {id(module) for block in skeleton.blocks for module in block.module.modules()}
     outside = {name: m for name, m in model.named_modules() if id(m) not in inside}
@@ -117,20 +120,6 @@ def trace(skeleton: Skeleton) -> Trace:
         if norm.of_stream and norm.readers == (head,):
             found.last = norm
     return found
-
-
-def head_of(skeleton: Skeleton) -> str:
-    """Name of the linear layer that makes logits.
-
-    Raises:
-        ConfigError: the model's head is something else.
-    """
-    head = skeleton.model.get_output_embeddings()
-    names: dict[str, nn.Module] = dict(skeleton.model.named_modules())
-    name = next((name for name, module in names.items() if module is head), None)
-    if name is None or not isinstance(head, nn.Linear):
-        raise ConfigError(f"{type(skeleton.model).__name__} has no linear head")
-    return name
 
 
 def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -163,7 +152,7 @@ def run(
         block.module.forward = gate(block, block.module.forward)
     count = len(few[0].weight)
     try:
-        output = model(input_ids=torch.arange(count)[None], use_cache=False)
+        output = model(**arguments(model, torch.arange(count)[None]))
     finally:
         for block in skeleton.blocks:
             vars(block.module).pop("forward", None)

@@ -16,7 +16,13 @@ DEGREES = (1, 2, 4, 8, 16, 32)
 
 
 def vllm(layer: Mapping[str, Any], *, gpu: bool) -> str | None:
-    """Why vLLM refuses a layer with these settings; None: it does not."""
+    """Why vLLM refuses a layer with these settings; None: it does not.
+
+    Args:
+        layer: settings; of an expert's also `experts`: how the original's files name it (see `kind`),
+            or "mixed" if the experts of a layer differ.
+        gpu: on one.
+    """
     bits, group = layer.get("bits"), layer.get("group_size", 128)
     if bits not in (4, 8):
         return f"it has no kernel for {bits} bits (4, and 8 on GPUs)"
@@ -28,7 +34,16 @@ def vllm(layer: Mapping[str, Any], *, gpu: bool) -> str | None:
         return "it no longer takes act-order files (desc_act)"
     if group not in VLLM_GROUPS:
         return f"it has no kernel for groups of {group} (32, 64, 128 or -1)"
-    return None
+    return _vllm_experts(layer.get("experts"), gpu=gpu)
+
+
+def _vllm_experts(kind: str | None, *, gpu: bool) -> str | None:
+    if kind is not None and not gpu:
+        return "it computes quantized experts on GPUs, and on processors with AMX tiles"
+    return {
+        "together": "it is not known to read the experts of this family one by one",
+        "mixed": "it takes one setting for all experts of a layer",
+    }.get(kind or "")
 
 
 def exllamav2(layer: Mapping[str, Any]) -> str | None:
@@ -40,7 +55,21 @@ def gptqmodel(layer: Mapping[str, Any]) -> str | None:
     """Why GPTQModel refuses a layer; None: it does not."""
     if not layer.get("sym", True) and layer.get("format") == "gptq":
         return "it takes asymmetric files of others in gptq_v2 only"
+    if layer.get("experts") == "w1":
+        return "it looks for experts as gate_proj, up_proj and down_proj, this family has w1, w3 and w2"
     return None
+
+
+def kind(projection: str, *, together: bool) -> str:
+    """How files name an expert's projection: w1 (and w2, w3), gate_proj (and others), or together.
+
+    Args:
+        projection: its name.
+        together: the original's files hold all experts in one tensor.
+    """
+    if together:
+        return "together"
+    return "w1" if projection in ("w1", "w2", "w3") else "gate_proj"
 
 
 def served_by(layers: Iterable[Mapping[str, Any]]) -> dict[str, str | None]:

@@ -44,8 +44,6 @@ class PartInfo(TensorInfo):
     expert: int
     half: int | None
     """0: the gate's rows of gate and up, 1: up's; None: all rows."""
-    interleaved: bool
-    """Gate and up take turns, instead of standing one behind the other."""
     turned: bool
     """The file has it as [in, out]."""
 
@@ -69,8 +67,7 @@ class PartInfo(TensorInfo):
         if self.turned:
             part = part.T
         if self.half is not None:
-            size = self.shape[0]
-            part = part[self.half :: 2] if self.interleaved else part[self.half * size :][:size]
+            part = part[self.half * self.shape[0] :][: self.shape[0]]
         return part.clone(memory_format=torch.contiguous_format), None
 
     def rows(self, start: int, count: int) -> TensorInfo:
@@ -178,18 +175,13 @@ class Joint:
     name: str
     members: list[list[str]]
     """By expert: its tensor, or those of gate and up."""
-    interleaved: bool
     turned: bool
 
     def make(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """The tensor, from a function that reads the members."""
         parts = []
         for names in self.members:
-            tensors = [read(name) for name in names]
-            if len(tensors) == 2 and self.interleaved:
-                part = torch.stack(tensors, dim=1).flatten(0, 1)
-            else:
-                part = torch.cat(tensors)
+            part = torch.cat([read(name) for name in names])
             parts.append(part.T if self.turned else part)
         return torch.stack(parts)
 
@@ -229,7 +221,6 @@ def joints(model: PreTrainedModel, checkpoint: Checkpoint, stems: set[str]) -> l
             found.append(
                 Joint(
                     f"{path}.{parameter}", members,
-                    interleaved=not getattr(module, "is_concatenated", True),
                     turned=getattr(module, "is_transposed", False) and not bias,
                 )
             )  # fmt: skip
@@ -294,5 +285,4 @@ def _parts(
         for half, role in enumerate(roles):
             yield f"{prefix}.{expert}.{NAMES[role]}.{kind}", PartInfo.of(
                 whole, key, expert, turned=turned, half=half if len(roles) == 2 else None,
-                interleaved=not getattr(fused, "is_concatenated", True),
             )  # fmt: skip

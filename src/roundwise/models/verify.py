@@ -6,7 +6,6 @@ too, as far as there is something to hold them against.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ import torch
 
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.errors import CheckpointError, RoundwiseError, VerificationError
-from roundwise.models.checkpoint import Checkpoint, TensorInfo
+from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.files import file_digest, read_json
 from roundwise.models.fold import as_quantized
-from roundwise.models.formats import SUFFIXES, decode, infer_bits
+from roundwise.models.formats import quantization_settings, quantized_layers
 from roundwise.models.records import Manifest, damage
 from roundwise.models.scaling import as_prescaled
-from roundwise.models.skeleton import as_split
+from roundwise.models.skeleton import as_linears
+from roundwise.models.sources import as_dense
 from roundwise.models.split import carried
 
 MANIFEST = "roundwise.json"
@@ -55,69 +55,6 @@ class Audit:
             )
 
 
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """A quantized linear as it stands in a checkpoint."""
-
-    name: str
-    parts: dict[str, TensorInfo]
-
-    def bits(self) -> int:
-        """Width of its codes, from the shapes alone; CheckpointError when they contradict each other."""
-        shapes = {key: torch.empty(info.shape, device="meta") for key, info in self.parts.items()}
-        return infer_bits(shapes, self.name)
-
-    def in_features(self) -> int:
-        """Input channels, from the shapes alone."""
-        return self.parts["qweight"].shape[0] * 32 // self.bits()
-
-    def read(self, checkpoint_format: str) -> QuantizedWeight:
-        """Its codes, scales and zeros."""
-        tensors = {suffix: info.read() for suffix, info in self.parts.items()}
-        return decode(tensors, checkpoint_format, self.name)
-
-
-def quantized_layers(checkpoint: Checkpoint) -> Iterator[QuantizedLayer]:
-    """All quantized linears of a GPTQ checkpoint, recognised by their tensors.
-
-    Raises:
-        CheckpointError: one of a layer's tensors is missing.
-    """
-    for tensor in checkpoint.tensors:
-        if tensor.endswith(".qweight"):
-            name = tensor.removesuffix(".qweight")
-            parts = {
-                suffix: checkpoint.tensors[f"{name}.{suffix}"]
-                for suffix in SUFFIXES
-                if f"{name}.{suffix}" in checkpoint.tensors
-            }
-            missing = {"qweight", "qzeros", "scales"} - set(parts)
-            if missing:
-                raise CheckpointError(f"{name} lacks {', '.join(sorted(missing))}")
-            yield QuantizedLayer(name, parts)
-
-
-def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`quantization_config` of config.json, or the quantize_config.json of older tools.
-
-    Raises:
-        CheckpointError: neither is there, or the method is not gptq.
-    """
-    settings = checkpoint.config.get("quantization_config")
-    if settings is None and (checkpoint.folder / "quantize_config.json").exists():
-        settings = read_json(checkpoint.folder / "quantize_config.json")
-    if not isinstance(settings, dict):
-        raise CheckpointError(
-            f"{checkpoint.folder} is not quantized: there is no quantization_config"
-        )
-    method = settings.get("quant_method", "gptq")
-    if method != "gptq":
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized with {method}, not in the GPTQ format"
-        )
-    return settings
-
-
 def audit(
     folder: Path, *, against: Checkpoint | None = None, config_file: str = "config.json"
 ) -> Audit:
@@ -138,7 +75,10 @@ def audit(
         if not report.failures:
             checkpoint = Checkpoint(folder, config_file=config_file)
             if against is not None:
-                against = as_split(against, {layer.name for layer in quantized_layers(checkpoint)})
+                against = as_linears(
+                    as_dense(against)[0], {layer.name for layer in quantized_layers(checkpoint)},
+                    lm_head=bool(quantization_settings(checkpoint).get("lm_head")),
+                )  # fmt: skip
                 against = as_quantized(against, quantization_settings(checkpoint))
                 against = as_prescaled(against, checkpoint, (manifest or {}).get("layers", []))
             _check_layers(report, checkpoint, against, manifest)
@@ -198,6 +138,10 @@ def _check_layers(
     recorded = {layer["name"]: layer for layer in (manifest or {}).get("layers", [])}
     layers = list(quantized_layers(checkpoint))
     report.check("readable", None if layers else "no quantized layers")
+    if settings.get("lm_head"):
+        tied = checkpoint.config.get("tie_word_embeddings")
+        wrong = "the head is quantized, but the config has it tied to the embedding"
+        report.check("head", wrong if tied else None)
     for layer in layers:
         try:
             q = layer.read(settings.get("checkpoint_format", "gptq"))

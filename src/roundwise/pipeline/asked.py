@@ -14,18 +14,28 @@ from typing import Any
 from roundwise.config import QuantizeConfig
 from roundwise.core import native
 from roundwise.errors import FallbackError, StrictError
-from roundwise.models.skeleton import Block, Skeleton, weight_of
+from roundwise.models.blocks import Block, weight_of
+from roundwise.models.skeleton import Skeleton
 from roundwise.pipeline.memory import Mode
 from roundwise.pipeline.plan import Memory, beyond_budget
 from roundwise.pipeline.run import Progress
+from roundwise.pipeline.sharing import Calls
 
 #: Part of the blocks' matrices that may stay as they are without a word: routers, small convolutions.
 UNSAID = 0.1
+#: How reasons begin why a linear stays that go without saying: routers and gates of experts.
+EXPECTED = ("a router", "a gate")
 
 
-def before(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
+def before(skeleton: Skeleton, config: QuantizeConfig, calls: Calls) -> list[str]:
     """What the model and this installation do not allow, whatever the text."""
-    return [*_idle_patterns(skeleton, config), *_no_linears(skeleton, config), *_native()]
+    return [
+        *_idle_patterns(skeleton, config),
+        *_stay(skeleton, config),
+        *_repeated(calls),
+        *_no_linears(skeleton, config),
+        *_native(),
+    ]
 
 
 def of_memory(memory: Memory, asked: Mode | None, sequential: Memory) -> list[str]:
@@ -70,13 +80,12 @@ def of_layers(layers: list[dict[str, Any]]) -> list[str]:
         text = of_layer(layer)
         if text:
             # Each expert has a number of its own; a line for each would hide all others.
-            text = re.sub(r"\d+(?= of \d+ calibration tokens)", "few", text)
-            found.setdefault((re.sub(r"\.\d+(?=\.)", ".*", layer["name"]), text), []).append(
-                layer["name"]
-            )
+            alike = re.sub(r"\d+(?= of \d+ calibration tokens)", "few", text)
+            pattern = re.sub(r"\.\d+(?=\.)", ".*", layer["name"])
+            found.setdefault((pattern, alike), []).append(f"{layer['name']}: {text}")
     return [
-        f"{names[0] if len(names) == 1 else f'{pattern} ({len(names)} layers)'}: {text}"
-        for (pattern, text), names in found.items()
+        lines[0] if len(lines) == 1 else f"{pattern} ({len(lines)} layers): {alike}"
+        for (pattern, alike), lines in found.items()
     ]
 
 
@@ -118,7 +127,11 @@ def strictly(progress: Callable[[Progress], None] | None) -> Callable[[Progress]
 
 def _idle_patterns(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
     """Patterns of --override and --skip that decide about no layer."""
-    names = [name for block in skeleton.blocks for name in [*block.linears, *_matrices(block)]]
+    names = [
+        name
+        for block in [*skeleton.blocks, *skeleton.aside]
+        for name in [*block.linears, *block.left, *_matrices(block)]
+    ]
     used = {
         next((pattern for pattern in config.dynamic if re.search(pattern, name)), None)
         for name in names
@@ -128,6 +141,29 @@ def _idle_patterns(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
         "pattern takes them all"
         for pattern in config.dynamic
         if pattern not in used
+    ]
+
+
+def _stay(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
+    """One line for each reason why linears stay that nobody asked to leave; routers always do."""
+    reasons: dict[str, list[str]] = {}
+    for block in [*skeleton.blocks, *skeleton.aside]:
+        for name, reason in block.left.items():
+            if not reason.startswith(EXPECTED) and config.for_module(name) is not None:
+                reasons.setdefault(reason, []).append(name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} stay: {reason}"
+        for reason, names in reasons.items()
+    ]
+
+
+def _repeated(calls: Calls) -> list[str]:
+    """Layers that are called several times: only what they read first counts."""
+    if not calls.repeated:
+        return []
+    return [
+        f"{calls.repeated[0]} and others are called several times in a forward: they are fitted to "
+        "what they read the first time"
     ]
 
 
@@ -156,8 +192,8 @@ def _matrices(block: Block) -> dict[str, int]:
     """Name and size of each matrix of a block that is no linear layer's weight."""
     return {
         name: weight.numel()
-        for name, weight in block.module.named_parameters(prefix=block.name)
-        if weight.ndim > 1 and name.removesuffix(".weight") not in block.linears
+        for name, weight in block.module.named_parameters(prefix=block.prefix)
+        if weight.ndim > 1 and name.removesuffix(".weight") not in {**block.linears, **block.left}
     }
 
 

@@ -33,13 +33,6 @@ class Batch:
     mask: torch.Tensor | None
     """bool [windows, length], False on padding; None when there is none."""
 
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """Arguments of the model's forward."""
-        inputs = {"input_ids": self.input_ids}
-        if self.mask is not None:
-            inputs["attention_mask"] = self.mask.long()
-        return inputs
-
 
 @dataclass
 class Calibration:

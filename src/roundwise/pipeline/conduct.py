@@ -30,12 +30,13 @@ from torch import nn
 
 from roundwise.core.clock import clock
 from roundwise.errors import RunError
-from roundwise.models.skeleton import Block
+from roundwise.models.architecture import arguments
+from roundwise.models.blocks import Block
 from roundwise.pipeline.calibration import Batch
 from roundwise.pipeline.gather import Gatherer
 from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, stop
 from roundwise.pipeline.probe import Group, taking_notes
-from roundwise.pipeline.routing import Policy, routings
+from roundwise.pipeline.routing import Policy
 
 #: Tokens of the probe: enough for any local attention pattern to be well formed.
 PROBE_TOKENS = 8
@@ -50,7 +51,7 @@ class Conductor:
         batches: calibration batches.
         reference: also play the original model.
         skip: resuming, the number of finished blocks; they are not played.
-        outputs: resuming, what the last finished block returned to each player.
+        outputs: resuming, what the last finished block returned to each player, by `Block.stack`.
         held_out: numbers of the batches that are summed up apart (`Group.held`).
         ratio: see `Group.add_drift`.
         policy: which tokens an expert's Hessian is made from.
@@ -64,7 +65,7 @@ class Conductor:
         *,
         reference: bool = False,
         skip: int = 0,
-        outputs: list[Any] | None = None,
+        outputs: dict[int, list[Any]] | None = None,
         held_out: frozenset[int] = frozenset(),
         ratio: float | None = None,
         policy: Policy | None = None,
@@ -80,8 +81,9 @@ class Conductor:
                 player.twin = Player(player.batch, player.number, player, original=True)
         self.originals = [player.twin for player in self.quantized if player.twin]
         self.players = [self.probe_player, *self.originals, *self.quantized]
-        for player, output in zip(self.players, outputs or [], strict=bool(outputs)):
-            player.output = output
+        for stack, saved in (outputs or {}).items():
+            for player, output in zip(self.players, saved, strict=True):
+                player.finished[stack] = output
         self._playing: dict[greenlet, Player] = {}
         self._variants: list[tuple[nn.Module, Any, Any]] = []
         self._showing_original = False
@@ -128,12 +130,7 @@ class Conductor:
         output = self.probe_player.output
         result = output[0] if isinstance(output, tuple) else output
         notes.stream.append((block.name, result))
-        groups = notes.groups()
-        for routing in routings(block, groups, self.policy):
-            for group in groups:
-                if routing.expert_of.keys() & set(group.names):
-                    group.residual = None  # a token's experts add to the stream together
-        return groups
+        return notes.groups()
 
     def play(
         self,
@@ -150,11 +147,13 @@ class Conductor:
             groups: what `probe` returned.
             solve: replaces the weights of a group's linears; its Hessian is complete.
             sequential: stop at every group, so that each sees already quantized predecessors;
-                otherwise gather all Hessians in a first pass, and play the block again.
+                otherwise gather all Hessians in a first pass, and play the block again. The head
+                is played in sequence always, so that there are no logits to keep.
 
         Returns:
             For each module of experts, how many tokens its router sent to each.
         """
+        sequential = sequential or block.is_head
         self.gatherer.begin(block, groups, sequential=sequential, drift=bool(self.originals))
         if not sequential:
             self._gather(groups)
@@ -163,7 +162,8 @@ class Conductor:
                 self._reach(index, groups)
             self._solve(block, group, solve)
         for player in [*self.originals, *self.quantized]:
-            self._advance(player, EXIT)
+            if not block.is_head:  # nobody needs logits
+                self._advance(player, EXIT)
             for held in (player.captured, player.streams, player.passing):
                 held.clear()
         tokens = {routing.name: routing.tokens.tolist() for routing in self.gatherer.routings}
@@ -225,7 +225,7 @@ class Conductor:
             self._showing_original = original
 
     def _play(self, player: Player) -> None:
-        self.model(**player.batch.inputs(), use_cache=False)
+        self.model(**arguments(self.model, player.batch.input_ids, player.batch.mask))
 
     def _advance(self, player: Player, target: int) -> None:
         """Lets a player run until it stops at `target` or beyond."""
@@ -246,7 +246,7 @@ class Conductor:
             player = self._current()
             if index < self.skip:
                 # Finished earlier: all of them return what the last one did, only that one counts.
-                return player.output
+                return player.finished[self.blocks[index].stack]
             player.output = None
             stop(ENTER)
             if player.number >= 0 and not self.gatherer.sequential:

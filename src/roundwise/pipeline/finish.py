@@ -58,7 +58,10 @@ def finish(
     _write_index(out, sorted(files))
     for path in source.side_files():
         copy_file(path, out / path.name)
-    settings = quantization_config(config, true_sequential=fingerprint["mode"] == "true_sequential")
+    settings = quantization_config(
+        config, true_sequential=fingerprint["mode"] == "true_sequential",
+        left=[name for block in [*skeleton.blocks, *skeleton.aside] for name in block.left],
+    )  # fmt: skip
     write_json(out / "quantize_config.json", settings)
     # The hash of config.json is taken from the same bytes under a name that no library looks for.
     draft = out / "config.json.draft"

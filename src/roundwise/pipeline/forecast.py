@@ -13,7 +13,9 @@ import torch
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.solver import ROW_WORKSPACE
-from roundwise.models.skeleton import Block, Skeleton, weight_of
+from roundwise.models.blocks import Block, weight_of
+from roundwise.models.experts import ROLES
+from roundwise.models.skeleton import Skeleton
 
 #: float32 matrices of ROW_WORKSPACE entries that solving a part of the rows holds at a time.
 SOLVING, REFINING = 8, 14
@@ -26,13 +28,27 @@ TRIAL, SECONDS = 1024, 0.5
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A quantized linear of the largest block."""
+
+    rows: int
+    columns: int
+    part: float = 1.0
+    """Of all tokens, as many pass it in the model: an expert sees but few."""
+
+    @property
+    def entries(self) -> int:
+        """Of its weight."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
 class Shapes:
     """What the forecast is made from."""
 
-    linears: list[tuple[int, int]]
-    """(out, in) of the quantized linears of the largest block."""
-    inputs: list[int]
-    """Width of each input that is summed up there: what q, k and v share counts once."""
+    linears: list[Linear]
+    inputs: list[Linear]
+    """One linear for each input that is summed up: what q, k and v share counts once."""
     block_bytes: int
     hidden: int
     itemsize: int
@@ -41,43 +57,62 @@ class Shapes:
     @property
     def widest(self) -> int:
         """Largest in_features."""
-        return max(self.inputs)
+        return max(linear.columns for linear in self.inputs)
 
 
-def shapes_of(skeleton: Skeleton, config: QuantizeConfig) -> Shapes:
-    """Shapes of a model's largest block."""
+def shapes_of(skeleton: Skeleton, config: QuantizeConfig) -> list[Shapes]:
+    """Shapes of a model's largest block, and of its head if that is quantized."""
     sizes = [
         sum(info.nbytes for info in skeleton.block_tensors(index).values())
         for index in range(len(skeleton.blocks))
     ]
-    index = max(range(len(sizes)), key=sizes.__getitem__)
-    block = skeleton.blocks[index]
-    linears = [
-        (int(weight_of(linear).shape[0]), int(weight_of(linear).shape[1]))
-        for name, linear in block.linears.items()
-        if config.for_module(name) is not None
-    ]
-    return Shapes(
-        linears=linears,
-        inputs=_inputs(block, config),
-        block_bytes=sizes[index],
-        hidden=int(skeleton.model.config.get_text_config().hidden_size),
-        itemsize=skeleton.dtype.itemsize,
-        blocks=len(skeleton.blocks),
-    )
+    text = skeleton.model.config.get_text_config()
+    chosen = getattr(text, "num_experts_per_tok", None)
+    found = []
+    for is_head in (False, True):
+        indexes = [i for i, block in enumerate(skeleton.blocks) if block.is_head is is_head]
+        index = max(indexes, key=sizes.__getitem__, default=None)
+        if index is None:
+            continue
+        linears, inputs = _linears(skeleton.blocks[index], config, chosen)
+        if linears:
+            found.append(
+                Shapes(
+                    linears, inputs, sizes[index], int(text.hidden_size),
+                    skeleton.dtype.itemsize, len(indexes),
+                )
+            )  # fmt: skip
+    return found
 
 
-def _inputs(block: Block, config: QuantizeConfig) -> list[int]:
-    """Widths of inputs: neighbours in one module with equal in_features most often share theirs."""
-    found: dict[tuple[str, int], None] = {}
+def _linears(
+    block: Block, config: QuantizeConfig, chosen: int | None
+) -> tuple[list[Linear], list[Linear]]:
+    """All linears, and those whose inputs are summed up; an expert's with the tokens that count.
+
+    Neighbours in one module with equal in_features most often share their input.
+    """
+    parts = {
+        f"{path}.": min(1.0, (chosen or experts.count) / experts.count)
+        for path, experts in block.experts.items()
+    }
+    linears = []
+    found: dict[tuple[str, int], Linear] = {}
     for name, linear in block.linears.items():
         if config.for_module(name) is not None:
-            rows, columns = weight_of(linear).shape
+            rows, columns = (int(size) for size in weight_of(linear).shape)
+            experts = next((path for path in parts if name.startswith(path)), None)
             parent = name.rpartition(".")[0]
             # What writes back to the stream reads an input of its own.
             own = name if rows < columns or name.endswith(("o_proj", "out_proj")) else parent
-            found[own, int(columns)] = None
-    return [columns for _, columns in found]
+            if experts is not None:
+                role = ROLES[name.rpartition(".")[2]]
+                shared = experts if config.experts == "all" else parent
+                own = name if role == "down" else shared
+            part = parts[experts] if experts is not None else 1.0
+            linears.append(Linear(rows, columns, part))
+            found[own, columns] = Linear(rows, columns, 1.0 if config.experts == "all" else part)
+    return linears, [*found.values()]
 
 
 def memory(
@@ -92,24 +127,25 @@ def memory(
         batch: tokens of the largest batch.
         mode: true_sequential or block.
     """
-    rows, columns = max(shapes.linears, key=lambda shape: (shape[1], shape[0]))
-    size, hidden, wide = shapes.itemsize, shapes.hidden, shapes.widest
-    entries = rows * columns
+    largest = max(shapes.linears, key=lambda linear: (linear.columns, linear.rows))
+    size, hidden, wide, entries = shapes.itemsize, shapes.hidden, shapes.widest, largest.entries
     found = {"block": shapes.block_bytes}
     if not tokens:
         return found | {"rounding": 16 * entries}
     streams = 2 if config.needs_reference else 1
     # In front of the last group, all others have their new weights beside the mapped old ones.
-    others = sum(a * b for a, b in shapes.linears) - entries
+    others = sum(linear.entries for linear in shapes.linears) - entries
     found["quantized weights"] = size * others
     held = hidden + (wide + hidden if mode == "true_sequential" else 0)
     found["paused activations"] = streams * tokens * held * size
     # The forward of one batch: gate, up and their product, or the like.
     found["forward of a batch"] = 3 * batch * max(wide, 4 * hidden) * size
-    found["hessian"] = 4 * wide * wide
+    # In true_sequential mode one input is summed up at a time, in block mode all of a block are.
+    summed = [largest] if mode == "true_sequential" else shapes.inputs
+    found["hessian"] = 4 * sum(linear.columns**2 for linear in summed)
     found["factor"] = 4 * wide * wide
     if config.needs_reference:
-        found["drift"] = 4 * entries if rows <= columns else 4 * wide * wide
+        found["drift"] = 4 * sum(min(x.rows, x.columns) * x.columns for x in summed)
     found["solver"] = 4 * ROW_WORKSPACE * (REFINING if config.refine else SOLVING)
     found["codes and weights of a layer"] = (2 + size + 4) * entries
     return found
@@ -117,19 +153,20 @@ def memory(
 
 def work(shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str) -> dict[str, float]:
     """Floating-point operations of each phase, all blocks together."""
-    weights = sum(a * b for a, b in shapes.linears)
+    weights = sum(linear.entries * linear.part for linear in shapes.linears)
     streams = 2 if config.needs_reference else 1
     passes = 2 if mode == "block" else 1
-    products = sum(a * b * b for a, b in shapes.linears)
+    products = sum(linear.entries * linear.columns for linear in shapes.linears)
+    squares = sum(linear.columns**2 * linear.part for linear in shapes.inputs)
     found = {
         "forward": 2.0 * weights * tokens * streams * passes,
-        "hessian": float(tokens) * sum(width**2 for width in shapes.inputs),
-        "factor": sum(width**3 for width in shapes.inputs) / 3,
+        "hessian": tokens * squares,
+        "factor": sum(linear.columns**3 for linear in shapes.inputs) / 3,
         "solve": float(products) * (5 if config.needs_reference else 2),
         "refine": float(products) * 6 * config.refine,
     }
     if config.needs_reference:
-        found["drift"] = 2.0 * tokens * sum(width**2 for width in shapes.inputs) + 2.0 * products
+        found["drift"] = 2.0 * tokens * squares + 2.0 * products
     return {phase: shapes.blocks * flop for phase, flop in found.items() if flop}
 
 

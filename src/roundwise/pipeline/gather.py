@@ -14,8 +14,8 @@ from torch import nn
 
 from roundwise.core.clock import clock
 from roundwise.errors import NumericalError
+from roundwise.models.blocks import Block, weight_of
 from roundwise.models.experts import Visits
-from roundwise.models.skeleton import Block, weight_of
 from roundwise.pipeline.players import GATHERED, Player, stop
 from roundwise.pipeline.probe import Captured, Group
 from roundwise.pipeline.routing import Passing, Policy, Routing, routings

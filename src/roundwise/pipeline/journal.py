@@ -92,12 +92,11 @@ class Journal:
         for path in [*self.folder.glob("*" + PARTIAL), *self.folder.parent.glob("*" + PARTIAL)]:
             path.unlink()
 
-    def block_done(self, line: dict[str, Any]) -> None:
-        """Records a finished block; activations of earlier blocks are no longer needed."""
+    def block_done(self, line: dict[str, Any], *, keep: set[str]) -> None:
+        """Records a finished block; of all activations only the files `keep` are still needed."""
         self._append(line)
-        keep = (line["activations"] or {}).get("file")
         for path in self.folder.glob("activations-*.safetensors"):
-            if path.name != keep:
+            if path.name not in keep:
                 path.unlink()
 
     def _append(self, line: dict[str, Any]) -> None:

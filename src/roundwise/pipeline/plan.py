@@ -5,29 +5,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.packing import codes_per_block
 from roundwise.errors import ConfigError
 from roundwise.models import runtimes
+from roundwise.models.blocks import weight_of
 from roundwise.models.formats import check_shape
-from roundwise.models.skeleton import Skeleton, build, weight_of
-from roundwise.models.split import open_up
+from roundwise.models.head import is_tied
+from roundwise.models.skeleton import Skeleton
+from roundwise.models.split import PartInfo
 from roundwise.pipeline import forecast
 from roundwise.pipeline.memory import Mode, available, resident
-from roundwise.pipeline.routing import Policy, check_experts
+from roundwise.pipeline.routing import check_experts
+from roundwise.pipeline.sharing import leave_uncalled
 
 #: Part of all parameters below which a quantized model is hardly smaller: said as a warning.
 ADVISED_PART = 0.8
-#: Tokens of the forward that finds out which layers share an input.
-PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,12 @@ def plan_memory(
     budget = budget or int(0.9 * available()) + held
     choices: list[Mode] = [mode] if mode else ["true_sequential", "block"]
     for choice in choices:
-        parts = forecast.memory(shapes, config, tokens=tokens, batch=batch, mode=choice)
-        parts = {"libraries": held, **parts}
+        peaks = [
+            forecast.memory(each, config, tokens=tokens, batch=batch, mode=choice)
+            for each in shapes
+        ]
+        largest = max(peaks, key=lambda parts: sum(parts.values()), default={})
+        parts = {"libraries": held, **largest}
         found = Memory(choice, sum(parts.values()), parts, budget)
         if found.fits:
             break
@@ -142,7 +143,7 @@ def plan(
     """
     text = skeleton.model.config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or seq_len
-    warnings = []
+    warnings = [*skeleton.notes]
     if seq_len > limit:
         seq_len = limit
         warnings.append(f"seq_len is {limit}, the longest text the model takes")
@@ -166,10 +167,11 @@ def plan(
     if not memory.fits:
         warnings.append(beyond_budget(memory))
     shapes = forecast.shapes_of(skeleton, config)
-    flops = forecast.work(shapes, config, tokens=tokens, mode=memory.mode) if tokens else {}
+    flops: dict[str, float] = {}
+    for each in shapes if tokens else []:
+        work = forecast.work(each, config, tokens=tokens, mode=memory.mode)
+        flops = {phase: flops.get(phase, 0.0) + flop for phase, flop in work.items()}
     after, stored = _bytes_after(skeleton, config)
-    quantized = [config.for_module(m.name) for m in modules if m.bits]
-    layers = [settings.model_dump() for settings in quantized if settings]
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
     return Plan(
         modules=modules,
@@ -177,13 +179,13 @@ def plan(
         bytes_before=skeleton.checkpoint.nbytes(),
         bytes_after=after,
         bits_per_weight=8 * stored / max(1, sum(m.shape[0] * m.shape[1] for m in modules if m.bits)),
-        tied_embeddings=bool(getattr(skeleton.model.config, "tie_word_embeddings", False)),
+        tied_embeddings=is_tied(skeleton.model.config),
         memory=memory,
         phases=forecast.seconds(flops, skeleton.dtype) if flops else {},
-        served_by=runtimes.served_by(_served(layer) for layer in layers),
+        served_by=runtimes.served_by(_served(skeleton, config)),
         tensor_parallel=runtimes.tensor_parallel(
             [(*m.shape, m.group_size or -1) for m in modules if m.bits],
-            hidden=shapes.hidden, heads=heads,
+            hidden=int(text.hidden_size), heads=heads,
             kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         ),
         problems=problems,
@@ -206,13 +208,32 @@ def beyond_budget(memory: Memory) -> str:
     )
 
 
-def _served(layer: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: layer[key] for key in ("bits", "group_size", "sym", "desc_act", "format")}
+def _served(skeleton: Skeleton, config: QuantizeConfig) -> Iterator[dict[str, Any]]:
+    """What engines go by: the settings of each quantized layer, and what kind of expert it is."""
+    for block in skeleton.blocks:
+        mixed = {path: set[str]() for path in block.experts}
+        layers = []
+        for name in block.linears:
+            settings = config.for_module(name)
+            if settings is None:
+                continue
+            layer = settings.model_dump(include={"bits", "group_size", "sym", "desc_act", "format"})
+            path = next((path for path in mixed if name.startswith(f"{path}.")), None)
+            if path is not None:
+                mixed[path].add(repr(layer))
+                info = skeleton.checkpoint.tensors[skeleton.source_of[f"{name}.weight"]]
+                together = isinstance(info, PartInfo)
+                layer["experts"] = runtimes.kind(name.rpartition(".")[2], together=together)
+            layers.append(layer)
+        yield from layers
+        yield from (
+            {**layers[-1], "experts": "mixed"} for found in mixed.values() if len(found) > 1
+        )
 
 
 def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], bool]:
     """All linears of the blocks, and whether it is known which share an input."""
-    leaders = _leaders(skeleton, config)
+    leaders = leave_uncalled(skeleton, config).first
     found = []
     for block in skeleton.blocks:
         for name, linear in block.linears.items():
@@ -232,52 +253,16 @@ def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], 
                     leaders.get(name), why_not,
                 )
             )  # fmt: skip
+    for block in [*skeleton.blocks, *skeleton.aside]:
         for name, reason in block.left.items():
             rows, columns = weight_of(skeleton.model.get_submodule(name)).shape
             found.append(Module(name, (rows, columns), None, None, None, reason))
     return found, bool(leaders)
 
 
-def _leaders(skeleton: Skeleton, config: QuantizeConfig) -> dict[str, str]:
-    """Layer -> the first that reads the same tensor, from a forward without data; {}: not known."""
-    model = build(skeleton.model.config, skeleton.dtype)
-    open_up(model, skeleton.layout)
-    policy = Policy(config.experts)
-    for path in skeleton.layout:
-        experts = model.get_submodule(path)
-        experts.visits = lambda x, _, experts=experts: policy.everyone(experts, x)
-    seen: list[tuple[str, torch.Tensor]] = []  # tensors are kept, so that no identity comes again
-
-    def hook(name: str) -> Any:
-        return lambda _, args: seen.append((name, args[0]))
-
-    for block in skeleton.blocks:
-        for name in block.linears:
-            model.get_submodule(name).register_forward_pre_hook(hook(name))
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            for module in model.modules():
-                for key, weight in module._parameters.items():
-                    if weight is not None:
-                        fake = torch.empty(weight.shape, dtype=weight.dtype)
-                        module._parameters[key] = nn.Parameter(fake, requires_grad=False)
-                for key, buffer in module._buffers.items():
-                    if buffer is not None:
-                        module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
-            model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.int64), use_cache=False)
-    except Exception:  # a forward that looks at its data, which fails in many ways without any
-        return {}
-    first: dict[tuple[int, int, int], str] = {}
-    found = {}
-    for name, x in seen:
-        key = (x.untyped_storage()._cdata, x.numel(), x._version)
-        found[name] = first.setdefault(key, name)
-    return found
-
-
 def _bytes_after(skeleton: Skeleton, config: QuantizeConfig) -> tuple[int, int]:
     """Bytes of all tensors of the result, and of its quantized layers alone."""
-    after = skeleton.checkpoint.nbytes()
+    after = sum(info.nbytes for info in skeleton.checkpoint.tensors.values())
     stored = 0
     for block in skeleton.blocks:
         for name, linear in block.linears.items():
@@ -301,11 +286,11 @@ def _packed(rows: int, columns: int, config: QuantizeConfig) -> int:
 
 def _rest(skeleton: Skeleton) -> str:
     """The largest tensors outside the blocks' linears, by name."""
-    linears = {f"{name}.weight" for block in skeleton.blocks for name in block.linears}
+    linears = {id(x.weight) for block in skeleton.blocks for x in block.linears.values()}
     others = [
         (weight.numel(), name)
         for name, weight in skeleton.model.named_parameters()
-        if name not in linears
+        if id(weight) not in linears
     ]
     largest = sorted(others, reverse=True)[:2]
     return "the largest others are " + ", ".join(f"{n} ({size:,})" for size, n in largest)

@@ -30,6 +30,8 @@ class Player:
     at: int = EXIT
     output: Any = None
     """What the block returned, while the player stands behind it."""
+    finished: dict[int, Any] = field(default_factory=dict)
+    """What the last block returned that an earlier run has finished, by `Block.stack`."""
     captured: dict[str, Captured] = field(default_factory=dict)
     """Of an original player: what it met in front of each group that its twin has yet to reach."""
     streams: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -18,11 +18,13 @@ import transformers
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
 from roundwise.errors import CalibrationError, ConfigError
+from roundwise.models.architecture import arguments
+from roundwise.models.blocks import weight_of
 from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.fold import rotated
 from roundwise.models.formats import check_shape
 from roundwise.models.hub import local_folder
-from roundwise.models.skeleton import Skeleton, open_skeleton, weight_of
+from roundwise.models.skeleton import Skeleton, open_skeleton
 from roundwise.pipeline import asked
 from roundwise.pipeline.calibration import Calibration, load_calibration
 from roundwise.pipeline.damping import held_out
@@ -30,6 +32,7 @@ from roundwise.pipeline.memory import Mode, parse_size, return_early
 from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.routing import check_experts
 from roundwise.pipeline.run import Run
+from roundwise.pipeline.sharing import leave_uncalled
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,13 @@ def prepare(
     clock.take()
     return_early()
     model = os.fspath(model)
-    skeleton = open_skeleton(local_folder(model))
-    skipped = _check(skeleton, config)
+    skeleton = open_skeleton(local_folder(model), lm_head=config.lm_head)
+    notes = skeleton.notes
     if config.rotate:
-        skeleton = open_skeleton(rotated(skeleton.checkpoint, config.rotation_seed))
+        turned = rotated(skeleton.checkpoint, config.rotation_seed)
+        skeleton = open_skeleton(turned, lm_head=config.lm_head)
+    calls = leave_uncalled(skeleton, config)
+    skipped = _check(skeleton, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     texts = _calibration(
@@ -79,12 +85,14 @@ def prepare(
     held_out(config, len(texts.batches) if texts else 0)  # refuses one batch
     given = {"model": model, "calibration": calibration if isinstance(calibration, str) else None}
     run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), None, given)
-    not_as_asked = [*asked.before(skeleton, config), *(texts.not_as_asked if texts else [])]
+    not_as_asked = [*asked.before(skeleton, config, calls), *(texts.not_as_asked if texts else [])]
     if config.prescales:
         run.prescaler = Prescaler(skeleton, config)
         not_as_asked += run.prescaler.left_out()
     not_as_asked += asked.of_memory(run.forecast(mode), mode, run.forecast("true_sequential"))
-    return Prepared(begun, run, [*(texts.warnings if texts else []), *skipped], not_as_asked)
+    return Prepared(
+        begun, run, [*(texts.warnings if texts else []), *notes, *skipped], not_as_asked
+    )
 
 
 def _check(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
@@ -121,6 +129,7 @@ def _calibration(
             f"{config.method} needs calibration text: --calibration FILE, or a named set such as "
             "python-stdlib or wikitext2"
         )
+    arguments(skeleton.model, torch.zeros(1, 1, dtype=torch.int64))  # refuses what is not fed text
     text_config = skeleton.model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or seq_len
     widest = max(

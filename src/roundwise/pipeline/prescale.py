@@ -15,8 +15,9 @@ import torch
 from roundwise.config import QuantizeConfig
 from roundwise.core.awq import search_scales
 from roundwise.errors import SingularError
+from roundwise.models.blocks import Block, weight_of
 from roundwise.models.scaling import ScalableNorm, scalable_norms
-from roundwise.models.skeleton import Block, Skeleton, weight_of
+from roundwise.models.skeleton import Skeleton
 from roundwise.pipeline.damping import Damping
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from roundwise.core.correct import Drift
 from roundwise.core.hessian import CrossMoment, Hessian
 from roundwise.errors import RunError
-from roundwise.models.skeleton import Block
+from roundwise.models.blocks import Block
 
 
 @dataclass
@@ -148,10 +148,11 @@ def taking_notes(block: Block) -> Iterator[Notes]:
     notes = Notes()
     hooks: list[Any] = []
 
-    def before(name: str, linear: bool) -> Any:
+    def before(name: str, *, linear: bool, stream: bool) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], torch.Tensor):
-                notes.stream.append((name, args[0]))
+                if stream:
+                    notes.stream.append((name, args[0]))
                 if linear:
                     notes.inputs.append((name, args[0]))
 
@@ -163,10 +164,12 @@ def taking_notes(block: Block) -> Iterator[Notes]:
 
         return hook
 
-    for path, module in block.module.named_modules(prefix=block.name):
-        if module is not block.module:
-            hooks.append(module.register_forward_pre_hook(before(path, path in block.linears)))
-        if path in block.linears:
+    experts = tuple(f"{path}." for path in block.experts)
+    for path, module in block.modules():
+        # The stream does not pass inside experts, and no single one's output is all that is added to it.
+        outside, linear = not path.startswith(experts), path in block.linears
+        hooks.append(module.register_forward_pre_hook(before(path, linear=linear, stream=outside)))
+        if linear and outside:
             hooks.append(module.register_forward_hook(after(path)))
     try:
         yield notes

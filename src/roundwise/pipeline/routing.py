@@ -17,8 +17,8 @@ import torch
 
 from roundwise.config import Experts, QuantizeConfig
 from roundwise.errors import ConfigError
+from roundwise.models.blocks import Block
 from roundwise.models.experts import LinearExperts, Visits
-from roundwise.models.skeleton import Block
 from roundwise.pipeline.probe import Group
 
 

@@ -21,9 +21,10 @@ from roundwise.core.clock import clock
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.solver import round_to_nearest, solve
 from roundwise.errors import NumericalError, OutputError, RunError, SingularError
+from roundwise.models.blocks import Block, set_weight, weight_of
 from roundwise.models.files import file_digest
 from roundwise.models.formats import encode
-from roundwise.models.skeleton import Block, Skeleton, set_weight, weight_of
+from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import carried
 from roundwise.models.writer import write_safetensors
 from roundwise.pipeline import environment
@@ -136,7 +137,9 @@ class Run:
                 self._block(index, journal, done, first, None)
             return
         self.skeleton.load_outside_blocks()
-        outputs = journal.load_outputs(done[-1]["activations"]) if done else None
+        outputs = {
+            stack: journal.load_outputs(saved) for stack, saved in self._activations(done).items()
+        }
         with Conductor(
             self.skeleton.model,
             self.skeleton.blocks,
@@ -192,29 +195,36 @@ class Run:
                 self._tell(index, first, layers[-1])
 
         with clock.phase("read"):
-            self.skeleton.load(block.module, block.name)
+            self.skeleton.load(block.module, block.prefix)
         activations, routed = None, dict[str, list[int]]()
         if conductor is not None:
             groups = conductor.probe(block)
             sequential = self.mode == "true_sequential"
             routed = conductor.play(block, groups, solve_group, sequential=sequential)
-            with clock.phase("write"):
-                activations = journal.save_outputs(index, conductor.outputs())
-            # From here on the batches live in the file just written, not in memory.
-            conductor.replace_outputs(journal.load_outputs(activations))
+            if not block.is_head:
+                with clock.phase("write"):
+                    activations = journal.save_outputs(index, conductor.outputs())
+                # From here on the batches live in the file just written, not in memory.
+                conductor.replace_outputs(journal.load_outputs(activations))
         # Linears that the model's forward never called, or all of them without calibration.
         solve_group(Group([name for name in block.linears if name not in solved]))
         shard = shard_name(index, len(self.skeleton.blocks))
         with clock.phase("write"):
             digest = write_safetensors(self.out / shard, self._shard(index, solved, folded))
-        self.skeleton.unload(block.module, block.name)
+        self.skeleton.unload(block.module, block.prefix)
         line = {
             "block": index, "shard": shard, "sha256": digest,
             "activations": activations, "layers": layers, "experts": routed,
         }  # fmt: skip
-        journal.block_done(line)
         done.append(line)
+        kept = self._activations(done).values()
+        journal.block_done(line, keep={saved["file"] for saved in kept})
         self._tell(index, first, None)
+
+    def _activations(self, done: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """What the last finished block of each list of blocks returned: all that is needed to go on."""
+        blocks = zip(self.skeleton.blocks, done, strict=False)
+        return {block.stack: line["activations"] for block, line in blocks if line["activations"]}
 
     def _prescale(self, block: Block, group: Group, inputs: Inputs) -> Scaling:
         """Scales for the group's input, if any; `inputs` becomes that of the scaled weights."""

@@ -119,9 +119,9 @@ def _tokens(model: str, text: str, most: int) -> list[int]:
 
 def _window(model: str, wanted: int) -> int:
     """No more than the model's context."""
+    from roundwise.models.architecture import load_config
     from roundwise.models.checkpoint import Checkpoint
     from roundwise.models.hub import local_folder
-    from roundwise.models.skeleton import load_config
 
     config = load_config(Checkpoint(local_folder(model))).get_text_config()
     return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)

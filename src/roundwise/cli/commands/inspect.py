@@ -45,9 +45,12 @@ def describe(name: str) -> dict[str, Any]:
     import torch
 
     from roundwise.models.checkpoint import Checkpoint
-    from roundwise.models.formats import SUFFIXES
+    from roundwise.models.formats import (
+        SUFFIXES,
+        quantization_settings,
+        quantized_layers,
+    )
     from roundwise.models.hub import local_folder
-    from roundwise.models.verify import quantization_settings, quantized_layers
 
     checkpoint = Checkpoint(local_folder(name))
     layers = []

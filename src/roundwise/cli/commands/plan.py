@@ -31,6 +31,12 @@ def command(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward.")] = 8,
+    experts: Annotated[
+        str, typer.Option(help="Calibration tokens of an expert: routed or all.")
+    ] = "routed",
+    lm_head: Annotated[
+        bool, typer.Option("--lm-head", help="Quantize the output head too.")
+    ] = False,
     override: Annotated[
         list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' for some modules.")
     ] = None,
@@ -55,10 +61,11 @@ def command(
 
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe, method=method,
+        experts=experts, lm_head=lm_head,
         dynamic=parse_dynamic(override or [], skip or []),
     )  # fmt: skip
     found = plan(
-        open_skeleton(local_folder(model)), config,
+        open_skeleton(local_folder(model), lm_head=lm_head), config,
         samples=samples, seq_len=seq_len, batch_size=batch_size,
         mode=parse_mode(mode), budget=parse_size(max_memory),
     )  # fmt: skip

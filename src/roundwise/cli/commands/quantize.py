@@ -74,6 +74,10 @@ def command(
         str | None,
         typer.Option(help="gptq (v1) or gptq_v2; the default is v1 with --sym, else v2."),
     ] = None,
+    lm_head: Annotated[
+        bool,
+        typer.Option("--lm-head", help="Quantize the output head too; a tied one is untied first."),
+    ] = False,
     experts: Annotated[
         str,
         typer.Option(help="Calibration tokens of an expert: routed, those sent to it; all: every."),
@@ -139,7 +143,8 @@ def command(
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
         damp_percent=_number(damp_percent), method=method, prescale=prescale,
-        experts=experts, expert_tokens=expert_tokens, rotate=rotate, rotation_seed=rotation_seed,
+        lm_head=lm_head, experts=experts, expert_tokens=expert_tokens,
+        rotate=rotate, rotation_seed=rotation_seed,
         dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
