@@ -112,7 +112,7 @@ def test_weights_that_belong_to_no_linear_layer(tmp_path: Path) -> None:
     random_model(config).save_pretrained(tmp_path / "model")
     skeleton = open_skeleton(tmp_path / "model")
     small, line = asked.before(skeleton, QUICK, Calls())
-    assert "dt_proj and 1 more stay: " in small
+    assert "x_proj and 3 more stay: it has fewer than 32 channels" in small
     assert re.match(
         r"2\d% of the blocks' weights belong to no linear layer and stay as they are", line
     )
