@@ -217,33 +217,37 @@ class TestSources:
         assert all(raw(ours[name]) == raw(single[name]) for name in single)
 
     @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom"])
+    @pytest.mark.parametrize("named", ["base", "causal"])
     def test_a_base_model_without_prefix(
-        self, name: str, folder_of: Callable[[str], Path], tmp_path: Path
+        self, name: str, named: str, folder_of: Callable[[str], Path], tmp_path: Path
     ) -> None:
         base = transformers.AutoModel.from_pretrained(folder_of(name))
         base.save_pretrained(tmp_path / "model")
-        # As the published GPT-2: the config names the base class, or the causal one; both load.
         before = tensors_of(tmp_path / "model")
         assert not any(n.startswith(("transformer.", "model.")) for n in before)
-        if name == "llama":
-            # Its head is a tensor of its own, which a base model does not have.
-            with pytest.raises(rw.RoundwiseError, match=r"lacks lm_head\.weight"):
-                self.quantize(tmp_path / "model", tmp_path / "out")
-            return
+        if named == "causal":  # as the published GPT-2: the tensors are those of the base model
+            causal = transformers.AutoModelForCausalLM.from_config(base.config)
+            with edited_json(tmp_path / "model" / "config.json") as config:
+                config["architectures"] = [type(causal).__name__]
+            if name == "llama":
+                # Its head is a tensor of its own, which a base model does not have.
+                with pytest.raises(rw.RoundwiseError, match=r"lacks lm_head\.weight"):
+                    self.quantize(tmp_path / "model", tmp_path / "out")
+                return
         after = self.quantize(tmp_path / "model", tmp_path / "out")
         kept = [n for n in before if n in after]
         assert kept
         assert all(raw(before[n]) == raw(after[n]) for n in kept)
-        dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-        prefix = f"{dense.base_model_prefix}."
+        auto = transformers.AutoModel if named == "base" else transformers.AutoModelForCausalLM
+        dense = auto.from_pretrained(tmp_path / "model").eval()
+        prefix = "" if named == "base" else f"{dense.base_model_prefix}."
         for layer in quantized_layers(Checkpoint(tmp_path / "out")):
             assign(dense, prefix + layer.name, layer.read("gptq").dequantize())
         model, _ = rw.load(tmp_path / "out")
         ids = torch.tensor(windows(seed=5))
         with torch.no_grad():
-            torch.testing.assert_close(
-                model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4
-            )
+            ours, theirs = model(input_ids=ids)[0], dense(input_ids=ids)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, dtype: torch.dtype, llama: Path, tmp_path: Path) -> None:
