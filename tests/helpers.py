@@ -247,7 +247,7 @@ _NURSERY = """
 import json, os, runpy, resource, signal, sys, traceback
 import roundwise.cli, roundwise.inference.load, roundwise.evaluation.perplexity
 from roundwise.models.skeleton import open_skeleton
-from roundwise.pipeline.quantize import load_tokenizer
+from roundwise.pipeline.prepare import load_tokenizer
 warm = open_skeleton(sys.argv[1])  # imports what transformers imports late
 load_tokenizer(warm.checkpoint)
 for line in sys.stdin:

@@ -61,7 +61,8 @@ Index rows_of(const M &matrix, Index rows, Index columns, const char *what) {
     require(Index(matrix.shape(0)) == rows && Index(matrix.shape(1)) == columns, what);
     require(matrix.stride(1) == 1 || columns <= 1, what);
     require(matrix.stride(0) >= columns || rows <= 1, what);
-    return matrix.stride(0);
+    // Of a single row the distance means nothing, and torch up to 2.6 says 1.
+    return rows <= 1 ? columns : Index(matrix.stride(0));
 }
 template <class V>
 void vector_of(const V &vector, Index length, const char *what) {

@@ -252,7 +252,7 @@ def _defaults(data: dict[str, Any]) -> dict[str, Any]:
     """What follows from other settings, unless given."""
     # GPTQModel reads asymmetric v1 files only if it wrote them itself; v2 it reads from everyone.
     follows = {} if data.get("sym", True) else {"format": "gptq_v2"}
-    return {**follows, **RECIPES.get(data.get("recipe", "best"), {})}
+    return {**follows, **RECIPES.get(str(data.get("recipe", "best")), {})}
 
 
 def _explain(error: ValidationError) -> str:

@@ -5,10 +5,12 @@
     │   ├── ConfigError       a setting that cannot be, or does not fit the model
     │   ├── CheckpointError   a model folder that is missing, damaged or unsafe to open
     │   ├── CalibrationError  text that is empty, unreadable or too short
+    │   ├── StrictError       --strict, and something cannot go as asked
     │   └── OutputError       an output folder that holds something else, or is in use
     └── RunError              the work itself failed                                     exit code 1
         ├── NumericalError    NaN, infinity, or a scale that does not fit its type
         │   └── SingularError a Hessian that is zero or stays indefinite: the layer falls back
+        ├── FallbackError     --strict, and a layer did not go as asked
         ├── StorageError      the disk is full or failed
         ├── Interrupted       Ctrl-C or SIGTERM; what is finished is kept
         └── VerificationError the finished files are not what was computed
@@ -41,6 +43,10 @@ class CalibrationError(UsageError):
     """Calibration text that is empty, unreadable or too short."""
 
 
+class StrictError(UsageError):
+    """A strict run in which something cannot go as asked; nothing has been started."""
+
+
 class OutputError(UsageError):
     """An output folder that holds something else or is in use by another process."""
 
@@ -55,6 +61,10 @@ class NumericalError(RunError):
 
 class SingularError(NumericalError):
     """A Hessian that is zero or stays indefinite; a run rounds that layer to nearest and says so."""
+
+
+class FallbackError(RunError):
+    """A strict run in which a layer did not go as asked."""
 
 
 class StorageError(RunError):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from roundwise.errors import CheckpointError
-from roundwise.models.checkpoint import DTYPES, Checkpoint, read_header, read_json
+from roundwise.models.checkpoint import DTYPES, Checkpoint, read_header
+from roundwise.models.files import read_json
 from tests.helpers import raw, tensors_of
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -48,6 +52,21 @@ def test_what_is_read_can_be_changed_without_changing_the_file(llama: Path) -> N
     tensor = Checkpoint(llama).tensors["model.norm.weight"].read()
     tensor.zero_()
     assert (llama / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["cut", "removed"])
+def test_a_file_that_was_changed_since_it_was_opened(change: str, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(10_000), "b": torch.ones(10_000)}, tmp_path / "x.safetensors")
+    infos = read_header(tmp_path / "x.safetensors")
+    if change == "cut":
+        os.truncate(tmp_path / "x.safetensors", 200)
+    else:
+        (tmp_path / "x.safetensors").unlink()
+    for info in infos.values():
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            info.read()
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            list(info.chunks())
 
 
 def test_all_tensors_of_a_checkpoint(llama: Path) -> None:
@@ -108,6 +127,103 @@ def test_side_files_are_everything_but_weights(tmp_path: Path) -> None:
     assert [path.name for path in Checkpoint(tmp_path).side_files()] == kept
 
 
+class TestLinks:
+    """A link may lead to a file of the same folder or of the hub's cache; anywhere else is refused."""
+
+    @pytest.fixture
+    def folder(self, llama: Path, tmp_path: Path) -> Path:
+        shutil.copytree(llama, tmp_path / "model")
+        (tmp_path / "secret.txt").write_text("mine")
+        return tmp_path / "model"
+
+    @pytest.mark.parametrize(
+        "name", ["config.json", "model.safetensors", "generation_config.json", "LICENSE"]
+    )
+    @pytest.mark.parametrize("absolute", [True, False])
+    def test_to_elsewhere(self, name: str, absolute: bool, folder: Path, tmp_path: Path) -> None:
+        if (folder / name).exists():
+            (folder / name).rename(tmp_path / name)
+        else:
+            (tmp_path / name).write_text("mine")
+        (folder / name).symlink_to(tmp_path / name if absolute else f"../{name}")
+        with pytest.raises(CheckpointError, match=rf"{name} is a link to .*, outside the folder"):
+            Checkpoint(folder)
+
+    def test_what_is_not_read_may_lead_anywhere(self, folder: Path, tmp_path: Path) -> None:
+        (folder / ".git").symlink_to(tmp_path)
+        (folder / "pytorch_model.bin").symlink_to(tmp_path / "secret.txt")
+        (folder / "original").symlink_to(tmp_path)
+        assert all(not file.is_symlink() for file in Checkpoint(folder).side_files())
+
+    def test_in_the_folder(self, folder: Path) -> None:
+        (folder / "COPYING").symlink_to("generation_config.json")
+        assert folder / "COPYING" in Checkpoint(folder).side_files()
+
+    def test_a_folder_that_is_a_link(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(folder)
+        assert Checkpoint(tmp_path / "link").tensors.keys() == Checkpoint(folder).tensors.keys()
+
+    @pytest.mark.parametrize("through_link", [False, True])
+    def test_the_cache_of_the_hub(self, through_link: bool, folder: Path, tmp_path: Path) -> None:
+        # models--owner--name/snapshots/REVISION/file -> ../../blobs/HASH
+        cache = tmp_path / "models--owner--name"
+        snapshot = cache / "snapshots" / "0123abc"
+        snapshot.mkdir(parents=True)
+        (cache / "blobs").mkdir()
+        for number, file in enumerate(sorted(folder.iterdir())):
+            file.rename(cache / "blobs" / str(number))
+            (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+        if through_link:
+            (tmp_path / "link").symlink_to(snapshot)
+        checkpoint = Checkpoint(tmp_path / "link" if through_link else snapshot)
+        assert checkpoint.tensors
+        assert [file.name for file in checkpoint.side_files()] == ["generation_config.json"]
+        # Not even there may a link lead anywhere.
+        (snapshot / "LICENSE").symlink_to(tmp_path / "secret.txt")
+        with pytest.raises(CheckpointError, match="LICENSE is a link"):
+            Checkpoint(snapshot)
+
+    def test_a_cache_whose_files_are_elsewhere(self, folder: Path, tmp_path: Path) -> None:
+        snapshot = tmp_path / "x" / "snapshots" / "model"
+        snapshot.parent.mkdir(parents=True)
+        folder.rename(snapshot)
+        (tmp_path / "x" / "blobs").symlink_to(tmp_path)
+        (snapshot / "LICENSE").symlink_to("../../blobs/secret.txt")
+        with pytest.raises(CheckpointError, match="LICENSE is a link"):
+            Checkpoint(snapshot)
+
+    def test_in_circles(self, folder: Path) -> None:
+        (folder / "LICENSE").symlink_to("LICENSE")
+        assert Checkpoint(folder).tensors  # no file at all
+        (folder / "config.json").unlink()
+        (folder / "config.json").symlink_to("config.json")
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "LICENSE"]
+)
+def test_a_pipe_is_no_file(name: str, llama: Path, tmp_path: Path) -> None:
+    # To open one would wait for ever.
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "model" / name)
+    if name in ("config.json", "model.safetensors"):
+        with pytest.raises(CheckpointError, match="has no "):
+            Checkpoint(tmp_path / "model")
+    else:
+        assert Checkpoint(tmp_path / "model").tensors
+
+
+def test_json_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roundwise.models.files.MAX_JSON", 1 << 20)
+    (tmp_path / "config.json").touch()
+    os.truncate(tmp_path / "config.json", 1 << 40)  # a hole: it takes no room on the disk
+    with pytest.raises(CheckpointError, match="larger than 1 MiB"):
+        read_json(tmp_path / "config.json")
+
+
 class TestIdentity:
     """What tells a model from a changed one."""
 
@@ -122,6 +238,11 @@ class TestIdentity:
         data[-1] ^= 1
         (tmp_path / "model.safetensors").write_bytes(data)
         assert Checkpoint(tmp_path).identity() != before
+
+    def test_it_is_the_hash_of_every_file(self, llama: Path) -> None:
+        data = (llama / "model.safetensors").read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        assert Checkpoint(llama).identity()["files"] == {"model.safetensors": digest}
 
     def test_another_config(self, llama: Path, tmp_path: Path) -> None:
         for name in ("config.json", "model.safetensors"):

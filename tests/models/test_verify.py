@@ -79,7 +79,7 @@ def test_a_manifest_that_names_files_outside_is_found_and_not_followed(
 ) -> None:
     with edited_json(out / "roundwise.json") as manifest:
         manifest["files"][name] = "0" * 64
-    assert f"{name!r} in roundwise.json is not in the folder" in audit(out).failures
+    assert any(f"{name!r} is not in the folder" in failure for failure in audit(out).failures)
 
 
 def test_every_deleted_file_is_found(out: Path) -> None:

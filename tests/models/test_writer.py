@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from roundwise.errors import StorageError
 from roundwise.models import writer
-from roundwise.models.checkpoint import DTYPES, file_digest, read_header
+from roundwise.models.checkpoint import DTYPES, read_header
+from roundwise.models.files import file_digest
 from roundwise.models.writer import copy_file, replacing, write_json, write_safetensors
 from tests.helpers import Stop, raw
 
@@ -62,6 +63,34 @@ def test_an_error_leaves_the_old_file(error: BaseException, tmp_path: Path) -> N
         raise error
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_rename_that_is_not_durable_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> None:
+        raise OSError(errno.EIO, "bad disk")
+
+    monkeypatch.setattr(writer, "sync_folder", fail)
+    with pytest.raises(StorageError, match=r"cannot write .*: bad disk"):
+        write_json(tmp_path / "x.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_error_is_told_even_if_nothing_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def keep(_: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(Path, "unlink", keep)
+    with pytest.raises(StorageError, match="the disk is full"):
+        write_json(tmp_path / "x.json", {})
+    assert not (tmp_path / "x.json").exists()
 
 
 @pytest.mark.parametrize(

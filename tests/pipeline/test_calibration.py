@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -226,9 +227,6 @@ class TestWarnings:
         said = self.said(plenty[:127], samples=127, seq_len=16)
         assert said == "127 calibration samples: 128 or more are advised"
 
-    def test_fewer_windows_than_asked_for(self, plenty: list[list[int]]) -> None:
-        assert "gives only 128 of 200 windows" in self.said(plenty, samples=200, seq_len=16)
-
     @pytest.mark.parametrize(("distinct", "warned"), [(1, True), (60, True), (70, False)])
     def test_repetition(self, distinct: int, warned: bool, plenty: list[list[int]]) -> None:
         items = [plenty[i % distinct] for i in range(128)]
@@ -238,6 +236,27 @@ class TestWarnings:
     def test_repetition_in_a_text(self, tmp_path: Path) -> None:
         (tmp_path / "rows.txt").write_text("all work and no play " * 2000)
         assert "mostly repetition" in self.said(str(tmp_path / "rows.txt"), samples=128, seq_len=40)
+
+
+class TestNotAsAsked:
+    """Where a text gives less than was asked for, or more than is used."""
+
+    def test_all_as_asked(self) -> None:
+        assert load(windows(6, length=16), samples=6, seq_len=16).not_as_asked == []
+
+    def test_fewer_windows(self, counted: Path) -> None:
+        found = load(windows(6, length=16), samples=9, seq_len=16)
+        assert found.not_as_asked == ["the calibration text gives only 6 of 9 windows"]
+        assert "gives only" in load(str(counted), samples=10**6).not_as_asked[0]
+
+    def test_more_items(self) -> None:
+        found = load(windows(6, length=16), samples=4, seq_len=16)
+        assert found.not_as_asked == ["only the first 4 of 6 calibration items are used: samples"]
+
+    def test_longer_items(self) -> None:
+        rows = [*windows(2, length=16), *windows(1, length=17)]
+        found = load(rows, samples=3, seq_len=16)
+        assert found.not_as_asked == ["1 of 3 calibration items are cut to seq_len=16 tokens"]
 
 
 def test_the_description_tells_calibrations_apart(counted: Path) -> None:
@@ -278,3 +297,29 @@ def test_shares_add_up() -> None:
     assert shares(10, [0.5, 0.25, 0.25]) == [5, 3, 2]
     assert shares(128, [1.0]) == [128]
     assert shares(3, [0.98, 0.01, 0.01]) == [3, 1, 1]
+
+
+class TestWhatCannotBeTokens:
+    @pytest.fixture
+    def tokenizer(self, tiny: Path) -> Any:
+        return transformers.AutoTokenizer.from_pretrained(tiny)
+
+    def read(self, folder: Path, record: str, tokenizer: Any) -> None:
+        (folder / "x.jsonl").write_text(f'{{"text": "fine"}}\n{record}\n')
+        load_calibration(
+            str(folder / "x.jsonl"), tokenizer, samples=1, seq_len=4, batch_size=1, seed=0
+        )
+
+    def test_half_a_character(self, tokenizer: Any, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match=r"a text of the calibration.*begins with .*odd"):
+            self.read(tmp_path, '{"text": "odd \\ud800"}', tokenizer)
+
+    def test_a_chat_that_the_template_refuses(self, tokenizer: Any, tmp_path: Path) -> None:
+        tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+        chat = '{"messages": [{"role": "user", "content": "hello"}]}'
+        with pytest.raises(CalibrationError, match=r"a chat of .*\(roles must alternate\).*hello"):
+            self.read(tmp_path, chat, tokenizer)
+
+    def test_json_nested_without_end(self, tokenizer: Any, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match="line 2 is no JSON"):
+            self.read(tmp_path, '{"text": ' + "[" * 100_000, tokenizer)

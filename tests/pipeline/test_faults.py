@@ -112,6 +112,34 @@ def test_each_file_operation_fails_once(
         assert contents(out) == whole, what
 
 
+def test_each_file_operation_of_a_restart_fails_once(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Up to where work begins: from there on it is a run like any other.
+    faults = Faults(monkeypatch)
+    quantize(llama, tmp_path / "whole")
+    whole, out = contents(tmp_path / "whole"), tmp_path / "out"
+
+    def restart() -> None:
+        rw.quantize(llama, out, QUICK, windows(), samples=4, seq_len=32, restart=True)
+
+    quantize(llama, out)
+    faults.arm(-1)
+    restart()
+    begun = next(i for i, what in enumerate(faults.log) if what == "open journal.jsonl")
+    assert faults.log[:begun].count("unlink") > len(whole)
+    for number in range(1, begun + 1):
+        faults.arm(number, errno.EIO)
+        with pytest.raises(RoundwiseError):
+            restart()
+        what = f"operation {number}, {faults.log[number - 1]}"
+        faults.arm(-1)
+        if (out / "config.json").exists():
+            assert audit(out).failures == [], what
+        quantize(llama, out)
+        assert contents(out) == whole, what
+
+
 @pytest.mark.parametrize(
     "error",
     [

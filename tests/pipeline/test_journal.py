@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,10 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 
 def line(block: int, activations: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"block": block, "shard": f"{block}.safetensors", "activations": activations}
+    return {
+        "block": block, "shard": f"{block}.safetensors", "sha256": "0", "activations": activations,
+        "layers": [],
+    }  # fmt: skip
 
 
 def test_lines_come_back_in_their_order(journal: Journal) -> None:
@@ -122,6 +126,17 @@ def test_one_at_a_time(journal: Journal) -> None:
         Journal(out)
     journal.close()
     Journal(out).close()
+
+
+def test_a_lock_that_cannot_be_had_is_not_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("roundwise.pipeline.journal.fcntl.flock", refuse)
+    with pytest.raises(OutputError, match=r"cannot lock .*lock: No locks available"):
+        Journal(tmp_path / "out")
 
 
 def test_finishing_removes_the_work_folder_only(journal: Journal) -> None:

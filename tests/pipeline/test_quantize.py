@@ -217,33 +217,37 @@ class TestSources:
         assert all(raw(ours[name]) == raw(single[name]) for name in single)
 
     @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom"])
+    @pytest.mark.parametrize("named", ["base", "causal"])
     def test_a_base_model_without_prefix(
-        self, name: str, folder_of: Callable[[str], Path], tmp_path: Path
+        self, name: str, named: str, folder_of: Callable[[str], Path], tmp_path: Path
     ) -> None:
         base = transformers.AutoModel.from_pretrained(folder_of(name))
         base.save_pretrained(tmp_path / "model")
-        # As the published GPT-2: the config names the base class, or the causal one; both load.
         before = tensors_of(tmp_path / "model")
         assert not any(n.startswith(("transformer.", "model.")) for n in before)
-        if name == "llama":
-            # Its head is a tensor of its own, which a base model does not have.
-            with pytest.raises(rw.RoundwiseError, match=r"lacks lm_head\.weight"):
-                self.quantize(tmp_path / "model", tmp_path / "out")
-            return
+        if named == "causal":  # as the published GPT-2: the tensors are those of the base model
+            causal = transformers.AutoModelForCausalLM.from_config(base.config)
+            with edited_json(tmp_path / "model" / "config.json") as config:
+                config["architectures"] = [type(causal).__name__]
+            if name == "llama":
+                # Its head is a tensor of its own, which a base model does not have.
+                with pytest.raises(rw.RoundwiseError, match=r"lacks lm_head\.weight"):
+                    self.quantize(tmp_path / "model", tmp_path / "out")
+                return
         after = self.quantize(tmp_path / "model", tmp_path / "out")
         kept = [n for n in before if n in after]
         assert kept
         assert all(raw(before[n]) == raw(after[n]) for n in kept)
-        dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-        prefix = f"{dense.base_model_prefix}."
+        auto = transformers.AutoModel if named == "base" else transformers.AutoModelForCausalLM
+        dense = auto.from_pretrained(tmp_path / "model").eval()
+        prefix = "" if named == "base" else f"{dense.base_model_prefix}."
         for layer in quantized_layers(Checkpoint(tmp_path / "out")):
             assign(dense, prefix + layer.name, layer.read("gptq").dequantize())
         model, _ = rw.load(tmp_path / "out")
         ids = torch.tensor(windows(seed=5))
         with torch.no_grad():
-            torch.testing.assert_close(
-                model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4
-            )
+            ours, theirs = model(input_ids=ids)[0], dense(input_ids=ids)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, dtype: torch.dtype, llama: Path, tmp_path: Path) -> None:
@@ -432,7 +436,7 @@ class TestFailuresOnTheWay:
                 folder, tmp_path / "out", QUICK, rows, samples=3, seq_len=32, batch_size=1
             )  # fmt: skip
 
-    def test_a_layer_that_no_token_reached_falls_back_or_is_an_error(
+    def test_a_layer_that_no_token_reached_falls_back(
         self, copy_of: Callable[[str], Path], tmp_path: Path
     ) -> None:
         # A norm of zeros: the MLP reads nothing but zeros.
@@ -447,8 +451,9 @@ class TestFailuresOnTheWay:
         fallen = {name for name, reason in reasons.items() if reason}
         assert fallen == {f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")}
         assert "Hessian is zero" in str(reasons["model.layers.1.mlp.up_proj"])
-        with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.gate_proj: the Hessian is zero"):
-            rw.quantize(folder, tmp_path / "strict", QUICK, windows(), strict=True, **settings)
+        assert result.not_as_asked[0].startswith(
+            "model.layers.1.mlp.gate_proj: rounded to nearest: the Hessian is zero"
+        )
 
     def test_what_was_computed_is_read_back_before_success(
         self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

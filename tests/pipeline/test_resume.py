@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -15,7 +16,7 @@ import pytest
 
 import roundwise as rw
 from roundwise import QuantizeConfig
-from roundwise.errors import Interrupted, OutputError, RunError
+from roundwise.errors import CheckpointError, Interrupted, OutputError, RunError
 from roundwise.models import writer
 from roundwise.models.verify import audit
 from tests.conftest import BEST, QUICK
@@ -290,11 +291,51 @@ class TestRefused:
         with pytest.raises(OutputError, match=r"differs in model.files.model.safetensors"):
             quantize(model, out)
 
+    def test_another_model_of_the_same_age(self, stopped: tuple[Path, Path]) -> None:
+        model, out = stopped
+        file = model / "model.safetensors"
+        data, times = bytearray(file.read_bytes()), file.stat()
+        data[-5] ^= 1
+        file.write_bytes(data)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(OutputError, match=r"differs in model.files.model.safetensors"):
+            quantize(model, out)
+
+    def test_a_model_that_is_only_newer_is_the_same(self, stopped: tuple[Path, Path]) -> None:
+        model, out = stopped
+        (model / "model.safetensors").touch()
+        quantize(model, out)
+
+    def test_a_model_that_changes_while_it_is_read(
+        self, stopped: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        model, _ = stopped
+
+        def change(step: Any) -> None:
+            if step.layer is None and step.block == 1:
+                (model / "model.safetensors").touch()
+
+        with pytest.raises(CheckpointError, match="was changed while it was being read"):
+            quantize(model, tmp_path / "new", progress=change)
+        assert not (tmp_path / "new" / "config.json").exists()
+
+    @pytest.mark.parametrize("change", ["flip", "cut", "remove"])
+    def test_activations_that_were_changed(self, change: str, stopped: tuple[Path, Path]) -> None:
+        model, out = stopped
+        (file,) = (out / ".roundwise").glob("activations-*")
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.unlink()
+        if change != "remove":
+            file.write_bytes(data if change == "flip" else data[:-1])
+        with pytest.raises(RunError, match=r"activations-.* was changed or removed.*--restart"):
+            quantize(model, out)
+
     def test_another_version(
         self, stopped: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model, out = stopped
-        monkeypatch.setattr("roundwise.pipeline.run.__version__", "99")
+        monkeypatch.setattr("roundwise.pipeline.environment.__version__", "99")
         with pytest.raises(OutputError, match=r"differs in versions.roundwise \(.* -> 99\)"):
             quantize(model, out)
 
@@ -414,6 +455,29 @@ class TestFinished:
         with pytest.raises(OutputError, match=r"finished checkpoint made otherwise.*--restart"):
             quantize(llama, done, config=QUICK.merged({"bits": 3}))
         assert contents(done) == before, "something was left behind"
+
+    def test_a_shard_that_was_changed_since(self, llama: Path, done: Path) -> None:
+        shard = next(done.glob("model-00001-*"))
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(OutputError, match=r"model-00001.* was changed since.*--restart"):
+            quantize(llama, done)
+        quantize(llama, done, restart=True)
+        assert audit(done).failures == []
+
+    def test_other_weights_of_the_same_age(
+        self, copy_of: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        model, out = copy_of("llama"), tmp_path / "out"
+        quantize(model, out)
+        file = model / "model.safetensors"
+        data, times = bytearray(file.read_bytes()), file.stat()
+        data[-5] ^= 1
+        file.write_bytes(data)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(OutputError, match=r"made otherwise \(model.files.model.safetensors"):
+            quantize(model, out)
 
     def test_restart_replaces_it(self, llama: Path, done: Path) -> None:
         result = quantize(llama, done, config=QUICK.merged({"bits": 8}), restart=True)

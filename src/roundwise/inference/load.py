@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import transformers
 
-from roundwise.errors import CheckpointError, ConfigError
+from roundwise.errors import CheckpointError, ConfigError, RoundwiseError
 from roundwise.inference import autoload
 from roundwise.models.architecture import load_config, model_class
+from roundwise.models.bounds import bounded_modules
 from roundwise.models.checkpoint import SINGLE, Checkpoint
 from roundwise.models.formats import quantization_settings
 from roundwise.models.hub import local_folder
@@ -54,12 +55,14 @@ def load(
             folder = _modernised(checkpoint, Path(scratch))
         try:
             kind = model_class(load_config(checkpoint))
-            loaded, info = kind.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
-            )
-        except CheckpointError:
+            with bounded_modules(len(checkpoint.tensors)):
+                loaded, info = kind.from_pretrained(
+                    folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+                    output_loading_info=True,
+                )  # fmt: skip
+        except RoundwiseError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # transformers raises many kinds; all mean the same to a user
             reason = str(error).strip().split("\n", 1)[0]
             raise CheckpointError(f"{model} cannot be loaded: {reason}") from error
     if info["missing_keys"]:  # transformers would make them up

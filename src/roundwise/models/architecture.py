@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import transformers
 
-from roundwise.errors import CheckpointError, ConfigError
+from roundwise.errors import CheckpointError, ConfigError, RoundwiseError
+from roundwise.models.bounds import check_computed
 from roundwise.models.checkpoint import Checkpoint
 
 
@@ -53,9 +54,23 @@ def model_class(config: Any) -> type[transformers.PreTrainedModel]:
 
 
 def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The model on the meta device, only its computed buffers (rotary tables, masks) real."""
-    with torch.device("meta"):
-        model = model_class(config)._from_config(config, dtype=dtype)
+    """The model on the meta device, only its computed buffers (rotary tables, masks) real.
+
+    Raises:
+        CheckpointError: the config makes no sense.
+    """
+    kind = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = kind._from_config(config, dtype=dtype)
+    except RoundwiseError:
+        raise
+    except Exception as error:  # many kinds for one reason: a config that makes no sense
+        reason = str(error).strip().split("\n", 1)[0]
+        raise CheckpointError(
+            f"transformers cannot build the {config.model_type} of config.json: {reason}"
+        ) from error
+    check_computed(model)
     computed = {name for name, _ in model.named_non_persistent_buffers()}
     fresh = {""}
     for name, module in model.named_modules():

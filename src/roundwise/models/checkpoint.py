@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from roundwise.errors import CheckpointError
+from roundwise.models.bounds import check_config
+from roundwise.models.files import check_links, file_digest, read_json, state_of
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -66,10 +69,16 @@ class TensorInfo:
         if not self.nbytes:
             return torch.empty(self.shape, dtype=dtype), None
         page = self.start - self.start % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as file:
-            view = mmap.mmap(
-                file.fileno(), self.start - page + self.nbytes, access=mmap.ACCESS_COPY, offset=page
-            )
+        try:
+            with self.path.open("rb") as file:
+                view = mmap.mmap(
+                    file.fileno(), self.start - page + self.nbytes,
+                    access=mmap.ACCESS_COPY, offset=page,
+                )  # fmt: skip
+        except (OSError, ValueError) as error:  # the latter: the file is too short for it
+            raise CheckpointError(
+                f"{self.path} cannot be read any more, it was changed since it was opened: {error}"
+            ) from None
         offset = self.start - page
         if offset % (ALIGNMENT if aligned else dtype.itemsize):
             # Kernels may sum up unaligned data in another order: copied, so that equal weights give
@@ -95,7 +104,13 @@ class TensorInfo:
 
     def chunks(self) -> Iterator[bytes]:
         """The raw bytes, a few MB at a time."""
-        with self.path.open("rb") as file:
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read any more: {error.strerror}"
+            ) from None
+        with file:
             file.seek(self.start)
             left = self.nbytes
             while left:
@@ -115,7 +130,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: no folder, no config.json, no safetensors, a damaged or missing shard, an
-            index that points outside the folder.
+            index or a link that points outside the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, config_file: str = "config.json") -> None:
@@ -123,9 +138,13 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder with a model in it")
         self.config = read_json(self.folder / config_file)
+        check_config(self.config)
         #: What the model's config is to say instead of config.json.
         self.overrides: dict[str, Any] = {}
         self.files = self._weight_files()
+        check_links(self.folder, [self.folder / config_file, *self.files, *self.side_files()])
+        self._states = {file: state_of(file) for file in self.files}
+        self._identity: dict[str, Any] | None = None
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
             for name, info in read_header(file).items():
@@ -139,20 +158,20 @@ class Checkpoint:
 
     def _weight_files(self) -> list[Path]:
         index = self.folder / INDEX
-        if index.exists():
+        if index.is_file():
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
                 raise CheckpointError(f"{index} has no weight_map from tensor to file names")
             files = sorted({self._inside(name) for name in names.values()})
-            missing = [file.name for file in files if not file.exists()]
+            missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise CheckpointError(
                     f"{self.folder} lacks {', '.join(missing)}, named in its index"
                 )
             return files
-        if (self.folder / SINGLE).exists():
+        if (self.folder / SINGLE).is_file():
             return [self.folder / SINGLE]
-        found = sorted(self.folder.glob("*.safetensors"))
+        found = sorted(file for file in self.folder.glob("*.safetensors") if file.is_file())
         if len(found) == 1:  # names of older tools, such as gptq_model-4bit-128g.safetensors
             return found
         if found:
@@ -203,18 +222,23 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from a changed one: sizes, times and hashes of all headers."""
-        return {
-            "config": _digest(json.dumps(self.config, sort_keys=True).encode()),
-            "files": {
-                file.name: [
-                    file.stat().st_size,
-                    file.stat().st_mtime_ns,
-                    _digest(_header_bytes(file)),
-                ]
-                for file in self.files
-            },
-        }
+        """What tells this checkpoint from a changed one: hashes of config.json and all weights.
+
+        Every byte is read, once for each checkpoint that is opened, several files at a time.
+        """
+        if self._identity is None:
+            config = json.dumps(self.config, sort_keys=True).encode()
+            with ThreadPoolExecutor(min(len(self.files), os.cpu_count() or 1)) as pool:
+                digests = list(pool.map(file_digest, self.files))
+            files = {file.name: digest for file, digest in zip(self.files, digests, strict=True)}
+            self._identity = {"config": hashlib.sha256(config).hexdigest(), "files": files}
+        return self._identity
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError when a file with weights is not the one that was opened."""
+        for file, before in self._states.items():
+            if state_of(file) != before:
+                raise CheckpointError(f"{file} was changed while it was being read")
 
 
 class CheckpointView(Checkpoint):
@@ -245,18 +269,9 @@ class CheckpointView(Checkpoint):
         """That of the source: what looks otherwise, and how, follows from it and the settings."""
         return self.source.identity()
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing, damaged or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}, so it is not a model") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
+    def check_unchanged(self) -> None:
+        """That of the source."""
+        self.source.check_unchanged()
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -281,16 +296,6 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     }
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _header_bytes(file: Path) -> bytes:
     with file.open("rb") as stream:
         return stream.read(int.from_bytes(stream.read(8), "little"))
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from roundwise.core.packing import pack
 from roundwise.errors import ConfigError, OutputError
 from roundwise.models.architecture import build, dtype_of, load_config
+from roundwise.models.bounds import bounded_modules
 from roundwise.models.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo
 from roundwise.models.formats import (
     SUFFIXES,
@@ -104,7 +105,8 @@ def _dense(
 
     Experts are joined again where transformers reads them in no other way.
     """
-    model = build(load_config(checkpoint), torch.float32)
+    with bounded_modules(len(checkpoint.tensors)):
+        model = build(load_config(checkpoint), torch.float32)
     pieces = {piece.name: piece for piece in _apart(model, checkpoint, layers, before, dtype)}
     for joint in joints(model, checkpoint, {*layers}):
         members = {name: pieces.pop(name) for names in joint.members for name in names}

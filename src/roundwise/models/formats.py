@@ -17,7 +17,8 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.packing import codes_per_block, pack, unpack
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.errors import CheckpointError, ConfigError
-from roundwise.models.checkpoint import Checkpoint, TensorInfo, read_json
+from roundwise.models.checkpoint import Checkpoint, TensorInfo
+from roundwise.models.files import read_json
 from roundwise.version import __version__
 
 #: What replaces NAME.weight.
@@ -79,8 +80,13 @@ def decode(tensors: dict[str, torch.Tensor], checkpoint_format: str, name: str) 
         CheckpointError: shapes that contradict each other.
     """
     qweight, qzeros, scales = (tensors[suffix] for suffix in SUFFIXES[:3])
-    groups = scales.shape[0]
-    bits = infer_bits(tensors, name)
+    bits, groups = infer_bits(tensors, name), scales.shape[0]
+    whole = {qweight.dtype, qzeros.dtype} == {torch.int32}
+    if not whole or not scales.is_floating_point():
+        raise CheckpointError(
+            f"{name}: qweight and qzeros must be int32 and scales floating point, they are "
+            f"{qweight.dtype}, {qzeros.dtype} and {scales.dtype}"
+        )
     codes = unpack(qweight, bits).T.contiguous()
     zeros = unpack(qzeros.T.contiguous(), bits).to(torch.int32)
     if checkpoint_format == "gptq":
@@ -175,11 +181,14 @@ class QuantizedLayer:
     name: str
     parts: dict[str, TensorInfo]
 
+    def bits(self) -> int:
+        """Width of its codes, from the shapes alone; CheckpointError when they contradict each other."""
+        shapes = {key: torch.empty(info.shape, device="meta") for key, info in self.parts.items()}
+        return infer_bits(shapes, self.name)
+
     def in_features(self) -> int:
         """Input channels, from the shapes alone."""
-        groups, columns = self.parts["scales"].shape
-        bits = self.parts["qzeros"].nbytes * 8 // (groups * columns)
-        return self.parts["qweight"].nbytes * 8 // (bits * columns)
+        return self.parts["qweight"].shape[0] * 32 // self.bits()
 
     def read(self, checkpoint_format: str) -> QuantizedWeight:
         """Its codes, scales and zeros."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from roundwise.models.architecture import build, load_config
 from roundwise.models.blocks import Block, find_blocks, head_block
+from roundwise.models.bounds import bounded_modules, dtype_named
 from roundwise.models.checkpoint import Checkpoint, TensorInfo
 from roundwise.models.head import is_tied, untie, untied
 from roundwise.models.names import map_names
@@ -157,7 +158,8 @@ def open_skeleton(
     checkpoint, notes = as_dense(checkpoint)
     config = load_config(checkpoint)
     dtype = dtype or _model_dtype(config, checkpoint)
-    model = build(config, dtype)
+    with bounded_modules(len(checkpoint.tensors)):
+        model = build(config, dtype)
     checkpoint, layout = split_experts(model, checkpoint)
     source_of = map_names(model, checkpoint)
     if lm_head:
@@ -196,9 +198,7 @@ def _model_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
     text = config.get_text_config()
     for value in (getattr(config, "dtype", None), getattr(text, "dtype", None)):
         if value is not None:
-            dtype = getattr(torch, value) if isinstance(value, str) else value
-            assert isinstance(dtype, torch.dtype)
-            return dtype
+            return dtype_named(value)
     largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes)
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(largest.dtype, torch.float32)
 

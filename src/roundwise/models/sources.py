@@ -68,7 +68,7 @@ def as_dense(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
     settings = checkpoint.config.get("quantization_config")
     if settings is None:
         return checkpoint, []
-    method = settings.get("quant_method", "unknown")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method == "fp8":
         tensors = _from_fp8(checkpoint, settings)
         notes = []
@@ -80,7 +80,7 @@ def as_dense(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
         ]
     else:
         raise ConfigError(
-            f"{checkpoint.folder} is quantized already ({method}): start from the original"
+            f"{checkpoint.folder} is quantized already ({method or 'unknown'}): start from the original"
         )
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     return CheckpointView(checkpoint, tensors, config), notes

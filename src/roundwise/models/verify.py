@@ -14,9 +14,11 @@ import torch
 
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.errors import CheckpointError, RoundwiseError, VerificationError
-from roundwise.models.checkpoint import Checkpoint, file_digest, read_json
+from roundwise.models.checkpoint import Checkpoint
+from roundwise.models.files import file_digest, read_json
 from roundwise.models.fold import as_quantized
 from roundwise.models.formats import quantization_settings, quantized_layers
+from roundwise.models.records import Manifest, damage
 from roundwise.models.scaling import as_prescaled
 from roundwise.models.skeleton import as_linears
 from roundwise.models.sources import as_dense
@@ -68,7 +70,8 @@ def audit(
     try:
         manifest = read_manifest(folder)
         if manifest is not None:
-            _check_files(report, folder, manifest["files"], config_file)
+            report.checked["files"] = len(manifest["files"])
+            report.failures += changed_files(folder, manifest["files"], config_file)
         if not report.failures:
             checkpoint = Checkpoint(folder, config_file=config_file)
             if against is not None:
@@ -89,31 +92,40 @@ def audit(
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """roundwise.json of a checkpoint; None when it was not made by roundwise.
 
+    Args:
+        folder: of the checkpoint, or the manifest itself.
+
     Raises:
         CheckpointError: it is damaged.
     """
-    if not (folder / MANIFEST).exists():
+    file = folder / MANIFEST if folder.is_dir() else folder
+    if not file.exists():
         return None
-    manifest = read_json(folder / MANIFEST)
-    layers, files = manifest.get("layers"), manifest.get("files")
-    whole = isinstance(files, dict) and isinstance(layers, list) and "run" in manifest
-    if not whole or not all(isinstance(line, dict) and "name" in line for line in layers or []):
-        raise CheckpointError(f"{folder / MANIFEST} is damaged")
+    manifest = read_json(file)
+    wrong = damage(Manifest, manifest)
+    if wrong:
+        raise CheckpointError(f"{file} is damaged: {wrong}")
     return manifest
 
 
-def _check_files(report: Audit, folder: Path, files: dict[str, str], config_file: str) -> None:
-    """Every file that the run wrote is there with the bytes it had."""
+def changed_files(
+    folder: Path, files: dict[str, str], config_file: str = "config.json"
+) -> list[str]:
+    """A line for each file that is missing, or has not the bytes that the manifest says.
+
+    Args:
+        folder: of the checkpoint.
+        files: names and hashes, of the manifest.
+        config_file: where its config stands.
+    """
+    found = []
     for name, digest in files.items():
-        if Path(name).name != name:
-            report.check("files", f"{name!r} in {MANIFEST} is not in the folder")
-            continue
         path = folder / (config_file if name == "config.json" else name)
-        if not path.exists():
-            report.check("files", f"{name} is missing")
-        else:
-            changed = file_digest(path) != digest
-            report.check("files", f"{name} was changed since it was written" if changed else None)
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif file_digest(path) != digest:
+            found.append(f"{name} was changed since it was written")
+    return found
 
 
 def _check_layers(

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,8 +74,13 @@ def _pieces(
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically, keys in the order given."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:  # half a character, which JSON can hold and UTF-8 cannot
+        data = json.dumps(value, indent=2).encode()
     with replacing(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(data + b"\n")
 
 
 def copy_file(source: Path, path: Path) -> None:
@@ -86,8 +91,13 @@ def copy_file(source: Path, path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write whose content appears under `path` when the block ends without an error."""
+    """A file to write whose content appears under `path` when the block ends without an error.
+
+    Raises:
+        StorageError: it could not be written, renamed or flushed; nothing is left under either name.
+    """
     partial = path.with_name(path.name + PARTIAL)
+    written = partial
     try:
         with partial.open("wb") as file:
             yield file
@@ -95,13 +105,16 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
             if sync:
                 os.fsync(file.fileno())
         os.replace(partial, path)
+        written = path
         if sync:
             sync_folder(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise storage_error(error, path) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        # What could not be made durable does not count, even if it has its name already. Where the disk
+        # does not let it be removed either, the first error is the one to tell.
+        with suppress(OSError):
+            written.unlink()
+        if isinstance(error, OSError):
+            raise storage_error(error, path) from error
         raise
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,9 @@ class Calibration:
     settings: dict[str, Any] = field(default_factory=dict)
     """Where the windows came from and how they were picked."""
     warnings: list[str] = field(default_factory=list)
+    """Advice."""
+    not_as_asked: list[str] = field(default_factory=list)
+    """Where the text gives less than was asked for."""
 
     def describe(self) -> dict[str, Any]:
         """For the record: two calibrations that describe themselves alike are alike."""
@@ -82,22 +87,28 @@ def load_calibration(
         if value < 1:
             raise CalibrationError(f"{name}={value}: must be at least 1")
     generator = random.Random(seed)
+    not_as_asked, texts = [], []
     if isinstance(source, str):
         parts = mixture(source)
         windows, names = [], []
         for (name, _), count in zip(parts, shares(samples, [w for _, w in parts]), strict=True):
             wanted = max(CHARACTERS_PER_TOKEN * count * seq_len, 1 << 20)
-            documents = _sample_documents(read_documents(name), wanted, generator)
+            whole = read_documents(name)
+            texts.append([Path(name).name, _digest(whole)])
+            documents = _sample_documents(whole, wanted, generator)
             drawn = _cut(_tokenize(documents, tokenizer), count, seq_len, generator)
             windows += drawn
             names.append(Path(name).name if len(parts) == 1 else f"{Path(name).name}: {len(drawn)}")
         if len(parts) > 1:
             generator.shuffle(windows)  # every batch sees some of each
     else:
-        windows = [_item_tokens(item, tokenizer)[:seq_len] for item in source][:samples]
-        windows = [window for window in windows if window]
+        items = [_item_tokens(item, tokenizer) for item in islice(source, samples)]
+        not_as_asked = _cut_off(items, len(source), seq_len)
+        windows = [item[:seq_len] for item in items if item]
     if not windows:
         raise CalibrationError("the calibration text holds no tokens")
+    if len(windows) < samples:
+        not_as_asked.append(f"the calibration text gives only {len(windows)} of {samples} windows")
     digest = hashlib.sha256()
     for window in windows:
         digest.update(torch.tensor([len(window), *window]).numpy().tobytes())
@@ -109,13 +120,24 @@ def load_calibration(
         digest=digest.hexdigest(),
         settings={
             "source": ", ".join(names) if isinstance(source, str) else "list",
+            "texts": texts,
+            "wanted": samples,
             "seq_len": seq_len,
             "batch_size": batch_size,
             "seed": seed,
             "sketch": sketch(windows),
         },
-        warnings=_warnings(windows, samples, tokens, widest),
+        warnings=_warnings(windows, tokens, widest),
+        not_as_asked=not_as_asked,
     )
+
+
+def _digest(documents: list[Document]) -> str:
+    """SHA-256 of a text: of all its documents, in their order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(json.dumps(document).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
@@ -158,15 +180,23 @@ def _tokenize(documents: list[Document], tokenizer: Any) -> list[int]:
 
 
 def _document_tokens(document: Document, tokenizer: Any) -> list[int]:
-    if isinstance(document, str):
-        return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-    if not getattr(tokenizer, "chat_template", None):
+    is_text = isinstance(document, str)
+    if not is_text and not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
             "the calibration file holds chats, but this model's tokenizer has no chat template: "
             "give plain `text` instead"
         )
-    encoded = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
+    try:
+        if is_text:
+            return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        encoded = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)
+        return list(encoded["input_ids"])
+    except Exception as error:  # of templates in their own words, of tokenizers in any
+        kind = "text" if is_text else "chat"
+        raise CalibrationError(
+            f"a {kind} of the calibration cannot be turned into tokens ({error}): it begins with "
+            f"{str(document)[:60]!r}"
+        ) from error
 
 
 def _item_tokens(item: Any, tokenizer: Any) -> list[int]:
@@ -214,10 +244,21 @@ def _batches(windows: list[list[int]], batch_size: int) -> list[Batch]:
     return batches
 
 
-def _warnings(windows: list[list[int]], samples: int, tokens: int, widest: int) -> list[str]:
+def _cut_off(items: list[list[int]], given: int, seq_len: int) -> list[str]:
+    """What is not used of a Python list of windows."""
     found = []
-    if len(windows) < samples:
-        found.append(f"the calibration text gives only {len(windows)} of {samples} windows")
+    if given > len(items):
+        found.append(f"only the first {len(items)} of {given} calibration items are used: samples")
+    longer = sum(len(item) > seq_len for item in items)
+    if longer:
+        found.append(
+            f"{longer} of {len(items)} calibration items are cut to seq_len={seq_len} tokens"
+        )
+    return found
+
+
+def _warnings(windows: list[list[int]], tokens: int, widest: int) -> list[str]:
+    found = []
     if len(windows) < ADVISED_SAMPLES:
         found.append(f"{len(windows)} calibration samples: {ADVISED_SAMPLES} or more are advised")
     if tokens < widest:

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from roundwise.config import QuantizeConfig
-from roundwise.models.checkpoint import INDEX, file_digest, read_header
+from roundwise.models.checkpoint import INDEX, read_header
+from roundwise.models.files import file_digest
 from roundwise.models.formats import SUFFIXES, quantization_config
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import carried
 from roundwise.models.verify import MANIFEST, audit
 from roundwise.models.writer import copy_file, sync_folder, write_json, write_safetensors
+from roundwise.pipeline.environment import described
 
-__all__ = ["MANIFEST", "described", "finish", "shard_name"]
+__all__ = ["MANIFEST", "finish", "shard_name"]
 
 
 def shard_name(index: int, blocks: int) -> str:
@@ -25,26 +27,27 @@ def shard_name(index: int, blocks: int) -> str:
     return f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 
-def described(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The fingerprint of a run without what depends on this machine's file system.
-
-    So the manifest, roundwise.json, holds no times or places: equal runs write equal manifests.
-    """
-    model = fingerprint["model"]
-    files = {name: [size, header] for name, (size, _mtime, header) in model["files"].items()}
-    return {**fingerprint, "model": {**model, "files": files}}
-
-
 def finish(
     skeleton: Skeleton,
     out: Path,
     config: QuantizeConfig,
     fingerprint: dict[str, Any],
+    given: dict[str, str | None],
     done: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Completes the checkpoint around its finished blocks, audits it, and returns the manifest.
 
+    Args:
+        skeleton: of the model.
+        out: output folder.
+        config: settings.
+        fingerprint: of the run.
+        given: where model and text are, as they were given. All else in the manifest is free of times
+            and places: equal runs write equal manifests.
+        done: journal lines of all blocks.
+
     Raises:
+        CheckpointError: the model was changed meanwhile.
         VerificationError: what is on the disk is not what was computed.
         StorageError: the disk is full or failed.
     """
@@ -68,7 +71,9 @@ def finish(
     files["config.json"] = file_digest(draft)
     layers = [layer for line in done for layer in line["layers"]]
     manifest = {
-        "run": described(fingerprint),
+        "run": fingerprint,
+        "given": given,
+        "platform": described(),
         "mode": fingerprint["mode"],
         "bits_per_weight": _bits_per_weight(out, sorted(files), layers, skeleton),
         "bytes_before": source.nbytes(),
@@ -86,6 +91,7 @@ def finish(
         ],
         "files": files,
     }
+    source.check_unchanged()
     write_json(out / MANIFEST, manifest)
     audit(out, against=source, config_file=draft.name).raise_on_failure()
     os.replace(draft, out / "config.json")

@@ -21,6 +21,8 @@ import torch
 
 from roundwise.errors import OutputError, RunError
 from roundwise.models.checkpoint import read_header
+from roundwise.models.files import file_digest
+from roundwise.models.records import Fingerprint, FinishedBlock, damage
 from roundwise.models.writer import PARTIAL, storage_error, write_safetensors
 
 WORK = ".roundwise"
@@ -41,15 +43,18 @@ class Journal:
         self.path = self.folder / "journal.jsonl"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
+            self._lock = (self.folder / "lock").open("a")
         except OSError as error:
             raise OutputError(f"cannot write to {out}: {error.strerror}") from None
         try:
             # The kernel lets go of it when the process ends, however it ends.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._lock.close()
-            raise OutputError(f"another roundwise process is working in {out}") from None
+            if isinstance(error, BlockingIOError):
+                raise OutputError(f"another roundwise process is working in {out}") from None
+            # A file system without locks, or none left: to work unlocked could mix two runs.
+            raise OutputError(f"cannot lock {self.folder / 'lock'}: {error.strerror}") from None
 
     def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """The fingerprint (None: fresh folder) and the lines of finished blocks."""
@@ -58,9 +63,21 @@ class Journal:
         whole, _, _torn = self.path.read_bytes().rpartition(b"\n")
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
-            raise OutputError(f"{self.path} is damaged: start anew with --restart") from None
-        return (lines[0]["fingerprint"], lines[1:]) if lines else (None, [])
+            if not lines:
+                return None, []
+            fingerprint, done = lines[0]["fingerprint"], lines[1:]
+            wrong = damage(Fingerprint, fingerprint) or damage(list[FinishedBlock], done)
+            if wrong:
+                raise ValueError(wrong)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise OutputError(
+                f"{self.path} is damaged: start anew with --restart ({error})"
+            ) from None
+        return fingerprint, done
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Records of all layers of finished blocks."""
+        return [layer for line in self.read()[1] for layer in line["layers"]]
 
     def start(self, fingerprint: dict[str, Any]) -> None:
         """Begins an empty journal."""
@@ -106,9 +123,22 @@ class Journal:
                 elif value is not None:
                     raise RunError(f"block {index} returns a {type(value).__name__}, not a tensor")
         name = f"activations-{index:05d}.safetensors"
-        write_safetensors(self.folder / name, tensors)
+        digest = write_safetensors(self.folder / name, tensors)
         places = len(outputs[0]) if isinstance(outputs[0], tuple) else None
-        return {"file": name, "players": len(outputs), "places": places}
+        return {"file": name, "sha256": digest, "players": len(outputs), "places": places}
+
+    def check_outputs(self) -> None:
+        """Reads the activations to go on from once more.
+
+        Raises:
+            RunError: they are not what was written.
+        """
+        done = self.read()[1]
+        saved = done[-1]["activations"] if done else None
+        if saved is not None:
+            file = self.folder / saved["file"]
+            if not file.is_file() or file_digest(file) != saved["sha256"]:
+                raise RunError(f"{file} was changed or removed since it was written: use --restart")
 
     def load_outputs(self, saved: dict[str, Any]) -> list[Any]:
         """The inverse of `save_outputs`; tensors are memory-mapped."""

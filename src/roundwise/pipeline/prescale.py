@@ -68,6 +68,18 @@ class Prescaler:
         self._config, self._checkpoint = config, skeleton.checkpoint
         self._norms = {frozenset(n.readers): n for n in scalable_norms(skeleton.checkpoint)}
 
+    def left_out(self) -> list[str]:
+        """A line for each norm that gets no scales because a layer behind it stays as it is."""
+        found = []
+        for readers in self._norms:
+            kept = sorted(name for name in readers if self._config.for_module(name) is None)
+            if 0 < len(kept) < len(readers):
+                others = ", ".join(sorted(readers - set(kept)))
+                found.append(
+                    f"{others} not prescaled: {kept[0]} has the same input and stays as it is"
+                )
+        return found
+
     def search(self, block: Block, names: Sequence[str], H: torch.Tensor) -> Scaling:
         """Scales for the linears `names`, which read one input with Hessian H; maybe none.
 

@@ -9,31 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
-from roundwise.errors import CalibrationError, ConfigError, Interrupted, RunError
-from roundwise.models.architecture import arguments
-from roundwise.models.blocks import weight_of
-from roundwise.models.checkpoint import Checkpoint
-from roundwise.models.fold import rotated
-from roundwise.models.formats import check_shape
-from roundwise.models.hub import local_folder
-from roundwise.models.skeleton import Skeleton, open_skeleton
+from roundwise.errors import Interrupted, RunError
 from roundwise.models.writer import storage_error
-from roundwise.pipeline.calibration import Calibration, load_calibration
-from roundwise.pipeline.damping import held_out
-from roundwise.pipeline.memory import Mode, parse_size, peak_rss, return_early
-from roundwise.pipeline.plan import beyond_budget
-from roundwise.pipeline.prescale import Prescaler
-from roundwise.pipeline.routing import check_experts
-from roundwise.pipeline.run import Progress, Run
-from roundwise.pipeline.sharing import leave_uncalled
-
-#: How reasons begin that go without saying: routers and gates of experts.
-EXPECTED = ("a router", "a gate")
+from roundwise.pipeline import asked
+from roundwise.pipeline.folder import finished, open_folder
+from roundwise.pipeline.memory import Mode, peak_rss
+from roundwise.pipeline.prepare import Prepared, prepare
+from roundwise.pipeline.run import Progress
 
 __all__ = ["Progress", "QuantizeResult", "quantize"]
 
@@ -58,6 +42,9 @@ class QuantizeResult:
     experts: list[dict[str, Any]]
     """For each module of experts, its name and how many calibration tokens its router sent to each."""
     warnings: list[str]
+    """Advice: worth knowing, though everything went as asked."""
+    not_as_asked: list[str]
+    """What did not go as asked; with `strict` an error instead."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -91,54 +78,51 @@ def quantize(
             Needed unless the method is rtn.
         samples, seq_len, batch_size, seed: windows of calibration tokens and how they are picked.
         mode: true_sequential or block (see `Conductor.play`); None: as memory allows.
-        max_memory: budget for that choice, such as "8GB"; a run that is expected to need more says so
-            in its warnings.
+        max_memory: budget for that choice, such as "8GB".
         restart: begin anew even if finished blocks are there.
-        strict: a layer that cannot be solved is an error instead of a recorded fallback.
+        strict: what does not go as asked is an error, before work begins where it can be told, instead
+            of a line in the result.
         progress: called after each layer and each block.
 
     Raises:
         UsageError: input or settings that cannot work; nothing has been written.
         RunError: the work failed or was interrupted; finished blocks are kept.
+        StrictError, FallbackError: among these two, what `strict` does not let pass.
     """
-    begun = time.monotonic()
-    clock.take()
-    return_early()
-    config = config or QuantizeConfig()
-    skeleton = open_skeleton(local_folder(model), lm_head=config.lm_head)
-    notes = skeleton.notes
-    if config.rotate:
-        turned = rotated(skeleton.checkpoint, config.rotation_seed)
-        skeleton = open_skeleton(turned, lm_head=config.lm_head)
-    calls = leave_uncalled(skeleton, config)
-    skipped = _check(skeleton, config)
-    if calls.repeated:
-        skipped.append(
-            f"{calls.repeated[0]} and others are called several times in a forward: they are fitted to "
-            "what they read the first time"
-        )
-    if isinstance(calibration, os.PathLike):
-        calibration = os.fspath(calibration)
-    texts = _calibration(
-        skeleton, config, calibration,
+    prepared = prepare(
+        model, out, config or QuantizeConfig(), calibration,
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
+        mode=mode, max_memory=max_memory,
     )  # fmt: skip
-    held_out(config, len(texts.batches) if texts else 0)  # refuses before anything is written
-    run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), strict, progress)
-    if config.prescales:
-        run.prescaler = Prescaler(skeleton, config)
-    journal = run.open(restart=restart)
+    return carry_out(prepared, restart=restart, strict=strict, progress=progress)
+
+
+def carry_out(
+    prepared: Prepared,
+    *,
+    restart: bool,
+    strict: bool,
+    progress: Callable[[Progress], None] | None,
+) -> QuantizeResult:
+    """Does what was prepared; arguments and errors as for `quantize`."""
+    run, not_as_asked = prepared.run, prepared.not_as_asked
+    run.progress = asked.strictly(progress) if strict else progress
+    asked.refuse(not_as_asked if strict else [])
+    journal = open_folder(run.out, run.skeleton.checkpoint.folder, restart=restart)
     try:
-        manifest = run.finished() or run.work(journal)
+        asked.refuse_layers(journal.layers() if strict else [])
+        manifest = finished(run.out, run.fingerprint) or run.work(journal)
+        # A finished checkpoint that was found may be of a run that was not strict.
+        asked.refuse_layers(manifest["layers"] if strict else [])
         journal.finish()
     except KeyboardInterrupt:
-        done = len(journal.read()[1])
+        done, blocks = len(journal.read()[1]), len(run.skeleton.blocks)
         raise Interrupted(
-            f"stopped; {done} of {len(skeleton.blocks)} blocks are finished and kept in {out}: "
+            f"stopped; {done} of {blocks} blocks are finished and kept in {run.out}: "
             "run the same command again to go on"
         ) from None
     except OSError as error:
-        raise storage_error(error, Path(error.filename or out)) from error
+        raise storage_error(error, Path(error.filename or run.out)) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise RunError(
@@ -148,10 +132,10 @@ def quantize(
         raise
     finally:
         journal.close()
-    seconds, phases = time.monotonic() - begun, clock.take()
+    seconds, phases = time.monotonic() - prepared.begun, clock.take()
     assert run.memory is not None
     return QuantizeResult(
-        output=Path(out),
+        output=run.out,
         seconds=seconds,
         phases={"start": max(seconds - sum(phases.values()), 0.0), **phases},
         peak_rss_bytes=peak_rss(),
@@ -162,113 +146,9 @@ def quantize(
         mode=manifest["mode"],
         layers=manifest["layers"],
         experts=manifest["experts"],
-        warnings=[
-            *(texts.warnings if texts else []),
-            *notes,
-            *skipped,
-            *_uncovered(manifest, config),
-            *([] if run.memory.fits else [beyond_budget(run.memory)]),
+        warnings=prepared.warnings,
+        not_as_asked=[
+            *not_as_asked,
+            *asked.of_layers(manifest["layers"]),
         ],
     )
-
-
-def _check(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
-    """Refuses what cannot be stored, before any work; what is left as it is, by name."""
-    names = [name for block in skeleton.blocks for name in block.linears]
-    left = [name for name in names if config.for_module(name) is None]
-    if len(left) == len(names):
-        raise ConfigError("every linear layer is skipped: nothing to quantize")
-    for block in skeleton.blocks:
-        check_experts(block, config)
-        for name, linear in block.linears.items():
-            settings = config.for_module(name)
-            if settings is not None:
-                out_features, in_features = weight_of(linear).shape
-                check_shape(name, out_features, in_features, settings)
-    asked = [f"{len(left)} of {len(names)} linear layers are left as they are"] if left else []
-    return [*asked, *_stay(skeleton)]
-
-
-def _stay(skeleton: Skeleton) -> list[str]:
-    """One line for each reason why linears stay that nobody asked to leave; routers always do."""
-    reasons: dict[str, list[str]] = {}
-    for block in [*skeleton.blocks, *skeleton.aside]:
-        for name, reason in block.left.items():
-            if not reason.startswith(EXPECTED):
-                reasons.setdefault(reason, []).append(name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} stay: {reason}"
-        for reason, names in reasons.items()
-    ]
-
-
-def _uncovered(manifest: dict[str, Any], config: QuantizeConfig) -> list[str]:
-    """How many experts were given all tokens, for want of their own."""
-    counts = [tokens for line in manifest["experts"] for tokens in line["tokens"]]
-    few = sum(tokens < config.expert_tokens for tokens in counts)
-    if config.experts == "all" or not few:
-        return []
-    return [
-        f"{few} of {len(counts)} experts were chosen for fewer than {config.expert_tokens} calibration "
-        "tokens: their Hessians are those of all tokens, as `fallback` of each layer says; more or "
-        "other --calibration text would reach them"
-    ]
-
-
-def _calibration(
-    skeleton: Skeleton,
-    config: QuantizeConfig,
-    source: str | Sequence[Any] | None,
-    *,
-    samples: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-) -> Calibration | None:
-    """Tokenized calibration windows; None for rounding to nearest, which needs none."""
-    if config.method == "rtn":
-        return None
-    if source is None:
-        raise CalibrationError(
-            f"{config.method} needs calibration text: --calibration FILE, or a named set such as "
-            "python-stdlib or wikitext2"
-        )
-    arguments(
-        skeleton.model, torch.zeros(1, 1, dtype=torch.int64)
-    )  # refuses what is not fed with text
-    text_config = skeleton.model.config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None) or seq_len
-    widest = max(
-        weight_of(linear).shape[1] for block in skeleton.blocks for linear in block.linears.values()
-    )
-    tokenizer = None
-    if isinstance(source, str) or any(isinstance(item, str) for item in source):
-        tokenizer = load_tokenizer(skeleton.checkpoint)
-    loaded = load_calibration(
-        source, tokenizer,
-        samples=samples, seq_len=min(seq_len, limit), batch_size=batch_size, seed=seed, widest=widest,
-    )  # fmt: skip
-    vocabulary = int(text_config.vocab_size)
-    ends = [int(end) for batch in loaded.batches for end in torch.aminmax(batch.input_ids)]
-    wrong = next((token for token in ends if not 0 <= token < vocabulary), None)
-    if wrong is not None:
-        raise CalibrationError(
-            f"calibration has token id {wrong}, but the model knows {vocabulary}: "
-            "is it another model's tokenizer?"
-        )
-    if seq_len > limit:
-        loaded.warnings.append(
-            f"seq_len is {limit}, the longest text the model takes, not {seq_len}"
-        )
-    return loaded
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; no code that comes with it is run."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=False
-        )
-    except Exception as error:  # transformers raises many kinds here; all mean the same to a user
-        reason = str(error).strip().split("\n", 1)[0]
-        raise CalibrationError(f"{checkpoint.folder} has no usable tokenizer: {reason}") from error

@@ -7,7 +7,6 @@ finished: the same command goes on at the first block that is not.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,34 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from roundwise.config import QuantizeConfig
-from roundwise.core import native
 from roundwise.core.awq import round_searched
 from roundwise.core.clock import clock
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.solver import round_to_nearest, solve
 from roundwise.errors import NumericalError, OutputError, RunError, SingularError
 from roundwise.models.blocks import Block, set_weight, weight_of
-from roundwise.models.checkpoint import file_digest
+from roundwise.models.files import file_digest
 from roundwise.models.formats import encode
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import carried
-from roundwise.models.verify import read_manifest
 from roundwise.models.writer import write_safetensors
+from roundwise.pipeline import environment
 from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
 from roundwise.pipeline.damping import held_out
-from roundwise.pipeline.finish import MANIFEST, described, finish, shard_name
+from roundwise.pipeline.environment import difference
+from roundwise.pipeline.finish import finish, shard_name
 from roundwise.pipeline.inputs import Inputs
-from roundwise.pipeline.journal import WORK, Journal
+from roundwise.pipeline.journal import Journal
 from roundwise.pipeline.memory import Mode, reusing
 from roundwise.pipeline.plan import Memory, plan_memory
 from roundwise.pipeline.prescale import Prescaler, Scaling
 from roundwise.pipeline.probe import Group
 from roundwise.pipeline.routing import Policy
-from roundwise.version import __version__
 
 
 @dataclass(frozen=True)
@@ -69,11 +66,21 @@ class Run:
     """None: as an earlier run in this folder chose, else as memory allows."""
     budget: int | None
     """Bytes, for that choice."""
-    strict: bool
     progress: Callable[[Progress], None] | None
+    given: dict[str, str | None]
+    """Where the model and the text are, as they were given: for the manifest."""
     prescaler: Prescaler | None = None
     memory: Memory | None = None
     """What the run is expected to hold; set with the fingerprint."""
+
+    def forecast(self, mode: Mode | None) -> Memory:
+        """What the run would hold in a mode; None: in the one that memory allows."""
+        return plan_memory(
+            self.skeleton, self.config,
+            tokens=self.texts.tokens if self.texts else 0,
+            batch=max(b.input_ids.numel() for b in self.texts.batches) if self.texts else 0,
+            mode=mode, budget=self.budget,
+        )  # fmt: skip
 
     def fingerprint(self, known: dict[str, Any] | None) -> dict[str, Any]:
         """Everything that decides the bytes of the result.
@@ -84,13 +91,9 @@ class Run:
         config = self.config.model_dump(mode="json")
         # The first pattern that matches wins: their order counts, which a JSON object's does not.
         config["dynamic"] = [list(item) for item in config["dynamic"].items()]
-        self.mode = self.mode or (known or {}).get("mode")
-        self.memory = plan_memory(
-            self.skeleton, self.config,
-            tokens=self.texts.tokens if self.texts else 0,
-            batch=max(b.input_ids.numel() for b in self.texts.batches) if self.texts else 0,
-            mode=self.mode, budget=self.budget,
-        )  # fmt: skip
+        known = known or {}
+        self.mode = self.mode or known.get("mode")
+        self.memory = self.forecast(self.mode)
         if self.texts is not None:
             self.mode = self.memory.mode
         return {
@@ -98,48 +101,9 @@ class Run:
             "model": self.skeleton.checkpoint.identity(),
             "calibration": self.texts.describe() if self.texts else None,
             "mode": self.mode or "none",
-            "threads": (known or {}).get("threads", torch.get_num_threads()),
-            "processor": torch.backends.cpu.get_cpu_capability(),
-            "solver": native.load()[1].active or "torch",
-            "versions": {
-                "roundwise": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            **environment.deciding(),
+            **{key: known[key] for key in ("threads",) if key in known},
         }
-
-    def open(self, *, restart: bool) -> Journal:
-        """Locks the output folder; refuses one that holds something else."""
-        if self.out.resolve() == self.skeleton.checkpoint.folder.resolve():
-            raise OutputError(f"{self.out} is the model itself: give another folder")
-        ours = (self.out / WORK).is_dir() or (self.out / MANIFEST).is_file()
-        if self.out.exists() and not self.out.is_dir():
-            raise OutputError(f"{self.out} is a file, not a folder")
-        if not ours and self.out.is_dir() and any(self.out.iterdir()):
-            raise OutputError(
-                f"{self.out} already holds something else: give an empty or new folder"
-            )
-        journal = Journal(self.out)
-        if restart:
-            # What makes it a model goes first: a folder half emptied must not look finished.
-            (self.out / "config.json").unlink(missing_ok=True)
-            for path in [*self.out.iterdir(), *journal.folder.iterdir()]:
-                if path.name not in (WORK, "lock"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return journal
-
-    def finished(self) -> dict[str, Any] | None:
-        """The manifest, if this very run was completed in the output folder before."""
-        if not (self.out / "config.json").exists():
-            return None
-        manifest = read_manifest(self.out)
-        known = (manifest or {}).get("run")
-        if known != described(self.fingerprint(known)):
-            raise OutputError(
-                f"{self.out} holds a finished checkpoint made otherwise: give another folder, "
-                "or --restart to replace it"
-            )
-        return manifest
 
     def work(self, journal: Journal) -> dict[str, Any]:
         """All blocks that are not finished, then the rest of the checkpoint."""
@@ -149,7 +113,7 @@ class Run:
             journal.start(fingerprint)
         elif known != fingerprint:
             raise OutputError(
-                f"{self.out} holds an unfinished run that differs in {_difference(known, fingerprint)}: "
+                f"{self.out} holds an unfinished run that differs in {difference(known, fingerprint)}: "
                 "use the same settings to go on, or --restart to begin anew"
             )
         journal.trim()
@@ -159,11 +123,12 @@ class Run:
                 raise RunError(
                     f"{shard} was changed or removed since it was written: use --restart"
                 )
+        journal.check_outputs()
         if len(done) < len(self.skeleton.blocks):
-            with _threads(fingerprint["threads"]):
+            with threads(fingerprint["threads"]):
                 self._blocks(journal, done)
         with clock.phase("finish"):
-            return finish(self.skeleton, self.out, self.config, fingerprint, done)
+            return finish(self.skeleton, self.out, self.config, fingerprint, self.given, done)
 
     def _blocks(self, journal: Journal, done: list[dict[str, Any]]) -> None:
         first = len(done)
@@ -210,8 +175,6 @@ class Run:
         def solve_group(group: Group) -> None:
             # Everybody is behind the linears of earlier groups by now.
             self.skeleton.release_pages(list(solved))
-            if group.fallback and self.strict:
-                raise NumericalError(f"{group.names[0]}: {group.fallback}")
             inputs = Inputs(group)
             scaling = self._prescale(block, group, inputs)
             folded.update(scaling.tensors)
@@ -296,8 +259,6 @@ class Run:
                 lost = inputs.lost(W, settings)
                 return solve(W, inputs.prepared(settings), settings, lost=lost)
             except SingularError as error:
-                if self.strict:
-                    raise
                 return round_to_nearest(W, settings, fallback=str(error))
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
@@ -329,7 +290,7 @@ class Run:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """Computes with `count` threads in this block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -351,16 +312,3 @@ def _layer(name: str, q: QuantizedWeight, settings: QuantizeConfig, tokens: int)
         "tokens": tokens,
         "fallback": q.fallback,
     }
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """Where two nested values differ, in words."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = [
-            _difference(old.get(key, "none"), new.get(key, "none"), f"{path}.{key}".lstrip("."))
-            for key in sorted({*old, *new})
-            if old.get(key) != new.get(key)
-        ]
-        return ", ".join(parts)
-    short = [str(value) if len(str(value)) < 24 else "…" for value in (old, new)]
-    return f"{path} ({short[0]} -> {short[1]})" if short[0] != short[1] else path

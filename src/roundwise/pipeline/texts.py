@@ -128,7 +128,7 @@ def _read_jsonl(path: Path) -> list[Document]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{path}, line {number} is no JSON: {error}") from None
         value = record.get("text", record.get("messages")) if isinstance(record, dict) else None
         if not (isinstance(value, str) or _is_chat(value)):

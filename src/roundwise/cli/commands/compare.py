@@ -109,7 +109,7 @@ def _tokens(model: str, text: str, most: int) -> list[int]:
     """The first tokens of a text, by the original's tokenizer."""
     from roundwise.models.checkpoint import Checkpoint
     from roundwise.models.hub import local_folder
-    from roundwise.pipeline.quantize import load_tokenizer
+    from roundwise.pipeline.prepare import load_tokenizer
     from roundwise.pipeline.texts import read_text
 
     tokenizer = load_tokenizer(Checkpoint(local_folder(model)))

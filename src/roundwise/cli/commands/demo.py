@@ -74,6 +74,8 @@ def _quantize(source: Path, out: Path, bits: int, method: str, samples: int) -> 
             source, out, QuantizeConfig(bits=bits, method=method), "python-stdlib",
             samples=samples, seq_len=512, restart=True, progress=Reporter(shown),
         )  # fmt: skip
+    for text in result.not_as_asked:
+        console.print(f"[red]not as asked:[/] {text}", highlight=False, soft_wrap=True)
     return result.as_dict()
 
 

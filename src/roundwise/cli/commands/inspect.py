@@ -47,7 +47,6 @@ def describe(name: str) -> dict[str, Any]:
     from roundwise.models.checkpoint import Checkpoint
     from roundwise.models.formats import (
         SUFFIXES,
-        infer_bits,
         quantization_settings,
         quantized_layers,
     )
@@ -56,10 +55,8 @@ def describe(name: str) -> dict[str, Any]:
     checkpoint = Checkpoint(local_folder(name))
     layers = []
     for layer in quantized_layers(checkpoint):
-        shapes = {key: torch.empty(info.shape, device="meta") for key, info in layer.parts.items()}
-        bits = infer_bits(shapes, layer.name)
+        bits, in_features = layer.bits(), layer.in_features()
         groups, out_features = layer.parts["scales"].shape
-        in_features = layer.parts["qweight"].shape[0] * 32 // bits
         size_of_group = -(-in_features // groups)
         g_idx = layer.parts["g_idx"].read() if "g_idx" in layer.parts else None
         trivial = torch.arange(in_features) // size_of_group
@@ -73,6 +70,7 @@ def describe(name: str) -> dict[str, Any]:
                 "bits_per_weight": 8 * stored / (in_features * out_features),
             }
         )  # fmt: skip
+    names = checkpoint.config.get("architectures")
     stems = {layer["name"] for layer in layers}
     others = [
         info
@@ -81,7 +79,7 @@ def describe(name: str) -> dict[str, Any]:
     ]
     return {
         "checkpoint": str(checkpoint.folder),
-        "architecture": (checkpoint.config.get("architectures") or ["unknown"])[0],
+        "architecture": str(names[0]) if isinstance(names, list) and names else "unknown",
         "files": len(checkpoint.files),
         "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
         "quantization": quantization_settings(checkpoint) if layers else None,

@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from roundwise.cli.commands import repeat
 from roundwise.cli.output import JsonOption, Steps, print_json, size, stdout, steps
 from roundwise.errors import ConfigError
 
 if TYPE_CHECKING:
-    from roundwise.config import QuantizeConfig
     from roundwise.pipeline.quantize import Progress, QuantizeResult
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Model folder, or id on the Hugging Face hub.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the quantized checkpoint.")],
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder, or id on the Hugging Face hub.")
+    ] = None,
+    out: Annotated[Path | None, typer.Argument(help="Folder for the quantized checkpoint.")] = None,
     bits: Annotated[int, typer.Option(help="Width of a weight: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[
         int, typer.Option(help="Input channels that share a scale; -1: all of them.")
@@ -107,14 +110,28 @@ def command(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew in this folder.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="A layer that cannot be solved is an error.")
+        bool, typer.Option("--strict", help="What does not go as asked is an error.")
     ] = False,
+    from_manifest: Annotated[
+        Path | None,
+        typer.Option(help="Do the run of this checkpoint (or roundwise.json) again, and compare."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="OUT by name, with --from-manifest.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model into a checkpoint in the standard GPTQ format.
 
     A run that was stopped goes on where it was when the same command is given again.
     """
+    out = _one_folder(out, output)
+    if from_manifest is not None:
+        repeat.command(
+            context, from_manifest, out, model=model, calibration=calibration,
+            max_memory=max_memory, restart=restart, strict=strict, as_json=as_json,
+        )  # fmt: skip
+        return
+    if model is None:
+        raise ConfigError("which model? roundwise quantize MODEL OUT")
     from roundwise.config import QuantizeConfig
     from roundwise.pipeline.memory import parse_mode
     from roundwise.pipeline.quantize import quantize
@@ -141,7 +158,14 @@ def command(
     if as_json:
         print_json(result.as_dict())
     else:
-        _print(result, config)
+        print_result(result)
+
+
+def _one_folder(out: Path | None, output: Path | None) -> Path:
+    found = [path for path in (out, output) if path is not None]
+    if len(found) != 1:
+        raise ConfigError("which folder for the result? roundwise quantize MODEL OUT")
+    return found[0]
 
 
 def parse_dynamic(overrides: list[str], skips: list[str]) -> dict[str, dict[str, Any] | None]:
@@ -197,7 +221,8 @@ class Reporter:
         return (step.block + more - step.resumed) / (step.blocks - step.resumed)
 
 
-def _print(result: QuantizeResult, config: QuantizeConfig) -> None:
+def print_result(result: QuantizeResult) -> None:
+    """What a run did, in words; last, what did not go as asked."""
     solved = [layer for layer in result.layers if layer["fallback"] is None]
     stdout.print(
         f"{len(result.layers)} layers in {result.seconds:.1f} s, {result.bits_per_weight:.2f} bits per "
@@ -215,9 +240,11 @@ def _print(result: QuantizeResult, config: QuantizeConfig) -> None:
             f"largest {max(errors):.2e} ({worst['name']})",
             highlight=False,
         )
-    for text in [*result.warnings, *not_as_asked(result.layers)]:
+    for text in result.warnings:
         stdout.print(f"[yellow]note:[/] {text}", highlight=False, soft_wrap=True)
     stdout.print(f"verified, saved in {result.output}", highlight=False, soft_wrap=True)
+    for text in result.not_as_asked:
+        stdout.print(f"[red]not as asked:[/] {text}", highlight=False, soft_wrap=True)
 
 
 def coverage(experts: list[dict[str, Any]]) -> str:
@@ -227,14 +254,3 @@ def coverage(experts: list[dict[str, Any]]) -> str:
         f"{len(counts)} experts in {len(experts)} layers: {counts[0]} to {counts[-1]} calibration "
         f"tokens each, half of them {counts[len(counts) // 2]} or more"
     )
-
-
-def not_as_asked(layers: list[dict[str, Any]]) -> list[str]:
-    """One line for each layer that fell back or needed more damping."""
-    lines = []
-    for layer in layers:
-        if layer["fallback"] and layer["relative_error"] is None:
-            lines.append(f"{layer['name']} was rounded to nearest: {layer['fallback']}")
-        elif len(layer["damp_tried"]) > 1:
-            lines.append(f"{layer['name']} needed damping {layer['damp_percent']:g}")
-    return lines

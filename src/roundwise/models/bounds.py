@@ -1,0 +1,106 @@
+"""What a config may cost before its weights are looked at: it is data, and may claim anything.
+
+A model is built from it without memory for its weights, but each layer is a Python object, each list of
+layer types a Python list, and each computed table real memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from roundwise.errors import CheckpointError
+
+#: Names of settings that count what a model is made of, those of its sizes among them, and the largest
+#: count taken for one: fifty times what the deepest model has.
+COUNTS, SIZES = "layer|block|depth|expert|stage|stack|codebook", "size|dim|width|len|capacity|token"
+LARGEST = 10_000
+#: Modules that a model may have for each tensor in its files, and beyond.
+PER_TENSOR, MODULES = 16, 10_000
+#: Bytes of tables that a model computes instead of storing: rotary frequencies, masks.
+COMPUTED = 1 << 30
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuses a config that no model has, or that asks for code.
+
+    Raises:
+        CheckpointError: it counts too much of something, or names a kernel on the hub, which would be
+            downloaded and run without `trust_remote_code`.
+    """
+    left: list[tuple[str, Any]] = list(config.items())
+    while left:  # no recursion: the data may be nested as deeply as its parser allows
+        key, value = left.pop()
+        if isinstance(value, dict):
+            # What an implementation is chosen for is named below the setting.
+            inherit = key if key.endswith("_implementation") else None
+            left += [(inherit or below, item) for below, item in value.items()]
+        elif isinstance(value, list):
+            left += [(key, item) for item in value]
+        elif isinstance(value, int | float) and value > LARGEST and _counts(key):
+            raise CheckpointError(f"config.json says {key}={value}, which no model has")
+        elif isinstance(value, str) and "/" in value and key.endswith("_implementation"):
+            raise CheckpointError(
+                f"config.json says {key}={value[:80]!r}: code from the hub is not run, take it out"
+            )
+
+
+def _counts(key: str) -> bool:
+    return re.search(COUNTS, key) is not None and re.search(SIZES, key) is None
+
+
+@contextmanager
+def bounded_modules(tensors: int) -> Iterator[None]:
+    """While a model is built: ends it when it grows beyond what its files could fill.
+
+    Args:
+        tensors: in its files.
+
+    Raises:
+        CheckpointError: the config asks for far more modules than there are tensors.
+    """
+    left = MODULES + PER_TENSOR * tensors
+
+    def hook(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise CheckpointError(
+                f"config.json asks for more than {MODULES + PER_TENSOR * tensors} modules, but the "
+                f"files hold {tensors} tensors: is it another model's?"
+            )
+
+    handle = register_module_module_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_computed(model: Any) -> None:
+    """Raises CheckpointError when a model on the meta device computes tables beyond COMPUTED bytes."""
+    total = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
+    if total > COMPUTED:
+        raise CheckpointError(
+            f"config.json asks for {total / 1e9:.0f} GB of tables that are computed, such as masks and "
+            "rotary frequencies: is its longest text right?"
+        )
+
+
+def dtype_named(name: object) -> torch.dtype:
+    """The floating point type that a config names.
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    found = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(
+            f"config.json says dtype {str(name)[:40]!r}: it must be a floating point type"
+        )
+    return found
