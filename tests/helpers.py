@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from roundwise.models.blocks import weight_of
 from roundwise.models.skeleton import Skeleton
-from roundwise.pipeline.calibration import Batch
 from roundwise.pipeline.conduct import Conductor, Group
 from roundwise.pipeline.routing import Policy
+from roundwise.pipeline.windows import Batch
 
 VOCABULARY = 128
 #: Sizes that every small model has, under the names that most architectures use.

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import roundwise
+from roundwise.models.convert import convert
 from tests.clients import reference
 from tests.clients.conftest import LENGTH, Client, Quantize
 
@@ -132,6 +133,21 @@ def test_vllm_computes_what_we_wrote(
     checkpoint = ours(**EVERYONE)
     answer = vllm(checkpoint, "--dtype", dtype)
     judge(answer["logprobs"], checkpoint, windows, getattr(torch, dtype), finding, normalised=True)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_vllm_computes_what_we_converted_to_compressed_tensors(
+    bits: int,
+    ours: Quantize,
+    vllm: Client,
+    windows: NDArray[np.int64],
+    finding: Finding,
+    tmp_path: Path,
+) -> None:
+    checkpoint = ours(bits=bits, group_size=128)
+    packed = convert(checkpoint, tmp_path / "packed", "compressed-tensors")
+    answer = vllm(packed, "--dtype", "float16")
+    judge(answer["logprobs"], checkpoint, windows, torch.float16, finding, normalised=True)
 
 
 def test_vllm_computes_what_we_wrote_in_v2(

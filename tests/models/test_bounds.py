@@ -21,7 +21,7 @@ from tests.helpers import ARCHITECTURES, edited_json
 @pytest.mark.parametrize(
     "config",
     [
-        {"num_hidden_layers": 10_001},
+        {"num_hidden_layers": 20_001},
         {"n_layer": 1e12},
         {"text_config": {"num_experts": 10**9}},
         {"vision": {"depths": [2, 2, 10**9]}},

@@ -83,7 +83,7 @@ def test_a_zero_point_of_0_is_refused_for_v1(copy_of, tmp_path):
 
 def test_what_is_refused(quantized, llama, tmp_path, commands):
     source = quantized("llama", recipe="textbook")
-    with pytest.raises(ConfigError, match="use gptq, gptq_v2, dense"):
+    with pytest.raises(ConfigError, match="use gptq, gptq_v2, compressed-tensors, dense"):
         convert(source, tmp_path / "out", "awq")
     with pytest.raises(ConfigError, match="--dtype is for"):
         convert(source, tmp_path / "out", "gptq", dtype=torch.float16)

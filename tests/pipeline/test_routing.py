@@ -14,9 +14,10 @@ import transformers
 from roundwise.core.correct import Drift
 from roundwise.models.experts import LinearExperts
 from roundwise.models.skeleton import Skeleton, open_skeleton
-from roundwise.pipeline.calibration import Batch, load_calibration
+from roundwise.pipeline.calibration import load_calibration
 from roundwise.pipeline.conduct import Conductor, Group
 from roundwise.pipeline.routing import Policy
+from roundwise.pipeline.windows import Batch
 from tests.helpers import batches, conduct, hidden, inputs, random_model, windows
 from tests.mixtures import MIXTURES
 

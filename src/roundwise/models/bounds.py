@@ -17,9 +17,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from roundwise.errors import CheckpointError
 
 #: Names of settings that count what a model is made of, those of its sizes among them, and the largest
-#: count taken for one: fifty times what the deepest model has.
+#: count taken for one: Doge has 16384 experts, each a row of a table.
 COUNTS, SIZES = "layer|block|depth|expert|stage|stack|codebook", "size|dim|width|len|capacity|token"
-LARGEST = 10_000
+LARGEST = 20_000
 #: Modules that a model may have for each tensor in its files, and beyond.
 PER_TENSOR, MODULES = 16, 10_000
 #: Bytes of tables that a model computes instead of storing: rotary frequencies, masks.

@@ -131,10 +131,7 @@ def quantization_config(
         true_sequential: the mode.
         left: names of linears that stay whatever the settings say.
     """
-    dynamic: dict[str, dict[str, Any]] = {
-        f"-:.*{pattern}": {}
-        for pattern in dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(name)) for name in left)
-    }
+    dynamic = _leave(left)
     for pattern, changes in config.dynamic.items():
         # Readers match dynamic patterns from the start of the name; ours may stand anywhere in it.
         anchored = f".*(?:{pattern})"
@@ -159,6 +156,52 @@ def quantization_config(
             **({"prescale": "awq"} if config.prescales else {}),
             **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
         },
+    }
+
+
+def _leave(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Rules of `dynamic` that leave some linears as they are, in every block."""
+    patterns = (re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names)
+    return {f"-:.*{pattern}": {} for pattern in dict.fromkeys(patterns)}
+
+
+def kind_of(q: QuantizedWeight) -> dict[str, Any]:
+    """The settings of a weight that can be told from the weight itself."""
+    groups, columns = q.scales.shape[1], len(q.g_idx)
+    size = -(-columns // groups)
+    return {
+        "bits": q.bits,
+        "group_size": -1 if groups == 1 else size,
+        "sym": bool((q.zeros == 2 ** (q.bits - 1)).all()),
+        "desc_act": not torch.equal(q.g_idx, torch.arange(columns, dtype=torch.int32) // size),
+    }
+
+
+def foreign_config(
+    kinds: dict[str, dict[str, Any]], checkpoint_format: str, left: Iterable[str], *, lm_head: bool
+) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint of which nothing is known but its weights.
+
+    Args:
+        kinds: what `kind_of` says of each layer.
+        checkpoint_format: gptq or gptq_v2.
+        left: names of linears that are not quantized.
+        lm_head: whether the head is.
+    """
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, kind in kinds.items():
+        alike.setdefault(tuple(kind.values()), []).append(name)
+    usual, *others = sorted(alike.values(), key=len, reverse=True)
+    dynamic = _leave(left)
+    for names in others:
+        dynamic[f"+:(?:{'|'.join(map(re.escape, names))})$"] = kinds[names[0]]
+    return {
+        "quant_method": "gptq",
+        **kinds[usual[0]],
+        "lm_head": lm_head,
+        "checkpoint_format": checkpoint_format,
+        **({"dynamic": dynamic} if dynamic else {}),
+        "meta": {"quantizer": [f"roundwise:{__version__}"]},
     }
 
 
@@ -231,7 +274,9 @@ def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         )
     method = settings.get("quant_method", "gptq")
     if method != "gptq":
+        packed = method == "compressed-tensors"
+        hint = ": `roundwise convert --to gptq` makes it that" if packed else ""
         raise CheckpointError(
-            f"{checkpoint.folder} is quantized with {method}, not in the GPTQ format"
+            f"{checkpoint.folder} is quantized with {method}, not in the GPTQ format{hint}"
         )
     return settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from roundwise.errors import CalibrationError
+from roundwise.pipeline.own import OWN
 from roundwise.pipeline.sketch import sketch
 from roundwise.pipeline.texts import Document, mixture, read_documents
+from roundwise.pipeline.windows import Batch, Window, batches_of, cut, item_tokens, tokenize
 
 #: Tokenizing is slow: of a long text, this many characters per wanted token are tokenized, which is
 #: a few times more than needed, in random pieces of this size.
@@ -25,22 +27,13 @@ ADVISED_SAMPLES = 128
 
 
 @dataclass
-class Batch:
-    """Token windows that go through the model together, padded on the right."""
-
-    input_ids: torch.Tensor
-    """int64 [windows, length]."""
-    mask: torch.Tensor | None
-    """bool [windows, length], False on padding; None when there is none."""
-
-
-@dataclass
 class Calibration:
     """Batches, and what is to be said about them."""
 
     batches: list[Batch]
     samples: int
     tokens: int
+    """Those that count."""
     digest: str
     """SHA-256 of the windows: equal digests mean equal calibration."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -66,6 +59,8 @@ def load_calibration(
     batch_size: int,
     seed: int,
     widest: int = 0,
+    only: str | None = None,
+    own: Callable[[int], list[list[int]]] | None = None,
 ) -> Calibration:
     """Token windows from a named source, a file, or a Python list.
 
@@ -79,6 +74,9 @@ def load_calibration(
         batch_size: windows that go through the model together.
         seed: of the private generator that picks windows.
         widest: largest in_features, for the warning about too few tokens.
+        only: "assistant": of chats, only what the assistant wrote counts; the rest is what it is an
+            answer to.
+        own: draws windows from the model itself, for the source `self`.
 
     Raises:
         CalibrationError: no text, no tokens, or settings below 1.
@@ -86,53 +84,82 @@ def load_calibration(
     for name, value in (("samples", samples), ("seq_len", seq_len), ("batch_size", batch_size)):
         if value < 1:
             raise CalibrationError(f"{name}={value}: must be at least 1")
-    generator = random.Random(seed)
-    not_as_asked, texts = [], []
+    if only not in (None, "assistant"):
+        raise CalibrationError(f"only={only!r} is not supported: use assistant")
+    names, texts, not_as_asked = ["list"], list[list[str]](), list[str]()
     if isinstance(source, str):
-        parts = mixture(source)
-        windows, names = [], []
-        for (name, _), count in zip(parts, shares(samples, [w for _, w in parts]), strict=True):
-            wanted = max(CHARACTERS_PER_TOKEN * count * seq_len, 1 << 20)
-            whole = read_documents(name)
-            texts.append([Path(name).name, _digest(whole)])
-            documents = _sample_documents(whole, wanted, generator)
-            drawn = _cut(_tokenize(documents, tokenizer), count, seq_len, generator)
-            windows += drawn
-            names.append(Path(name).name if len(parts) == 1 else f"{Path(name).name}: {len(drawn)}")
-        if len(parts) > 1:
-            generator.shuffle(windows)  # every batch sees some of each
+        windows, names, texts = _from_sources(
+            source, tokenizer, samples=samples, seq_len=seq_len, only=only, own=own,
+            generator=random.Random(seed),
+        )  # fmt: skip
+    elif only is not None:
+        raise CalibrationError("only: a list holds no chats whose turns could be told apart")
     else:
-        items = [_item_tokens(item, tokenizer) for item in islice(source, samples)]
+        items = [item_tokens(item, tokenizer) for item in islice(source, samples)]
         not_as_asked = _cut_off(items, len(source), seq_len)
-        windows = [item[:seq_len] for item in items if item]
+        windows = [Window(item[:seq_len]) for item in items if item]
     if not windows:
-        raise CalibrationError("the calibration text holds no tokens")
+        by = f" by the {only}" if only else ""
+        raise CalibrationError(f"the calibration text holds no tokens{by}")
     if len(windows) < samples:
         not_as_asked.append(f"the calibration text gives only {len(windows)} of {samples} windows")
     digest = hashlib.sha256()
     for window in windows:
-        digest.update(torch.tensor([len(window), *window]).numpy().tobytes())
-    tokens = sum(map(len, windows))
+        digest.update(torch.tensor([len(window.tokens), *window.tokens]).numpy().tobytes())
+        if window.counted is not None:
+            digest.update(bytes(window.counted))
+    tokens = sum(window.count() for window in windows)
     return Calibration(
-        batches=_batches(windows, batch_size),
+        batches=batches_of(windows, batch_size),
         samples=len(windows),
         tokens=tokens,
         digest=digest.hexdigest(),
         settings={
-            "source": ", ".join(names) if isinstance(source, str) else "list",
+            "source": ", ".join(names),
             "texts": texts,
             "wanted": samples,
             "seq_len": seq_len,
             "batch_size": batch_size,
             "seed": seed,
-            "sketch": sketch(windows),
+            **({"only": only} if only else {}),
+            "sketch": sketch([window.tokens for window in windows]),
         },
-        warnings=_warnings(windows, tokens, widest),
+        warnings=_warnings([window.tokens for window in windows], tokens, widest),
         not_as_asked=not_as_asked,
     )
 
 
-def _digest(documents: list[Document]) -> str:
+def _from_sources(
+    source: str,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seq_len: int,
+    only: str | None,
+    own: Callable[[int], list[list[int]]] | None,
+    generator: random.Random,
+) -> tuple[list[Window], list[str], list[list[str]]]:
+    """Windows of all sources; their names, with what each gives; their names and hashes."""
+    parts = mixture(source)
+    windows, names, texts = list[Window](), [], []
+    for (name, _), count in zip(parts, shares(samples, [w for _, w in parts]), strict=True):
+        if name == OWN and own is not None:
+            drawn = [Window(tokens) for tokens in own(count)]
+            texts.append([OWN, _digest([window.tokens for window in drawn])])
+        else:
+            wanted = max(CHARACTERS_PER_TOKEN * count * seq_len, 1 << 20)
+            whole = read_documents(name)
+            texts.append([Path(name).name, _digest(whole)])
+            documents = _sample_documents(whole, wanted, generator)
+            drawn = cut(tokenize(documents, tokenizer, only), count, seq_len, generator)
+        windows += drawn
+        names.append(Path(name).name if len(parts) == 1 else f"{Path(name).name}: {len(drawn)}")
+    if len(parts) > 1:
+        generator.shuffle(windows)  # every batch sees some of each
+    return windows, names, texts
+
+
+def _digest(documents: Sequence[Any]) -> str:
     """SHA-256 of a text: of all its documents, in their order."""
     digest = hashlib.sha256()
     for document in documents:
@@ -167,81 +194,6 @@ def _sample_documents(
         generator.sample(range(len(pieces)), max(1, characters * len(pieces) // sum(sizes)))
     )
     return [pieces[i] for i in chosen]
-
-
-def _tokenize(documents: list[Document], tokenizer: Any) -> list[int]:
-    """One stream of tokens, documents separated by the end-of-text token where there is one."""
-    stream: list[int] = []
-    for document in documents:
-        if stream and tokenizer.eos_token_id is not None:
-            stream.append(int(tokenizer.eos_token_id))
-        stream += _document_tokens(document, tokenizer)
-    return stream
-
-
-def _document_tokens(document: Document, tokenizer: Any) -> list[int]:
-    is_text = isinstance(document, str)
-    if not is_text and not getattr(tokenizer, "chat_template", None):
-        raise CalibrationError(
-            "the calibration file holds chats, but this model's tokenizer has no chat template: "
-            "give plain `text` instead"
-        )
-    try:
-        if is_text:
-            return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-        encoded = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)
-        return list(encoded["input_ids"])
-    except Exception as error:  # of templates in their own words, of tokenizers in any
-        kind = "text" if is_text else "chat"
-        raise CalibrationError(
-            f"a {kind} of the calibration cannot be turned into tokens ({error}): it begins with "
-            f"{str(document)[:60]!r}"
-        ) from error
-
-
-def _item_tokens(item: Any, tokenizer: Any) -> list[int]:
-    """Tokens of one item of a Python list, padding removed."""
-    mask = None
-    if isinstance(item, str):
-        return _document_tokens(item, tokenizer)
-    if hasattr(item, "keys"):
-        item, mask = item["input_ids"], item.get("attention_mask")
-    tokens = torch.as_tensor(item).reshape(-1)
-    if not tokens.numel():
-        return []
-    if tokens.is_floating_point():
-        raise CalibrationError("calibration items must be strings or token ids, not fractions")
-    if mask is not None:
-        tokens = tokens[torch.as_tensor(mask).reshape(-1).bool()]
-    return [int(token) for token in tokens]
-
-
-def _cut(
-    stream: list[int], samples: int, seq_len: int, generator: random.Random
-) -> list[list[int]]:
-    """`samples` windows that do not overlap, in random order; fewer when the text is too short."""
-    if len(stream) <= seq_len:
-        return [stream] if stream else []
-    places = len(stream) // seq_len
-    offset = generator.randrange(len(stream) - places * seq_len + 1)
-    chosen = generator.sample(range(places), min(samples, places))
-    return [stream[offset + i * seq_len : offset + (i + 1) * seq_len] for i in chosen]
-
-
-def _batches(windows: list[list[int]], batch_size: int) -> list[Batch]:
-    """Windows of like length together, so that there is little or no padding."""
-    ordered = sorted(windows, key=len)  # stable: equal lengths keep their order
-    batches = []
-    for start in range(0, len(ordered), batch_size):
-        part = ordered[start : start + batch_size]
-        length = len(part[-1])
-        ids = torch.zeros(len(part), length, dtype=torch.int64)
-        mask = torch.zeros(len(part), length, dtype=torch.bool)
-        for row, window in enumerate(part):
-            ids[row, : len(window)] = torch.tensor(window)
-            mask[row, : len(window)] = True
-        batches.append(Batch(ids, None if bool(mask.all()) else mask))
-    return batches
 
 
 def _cut_off(items: list[list[int]], given: int, seq_len: int) -> list[str]:

@@ -32,11 +32,11 @@ from roundwise.core.clock import clock
 from roundwise.errors import RunError
 from roundwise.models.architecture import arguments
 from roundwise.models.blocks import Block
-from roundwise.pipeline.calibration import Batch
 from roundwise.pipeline.gather import Gatherer
 from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, stop
 from roundwise.pipeline.probe import Group, taking_notes
 from roundwise.pipeline.routing import Policy
+from roundwise.pipeline.windows import Batch
 
 #: Tokens of the probe: enough for any local attention pattern to be well formed.
 PROBE_TOKENS = 8

@@ -84,7 +84,7 @@ class Gatherer:
             if player.original:
                 player.captured[name] = Captured(x if shared is None else x[shared], stream)
             else:
-                mask = _fitting_mask(player.batch.mask, x, rows)
+                mask = _fitting_mask(player.batch.counting, x, rows)
                 self._add(player, name, group, x, stream, mask)
             if self.sequential:
                 stop(place)
@@ -120,7 +120,7 @@ class Gatherer:
         if player.at >= GATHERED:
             return routing.experts.routed(x, index)
         if not player.original and routing.name not in player.passing:
-            routing.count(index, player.batch.mask)
+            routing.count(index, player.batch.counting)
         passing = player.passing[routing.name] = Passing(index)
         if self.counting:
             return routing.experts.routed(x, index)
@@ -161,11 +161,13 @@ class Gatherer:
 def _fitting_mask(
     mask: torch.Tensor | None, x: torch.Tensor, rows: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """The padding mask of `x` [..., in], which has a row per token, or for each of `rows`."""
+    """Which tokens count of `x` [..., in], which has a row per token, or for each of `rows`."""
     if mask is None:
         return None
     if rows is not None:
         return mask.reshape(-1)[rows]
     if x.numel() // x.shape[-1] != mask.numel():
-        raise NumericalError("padded batches cannot pass a layer that sees only some of the tokens")
+        raise NumericalError(
+            "padding, or tokens that do not count, cannot be told in a layer that sees only some"
+        )
     return mask

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 
-from roundwise.pipeline.calibration import Batch
 from roundwise.pipeline.probe import Captured
 from roundwise.pipeline.routing import Passing
+from roundwise.pipeline.windows import Batch
 
 ENTER, COUNTED, GATHERED, EXIT = -2, -1, 1 << 20, 1 << 21
 

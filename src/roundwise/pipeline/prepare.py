@@ -29,6 +29,7 @@ from roundwise.pipeline import asked
 from roundwise.pipeline.calibration import Calibration, load_calibration
 from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.memory import Mode, parse_size, return_early
+from roundwise.pipeline.own import write_windows
 from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.routing import check_experts
 from roundwise.pipeline.run import Run
@@ -57,6 +58,7 @@ def prepare(
     seq_len: int,
     batch_size: int,
     seed: int,
+    only: str | None,
     mode: Mode | None,
     max_memory: str | int | None,
 ) -> Prepared:
@@ -80,7 +82,7 @@ def prepare(
         calibration = os.fspath(calibration)
     texts = _calibration(
         skeleton, config, calibration,
-        samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
+        samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
     )  # fmt: skip
     held_out(config, len(texts.batches) if texts else 0)  # refuses one batch
     given = {"model": model, "calibration": calibration if isinstance(calibration, str) else None}
@@ -120,14 +122,15 @@ def _calibration(
     seq_len: int,
     batch_size: int,
     seed: int,
+    only: str | None,
 ) -> Calibration | None:
     """Tokenized calibration windows; None for rounding to nearest, which needs none."""
     if config.method == "rtn":
         return None
     if source is None:
         raise CalibrationError(
-            f"{config.method} needs calibration text: --calibration FILE, or a named set such as "
-            "python-stdlib or wikitext2"
+            f"{config.method} needs calibration text: --calibration FILE, a named set such as "
+            "python-stdlib or wikitext2, or self: what the model writes"
         )
     arguments(skeleton.model, torch.zeros(1, 1, dtype=torch.int64))  # refuses what is not fed text
     text_config = skeleton.model.config.get_text_config()
@@ -138,9 +141,14 @@ def _calibration(
     tokenizer = None
     if isinstance(source, str) or any(isinstance(item, str) for item in source):
         tokenizer = load_tokenizer(skeleton.checkpoint)
+    length = min(seq_len, limit)
     loaded = load_calibration(
         source, tokenizer,
-        samples=samples, seq_len=min(seq_len, limit), batch_size=batch_size, seed=seed, widest=widest,
+        samples=samples, seq_len=length, batch_size=batch_size, seed=seed, widest=widest, only=only,
+        own=lambda count: write_windows(
+            skeleton.checkpoint, tokenizer,
+            samples=count, seq_len=length, batch_size=batch_size, seed=seed,
+        ),
     )  # fmt: skip
     vocabulary = int(text_config.vocab_size)
     ends = [int(end) for batch in loaded.batches for end in torch.aminmax(batch.input_ids)]

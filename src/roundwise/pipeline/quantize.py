@@ -61,6 +61,7 @@ def quantize(
     seq_len: int = 2048,
     batch_size: int = 8,
     seed: int = 0,
+    only: str | None = None,
     mode: Mode | None = None,
     max_memory: str | int | None = None,
     restart: bool = False,
@@ -74,9 +75,10 @@ def quantize(
         out: folder for the result. If an earlier run of the same command was stopped there, its
             finished blocks are kept and the result has the same bytes.
         config: settings; the default is 4 bit, symmetric, groups of 128.
-        calibration: text file, JSONL file, named set or Python list (see `load_calibration`).
-            Needed unless the method is rtn.
+        calibration: text file, JSONL file, named set, Python list (see `load_calibration`), or "self":
+            text that the model writes. Needed unless the method is rtn.
         samples, seq_len, batch_size, seed: windows of calibration tokens and how they are picked.
+        only: "assistant": of chats, only the assistant's turns count.
         mode: true_sequential or block (see `Conductor.play`); None: as memory allows.
         max_memory: budget for that choice, such as "8GB".
         restart: begin anew even if finished blocks are there.
@@ -91,7 +93,7 @@ def quantize(
     """
     prepared = prepare(
         model, out, config or QuantizeConfig(), calibration,
-        samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
+        samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
         mode=mode, max_memory=max_memory,
     )  # fmt: skip
     return carry_out(prepared, restart=restart, strict=strict, progress=progress)

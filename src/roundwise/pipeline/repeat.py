@@ -51,8 +51,8 @@ class Recipe:
     config: QuantizeConfig
     model: str
     calibration: str | None
-    windows: dict[str, int]
-    """samples, seq_len, batch_size, seed."""
+    windows: dict[str, Any]
+    """samples, seq_len, batch_size, seed, only."""
     mode: Mode | None
     threads: int
 
@@ -121,10 +121,13 @@ def read_recipe(file: Path, record: dict[str, Any]) -> Recipe:
     try:
         settings = {**run["config"], "dynamic": dict(run["config"]["dynamic"])}
         texts = run["calibration"]
-        windows = {"samples": 1, "seq_len": 1, "batch_size": 1, "seed": 0}
+        windows: dict[str, Any] = {
+            "samples": 1, "seq_len": 1, "batch_size": 1, "seed": 0, "only": None
+        }  # fmt: skip
         if texts is not None:
             names = {"samples": "wanted", "seq_len": "seq_len", "batch_size": "batch_size"}
             windows = {name: int(texts[key]) for name, key in {**names, "seed": "seed"}.items()}
+            windows["only"] = texts.get("only")
         mode = None if run["mode"] == "none" else parse_mode(run["mode"])
         given = record["given"]
         count, source, text = int(run["threads"]), str(given["model"]), given["calibration"]

@@ -11,18 +11,19 @@ from roundwise.cli.output import JsonOption, print_json, size, stdout
 
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="GPTQ checkpoint: folder or hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="Quantized checkpoint: folder or hub id.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
-    to: Annotated[str, typer.Option(help="gptq (v1), gptq_v2, or dense.")],
+    to: Annotated[str, typer.Option(help="gptq (v1), gptq_v2, compressed-tensors, or dense.")],
     dtype: Annotated[
         str, typer.Option(help="Of dense weights: auto, float32, bfloat16 or float16.")
     ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Write a GPTQ checkpoint in another format: the same numbers, exactly.
+    """Write a GPTQ or compressed-tensors checkpoint in another format: the same numbers, exactly.
 
-    gptq and gptq_v2 differ in how zero points are stored; dense is a plain checkpoint of the
-    dequantized weights, for tools that read nothing else.
+    gptq and gptq_v2 differ in how zero points are stored; compressed-tensors (pack-quantized) is the
+    format of llm-compressor; dense is a plain checkpoint of the dequantized weights, for tools that
+    read nothing else.
     """
     from roundwise.inference.load import parse_dtype
     from roundwise.models.checkpoint import Checkpoint

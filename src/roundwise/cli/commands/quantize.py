@@ -89,13 +89,17 @@ def command(
         str | None,
         typer.Option(
             help="Text or JSONL file, folder, pattern, python-stdlib, wikitext2, c4, or "
-            "NAME:SPLIT:COLUMN; several with weights: code.txt:0.7,chat.jsonl:0.3."
+            "NAME:SPLIT:COLUMN; several with weights: code.txt:0.7,chat.jsonl:0.3; self: what the model "
+            "writes."
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    only: Annotated[
+        str | None, typer.Option(help="assistant: of chats, only the assistant's turns count.")
+    ] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' for some modules.")
     ] = None,
@@ -151,7 +155,7 @@ def command(
     with steps("quantizing") as shown:
         result = quantize(
             model, out, config, calibration,
-            samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed,
+            samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
             mode=parse_mode(mode), max_memory=max_memory, restart=restart, strict=strict,
             progress=Reporter(shown),
         )  # fmt: skip
