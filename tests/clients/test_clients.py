@@ -135,16 +135,17 @@ def test_vllm_computes_what_we_wrote(
     judge(answer["logprobs"], checkpoint, windows, getattr(torch, dtype), finding, normalised=True)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+# Not 8 bits: vLLM's kernel for this format on CPUs has none of them. Asymmetric ones it serves in no other.
+@pytest.mark.parametrize("sym", [True, False])
 def test_vllm_computes_what_we_converted_to_compressed_tensors(
-    bits: int,
+    sym: bool,
     ours: Quantize,
     vllm: Client,
     windows: NDArray[np.int64],
     finding: Finding,
     tmp_path: Path,
 ) -> None:
-    checkpoint = ours(bits=bits, group_size=128)
+    checkpoint = ours(**(EVERYONE if sym else GPTQMODEL_TOO["4 bit asymmetric"]))
     packed = convert(checkpoint, tmp_path / "packed", "compressed-tensors")
     answer = vllm(packed, "--dtype", "float16")
     judge(answer["logprobs"], checkpoint, windows, torch.float16, finding, normalised=True)
