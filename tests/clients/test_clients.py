@@ -135,7 +135,7 @@ def test_vllm_computes_what_we_wrote(
     judge(answer["logprobs"], checkpoint, windows, getattr(torch, dtype), finding, normalised=True)
 
 
-# Not 8 bits: vLLM's kernel for this format on CPUs has none of them. Asymmetric ones it serves in no other.
+# Not 8 bits: its CPU kernel for this format has none. Asymmetric ones it serves in no other.
 @pytest.mark.parametrize("sym", [True, False])
 def test_vllm_computes_what_we_converted_to_compressed_tensors(
     sym: bool,
