@@ -28,6 +28,29 @@ from roundwise.models.writer import PARTIAL, storage_error, write_safetensors
 WORK = ".roundwise"
 
 
+def read_journal(out: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The fingerprint of a run in a folder (None: fresh folder) and the lines of finished blocks.
+
+    Raises:
+        OutputError: it is damaged.
+    """
+    path = out / WORK / "journal.jsonl"
+    if not path.exists():
+        return None, []
+    whole, _, _torn = path.read_bytes().rpartition(b"\n")
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not lines:
+            return None, []
+        fingerprint, done = lines[0]["fingerprint"], lines[1:]
+        wrong = damage(Fingerprint, fingerprint) or damage(list[FinishedBlock], done)
+        if wrong:
+            raise ValueError(wrong)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OutputError(f"{path} is damaged: start anew with --restart ({error})") from None
+    return fingerprint, done
+
+
 class Journal:
     """The journal of one output folder.
 
@@ -57,23 +80,8 @@ class Journal:
             raise OutputError(f"cannot lock {self.folder / 'lock'}: {error.strerror}") from None
 
     def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-        """The fingerprint (None: fresh folder) and the lines of finished blocks."""
-        if not self.path.exists():
-            return None, []
-        whole, _, _torn = self.path.read_bytes().rpartition(b"\n")
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-            if not lines:
-                return None, []
-            fingerprint, done = lines[0]["fingerprint"], lines[1:]
-            wrong = damage(Fingerprint, fingerprint) or damage(list[FinishedBlock], done)
-            if wrong:
-                raise ValueError(wrong)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise OutputError(
-                f"{self.path} is damaged: start anew with --restart ({error})"
-            ) from None
-        return fingerprint, done
+        """As `read_journal`."""
+        return read_journal(self.folder.parent)
 
     def layers(self) -> list[dict[str, Any]]:
         """Records of all layers of finished blocks."""

@@ -33,7 +33,8 @@ from roundwise.pipeline.own import write_windows
 from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.routing import check_experts
 from roundwise.pipeline.run import Run
-from roundwise.pipeline.sharing import leave_uncalled
+from roundwise.pipeline.sharing import Calls, leave_uncalled
+from roundwise.pipeline.widths import with_widths
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,7 @@ def prepare(
     clock.take()
     return_early()
     model = os.fspath(model)
-    skeleton = open_skeleton(local_folder(model), lm_head=config.lm_head)
-    notes = skeleton.notes
-    if config.rotate:
-        turned = rotated(skeleton.checkpoint, config.rotation_seed)
-        skeleton = open_skeleton(turned, lm_head=config.lm_head)
-    calls = leave_uncalled(skeleton, config)
+    skeleton, calls, notes = _open(model, config)
     skipped = _check(skeleton, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
@@ -85,6 +81,9 @@ def prepare(
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
     )  # fmt: skip
     held_out(config, len(texts.batches) if texts else 0)  # refuses one batch
+    if texts is not None and config.target_bpw is not None:
+        config = with_widths(skeleton, config, texts, Path(out), lambda: _open(model, config)[0])
+        _check(skeleton, config)
     given = {"model": model, "calibration": calibration if isinstance(calibration, str) else None}
     run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), None, given)
     not_as_asked = [*asked.before(skeleton, config, calls), *(texts.not_as_asked if texts else [])]
@@ -95,6 +94,16 @@ def prepare(
     return Prepared(
         begun, run, [*(texts.warnings if texts else []), *notes, *skipped], not_as_asked
     )
+
+
+def _open(model: str, config: QuantizeConfig) -> tuple[Skeleton, Calls, list[str]]:
+    """The model as it is quantized, what its forward calls, and what is to be said about its files."""
+    skeleton = open_skeleton(local_folder(model), lm_head=config.lm_head)
+    notes = skeleton.notes
+    if config.rotate:
+        turned = rotated(skeleton.checkpoint, config.rotation_seed)
+        skeleton = open_skeleton(turned, lm_head=config.lm_head)
+    return skeleton, leave_uncalled(skeleton, config), notes
 
 
 def _check(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:

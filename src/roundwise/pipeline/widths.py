@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from roundwise.errors import ConfigError, SingularError
 from roundwise.models.blocks import Block, set_weight, weight_of
 from roundwise.models.formats import check_shape, packed_bytes
 from roundwise.models.skeleton import Skeleton
+from roundwise.models.verify import read_manifest
 from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
+from roundwise.pipeline.journal import read_journal
 from roundwise.pipeline.probe import Group
 from roundwise.pipeline.routing import Policy
 
@@ -110,17 +113,70 @@ def choose(units: Sequence[Unit], target: float) -> list[Choice]:
     ]
 
 
-def as_dynamic(
-    choices: Sequence[Choice], config: QuantizeConfig
-) -> dict[str, dict[str, Any] | None]:
-    """`QuantizeConfig.dynamic` for the choices that differ from the config's own width."""
-    found: dict[str, dict[str, Any] | None] = {}
+def as_dynamic(choices: Sequence[Choice]) -> dict[str, dict[str, Any] | None]:
+    """`QuantizeConfig.dynamic` for the choices: one pattern for all layers that are quantized alike."""
+    alike: dict[tuple[int, int], list[str]] = {}
     for choice in choices:
-        changes = {"bits": choice.bits, "group_size": choice.group_size}
-        if changes != {"bits": config.bits, "group_size": config.group_size}:
-            names = "|".join(re.escape(name) for name in choice.names)
-            found[f"^(?:{names})$"] = changes
-    return found
+        alike.setdefault((choice.bits, choice.group_size), []).extend(choice.names)
+    return {
+        f"^(?:{'|'.join(map(re.escape, names))})$": {"bits": bits, "group_size": size}
+        for (bits, size), names in sorted(alike.items())
+    }
+
+
+def with_widths(
+    skeleton: Skeleton,
+    config: QuantizeConfig,
+    texts: Calibration,
+    out: Path,
+    again: Callable[[], Skeleton],
+) -> QuantizeConfig:
+    """`config` with a width for every layer in `dynamic`: that of a run in `out`, or chosen now.
+
+    Args:
+        skeleton: of the model.
+        config: with `target_bpw`; what its `dynamic` settles stays.
+        texts: calibration.
+        out: folder of the result, where an earlier run of the same command may have chosen.
+        again: opens another skeleton, which the survey uses up.
+
+    Raises:
+        ConfigError: the size cannot be reached.
+    """
+    if config.target_bpw is None or not _undecided(skeleton, config):
+        return config
+    found = _earlier(skeleton, config, texts, out)
+    if found is None:
+        units = survey(again(), config, texts)
+        found = {**config.dynamic, **as_dynamic(choose(units, config.target_bpw))}
+    return config.model_copy(update={"dynamic": found})
+
+
+def _earlier(
+    skeleton: Skeleton, config: QuantizeConfig, texts: Calibration, out: Path
+) -> dict[str, dict[str, Any] | None] | None:
+    """What an earlier run of the same command chose, finished or not."""
+    manifest = read_manifest(out) if out.is_dir() else None
+    known = manifest["run"] if manifest else read_journal(out)[0]
+    if known is None or known["calibration"] != texts.describe():
+        return None
+    rules = [(pattern, changes) for pattern, changes in known["config"]["dynamic"]]
+    own = [*config.dynamic.items()]
+    wanted = config.model_dump(mode="json")
+    alike = {**known["config"], "dynamic": None} == {**wanted, "dynamic": None}
+    if not alike or rules[: len(own)] != own:
+        return None
+    return dict(rules) if known["model"] == skeleton.checkpoint.identity() else None
+
+
+def _undecided(skeleton: Skeleton, config: QuantizeConfig) -> bool:
+    """Whether there is a layer that no pattern of `dynamic` settles."""
+    return any(
+        _is_open(name, config)
+        for block in skeleton.blocks
+        if not block.is_head
+        for name in block.linears
+    )
 
 
 def survey(skeleton: Skeleton, config: QuantizeConfig, texts: Calibration) -> list[Unit]:

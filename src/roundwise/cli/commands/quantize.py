@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +62,10 @@ def command(
         typer.Option("--rotate", help="Rotate the residual stream first, folded into the weights."),
     ] = False,
     rotation_seed: Annotated[int, typer.Option(help="Which rotation.")] = 0,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(help="Bits per weight of the result: each layer gets what loses least."),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -148,7 +153,7 @@ def command(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
         damp_percent=_number(damp_percent), method=method, prescale=prescale,
         lm_head=lm_head, experts=experts, expert_tokens=expert_tokens,
-        rotate=rotate, rotation_seed=rotation_seed,
+        rotate=rotate, rotation_seed=rotation_seed, target_bpw=target_bpw,
         dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
@@ -234,6 +239,9 @@ def print_result(result: QuantizeResult) -> None:
         f"peak memory {size(result.peak_rss_bytes)}, mode {result.mode}",
         highlight=False,
     )
+    if len({(layer["bits"], layer["group_size"]) for layer in result.layers}) > 1:
+        for line in widths(result.layers):
+            stdout.print(line, highlight=False, soft_wrap=True)
     if result.experts:
         stdout.print(coverage(result.experts), highlight=False)
     errors = [layer["relative_error"] for layer in solved if layer["relative_error"] is not None]
@@ -249,6 +257,18 @@ def print_result(result: QuantizeResult) -> None:
     stdout.print(f"verified, saved in {result.output}", highlight=False, soft_wrap=True)
     for text in result.not_as_asked:
         stdout.print(f"[red]not as asked:[/] {text}", highlight=False, soft_wrap=True)
+
+
+def widths(layers: list[dict[str, Any]]) -> list[str]:
+    """For each kind of layer, its widths and group sizes from the first block to the last."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        kind = re.sub(r"\d+(?=\.)", "*", layer["name"])
+        found.setdefault(kind, []).append(f"{layer['bits']}/{layer['group_size']}")
+    return [
+        f"{kind}: {', '.join(f'{width} x{len([*same])}' for width, same in groupby(each))}"
+        for kind, each in found.items()
+    ]
 
 
 def coverage(experts: list[dict[str, Any]]) -> str:
