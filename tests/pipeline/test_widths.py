@@ -89,7 +89,7 @@ def test_the_size_is_kept_and_fused_layers_agree(target: float, tiny: Path, tmp_
 
 
 def test_what_the_user_settles_stays(tiny: Path, tmp_path: Path) -> None:
-    dynamic = {"down_proj": {"bits": 8}, r"layers\.0\.": None}
+    dynamic = {r"layers\.0\.": None, "down_proj": {"bits": 8}}
     config = rw.QuantizeConfig(target_bpw=3.3, recipe="textbook", dynamic=dynamic)
     result = rw.quantize(tiny, tmp_path, config, "python-stdlib", **OPTIONS)
     assert not any(".layers.0." in layer["name"] for layer in result.layers)

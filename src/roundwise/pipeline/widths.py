@@ -240,7 +240,7 @@ def _units(
                         else solve(W, ready, settings)
                     )
                     set_weight(block.linears[name], q.dequantize(W.dtype))
-                    nbytes += packed_bytes(*W.shape, settings)
+                    nbytes += packed_bytes(len(W), W.shape[1], settings)
             loss = _distance(attempt(), base)
             for name, weight in before.items():
                 block.linears[name].weight = weight
@@ -284,7 +284,7 @@ def _candidates(
             )
             try:
                 for name in names:
-                    check_shape(name, *weights[name].shape, settings)
+                    check_shape(name, len(weights[name]), weights[name].shape[1], settings)
             except ConfigError:
                 continue
             yield settings
