@@ -14,8 +14,8 @@ import roundwise as rw
 from roundwise.errors import ConfigError
 from roundwise.evaluation.divergence import divergence
 from roundwise.pipeline import widths
+from roundwise.pipeline.choice import Choice, Option, Unit, as_dynamic, choose
 from roundwise.pipeline.texts import read_text
-from roundwise.pipeline.widths import Option, Unit, as_dynamic, choose
 from tests.helpers import Stop, contents, random_model, stop_after
 from tests.helpers import windows as random_windows
 from tests.mixtures import MIXTURES
@@ -64,9 +64,9 @@ def test_a_size_that_cannot_be_reached() -> None:
 
 def test_layers_alike_share_a_pattern() -> None:
     chosen = [
-        widths.Choice(("a.q", "a.k"), 4, 128, 0.0),
-        widths.Choice(("a.o",), 3, 32, 0.0),
-        widths.Choice(("b.q", "b.k"), 4, 128, 0.0),
+        Choice(("a.q", "a.k"), 4, 128, 0.0),
+        Choice(("a.o",), 3, 32, 0.0),
+        Choice(("b.q", "b.k"), 4, 128, 0.0),
     ]
     config = rw.QuantizeConfig(dynamic=as_dynamic(chosen))
     assert len(config.dynamic) == 2
