@@ -135,6 +135,11 @@ class QuantizeConfig(BaseModel):
         description="Bits per weight, everything counted: each layer gets the width and group size that "
         "lose least together. bits and group_size are left to layers that nothing is chosen for.",
     )
+    target_widths: tuple[Literal[2, 3, 4, 8], ...] = Field(
+        (2, 3, 4, 8),
+        min_length=1,
+        description="Widths that target_bpw chooses from: 4 and 8 are what vLLM serves.",
+    )
     rotate: bool = Field(
         False,
         description="Rotate the residual stream before quantizing, folded into the weights (QuaRot): "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tests.helpers import Stop, contents, random_model, stop_after
 from tests.helpers import windows as random_windows
 from tests.mixtures import MIXTURES
 
-OPTIONS: dict[str, Any] = {"samples": 16, "seq_len": 128, "batch_size": 4}
+OPTIONS: dict[str, Any] = {"samples": 8, "seq_len": 64, "batch_size": 4}
 
 
 def units(seed: int, count: int = 4) -> list[Unit]:
@@ -121,10 +122,12 @@ def test_as_a_command_and_again_from_the_manifest(
 ) -> None:
     made = commands.run(
         "quantize", tiny, tmp_path / "out", "--calibration", "python-stdlib", "--target-bpw", 3.5,
-        "--samples", 16, "--seq-len", 128, "--recipe", "textbook",
+        "--samples", 8, "--seq-len", 64, "--recipe", "textbook", "--target-widths", "3,4",
     )  # fmt: skip
     assert made.code == 0, made.stderr
     assert "model.layers.*.self_attn.q_proj: " in made.stdout
+    manifest = json.loads((tmp_path / "out" / "roundwise.json").read_text())
+    assert {layer["bits"] for layer in manifest["layers"]} == {3, 4}
     again = commands.run(
         "quantize", "--from-manifest", tmp_path / "out", "--output", tmp_path / "again", "--json"
     )

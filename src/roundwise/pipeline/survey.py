@@ -24,8 +24,8 @@ from roundwise.pipeline.conduct import Conductor
 from roundwise.pipeline.probe import Group
 from roundwise.pipeline.routing import Policy
 
-#: Widths that are tried, and group sizes beside the one asked for.
-BITS, GROUPS = (2, 3, 4, 8), (32, 128)
+#: Group sizes that are tried beside the one asked for.
+GROUPS = (32, 128)
 #: Tokens that blocks are played with to compare options, about.
 TOKENS = 2048
 #: How a layer is quantized when options are compared: quickly.
@@ -121,7 +121,7 @@ def _candidates(
     names: Sequence[str], weights: dict[str, torch.Tensor], config: QuantizeConfig
 ) -> Iterator[QuantizeConfig]:
     """Settings that all layers of a unit can be stored with."""
-    for bits in BITS:
+    for bits in config.target_widths:
         for size in dict.fromkeys((config.group_size, *GROUPS)):
             settings = config.merged(
                 {

@@ -66,6 +66,9 @@ def command(
         float | None,
         typer.Option(help="Bits per weight of the result: each layer gets what loses least."),
     ] = None,
+    target_widths: Annotated[
+        str, typer.Option(help="Widths that --target-bpw chooses from; vLLM serves 4,8.")
+    ] = "2,3,4,8",
     method: Annotated[
         str,
         typer.Option(
@@ -154,6 +157,7 @@ def command(
         damp_percent=_number(damp_percent), method=method, prescale=prescale,
         lm_head=lm_head, experts=experts, expert_tokens=expert_tokens,
         rotate=rotate, rotation_seed=rotation_seed, target_bpw=target_bpw,
+        target_widths=tuple(_number(bits) for bits in target_widths.split(",")),
         dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
