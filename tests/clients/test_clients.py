@@ -60,6 +60,7 @@ GPTQMODEL_TOO: dict[str, dict[str, Any]] = {
     "8 bit asymmetric": {"bits": 8, "group_size": 128, "sym": False, "format": "gptq_v2"},
     "4 bit act-order": {"bits": 4, "group_size": 128, "desc_act": True},
     "3 bit act-order": {"bits": 3, "group_size": 32, "desc_act": True},
+    "widths chosen for 3.5 bits": {"target_bpw": 3.5},
 }
 
 
