@@ -1,4 +1,4 @@
-"""Nothing is fetched, nobody is told: imports connect to nothing, and the whole demo needs no network."""
+"""Nothing is fetched, nobody is told: imports connect to nothing, the whole demo needs no network."""
 
 from __future__ import annotations
 

@@ -8,7 +8,9 @@ for 2, 3, 4 and 8 bits), and the dense float32 weights go into a plain transform
 """
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,16 +72,25 @@ def dequantize(
     return weight
 
 
+def bits_of(name: str, config: dict[str, Any]) -> int:
+    """Its width: that of the first rule that matches its name, else the checkpoint's."""
+    for rule, changes in config.get("dynamic", {}).items():
+        if rule.startswith("+:") and re.match(rule[2:], name):
+            return int(changes.get("bits", config["bits"]))
+    return int(config["bits"])
+
+
 def read_dense(directory: Path) -> dict[str, NDArray[np.float32]]:
     """The checkpoint's state dict with every quantized layer replaced by its dense weight."""
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "gptq", config["quant_method"]
-    assert not config.get("dynamic"), "this reader knows one bit width for the whole checkpoint"
     tensors = read_tensors(directory)
     quantized = [k.removesuffix(".qweight") for k in tensors if k.endswith(".qweight")]
     assert quantized, f"{directory} has no quantized layer"
     dense = {
-        f"{name}.weight": dequantize(tensors, name, config["bits"], config["checkpoint_format"])
+        f"{name}.weight": dequantize(
+            tensors, name, bits_of(name, config), config["checkpoint_format"]
+        )
         for name in quantized
     }
     packed = {f"{n}.{part}" for n in quantized for part in ("qweight", "qzeros", "scales", "g_idx")}

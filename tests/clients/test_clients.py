@@ -152,6 +152,18 @@ def test_vllm_computes_what_we_converted_to_compressed_tensors(
     judge(answer["logprobs"], checkpoint, windows, torch.float16, finding, normalised=True)
 
 
+def test_vllm_finds_the_group_size_of_each_layer(
+    ours: Quantize, vllm: Client, windows: NDArray[np.int64], finding: Finding
+) -> None:
+    checkpoint = ours(target_bpw=4.4, target_widths=[4])
+    sizes = {
+        x["group_size"] for x in json.loads((checkpoint / "roundwise.json").read_text())["layers"]
+    }
+    assert sizes == {32, 128}
+    answer = vllm(checkpoint, "--dtype", "float16")
+    judge(answer["logprobs"], checkpoint, windows, torch.float16, finding, normalised=True)
+
+
 def test_vllm_computes_what_we_wrote_in_v2(
     ours: Quantize, vllm: Client, windows: NDArray[np.int64], finding: Finding
 ) -> None:

@@ -14,6 +14,7 @@ import torch
 import roundwise as rw
 from roundwise.errors import ConfigError
 from roundwise.evaluation.divergence import divergence
+from roundwise.models.formats import with_fused
 from roundwise.pipeline import widths
 from roundwise.pipeline.choice import Choice, Option, Unit, as_dynamic, choose
 from roundwise.pipeline.texts import read_text
@@ -56,6 +57,15 @@ def test_the_choice_is_near_the_best(seed: int, target: float) -> None:
     # Greedy by loss per byte: what is left of the size at the end may be less than a unit takes.
     largest = max(unit.options[0].loss for unit in each)
     assert sum(c.loss for c in chosen) <= min(allowed) + 0.3 * largest
+
+
+def test_engines_that_join_layers_find_them() -> None:
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
+    assert with_fused(names) == [*names]
+    joined = with_fused([*names, "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj"])
+    assert joined[4:] == ["model.layers.0.self_attn.qkv_proj"]
+    config = rw.QuantizeConfig(dynamic=as_dynamic([Choice(tuple(joined[:3]), 8, 32, 0.0)]))
+    assert config.for_module("model.layers.0.self_attn.qkv_proj").bits == 8
 
 
 def test_a_size_that_cannot_be_reached() -> None:

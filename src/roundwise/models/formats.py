@@ -23,6 +23,11 @@ from roundwise.version import __version__
 
 #: What replaces NAME.weight.
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+#: Layers that vLLM computes as one, and asks the settings of by one name.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 
 def check_shape(name: str, out_features: int, in_features: int, config: QuantizeConfig) -> None:
@@ -177,6 +182,18 @@ def kind_of(q: QuantizedWeight) -> dict[str, Any]:
     }
 
 
+def with_fused(names: Iterable[str]) -> list[str]:
+    """Names of layers, and what engines that join some of them ask for instead, if all are there."""
+    given = list(names)
+    found = dict.fromkeys(given)
+    for fused, members in FUSED.items():
+        for name in given:
+            stem, _, last = name.rpartition(".")
+            if last == members[0] and {f"{stem}.{member}" for member in members} <= {*given}:
+                found[f"{stem}.{fused}"] = None
+    return list(found)
+
+
 def foreign_config(
     kinds: dict[str, dict[str, Any]], checkpoint_format: str, left: Iterable[str], *, lm_head: bool
 ) -> dict[str, Any]:
@@ -194,7 +211,7 @@ def foreign_config(
     usual, *others = sorted(alike.values(), key=len, reverse=True)
     dynamic = _leave(left)
     for names in others:
-        dynamic[f"+:(?:{'|'.join(map(re.escape, names))})$"] = kinds[names[0]]
+        dynamic[f"+:(?:{'|'.join(map(re.escape, with_fused(names)))})$"] = kinds[names[0]]
     return {
         "quant_method": "gptq",
         **kinds[usual[0]],

@@ -13,6 +13,7 @@ from typing import Any
 
 from roundwise.config import QuantizeConfig
 from roundwise.errors import ConfigError
+from roundwise.models.formats import with_fused
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,15 @@ def choose(units: Sequence[Unit], target: float) -> list[Choice]:
 
 
 def as_dynamic(choices: Sequence[Choice]) -> dict[str, dict[str, Any] | None]:
-    """`QuantizeConfig.dynamic` for the choices: one pattern for all layers that are quantized alike."""
+    """`QuantizeConfig.dynamic` for the choices: one pattern for all layers that are quantized alike.
+
+    Layers that an engine joins are also called what it calls them.
+    """
     alike: dict[tuple[int, int], list[str]] = {}
     for choice in choices:
         alike.setdefault((choice.bits, choice.group_size), []).extend(choice.names)
     return {
-        f"^(?:{'|'.join(map(re.escape, names))})$": {"bits": bits, "group_size": size}
+        f"^(?:{'|'.join(map(re.escape, with_fused(names)))})$": {"bits": bits, "group_size": size}
         for (bits, size), names in sorted(alike.items())
     }
 
