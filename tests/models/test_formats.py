@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -130,3 +131,33 @@ def test_overrides_are_written_as_readers_match_them() -> None:
 
     for pattern in dynamic:
         assert re.match(pattern[2:], "model.layers.0.self_attn.v_proj")
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "expected"),
+    [
+        ({r"attn\.(q|k|v)_proj": {"group_size": 32}}, 32),
+        ({r"attn\.(q|k|v)_proj": None}, None),
+        ({r"attn\.v_proj": {"group_size": 32}}, 128),  # nobody can join these
+        ({"o_proj": {"group_size": 32}}, 128),
+        ({}, 128),
+    ],
+)
+def test_joined_layers_are_found_by_their_joint_name(
+    dynamic: dict[str, Any], expected: int | None
+) -> None:
+    """As vLLM looks them up: the first rule that matches from the start of the joint name."""
+    names = [f"model.layers.{i}.attn.{p}_proj" for i in range(2) for p in "qkvo"]
+    config = rw.QuantizeConfig(group_size=128, dynamic=dynamic)
+    settings = quantization_config(config, true_sequential=True, names=names)
+
+    def looked_up(name: str) -> int | None:
+        for rule, changes in settings.get("dynamic", {}).items():
+            if re.match(rule[2:], name):
+                return None if rule.startswith("-:") else int(changes["group_size"])
+        return 128
+
+    assert {looked_up(f"model.layers.{i}.attn.qkv_proj") for i in range(2)} == {expected}
+    for name in names:
+        own = config.for_module(name)
+        assert looked_up(name) == (None if own is None else own.group_size)

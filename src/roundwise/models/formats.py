@@ -127,7 +127,11 @@ def infer_bits(tensors: dict[str, torch.Tensor], name: str) -> int:
 
 
 def quantization_config(
-    config: QuantizeConfig, *, true_sequential: bool, left: Iterable[str] = ()
+    config: QuantizeConfig,
+    *,
+    true_sequential: bool,
+    left: Iterable[str] = (),
+    names: Iterable[str] = (),
 ) -> dict[str, Any]:
     """`quantization_config` of config.json, with the keys that vLLM, transformers and others read.
 
@@ -135,8 +139,9 @@ def quantization_config(
         config: settings.
         true_sequential: the mode.
         left: names of linears that stay whatever the settings say.
+        names: of all others.
     """
-    dynamic = _leave(left)
+    dynamic = {**_leave(left), **_joined(config, names)}
     for pattern, changes in config.dynamic.items():
         # Readers match dynamic patterns from the start of the name; ours may stand anywhere in it.
         anchored = f".*(?:{pattern})"
@@ -168,6 +173,24 @@ def _leave(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Rules of `dynamic` that leave some linears as they are, in every block."""
     patterns = (re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names)
     return {f"-:.*{pattern}": {} for pattern in dict.fromkeys(patterns)}
+
+
+def _joined(config: QuantizeConfig, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Rules for joint names that engines ask for, where no pattern gives them their layers' settings."""
+    given = list(names)
+    alike: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for joint in with_fused(given)[len(given) :]:
+        stem, _, last = joint.rpartition(".")
+        wanted = [config.for_module(f"{stem}.{member}") for member in FUSED[last]]
+        if wanted[0] == config.for_module(joint) or any(each != wanted[0] for each in wanted):
+            continue
+        kind = wanted[0]
+        changes = {} if kind is None else kind.model_dump(include={"bits", "group_size", "sym"})
+        alike.setdefault(repr(changes), ([], changes))[0].append(joint)
+    return {
+        f"{'+' if changes else '-'}:(?:{'|'.join(map(re.escape, joints))})$": changes
+        for joints, changes in alike.values()
+    }
 
 
 def kind_of(q: QuantizedWeight) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def finish(
     settings = quantization_config(
         config, true_sequential=fingerprint["mode"] == "true_sequential",
         left=[name for block in [*skeleton.blocks, *skeleton.aside] for name in block.left],
+        names=[name for block in skeleton.blocks for name in block.linears],
     )  # fmt: skip
     write_json(out / "quantize_config.json", settings)
     # The hash of config.json is taken from the same bytes under a name that no library looks for.
