@@ -193,11 +193,11 @@ def assign(model: Any, name: str, W: torch.Tensor) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file below a folder and the hash of its bytes."""
+    """Every file below a folder and the hash of its bytes, but for what tells how long it took."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in ("run.json", "report.html")
     }
 
 
@@ -246,6 +246,7 @@ class Ended:
 _NURSERY = """
 import json, os, runpy, resource, signal, sys, traceback
 import roundwise.cli, roundwise.inference.load, roundwise.evaluation.perplexity
+import matplotlib.figure, matplotlib.backends.backend_svg
 from roundwise.models.skeleton import open_skeleton
 from roundwise.pipeline.prepare import load_tokenizer
 warm = open_skeleton(sys.argv[1])  # imports what transformers imports late

@@ -23,6 +23,7 @@ from roundwise.cli.commands import (
     inspect,
     plan,
     quantize,
+    report,
     serve,
     verify,
 )
@@ -44,6 +45,7 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
+app.command("report")(report.command)
 app.command("convert")(convert.command)
 app.command("generate")(generate.command)
 app.command("bench")(bench.command)

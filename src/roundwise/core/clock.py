@@ -29,11 +29,14 @@ class Clock:
             self._turn()
             self._inside.pop()
 
+    def add(self, name: str, seconds: float) -> None:
+        """Counts time that was measured otherwise."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
     def _turn(self) -> None:
         now = time.perf_counter()
         if self._inside:
-            name = self._inside[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+            self.add(self._inside[-1], now - self._since)
         self._since = now
 
     def take(self) -> dict[str, float]:

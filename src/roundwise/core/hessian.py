@@ -70,9 +70,14 @@ class Hessian:
                 f"(first: channel {int(bad[0])})"
             )
 
-    def mean(self) -> torch.Tensor:
-        """H = XᵀX / n, [in, in], symmetric. All zeros when no token was seen. Ends the sum."""
-        H, self.sum = self.sum, torch.empty(0)
+    def mean(self, *, keep: bool = False) -> torch.Tensor:
+        """H = XᵀX / n, [in, in], symmetric. All zeros when no token was seen. Ends the sum.
+
+        Args:
+            keep: the sum goes on; H is a copy.
+        """
+        H = self.sum.clone() if keep else self.sum
+        self.sum = self.sum if keep else torch.empty(0)
         H /= max(self.tokens, 1)
         width = H.shape[0]
         for start in range(0, width, TILE):

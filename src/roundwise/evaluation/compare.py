@@ -146,7 +146,7 @@ def compare(
                 perplexity=(own.perplexity, theirs.perplexity) if protocol.ids else None,
                 kl_divergence=both.kl_divergence if both else None,
                 top1_agreement=both.top1_agreement if both else None,
-                kl_by_position=_parts(both.kl_by_position) if both else [],
+                kl_by_position=by_part(both.kl_by_position) if both else [],
                 bytes=(own.bytes, theirs.bytes),
                 tasks=task_changes(own.tasks, theirs.tasks),
                 speed=(own.speed, theirs.speed) if own.speed and theirs.speed else None,
@@ -219,7 +219,7 @@ def _speed(folder: Path, model: Any, protocol: Protocol) -> dict[str, float]:
     return {name: result[name] for name in SPEED}
 
 
-def _parts(values: list[float]) -> list[tuple[int, float]]:
+def by_part(values: list[float]) -> list[tuple[int, float]]:
     """The window in PARTS parts: where each begins, and its mean."""
     edges = sorted({len(values) * i // PARTS for i in range(PARTS + 1)})
     return [(a, sum(values[a:b]) / (b - a)) for a, b in pairwise(edges)]

@@ -49,7 +49,31 @@ class Activations(Record):
     places: int | None
 
 
-class FinishedBlock(Record):
+class Point(Record):
+    """How well codes from so many tokens do on others."""
+
+    tokens: int
+    relative_error: float
+
+
+class Saturation(Record):
+    """Whether more calibration text would help a layer."""
+
+    name: str
+    held_out_tokens: int
+    rtn: float
+    points: list[Point]
+
+
+class Depth(Record):
+    """What is known of a block as a whole."""
+
+    name: str
+    depth_error: float | None
+    saturation: Saturation | None
+
+
+class FinishedBlock(Depth):
     """A line of the journal."""
 
     block: int
@@ -57,6 +81,26 @@ class FinishedBlock(Record):
     sha256: str
     activations: Activations | None
     layers: list[Layer]
+    experts: dict[str, list[int]]
+    seconds: dict[str, float]
+
+
+class Coverage(Record):
+    """A module of experts, and how many calibration tokens its router sent to each."""
+
+    name: str
+    tokens: list[int]
+
+
+class Ran(Record):
+    """run.json."""
+
+    seconds: float
+    phases: dict[str, float]
+    blocks: list[float]
+    peak_rss_bytes: int
+    warnings: list[str]
+    not_as_asked: list[str]
 
 
 class Fingerprint(Record):
@@ -78,6 +122,8 @@ class Manifest(Record):
     bytes_before: int
     bytes_after: int
     layers: list[Layer]
+    blocks: list[Depth] = []
+    experts: list[Coverage] = []
     files: dict[Name, str]
 
 

@@ -18,13 +18,15 @@ from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.files import file_digest, read_json
 from roundwise.models.fold import as_quantized
 from roundwise.models.formats import quantization_settings, quantized_layers
-from roundwise.models.records import Manifest, damage
+from roundwise.models.records import Manifest, Ran, damage
 from roundwise.models.scaling import as_prescaled
 from roundwise.models.skeleton import as_linears
 from roundwise.models.sources import as_dense
 from roundwise.models.split import carried
 
 MANIFEST = "roundwise.json"
+#: How the run went: time, memory, and what is to be said. Equal runs have equal manifests, this differs.
+RUN = "run.json"
 #: Recorded and recomputed weight errors may differ by summation order only.
 TOLERANCE = 1e-3
 #: Mean error in steps of the grid beyond which the zero points must have been misread.
@@ -98,14 +100,22 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it is damaged.
     """
-    file = folder / MANIFEST if folder.is_dir() else folder
+    return _record(folder / MANIFEST if folder.is_dir() else folder, Manifest)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """run.json of a checkpoint, as `read_manifest`."""
+    return _record(folder / RUN, Ran)
+
+
+def _record(file: Path, kind: Any) -> dict[str, Any] | None:
     if not file.exists():
         return None
-    manifest = read_json(file)
-    wrong = damage(Manifest, manifest)
+    found = read_json(file)
+    wrong = damage(kind, found)
     if wrong:
         raise CheckpointError(f"{file} is damaged: {wrong}")
-    return manifest
+    return found
 
 
 def changed_files(

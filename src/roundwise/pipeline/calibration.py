@@ -22,6 +22,8 @@ from roundwise.pipeline.windows import Batch, Window, batches_of, cut, item_toke
 #: Tokenizing is slow: of a long text, this many characters per wanted token are tokenized, which is
 #: a few times more than needed, in random pieces of this size.
 CHARACTERS_PER_TOKEN, PIECE = 16, 16 << 10
+#: Tokens of a piece, for telling repetition.
+PIECE_TOKENS = 8
 #: Fewer samples than this, or fewer tokens than channels, give a noisy Hessian.
 ADVISED_SAMPLES = 128
 
@@ -122,6 +124,8 @@ def load_calibration(
             "batch_size": batch_size,
             "seed": seed,
             **({"only": only} if only else {}),
+            "distinct": len({token for window in windows for token in window.tokens}),
+            "unique_share": unique_share([window.tokens for window in windows]),
             "sketch": sketch([window.tokens for window in windows]),
         },
         warnings=_warnings([window.tokens for window in windows], tokens, widest),
@@ -218,11 +222,17 @@ def _warnings(windows: list[list[int]], tokens: int, widest: int) -> list[str]:
             f"{tokens} calibration tokens are fewer than the {widest} input channels of the widest "
             "layer: its Hessian has not full rank and rests on damping"
         )
-    grams = {tuple(w[i : i + 8]) for w in windows for i in range(0, len(w) - 7, 8)}
-    counted = sum(len(range(0, len(w) - 7, 8)) for w in windows)
-    if counted and len(grams) < 0.5 * counted:
+    different = unique_share(windows)
+    if different < 0.5:
         found.append(
-            f"the calibration text is mostly repetition: {len(grams)} of {counted} pieces of "
-            "8 tokens are different"
+            f"the calibration text is mostly repetition: only {different:.0%} of its pieces of "
+            f"{PIECE_TOKENS} tokens are different"
         )
     return found
+
+
+def unique_share(windows: list[list[int]]) -> float:
+    """Part of the pieces of a few tokens that are different from one another; 1 where there are none."""
+    size = PIECE_TOKENS
+    pieces = [tuple(w[i : i + size]) for w in windows for i in range(0, len(w) - size + 1, size)]
+    return len({*pieces}) / len(pieces) if pieces else 1.0

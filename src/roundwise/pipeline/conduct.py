@@ -33,7 +33,7 @@ from roundwise.errors import RunError
 from roundwise.models.architecture import arguments
 from roundwise.models.blocks import Block
 from roundwise.pipeline.gather import Gatherer
-from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, stop
+from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, hidden, stop
 from roundwise.pipeline.probe import Group, taking_notes
 from roundwise.pipeline.routing import Policy
 from roundwise.pipeline.windows import Batch
@@ -128,7 +128,7 @@ class Conductor:
             experts.visits = lambda x, _, experts=experts: self.policy.everyone(experts, x)
         with taking_notes(block) as notes:
             self._advance(self.probe_player, EXIT)
-        notes.stream.append((block.name, _hidden(self.probe_player.output)))
+        notes.stream.append((block.name, hidden(self.probe_player.output)))
         return notes.groups()
 
     def play(
@@ -198,9 +198,9 @@ class Conductor:
         def attempt() -> list[torch.Tensor]:
             for player in again:
                 self._resume(player)
-            return [_hidden(player.trial) for player in again]
+            return [hidden(player.trial) for player in again]
 
-        measure(attempt, [_hidden(player.output) for player in again])
+        measure(attempt, [hidden(player.output) for player in again])
         self._trying = False
         for player in self.quantized:
             self._advance(player, EXIT)
@@ -307,10 +307,3 @@ class Conductor:
 
     def _current(self) -> Player:
         return self._playing[getcurrent()]
-
-
-def _hidden(output: Any) -> torch.Tensor:
-    """The hidden states among what a block returned."""
-    found = output[0] if isinstance(output, tuple) else output
-    assert isinstance(found, torch.Tensor)
-    return found

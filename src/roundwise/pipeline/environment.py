@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +73,14 @@ def difference(old: Any, new: Any, path: str = "") -> str:
         return ", ".join(parts)
     short = [str(value) if len(str(value)) < 24 else "…" for value in (old, new)]
     return f"{path} ({short[0]} -> {short[1]})" if short[0] != short[1] else path
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Computes with `count` threads in this block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -18,8 +18,9 @@ from roundwise.models.split import carried
 from roundwise.models.verify import MANIFEST, audit
 from roundwise.models.writer import copy_file, sync_folder, write_json, write_safetensors
 from roundwise.pipeline.environment import described
+from roundwise.pipeline.memory import peak_rss
 
-__all__ = ["MANIFEST", "finish", "shard_name"]
+__all__ = ["MANIFEST", "finish", "shard_name", "timings"]
 
 
 def shard_name(index: int, blocks: int) -> str:
@@ -85,6 +86,9 @@ def finish(
             for info in read_header(out / name).values()
         ),
         "layers": layers,
+        "blocks": [
+            {key: line[key] for key in ("name", "depth_error", "saturation")} for line in done
+        ],
         "experts": [
             {"name": name, "tokens": tokens}
             for line in done
@@ -98,6 +102,25 @@ def finish(
     os.replace(draft, out / "config.json")
     sync_folder(out)
     return manifest
+
+
+def timings(done: list[dict[str, Any]], last: dict[str, float]) -> dict[str, Any]:
+    """Seconds by kind of work over all finished blocks, whichever process did them.
+
+    Args:
+        done: lines of the journal.
+        last: what came after the last block.
+    """
+    phases: dict[str, float] = {}
+    for part in [*(line["seconds"] for line in done), last]:
+        for phase, seconds in part.items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+    return {
+        "seconds": sum(phases.values()),
+        "phases": phases,
+        "blocks": [sum(line["seconds"].values()) for line in done],
+        "peak_rss_bytes": peak_rss(),
+    }
 
 
 def _write_index(out: Path, shards: list[str]) -> None:

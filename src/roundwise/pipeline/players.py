@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from roundwise.pipeline.routing import Passing
 from roundwise.pipeline.windows import Batch
 
 ENTER, COUNTED, GATHERED, EXIT = -2, -1, 1 << 20, 1 << 21
+#: Tokens that are compared at a time.
+ROWS = 1024
 
 
 @dataclass
@@ -40,6 +43,40 @@ class Player:
     """Inputs of the modules that see the residual stream."""
     passing: dict[str, Passing] = field(default_factory=dict)
     """Its tokens in each module of experts."""
+
+
+def hidden(output: Any) -> torch.Tensor:
+    """The hidden states among what a block returned."""
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def depth_error(players: Sequence[Player]) -> float | None:
+    """How far the quantized model is from the original behind a block: ‖h - h̃‖² / ‖h̃‖².
+
+    Args:
+        players: of the quantized model, standing behind the block with their twins.
+
+    Returns:
+        Over the hidden states h of all tokens that count; None where the original is not played.
+    """
+    lost = whole = 0.0
+    for player in players:
+        if player.twin is None:
+            return None
+        width = hidden(player.output).shape[-1]
+        h, original = (hidden(p.output).reshape(-1, width) for p in (player, player.twin))
+        mask = player.batch.counting
+        counting = mask.reshape(-1) if mask is not None and mask.numel() == len(h) else None
+        for start in range(0, len(h), ROWS):  # float32 copies of a few rows only
+            rows = slice(start, start + ROWS)
+            now, then = h[rows].float(), original[rows].float()
+            if counting is not None:
+                now, then = now[counting[rows]], then[counting[rows]]
+            lost += float((now - then).square().sum())
+            whole += float(then.square().sum())
+    return lost / whole if whole else None
 
 
 def stop(place: int) -> None:

@@ -85,7 +85,7 @@ def prepare(
         config = with_widths(skeleton, config, texts, Path(out), lambda: _open(model, config)[0])
         _check(skeleton, config)
     given = {"model": model, "calibration": calibration if isinstance(calibration, str) else None}
-    run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), None, given)
+    run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), None, given, begun)
     not_as_asked = [*asked.before(skeleton, config, calls), *(texts.not_as_asked if texts else [])]
     if config.prescales:
         run.prescaler = Prescaler(skeleton, config)

@@ -17,6 +17,7 @@ from roundwise.core.correct import Drift
 from roundwise.core.hessian import CrossMoment, Hessian
 from roundwise.errors import RunError
 from roundwise.models.blocks import Block
+from roundwise.pipeline.saturation import Saturation
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Group:
     residual_drift: CrossMoment | None = None
     held: Group | None = None
     """The sums over batches that are held out."""
+    watch: Saturation | None = None
+    """Sees each batch that is summed up."""
     fallback: str | None = None
     """Why its sums are not those of the tokens that pass in the model."""
 
@@ -46,6 +49,8 @@ class Group:
         if self.hessian is None:
             self.hessian = Hessian(x.shape[-1])
         self.hessian.add(x, mask)
+        if self.watch is not None:
+            self.watch.add(x, mask, self.hessian)
 
     def add_drift(
         self,
@@ -87,7 +92,7 @@ class Group:
 
     def forget(self) -> None:
         """Frees the sums."""
-        self.hessian = self.input_drift = self.residual_drift = self.held = None
+        self.hessian = self.input_drift = self.residual_drift = self.held = self.watch = None
 
 
 @dataclass

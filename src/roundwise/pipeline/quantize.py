@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.clock import clock
 from roundwise.errors import Interrupted, RunError
 from roundwise.models.writer import storage_error
 from roundwise.pipeline import asked
@@ -32,8 +31,8 @@ class QuantizeResult:
     planned_peak_bytes: int
     """What the plan expected of a run from the first block to the last."""
     phases: dict[str, float]
-    """Seconds by kind of work: start (all before the first block), read, forward, hessian, drift,
-    factor, solve, refine, pack, write, finish."""
+    """Seconds by kind of work: start (all before the first block), read, forward, hessian, drift, watch,
+    factor, solve, refine, pack, write, finish; of this process, where it went on with another's run."""
     bits_per_weight: float
     bytes_before: int
     bytes_after: int
@@ -108,6 +107,7 @@ def carry_out(
 ) -> QuantizeResult:
     """Does what was prepared; arguments and errors as for `quantize`."""
     run, not_as_asked = prepared.run, prepared.not_as_asked
+    run.notes = {"warnings": prepared.warnings, "not_as_asked": not_as_asked}
     run.progress = asked.strictly(progress) if strict else progress
     asked.refuse(not_as_asked if strict else [])
     journal = open_folder(run.out, run.skeleton.checkpoint.folder, restart=restart)
@@ -134,12 +134,16 @@ def carry_out(
         raise
     finally:
         journal.close()
-    seconds, phases = time.monotonic() - prepared.begun, clock.take()
+    run.lap()
+    seconds = time.monotonic() - prepared.begun
     assert run.memory is not None
     return QuantizeResult(
         output=run.out,
         seconds=seconds,
-        phases={"start": max(seconds - sum(phases.values()), 0.0), **phases},
+        phases={
+            **run.spent,
+            "start": seconds - sum(run.spent.values()) + run.spent.get("start", 0.0),
+        },
         peak_rss_bytes=peak_rss(),
         planned_peak_bytes=run.memory.peak_rss_bytes,
         bits_per_weight=manifest["bits_per_weight"],

@@ -15,11 +15,11 @@ from typing import Any
 from roundwise.config import QuantizeConfig
 from roundwise.errors import CalibrationError, CheckpointError, OutputError
 from roundwise.models.verify import MANIFEST, read_manifest
-from roundwise.pipeline.environment import described, difference
+from roundwise.pipeline.environment import described, difference, threads
 from roundwise.pipeline.memory import Mode, parse_mode
 from roundwise.pipeline.prepare import prepare
 from roundwise.pipeline.quantize import QuantizeResult, carry_out
-from roundwise.pipeline.run import Progress, threads
+from roundwise.pipeline.run import Progress
 
 
 @dataclass(frozen=True)

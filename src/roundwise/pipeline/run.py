@@ -7,9 +7,9 @@ finished: the same command goes on at the first block that is not.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,24 @@ from roundwise.models.blocks import Block, set_weight, weight_of
 from roundwise.models.files import file_digest
 from roundwise.models.formats import encode
 from roundwise.models.skeleton import Skeleton
-from roundwise.models.split import carried
-from roundwise.models.writer import write_safetensors
+from roundwise.models.verify import RUN
+from roundwise.models.writer import write_json, write_safetensors
 from roundwise.pipeline import environment
 from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
 from roundwise.pipeline.damping import held_out
-from roundwise.pipeline.environment import difference
-from roundwise.pipeline.finish import finish, shard_name
+from roundwise.pipeline.environment import difference, threads
+from roundwise.pipeline.finish import finish, shard_name, timings
 from roundwise.pipeline.inputs import Inputs
 from roundwise.pipeline.journal import Journal
 from roundwise.pipeline.memory import Mode, reusing
 from roundwise.pipeline.plan import Memory, plan_memory
+from roundwise.pipeline.players import depth_error
 from roundwise.pipeline.prescale import Prescaler, Scaling
 from roundwise.pipeline.probe import Group
+from roundwise.pipeline.record import layer_record, shard_tensors
 from roundwise.pipeline.routing import Policy
+from roundwise.pipeline.saturation import Saturation
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,15 @@ class Run:
     progress: Callable[[Progress], None] | None
     given: dict[str, str | None]
     """Where the model and the text are, as they were given: for the manifest."""
+    begun: float = field(default_factory=time.monotonic)
+    """time.monotonic() when preparing began."""
     prescaler: Prescaler | None = None
     memory: Memory | None = None
     """What the run is expected to hold; set with the fingerprint."""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """`warnings` and `not_as_asked`, for the record."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Seconds by kind of work, of this process."""
 
     def forecast(self, mode: Mode | None) -> Memory:
         """What the run would hold in a mode; None: in the one that memory allows."""
@@ -107,6 +116,7 @@ class Run:
 
     def work(self, journal: Journal) -> dict[str, Any]:
         """All blocks that are not finished, then the rest of the checkpoint."""
+        clock.add("start", time.monotonic() - self.begun - sum(clock.seconds.values()))
         known, done = journal.read()
         fingerprint = self.fingerprint(known)
         if known is None:
@@ -128,7 +138,16 @@ class Run:
             with threads(fingerprint["threads"]):
                 self._blocks(journal, done)
         with clock.phase("finish"):
-            return finish(self.skeleton, self.out, self.config, fingerprint, self.given, done)
+            manifest = finish(self.skeleton, self.out, self.config, fingerprint, self.given, done)
+        write_json(self.out / RUN, {**timings(done, self.lap()), **self.notes})
+        return manifest
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by kind of work since the last call."""
+        taken = clock.take()
+        for phase, seconds in taken.items():
+            self.spent[phase] = self.spent.get(phase, 0.0) + seconds
+        return taken
 
     def _blocks(self, journal: Journal, done: list[dict[str, Any]]) -> None:
         first = len(done)
@@ -189,7 +208,7 @@ class Run:
                 with clock.phase("pack"):
                     set_weight(linear, scaling.undo(q.dequantize(weight_of(linear).dtype)))
                     solved[name] = encode(q, settings)
-                layers.append(_layer(name, q, settings, inputs.tokens))
+                layers.append(layer_record(name, q, settings, inputs.tokens))
                 layers[-1]["fallback"] = q.fallback or group.fallback
                 layers[-1] |= scaling.record(name) | inputs.damping.record(settings)
                 self._tell(index, first, layers[-1])
@@ -197,11 +216,15 @@ class Run:
         with clock.phase("read"):
             self.skeleton.load(block.module, block.prefix)
         activations, routed = None, dict[str, list[int]]()
+        watch, error = None, None
         if conductor is not None:
             groups = conductor.probe(block)
+            watch = self._watch(index, block, groups)
             sequential = self.mode == "true_sequential"
             routed = conductor.play(block, groups, solve_group, sequential=sequential)
             if not block.is_head:
+                with clock.phase("watch"):
+                    error = depth_error(conductor.quantized)
                 with clock.phase("write"):
                     activations = journal.save_outputs(index, conductor.outputs())
                 # From here on the batches live in the file just written, not in memory.
@@ -210,11 +233,15 @@ class Run:
         solve_group(Group([name for name in block.linears if name not in solved]))
         shard = shard_name(index, len(self.skeleton.blocks))
         with clock.phase("write"):
-            digest = write_safetensors(self.out / shard, self._shard(index, solved, folded))
+            digest = write_safetensors(
+                self.out / shard, shard_tensors(self.skeleton, index, solved, folded)
+            )
         self.skeleton.unload(block.module, block.prefix)
         line = {
             "block": index, "shard": shard, "sha256": digest,
             "activations": activations, "layers": layers, "experts": routed,
+            "name": block.name, "depth_error": error,
+            "saturation": watch.record() if watch else None, "seconds": self.lap(),
         }  # fmt: skip
         done.append(line)
         kept = self._activations(done).values()
@@ -225,6 +252,20 @@ class Run:
         """What the last finished block of each list of blocks returned: all that is needed to go on."""
         blocks = zip(self.skeleton.blocks, done, strict=False)
         return {block.stack: line["activations"] for block, line in blocks if line["activations"]}
+
+    def _watch(self, index: int, block: Block, groups: list[Group]) -> Saturation | None:
+        """In the first, the middle and the last block: would more text help its first group?"""
+        name = groups[0].names[0] if groups else ""
+        settings = self.config.for_module(name)
+        blocks = sum(not each.is_head for each in self.skeleton.blocks)
+        if index not in (0, blocks // 2, blocks - 1) or not groups or not self.texts:
+            return None
+        if settings is None or settings.method != "gptq":
+            return None
+        total = len(self.texts.batches)
+        batches = total - len(held_out(self.config, total))
+        groups[0].watch = Saturation(name, weight_of(block.linears[name]), settings, batches)
+        return groups[0].watch
 
     def _prescale(self, block: Block, group: Group, inputs: Inputs) -> Scaling:
         """Scales for the group's input, if any; `inputs` becomes that of the scaled weights."""
@@ -263,52 +304,6 @@ class Run:
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
 
-    def _shard(
-        self,
-        index: int,
-        solved: dict[str, dict[str, torch.Tensor]],
-        folded: dict[str, torch.Tensor],
-    ) -> dict[str, Any]:
-        """The block's tensors as they go to disk: quantized ones packed, all others as they were."""
-        stems = {
-            self.skeleton.source_of[f"{name}.weight"].removesuffix(".weight"): name
-            for name in solved
-        }
-        tensors: dict[str, Any] = {}
-        for tensor, info in self.skeleton.block_tensors(index).items():
-            stem, _, kind = tensor.rpartition(".")
-            if stem in stems and kind == "weight":
-                parts = solved[stems[stem]].items()
-                tensors |= {f"{stem}.{suffix}": part for suffix, part in parts}
-            else:
-                tensors |= carried({tensor: folded.get(tensor, info)}, {*stems})
-        return tensors
-
     def _tell(self, index: int, first: int, layer: dict[str, Any] | None) -> None:
         if self.progress is not None:
             self.progress(Progress(index, len(self.skeleton.blocks), first, layer))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Computes with `count` threads in this block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _layer(name: str, q: QuantizedWeight, settings: QuantizeConfig, tokens: int) -> dict[str, Any]:
-    return {
-        "name": name,
-        "bits": q.bits,
-        "group_size": settings.group_size,
-        "relative_error": q.relative_error,
-        "weight_error": q.weight_error,
-        "damp_percent": q.damp_percent,
-        "damp_tried": list(q.damp_tried),
-        "tokens": tokens,
-        "fallback": q.fallback,
-    }

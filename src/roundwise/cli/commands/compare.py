@@ -74,8 +74,8 @@ def command(
         raise ConfigError("--max-kl and --max-perplexity-increase need a text: --text FILE")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     protocol = Protocol(
-        ids=_tokens(model, text, max_tokens) if text is not None else [],
-        window=_window(model, window), stride=stride, batch_size=batch_size, tasks=names,
+        ids=evaluation_tokens(model, text, max_tokens) if text is not None else [],
+        window=fitting_window(model, window), stride=stride, batch_size=batch_size, tasks=names,
         include_path=include_path, shots=shots, limit=limit, speed=speed,
         dtype=parse_dtype(dtype), device=str(parse_device(device)),
     )  # fmt: skip
@@ -105,7 +105,7 @@ def command(
         raise typer.Exit(1)
 
 
-def _tokens(model: str, text: str, most: int) -> list[int]:
+def evaluation_tokens(model: str, text: str, most: int) -> list[int]:
     """The first tokens of a text, by the original's tokenizer."""
     from roundwise.models.checkpoint import Checkpoint
     from roundwise.models.hub import local_folder
@@ -117,7 +117,7 @@ def _tokens(model: str, text: str, most: int) -> list[int]:
     return list(ids[:most])
 
 
-def _window(model: str, wanted: int) -> int:
+def fitting_window(model: str, wanted: int) -> int:
     """No more than the model's context."""
     from roundwise.models.architecture import load_config
     from roundwise.models.checkpoint import Checkpoint

@@ -12,6 +12,8 @@ from roundwise.cli.output import JsonOption, console, print_json, size, stdout, 
 
 #: Held-out tokens that models are compared on, and the window.
 TOKENS, WINDOW = 10_240, 512
+#: What the report shows both models going on from.
+PROMPTS = ("def read_file(path):\n", "class Stack:\n    def push(self, item):\n")
 
 
 def command(
@@ -43,8 +45,9 @@ def command(
             rows[-1] |= {key: result[key] for key in ("bits_per_weight", "seconds")}
     rows[0]["perplexity"] = rows[-1]["base_perplexity"]
     best = out / "gptq-4bit"
+    page = _report(best, rows, ids, base, tokenizer)
     if as_json:
-        print_json({"checkpoint": str(best), "results": rows})
+        print_json({"checkpoint": str(best), "results": rows, "report": str(page)})
         return
     table = Table(
         "model", "perplexity", "KL to original", "bits per weight", "size", "seconds",
@@ -57,6 +60,7 @@ def command(
         )  # fmt: skip
     stdout.print(table)
     stdout.print(f"checkpoint: {best}", highlight=False, soft_wrap=True)
+    stdout.print(f"report:     {page}", highlight=False, soft_wrap=True)
     stdout.print(
         f"try it:     roundwise generate {best} 'def read_file(path):'",
         highlight=False,
@@ -79,8 +83,41 @@ def _quantize(source: Path, out: Path, bits: int, method: str, samples: int) -> 
     return result.as_dict()
 
 
+def _report(
+    folder: Path, rows: list[dict[str, Any]], ids: list[int], base: Any, tokenizer: Any
+) -> Path:
+    """The page about the 4 bit checkpoint, with what was just measured."""
+    import torch
+
+    from roundwise.evaluation.report.facts import Answers, Evaluation, Measured
+    from roundwise.evaluation.report.measure import continued
+    from roundwise.evaluation.report.page import write_report
+    from roundwise.evaluation.verdict import verdict
+    from roundwise.inference.load import load
+
+    shown = [rows[0], *(row for row in reversed(rows) if row["name"].endswith(" 4 bit"))]
+    models = [
+        Measured(
+            row["name"], row["perplexity"], row["kl_divergence"], row["top1_agreement"],
+            row["bytes"], row["kl_by_position"] if row is not rows[0] else [],
+        )
+        for row in shown
+    ]  # fmt: skip
+    evaluation = Evaluation(
+        f"{len(ids):,} held-out tokens of Python's own library, windows of {WINDOW}",
+        models, verdict((models[0].perplexity, models[1].perplexity), []),
+    )  # fmt: skip
+    quantized, _ = load(folder, dtype=torch.float32)
+    found = [
+        Answers(prompt, *(continued(model, tokenizer, prompt) for model in (base, quantized)))
+        for prompt in PROMPTS
+    ]
+    return write_report(folder, evaluation=evaluation, answers=found)
+
+
 def _measured(name: str, folder: Path, base: Any, quantized: Any, ids: list[int]) -> dict[str, Any]:
     """A row of the table."""
+    from roundwise.evaluation.compare import by_part
     from roundwise.evaluation.divergence import divergence
     from roundwise.models.checkpoint import Checkpoint
 
@@ -95,6 +132,7 @@ def _measured(name: str, folder: Path, base: Any, quantized: Any, ids: list[int]
         "base_perplexity": measured.perplexity[0],
         "kl_divergence": measured.kl_divergence,
         "top1_agreement": measured.top1_agreement,
+        "kl_by_position": by_part(measured.kl_by_position),
         "bits_per_weight": 16.0,
         "bytes": sum(info.nbytes for info in Checkpoint(folder).tensors.values()),
         "seconds": 0.0,

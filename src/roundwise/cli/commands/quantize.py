@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from roundwise.cli.commands import repeat
+from roundwise.cli.commands import repeat, report
 from roundwise.cli.output import JsonOption, Steps, print_json, size, stdout, steps
 from roundwise.errors import ConfigError
 
@@ -168,10 +168,13 @@ def command(
             mode=parse_mode(mode), max_memory=max_memory, restart=restart, strict=strict,
             progress=Reporter(shown),
         )  # fmt: skip
+    page = report.after_run(result.output)
     if as_json:
-        print_json(result.as_dict())
+        print_json({**result.as_dict(), "report": str(page) if page else None})
     else:
         print_result(result)
+        if page is not None:
+            stdout.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 def _one_folder(out: Path | None, output: Path | None) -> Path:
