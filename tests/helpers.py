@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file
 
 from roundwise.models.blocks import weight_of
+from roundwise.models.checkpoint import OWN
 from roundwise.models.skeleton import Skeleton
 from roundwise.pipeline.conduct import Conductor, Group
 from roundwise.pipeline.routing import Policy
@@ -197,7 +198,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("run.json", "report.html")
+        if path.is_file() and path.name not in OWN[1:]
     }
 
 

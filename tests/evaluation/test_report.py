@@ -94,8 +94,8 @@ def made(tmp_path_factory, commands):
 
 def test_quantize_writes_it_with_the_figures_of_the_run(made):
     out, result = made
-    assert result["report"] == str(out / "report.html")
-    page = (out / "report.html").read_text()
+    assert result["report"] == str(out / "roundwise-report.html")
+    page = (out / "roundwise-report.html").read_text()
     text = " ".join("".join(Text(page).text).split())
     worst = max(result["layers"], key=lambda each: each["relative_error"])
     assert f"{worst['relative_error']:.2e}" in text
@@ -108,22 +108,22 @@ def test_quantize_writes_it_with_the_figures_of_the_run(made):
 
 
 def test_it_is_one_file_that_asks_nobody(made):
-    page = Text((made[0] / "report.html").read_text())
+    page = Text((made[0] / "roundwise-report.html").read_text())
     assert [link for link in page.links if not link.startswith("#")] == []
     assert not {"img", "link", "iframe", "object", "image"} & {*page.tags}
     assert len(page.ids) == len({*page.ids})
-    references = {*re.findall(r"url\(#([^)]*)\)", (made[0] / "report.html").read_text())}
+    references = {*re.findall(r"url\(#([^)]*)\)", (made[0] / "roundwise-report.html").read_text())}
     assert {*references, *(link[1:] for link in page.links)} <= {*page.ids}
 
 
 def test_it_is_no_part_of_the_checkpoint(made, tmp_path, commands):
     out = tmp_path / "out"
     shutil.copytree(made[0], out)
-    (out / "report.html").unlink()
-    (out / "run.json").unlink()
+    (out / "roundwise-report.html").unlink()
+    (out / "roundwise-run.json").unlink()
     assert commands.run("verify", str(out)).code == 0
     write_report(out)  # without times
-    assert "peak memory" not in (out / "report.html").read_text()
+    assert "peak memory" not in (out / "roundwise-report.html").read_text()
 
 
 def test_equal_runs_have_equal_pages_but_for_times(made, tmp_path):
@@ -159,7 +159,7 @@ def test_what_it_refuses(made, tmp_path, commands):
     done = commands.run("report", str(bundled_model()))
     assert (done.code, "has no roundwise.json" in done.stderr) == (2, True)
     shutil.copytree(out, tmp_path / "out")
-    (tmp_path / "out" / "run.json").write_text('{"seconds": "long"}')
+    (tmp_path / "out" / "roundwise-run.json").write_text('{"seconds": "long"}')
     with pytest.raises(rw.RoundwiseError, match=r"run\.json is damaged: seconds"):
         read_facts(tmp_path / "out")
 
@@ -266,7 +266,7 @@ def test_a_browser_sorts_its_tables(made, tmp_path):
       document.body.dataset.down = errors();
     </script></body>"""
     page = tmp_path / "page.html"
-    page.write_text((made[0] / "report.html").read_text().replace("</body>", click))
+    page.write_text((made[0] / "roundwise-report.html").read_text().replace("</body>", click))
     dom, complaints = browse(page, "--dump-dom", "--enable-logging=stderr")
     errors = sorted(each["relative_error"] for each in made[1]["layers"])
     title, down = (
@@ -284,7 +284,7 @@ def test_a_browser_draws_it_in_light_and_dark(made, tmp_path, dark, ground):
     from PIL import Image
 
     page = tmp_path / "page.html"
-    shutil.copy(made[0] / "report.html", page)
+    shutil.copy(made[0] / "roundwise-report.html", page)
     scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
     browse(page, f"--screenshot={tmp_path / 'page.png'}", "--hide-scrollbars", *scheme)
     with Image.open(tmp_path / "page.png") as picture:

@@ -142,7 +142,8 @@ def test_only_the_answers_are_fitted(
     every = rw.quantize(tiny, tmp_path / "c", config, str(chats), **options)
     assert made.layers[0]["tokens"] == len(answers) == found.tokens
     errors = [result.layers[0]["relative_error"] for result in (made, same, every)]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    # The model computes in bfloat16, and batches of other shapes are rounded otherwise.
+    assert errors[0] == pytest.approx(errors[1], rel=2e-3)
     assert errors[0] != pytest.approx(errors[2], rel=1e-2)
     name = made.layers[0]["name"]
     codes = [

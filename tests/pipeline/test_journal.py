@@ -26,7 +26,8 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 def line(block: int, activations: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "block": block, "shard": f"{block}.safetensors", "sha256": "0", "activations": activations,
-        "layers": [],
+        "layers": [], "experts": {}, "seconds": {"solve": 1.5}, "name": "layers.0",
+        "depth_error": None, "saturation": None,
     }  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def test_timings_add_up_over_a_resumed_run(made, tmp_path):
     with pytest.raises(rw.RoundwiseError, match="3 of 6 blocks"):
         rw.quantize(*arguments, batch_size=1, seq_len=48, progress=stop)
     result = rw.quantize(*arguments, batch_size=1, seq_len=48)
-    timings = json.loads((tmp_path / "out" / "run.json").read_text())
+    timings = json.loads((tmp_path / "out" / "roundwise-run.json").read_text())
     assert len(timings["blocks"]) == 6
     assert timings["seconds"] == pytest.approx(sum(timings["phases"].values()))
     assert timings["phases"]["solve"] > result.phases["solve"] > 0

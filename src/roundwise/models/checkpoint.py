@@ -31,6 +31,8 @@ DTYPES = {
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
+#: What a run says about itself: manifest, times, report.
+OWN = ("roundwise.json", "roundwise-run.json", "roundwise-report.html")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 #: Bytes copied or hashed at a time.
@@ -194,7 +196,8 @@ class Checkpoint:
     def side_files(self) -> list[Path]:
         """Everything beside the weights that makes the checkpoint complete: tokenizer, licence …
 
-        Left out: other copies of the weights, config.json (it is rewritten), hidden files.
+        Left out: other copies of the weights, config.json (it is rewritten), hidden files, and what an
+        earlier run of roundwise says about itself.
         """
         weights = (
             ".safetensors",
@@ -207,7 +210,7 @@ class Checkpoint:
             ".gguf",
             ".onnx",
         )
-        ours = {"config.json", "quantize_config.json", "roundwise.json"}
+        ours = {"config.json", "quantize_config.json", *OWN}
         return [
             path
             for path in sorted(self.folder.iterdir())

@@ -93,7 +93,7 @@ class Coverage(Record):
 
 
 class Ran(Record):
-    """run.json."""
+    """roundwise-run.json."""
 
     seconds: float
     phases: dict[str, float]

@@ -14,7 +14,7 @@ import torch
 
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.errors import CheckpointError, RoundwiseError, VerificationError
-from roundwise.models.checkpoint import Checkpoint
+from roundwise.models.checkpoint import OWN, Checkpoint
 from roundwise.models.files import file_digest, read_json
 from roundwise.models.fold import as_quantized
 from roundwise.models.formats import quantization_settings, quantized_layers
@@ -24,9 +24,8 @@ from roundwise.models.skeleton import as_linears
 from roundwise.models.sources import as_dense
 from roundwise.models.split import carried
 
-MANIFEST = "roundwise.json"
-#: How the run went: time, memory, and what is to be said. Equal runs have equal manifests, this differs.
-RUN = "run.json"
+#: The second says how the run went: equal runs have equal manifests, but other times.
+MANIFEST, RUN = OWN[:2]
 #: Recorded and recomputed weight errors may differ by summation order only.
 TOLERANCE = 1e-3
 #: Mean error in steps of the grid beyond which the zero points must have been misread.
@@ -104,7 +103,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """run.json of a checkpoint, as `read_manifest`."""
+    """roundwise-run.json of a checkpoint, as `read_manifest`."""
     return _record(folder / RUN, Ran)
 
 

@@ -6,16 +6,18 @@ Until config.json is there, no library takes the folder for a model.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from roundwise.config import QuantizeConfig
+from roundwise.core.clock import clock
 from roundwise.models.checkpoint import INDEX, read_header
 from roundwise.models.files import file_digest
 from roundwise.models.formats import SUFFIXES, quantization_config
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import carried
-from roundwise.models.verify import MANIFEST, audit
+from roundwise.models.verify import MANIFEST, RUN, audit
 from roundwise.models.writer import copy_file, sync_folder, write_json, write_safetensors
 from roundwise.pipeline.environment import described
 from roundwise.pipeline.memory import peak_rss
@@ -35,6 +37,7 @@ def finish(
     fingerprint: dict[str, Any],
     given: dict[str, str | None],
     done: list[dict[str, Any]],
+    ran: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
     """Completes the checkpoint around its finished blocks, audits it, and returns the manifest.
 
@@ -46,6 +49,7 @@ def finish(
         given: where model and text are, as they were given. All else in the manifest is free of times
             and places: equal runs write equal manifests.
         done: journal lines of all blocks.
+        ran: what is to be noted about the run, asked at its end.
 
     Raises:
         CheckpointError: the model was changed meanwhile.
@@ -99,13 +103,15 @@ def finish(
     source.check_unchanged()
     write_json(out / MANIFEST, manifest)
     audit(out, against=source, config_file=draft.name).raise_on_failure()
+    with clock.phase("write"):  # ends that around it: what `ran` adds up is complete
+        write_json(out / RUN, ran())
     os.replace(draft, out / "config.json")
     sync_folder(out)
     return manifest
 
 
 def timings(done: list[dict[str, Any]], last: dict[str, float]) -> dict[str, Any]:
-    """Seconds by kind of work over all finished blocks, whichever process did them.
+    """Seconds by kind of work, whichever process did it; what was lost with one is not in it.
 
     Args:
         done: lines of the journal.

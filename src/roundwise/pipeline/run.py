@@ -25,8 +25,7 @@ from roundwise.models.blocks import Block, set_weight, weight_of
 from roundwise.models.files import file_digest
 from roundwise.models.formats import encode
 from roundwise.models.skeleton import Skeleton
-from roundwise.models.verify import RUN
-from roundwise.models.writer import write_json, write_safetensors
+from roundwise.models.writer import write_safetensors
 from roundwise.pipeline import environment
 from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
@@ -138,9 +137,10 @@ class Run:
             with threads(fingerprint["threads"]):
                 self._blocks(journal, done)
         with clock.phase("finish"):
-            manifest = finish(self.skeleton, self.out, self.config, fingerprint, self.given, done)
-        write_json(self.out / RUN, {**timings(done, self.lap()), **self.notes})
-        return manifest
+            return finish(
+                self.skeleton, self.out, self.config, fingerprint, self.given, done,
+                lambda: {**timings(done, self.lap()), **self.notes},
+            )  # fmt: skip
 
     def lap(self) -> dict[str, float]:
         """Seconds by kind of work since the last call."""

@@ -172,9 +172,7 @@ def command(
     if as_json:
         print_json({**result.as_dict(), "report": str(page) if page else None})
     else:
-        print_result(result)
-        if page is not None:
-            stdout.print(f"report: {page}", highlight=False, soft_wrap=True)
+        print_result(result, page)
 
 
 def _one_folder(out: Path | None, output: Path | None) -> Path:
@@ -237,7 +235,7 @@ class Reporter:
         return (step.block + more - step.resumed) / (step.blocks - step.resumed)
 
 
-def print_result(result: QuantizeResult) -> None:
+def print_result(result: QuantizeResult, page: Path | None = None) -> None:
     """What a run did, in words; last, what did not go as asked."""
     solved = [layer for layer in result.layers if layer["fallback"] is None]
     stdout.print(
@@ -261,6 +259,8 @@ def print_result(result: QuantizeResult) -> None:
         )
     for text in result.warnings:
         stdout.print(f"[yellow]note:[/] {text}", highlight=False, soft_wrap=True)
+    if page is not None:
+        stdout.print(f"report: {page}", highlight=False, soft_wrap=True)
     stdout.print(f"verified, saved in {result.output}", highlight=False, soft_wrap=True)
     for text in result.not_as_asked:
         stdout.print(f"[red]not as asked:[/] {text}", highlight=False, soft_wrap=True)

@@ -28,7 +28,8 @@ def command(
     ] = 512,
     max_tokens: Annotated[int, typer.Option(help="Only the first tokens of the text.")] = 50_000,
     output: Annotated[
-        Path | None, typer.Option(help="File to write (default: report.html in the folder).")
+        Path | None,
+        typer.Option(help="File to write (default: roundwise-report.html in the folder)."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows that go together.", min=1)] = 4,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",

@@ -11,10 +11,11 @@ from markupsafe import Markup
 
 from roundwise.evaluation.report.charts import charts
 from roundwise.evaluation.report.facts import Answers, Evaluation, Facts, read_facts
+from roundwise.models.checkpoint import OWN
 from roundwise.models.writer import replacing
 
 #: The page's name in the folder of its checkpoint.
-PAGE = "report.html"
+PAGE = OWN[2]
 
 
 def write_report(
@@ -28,7 +29,7 @@ def write_report(
 
     Args:
         folder: of the checkpoint.
-        out: file to write; None: `report.html` in the folder.
+        out: file to write; None: `roundwise-report.html` in the folder.
         evaluation, answers: what was measured with it (see `measure`); the page has no such part
             without.
 
