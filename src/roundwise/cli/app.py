@@ -77,6 +77,11 @@ def main() -> None:
     try:
         app()
     except RoundwiseError as error:
+        rank = _rank()
+        if rank and error.exit_code == 2:
+            sys.exit(2)  # all ranks are told the same, and the first one says so
+        if rank:
+            console.print(f"rank {rank}: ", end="")
         if "--json" in sys.argv:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
@@ -93,6 +98,11 @@ def main() -> None:
         # The reader of our output has gone; say nothing more, and not at shutdown either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _rank() -> int:
+    """Number of this process among those of one run; torchrun says so."""
+    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

@@ -59,9 +59,9 @@ class Steps:
 
 
 @contextmanager
-def steps(title: str) -> Iterator[Steps]:
-    """Shows progress on stderr while the block runs."""
-    if not console.is_terminal or os.environ.get("TERM") == "dumb":
+def steps(title: str, *, shown: bool = True) -> Iterator[Steps]:
+    """Shows progress on stderr while the block runs; without a bar if it is not to be `shown`."""
+    if not shown or not console.is_terminal or os.environ.get("TERM") == "dumb":
         yield Steps(None, title)
         return
     columns = (

@@ -109,7 +109,8 @@ def round_searched(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> 
     weights = {"minmax": None, "mse": torch.ones_like(pivots), "pivot": pivots}[config.grid]
     q = round_to_nearest(W, config, weights=weights)
     loss, energy = (float(((X @ H) * X).sum()) for X in (W - q.dequantize(), W))
-    return replace(q, relative_error=max(loss, 0.0) / energy if energy > 0 else 0.0)
+    error = max(loss, 0.0) / energy if energy > 0 else 0.0
+    return replace(q, relative_error=error, energy=energy)
 
 
 def _some_rows(W: torch.Tensor) -> torch.Tensor:

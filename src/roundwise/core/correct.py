@@ -36,6 +36,11 @@ class Drift:
     added to R̃ - R, which takes [out, in] instead of [in, in].
     """
 
+    def rows(self, rows: slice) -> Drift:
+        """What concerns some rows of the weight; `residual` is a copy."""
+        residual = None if self.residual is None else self.residual[rows].clone()
+        return Drift(self.input, residual)
+
     def lost(self, W: torch.Tensor, alpha: float, beta: float) -> torch.Tensor | None:
         """Y [out, in] = (output wanted - output now)ᵀX / n, in the moments' dtype. Ends `residual`.
 

@@ -90,16 +90,10 @@ def _loss(W: torch.Tensor, settings: QuantizeConfig, fit: Moments, held: Moments
     rows = slice(0, None, -(-W.shape[0] // ROWS))
     W = W[rows].to(torch.float32)
     alpha, beta = settings.alpha, settings.beta
-    lost, missed = (_rows(part.drift, rows).lost(W, alpha, beta) for part in (fit, held))
+    lost, missed = (part.drift.rows(rows).lost(W, alpha, beta) for part in (fit, held))
     q = solve(W, prepare(fit.H, settings), settings, lost=lost)
     E, H = q.dequantize() - W, held.H.to(torch.float32)
     loss = float(((E @ H) * E).sum())
     if missed is not None:
         loss -= 2 * float((E * missed.to(torch.float32)).sum())
     return loss / (float(((W @ H) * W).sum()) or 1.0)
-
-
-def _rows(drift: Drift, rows: slice) -> Drift:
-    """The drift that concerns some rows of the weight; `Drift.lost` writes into its residual."""
-    residual = None if drift.residual is None else drift.residual[rows].clone()
-    return Drift(drift.input, residual)

@@ -27,6 +27,10 @@ class QuantizedWeight:
     """||(W - Q)X||² / ||WX||² on the calibration inputs; None when no Hessian was given."""
     weight_error: float = 0.0
     """||W - Q||² / ||W||²: what can be checked later without calibration inputs."""
+    energy: float = 0.0
+    """||WX||² that `relative_error` is relative to, per token."""
+    weight_energy: float = 0.0
+    """||W||² that `weight_error` is relative to."""
     damp_percent: float | None = None
     """Damping that was used in the end."""
     damp_tried: tuple[float, ...] = ()

@@ -130,6 +130,8 @@ def solve(
         zeros=torch.cat([q.zeros for q in parts]),
         relative_error=_ratio(loss, energy),
         weight_error=_ratio(errors, weights),
+        energy=energy,
+        weight_energy=weights,
     )
 
 
@@ -183,14 +185,15 @@ def round_to_nearest(
     g_idx = torch.arange(W.shape[1]) // config.columns_per_group(W.shape[1])
     wide = Grid(grids.scale[:, g_idx], grids.zero[:, g_idx])
     codes = encode(W, wide, config.maxq)
-    error = float((W - decode(codes, wide)).square().sum())
+    error, energy = (float(X.square().sum()) for X in (W - decode(codes, wide), W))
     return QuantizedWeight(
         codes=codes.to(torch.uint8),
         scales=grids.scale.to(torch.float16),
         zeros=grids.zero.to(torch.int32),
         g_idx=g_idx.to(torch.int32),
         bits=config.bits,
-        weight_error=_ratio(error, float(W.square().sum())),
+        weight_error=_ratio(error, energy),
+        weight_energy=energy,
         fallback=fallback,
     )
 

@@ -43,9 +43,7 @@ class Layer(Record):
 class Activations(Record):
     """What a block returned to every batch."""
 
-    file: Name
-    sha256: str
-    players: int
+    files: dict[Name, str]
     places: int | None
 
 

@@ -35,6 +35,7 @@ from roundwise.models.blocks import Block
 from roundwise.pipeline.gather import Gatherer
 from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, hidden, stop
 from roundwise.pipeline.probe import Group, taking_notes
+from roundwise.pipeline.ranks import Ranks
 from roundwise.pipeline.routing import Policy
 from roundwise.pipeline.windows import Batch
 
@@ -48,13 +49,15 @@ class Conductor:
     Args:
         model: its parameters outside the blocks are loaded; those of a block are when it is played.
         blocks: the repeated blocks, in the order in which the model calls them.
-        batches: calibration batches.
+        batches: calibration batches; all of them, whichever of them this rank plays.
         reference: also play the original model.
         skip: resuming, the number of finished blocks; they are not played.
-        outputs: resuming, what the last finished block returned to each player, by `Block.stack`.
+        outputs: resuming, what the last finished block returned to each player by its key, by
+            `Block.stack`.
         held_out: numbers of the batches that are summed up apart (`Group.held`).
         ratio: see `Group.add_drift`.
         policy: which tokens an expert's Hessian is made from.
+        ranks: with whom the work is shared.
     """
 
     def __init__(
@@ -65,25 +68,26 @@ class Conductor:
         *,
         reference: bool = False,
         skip: int = 0,
-        outputs: dict[int, list[Any]] | None = None,
+        outputs: dict[int, dict[str, Any]] | None = None,
         held_out: frozenset[int] = frozenset(),
         ratio: float | None = None,
         policy: Policy | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.blocks, self.skip = model, blocks, skip
-        self.policy = policy or Policy()
+        self.policy, self.ranks = policy or Policy(), ranks or Ranks()
         self.gatherer = Gatherer(self._current, held_out=held_out, ratio=ratio, policy=self.policy)
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
         self.probe_player = Player(probe, -1)
-        self.quantized = [Player(batch, i) for i, batch in enumerate(batches)]
+        self.quantized = [Player(batch, i) for i, batch in self.ranks.share(batches).items()]
         if reference:
             for player in self.quantized:
                 player.twin = Player(player.batch, player.number, player, original=True)
         self.originals = [player.twin for player in self.quantized if player.twin]
         self.players = [self.probe_player, *self.originals, *self.quantized]
         for stack, saved in (outputs or {}).items():
-            for player, output in zip(self.players, saved, strict=True):
-                player.finished[stack] = output
+            for player in self.players:
+                player.finished[stack] = saved[player.key]
         self._trying = False
         self._playing: dict[greenlet, Player] = {}
         self._variants: list[tuple[nn.Module, Any, Any]] = []
@@ -165,6 +169,8 @@ class Conductor:
                 self._advance(player, EXIT)
             for held in (player.captured, player.streams, player.passing):
                 held.clear()
+        for routing in self.gatherer.routings:
+            routing.join(self.ranks)
         tokens = {routing.name: routing.tokens.tolist() for routing in self.gatherer.routings}
         self.gatherer.end()
         return tokens
@@ -215,7 +221,7 @@ class Conductor:
             if routing.first == index:
                 for player in players:
                     self._advance(player, 2 * index)
-                routing.decide(groups)
+                routing.decide(groups, self.ranks)
         for player in players:
             self._advance(player, 2 * index + 1)
 
@@ -228,25 +234,26 @@ class Conductor:
                 self._advance(player, COUNTED)
             self.gatherer.counting = False
             for routing in found:
-                routing.decide(groups)
+                routing.decide(groups, self.ranks)
         for player in self.quantized:
             both = [player.twin, player] if player.twin is not None else [player]
             for place in [*(2 * routing.first for routing in found), GATHERED]:
                 for each in both:
                     self._advance(each, place)
 
-    def outputs(self) -> list[Any]:
-        """What the block returned to each player, all standing behind it."""
-        return [player.output for player in self.players]
+    def outputs(self) -> dict[str, Any]:
+        """What the block returned to each player by its key, all standing behind it."""
+        return {player.key: player.output for player in self.players}
 
-    def replace_outputs(self, outputs: list[Any]) -> None:
+    def replace_outputs(self, outputs: dict[str, Any]) -> None:
         """Lets the players go on with these outputs instead of their own."""
-        for player, output in zip(self.players, outputs, strict=True):
-            player.output = output
+        for player in self.players:
+            player.output = outputs[player.key]
 
     def _solve(self, block: Block, group: Group, solve: Callable[[Group], None]) -> None:
         """Solves a group, and remembers its original weights for the original players."""
         self._show(original=False)
+        group.join(self.ranks)
         linears = [block.linears[name] for name in group.names]
         before: list[Any] = [linear.weight for linear in linears]
         solve(group)

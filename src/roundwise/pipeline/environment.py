@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from roundwise.core import native
+from roundwise.pipeline.ranks import current
 from roundwise.version import __version__
 
 #: Packages beside those in `deciding` that take part in a run.
@@ -45,6 +46,7 @@ def described() -> dict[str, Any]:
         "libc": " ".join(platform.libc_ver()).strip(),
         "processor": name,
         "features": [flag for flag in flags if any(part in flag for part in FEATURES)],
+        "ranks": current().count,
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 

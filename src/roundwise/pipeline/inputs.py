@@ -34,12 +34,18 @@ class Inputs:
             with clock.phase("choose"):
                 self.damping, self.held = choose([*weights], self.fit, self.held), None
 
-    def lost(self, W: torch.Tensor, settings: QuantizeConfig) -> torch.Tensor | None:
-        """What the weight W is to make up for; asked once for each linear, and freed with the last."""
+    def lost(
+        self, W: torch.Tensor, settings: QuantizeConfig, rows: slice | None
+    ) -> torch.Tensor | None:
+        """What the weight W is to make up for; asked once for each linear, and freed with the last.
+
+        `rows`: those of the whole weight that W has; None: all.
+        """
         if self.fit is None:
             return None
         with clock.phase("drift"):
-            Y = self.fit.drift.lost(W, settings.alpha, settings.beta)
+            drift = self.fit.drift if rows is None else self.fit.drift.rows(rows)
+            Y = drift.lost(W, settings.alpha, settings.beta)
         self._waiting -= 1
         if not self._waiting:
             # A moment may be as large as H, whose factor is still to come.

@@ -2,7 +2,7 @@
 
     OUT/.roundwise/lock            held by the process that works here
     OUT/.roundwise/journal.jsonl   line 1: fingerprint; then one line per finished block
-    OUT/.roundwise/activations-N.safetensors   what block N returned to every batch
+    OUT/.roundwise/activations-N-R.safetensors   what block N returned to the batches of rank R
 
 A block's activations and shard are on the disk before its journal line is, so a line is proof of both.
 A last line without a newline was being written when the process died: it does not count.
@@ -116,25 +116,6 @@ class Journal:
         except OSError as error:
             raise storage_error(error, self.path) from error
 
-    def save_outputs(self, index: int, outputs: list[Any]) -> dict[str, Any]:
-        """Writes what block `index` returned to each player; what `load_outputs` needs to know.
-
-        Raises:
-            RunError: the block returned something else than a tensor or a tuple of tensors.
-        """
-        tensors: dict[str, torch.Tensor] = {}
-        for player, output in enumerate(outputs):
-            values = output if isinstance(output, tuple) else (output,)
-            for place, value in enumerate(values):
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{player}.{place}"] = value.contiguous()
-                elif value is not None:
-                    raise RunError(f"block {index} returns a {type(value).__name__}, not a tensor")
-        name = f"activations-{index:05d}.safetensors"
-        digest = write_safetensors(self.folder / name, tensors)
-        places = len(outputs[0]) if isinstance(outputs[0], tuple) else None
-        return {"file": name, "sha256": digest, "players": len(outputs), "places": places}
-
     def check_outputs(self) -> None:
         """Reads the activations to go on from once more.
 
@@ -143,21 +124,10 @@ class Journal:
         """
         done = self.read()[1]
         saved = done[-1]["activations"] if done else None
-        if saved is not None:
-            file = self.folder / saved["file"]
-            if not file.is_file() or file_digest(file) != saved["sha256"]:
+        for name, digest in (saved["files"] if saved else {}).items():
+            file = self.folder / name
+            if not file.is_file() or file_digest(file) != digest:
                 raise RunError(f"{file} was changed or removed since it was written: use --restart")
-
-    def load_outputs(self, saved: dict[str, Any]) -> list[Any]:
-        """The inverse of `save_outputs`; tensors are memory-mapped."""
-        infos = read_header(self.folder / saved["file"])
-        tensors = {name: info.read() for name, info in infos.items()}
-        if saved["places"] is None:
-            return [tensors[f"{player}.0"] for player in range(saved["players"])]
-        return [
-            tuple(tensors.get(f"{player}.{place}") for place in range(saved["places"]))
-            for player in range(saved["players"])
-        ]
 
     def finish(self) -> None:
         """Removes the work folder: the checkpoint beside it is complete."""
@@ -169,3 +139,47 @@ class Journal:
         if not self.path.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+
+
+def save_outputs(out: Path, index: int, rank: int, outputs: dict[str, Any]) -> dict[str, Any]:
+    """Writes what block `index` returned to each player of a rank; what `load_outputs` needs to know.
+
+    Args:
+        out: output folder of the run.
+        index: of the block.
+        rank: whose players they are; each writes a file of its own.
+        outputs: by player.
+
+    Raises:
+        RunError: the block returned something else than a tensor or a tuple of tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    places = None
+    for player, output in outputs.items():
+        places = len(output) if isinstance(output, tuple) else None
+        values = output if isinstance(output, tuple) else (output,)
+        for place, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                tensors[f"{player}.{place}"] = value.contiguous()
+            elif value is not None:
+                raise RunError(f"block {index} returns a {type(value).__name__}, not a tensor")
+    name = f"activations-{index:05d}-{rank}.safetensors"
+    digest = write_safetensors(out / WORK / name, tensors)
+    return {"files": {name: digest}, "places": places}
+
+
+def load_outputs(out: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """What all ranks have saved, by player; tensors are memory-mapped."""
+    infos: dict[str, Any] = {}
+    for name in saved["files"]:
+        infos |= read_header(out / WORK / name)
+    players = dict.fromkeys(name.rpartition(".")[0] for name in infos)
+    if saved["places"] is None:
+        return {player: infos[f"{player}.0"].read() for player in players}
+    return {
+        player: tuple(
+            infos[name].read() if (name := f"{player}.{place}") in infos else None
+            for place in range(saved["places"])
+        )
+        for player in players
+    }

@@ -94,6 +94,7 @@ def plan_memory(
     batch: int,
     mode: Mode | None = None,
     budget: int | None = None,
+    sharing: int = 1,
 ) -> Memory:
     """The mode that fits and the peak it leads to: true_sequential if it fits, else block.
 
@@ -104,10 +105,11 @@ def plan_memory(
         batch: tokens of one forward.
         mode: asked for by the user; None: what fits.
         budget: bytes; None: nine tenths of what is available, and what this process holds already.
+        sharing: how many processes share what is available.
     """
     shapes = forecast.shapes_of(skeleton, config)
     held = resident()
-    budget = budget or int(0.9 * available()) + held
+    budget = budget or int(0.9 * available()) // sharing + held
     choices: list[Mode] = [mode] if mode else ["true_sequential", "block"]
     for choice in choices:
         peaks = [

@@ -10,6 +10,7 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from roundwise.pipeline.probe import Captured
+from roundwise.pipeline.ranks import Ranks
 from roundwise.pipeline.routing import Passing
 from roundwise.pipeline.windows import Batch
 
@@ -44,6 +45,13 @@ class Player:
     passing: dict[str, Passing] = field(default_factory=dict)
     """Its tokens in each module of experts."""
 
+    @property
+    def key(self) -> str:
+        """What it is called where activations are kept; the same on whichever rank it plays."""
+        if self.number < 0:
+            return "probe"
+        return f"{'original' if self.original else 'quantized'}-{self.number}"
+
 
 def hidden(output: Any) -> torch.Tensor:
     """The hidden states among what a block returned."""
@@ -52,11 +60,12 @@ def hidden(output: Any) -> torch.Tensor:
     return found
 
 
-def depth_error(players: Sequence[Player]) -> float | None:
+def depth_error(players: Sequence[Player], ranks: Ranks) -> float | None:
     """How far the quantized model is from the original behind a block: ‖h - h̃‖² / ‖h̃‖².
 
     Args:
         players: of the quantized model, standing behind the block with their twins.
+        ranks: who have the others.
 
     Returns:
         Over the hidden states h of all tokens that count; None where the original is not played.
@@ -76,6 +85,7 @@ def depth_error(players: Sequence[Player]) -> float | None:
                 now, then = now[counting[rows]], then[counting[rows]]
             lost += float((now - then).square().sum())
             whole += float(then.square().sum())
+    lost, whole = ranks.sum(torch.tensor([lost, whole], dtype=torch.float64)).tolist()
     return lost / whole if whole else None
 
 

@@ -25,12 +25,13 @@ from roundwise.models.fold import rotated
 from roundwise.models.formats import check_shape
 from roundwise.models.hub import local_folder
 from roundwise.models.skeleton import Skeleton, open_skeleton
-from roundwise.pipeline import asked
+from roundwise.pipeline import asked, environment
 from roundwise.pipeline.calibration import Calibration, load_calibration
 from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.memory import Mode, parse_size, return_early
 from roundwise.pipeline.own import write_windows
 from roundwise.pipeline.prescale import Prescaler
+from roundwise.pipeline.ranks import Ranks, current
 from roundwise.pipeline.routing import check_experts
 from roundwise.pipeline.run import Run
 from roundwise.pipeline.sharing import Calls, leave_uncalled
@@ -76,16 +77,26 @@ def prepare(
     skipped = _check(skeleton, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
+    ranks = current()
     texts = _calibration(
-        skeleton, config, calibration,
+        skeleton, config, calibration, ranks,
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
     )  # fmt: skip
+    _check_ranks(ranks, skeleton, texts)
     held_out(config, len(texts.batches) if texts else 0)  # refuses one batch
     if texts is not None and config.target_bpw is not None:
-        config = with_widths(skeleton, config, texts, Path(out), lambda: _open(model, config)[0])
+        found, asked_for, windows = skeleton, config, texts
+        chosen = ranks.agree(
+            lambda: with_widths(
+                found, asked_for, windows, Path(out), lambda: _open(model, asked_for)[0]
+            ).model_dump(mode="json")
+        )
+        config = QuantizeConfig(**chosen)
         _check(skeleton, config)
     given = {"model": model, "calibration": calibration if isinstance(calibration, str) else None}
-    run = Run(skeleton, Path(out), config, texts, mode, parse_size(max_memory), None, given, begun)
+    run = Run(
+        skeleton, Path(out), config, texts, mode, parse_size(max_memory), None, given, ranks, begun
+    )
     not_as_asked = [*asked.before(skeleton, config, calls), *(texts.not_as_asked if texts else [])]
     if config.prescales:
         run.prescaler = Prescaler(skeleton, config)
@@ -122,10 +133,28 @@ def _check(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
     return [f"{len(left)} of {len(names)} linear layers are left as they are"] if left else []
 
 
+def _check_ranks(ranks: Ranks, skeleton: Skeleton, texts: Calibration | None) -> None:
+    """Refuses ranks that cannot share a run: too many of them, or unlike ones."""
+    if texts is not None and ranks.count > len(texts.batches):
+        raise ConfigError(
+            f"{ranks.count} ranks cannot share {len(texts.batches)} batches of calibration windows: "
+            "take fewer ranks, more --samples, or a smaller --batch-size"
+        )
+    if not ranks.alone:
+        ranks.check_alike(
+            {
+                **environment.deciding(),
+                "the calibration text": texts.digest if texts else None,
+                "the model's files": sorted(skeleton.checkpoint.tensors),
+            }
+        )
+
+
 def _calibration(
     skeleton: Skeleton,
     config: QuantizeConfig,
     source: str | Sequence[Any] | None,
+    ranks: Ranks,
     *,
     samples: int,
     seq_len: int,
@@ -154,9 +183,11 @@ def _calibration(
     loaded = load_calibration(
         source, tokenizer,
         samples=samples, seq_len=length, batch_size=batch_size, seed=seed, widest=widest, only=only,
-        own=lambda count: write_windows(
-            skeleton.checkpoint, tokenizer,
-            samples=count, seq_len=length, batch_size=batch_size, seed=seed,
+        own=lambda count: ranks.agree(
+            lambda: write_windows(
+                skeleton.checkpoint, tokenizer,
+                samples=count, seq_len=length, batch_size=batch_size, seed=seed,
+            )
         ),
     )  # fmt: skip
     vocabulary = int(text_config.vocab_size)

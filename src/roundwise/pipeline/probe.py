@@ -17,6 +17,7 @@ from roundwise.core.correct import Drift
 from roundwise.core.hessian import CrossMoment, Hessian
 from roundwise.errors import RunError
 from roundwise.models.blocks import Block
+from roundwise.pipeline.ranks import Ranks
 from roundwise.pipeline.saturation import Saturation
 
 
@@ -84,6 +85,26 @@ class Group:
             if self.input_drift is None:
                 self.input_drift = CrossMoment(width, width)
             self.input_drift.add(original.x, x, x, mask)
+
+    def join(self, ranks: Ranks) -> None:
+        """Makes the sums those over all ranks, of which some may have met no token."""
+        if ranks.alone:
+            return
+        for name, make in (
+            ("hessian", lambda rows, _: Hessian(rows)),
+            ("input_drift", CrossMoment),
+            ("residual_drift", CrossMoment),
+        ):
+            mine = getattr(self, name)
+            rows, columns = ranks.largest(*(mine.sum.shape if mine else (0, 0)))
+            if rows:
+                mine = mine or make(rows, columns)
+                setattr(self, name, mine)
+                ranks.sum(mine.sum)
+                mine.tokens = int(ranks.sum(torch.tensor([mine.tokens])))
+        if any(ranks.largest(self.held is not None)):
+            self.held = self.held or Group(self.names, residual=self.residual)
+            self.held.join(ranks)
 
     def drift(self) -> Drift:
         """The mean cross moments. Ends the sums."""

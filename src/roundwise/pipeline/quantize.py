@@ -14,6 +14,7 @@ from roundwise.errors import Interrupted, RunError
 from roundwise.models.writer import storage_error
 from roundwise.pipeline import asked
 from roundwise.pipeline.folder import finished, open_folder
+from roundwise.pipeline.journal import read_journal
 from roundwise.pipeline.memory import Mode, peak_rss
 from roundwise.pipeline.prepare import Prepared, prepare
 from roundwise.pipeline.run import Progress
@@ -107,18 +108,22 @@ def carry_out(
 ) -> QuantizeResult:
     """Does what was prepared; arguments and errors as for `quantize`."""
     run, not_as_asked = prepared.run, prepared.not_as_asked
+    first = run.ranks.first
     run.notes = {"warnings": prepared.warnings, "not_as_asked": not_as_asked}
     run.progress = asked.strictly(progress) if strict else progress
     asked.refuse(not_as_asked if strict else [])
-    journal = open_folder(run.out, run.skeleton.checkpoint.folder, restart=restart)
+    source = run.skeleton.checkpoint.folder
+    journal = open_folder(run.out, source, restart=restart) if first else None
     try:
-        asked.refuse_layers(journal.layers() if strict else [])
-        manifest = finished(run.out, run.fingerprint) or run.work(journal)
+        asked.refuse_layers(journal.layers() if journal and strict else [])
+        manifest = run.ranks.agree(lambda: finished(run.out, run.fingerprint))
+        manifest = manifest or run.work(journal)
         # A finished checkpoint that was found may be of a run that was not strict.
         asked.refuse_layers(manifest["layers"] if strict else [])
-        journal.finish()
+        if journal is not None:
+            journal.finish()
     except KeyboardInterrupt:
-        done, blocks = len(journal.read()[1]), len(run.skeleton.blocks)
+        done, blocks = len(read_journal(run.out)[1]), len(run.skeleton.blocks)
         raise Interrupted(
             f"stopped; {done} of {blocks} blocks are finished and kept in {run.out}: "
             "run the same command again to go on"
@@ -133,10 +138,11 @@ def carry_out(
             ) from error
         raise
     finally:
-        journal.close()
+        if journal is not None:
+            journal.close()
     run.lap()
     seconds = time.monotonic() - prepared.begun
-    assert run.memory is not None
+    memory = run.memory or run.forecast(run.mode)
     return QuantizeResult(
         output=run.out,
         seconds=seconds,
@@ -145,7 +151,7 @@ def carry_out(
             "start": seconds - sum(run.spent.values()) + run.spent.get("start", 0.0),
         },
         peak_rss_bytes=peak_rss(),
-        planned_peak_bytes=run.memory.peak_rss_bytes,
+        planned_peak_bytes=memory.peak_rss_bytes,
         bits_per_weight=manifest["bits_per_weight"],
         bytes_before=manifest["bytes_before"],
         bytes_after=manifest["bytes_after"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import carried
+from roundwise.pipeline.ranks import Ranks
 
 
 def layer_record(
@@ -27,6 +29,30 @@ def layer_record(
         "tokens": tokens,
         "fallback": q.fallback,
     }
+
+
+def join_parts(q: QuantizedWeight, count: int, total: int, ranks: Ranks) -> QuantizedWeight:
+    """A weight of `total` rows from the parts that the ranks have solved.
+
+    Args:
+        q: this rank's.
+        count: how many of its rows count.
+        total: rows of the weight.
+        ranks: who have the others.
+    """
+    codes, scales, zeros = (
+        ranks.join_rows(part[:count], total) for part in (q.codes, q.scales, q.zeros)
+    )
+    known = q.relative_error is not None
+    sums = [(q.relative_error or 0.0) * q.energy, q.energy]
+    sums += [q.weight_error * q.weight_energy, q.weight_energy]
+    mine = torch.tensor(sums if count else [0.0] * 4, dtype=torch.float64)
+    lost, energy, error, weight = ranks.sum(mine).tolist()
+    return replace(
+        q, codes=codes, scales=scales, zeros=zeros, energy=energy, weight_energy=weight,
+        relative_error=(lost / energy if energy else 0.0) if known else None,
+        weight_error=error / weight if weight else 0.0,
+    )  # fmt: skip
 
 
 def shard_tensors(

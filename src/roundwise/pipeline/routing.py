@@ -20,6 +20,7 @@ from roundwise.errors import ConfigError
 from roundwise.models.blocks import Block
 from roundwise.models.experts import LinearExperts, Visits
 from roundwise.pipeline.probe import Group
+from roundwise.pipeline.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Routing:
         self.tokens = torch.zeros(experts.count, dtype=torch.int64)
         """By expert, how many tokens the router chose it for; padding does not count."""
         self._total = 0
+        self._joined = False
         self._short: set[int] = set()
 
     def count(self, index: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -88,10 +90,18 @@ class Routing:
             : len(self.tokens)
         ]
 
-    def decide(self, groups: Sequence[Group]) -> None:
+    def join(self, ranks: Ranks) -> None:
+        """Makes the counts those of all ranks, once their batches are counted."""
+        if not self._joined:
+            ranks.sum(self.tokens)
+            self._total = int(ranks.sum(torch.tensor([self._total])))
+            self._joined = True
+
+    def decide(self, groups: Sequence[Group], ranks: Ranks) -> None:
         """Settles, once all batches are counted, which experts are given all tokens."""
         if self.policy.gather == "all":
             return
+        self.join(ranks)
         self._short = {e for e, n in enumerate(self.tokens.tolist()) if n < self.policy.minimum}
         for group in groups:
             for expert in {self.expert_of.get(name) for name in group.names} & self._short:

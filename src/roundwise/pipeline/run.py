@@ -8,22 +8,16 @@ finished: the same command goes on at the first block that is not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from roundwise.config import QuantizeConfig
-from roundwise.core.awq import round_searched
 from roundwise.core.clock import clock
-from roundwise.core.quantized import QuantizedWeight
-from roundwise.core.solver import round_to_nearest, solve
-from roundwise.errors import NumericalError, OutputError, RunError, SingularError
-from roundwise.models.blocks import Block, set_weight, weight_of
+from roundwise.errors import OutputError, RunError
+from roundwise.models.blocks import Block, weight_of
 from roundwise.models.files import file_digest
-from roundwise.models.formats import encode
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.writer import write_safetensors
 from roundwise.pipeline import environment
@@ -32,16 +26,17 @@ from roundwise.pipeline.conduct import Conductor
 from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.environment import difference, threads
 from roundwise.pipeline.finish import finish, shard_name, timings
-from roundwise.pipeline.inputs import Inputs
-from roundwise.pipeline.journal import Journal
-from roundwise.pipeline.memory import Mode, reusing
+from roundwise.pipeline.journal import WORK, Journal, load_outputs, save_outputs
+from roundwise.pipeline.memory import Mode
 from roundwise.pipeline.plan import Memory, plan_memory
 from roundwise.pipeline.players import depth_error
-from roundwise.pipeline.prescale import Prescaler, Scaling
+from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.probe import Group
-from roundwise.pipeline.record import layer_record, shard_tensors
+from roundwise.pipeline.ranks import Ranks
+from roundwise.pipeline.record import shard_tensors
 from roundwise.pipeline.routing import Policy
 from roundwise.pipeline.saturation import Saturation
+from roundwise.pipeline.solving import BlockSolver
 
 
 @dataclass(frozen=True)
@@ -71,6 +66,7 @@ class Run:
     progress: Callable[[Progress], None] | None
     given: dict[str, str | None]
     """Where the model and the text are, as they were given: for the manifest."""
+    ranks: Ranks = field(default_factory=Ranks)
     begun: float = field(default_factory=time.monotonic)
     """time.monotonic() when preparing began."""
     prescaler: Prescaler | None = None
@@ -85,9 +81,9 @@ class Run:
         """What the run would hold in a mode; None: in the one that memory allows."""
         return plan_memory(
             self.skeleton, self.config,
-            tokens=self.texts.tokens if self.texts else 0,
+            tokens=-(-self.texts.tokens // self.ranks.count) if self.texts else 0,
             batch=max(b.input_ids.numel() for b in self.texts.batches) if self.texts else 0,
-            mode=mode, budget=self.budget,
+            mode=mode, budget=self.budget, sharing=self.ranks.local,
         )  # fmt: skip
 
     def fingerprint(self, known: dict[str, Any] | None) -> dict[str, Any]:
@@ -113,9 +109,30 @@ class Run:
             **{key: known[key] for key in ("threads",) if key in known},
         }
 
-    def work(self, journal: Journal) -> dict[str, Any]:
-        """All blocks that are not finished, then the rest of the checkpoint."""
+    def work(self, journal: Journal | None) -> dict[str, Any]:
+        """All blocks that are not finished, then the rest of the checkpoint; all ranks take part.
+
+        Args:
+            journal: the first rank's; None on all others.
+        """
         clock.add("start", time.monotonic() - self.begun - sum(clock.seconds.values()))
+        fingerprint, done = self.ranks.agree(lambda: self._begin(journal))
+        if journal is None:
+            self._follow(fingerprint)
+        if len(done) < len(self.skeleton.blocks):
+            with threads(fingerprint["threads"]):
+                self._blocks(journal, done)
+        with clock.phase("finish"):
+            return self.ranks.agree(
+                lambda: finish(
+                    self.skeleton, self.out, self.config, fingerprint, self.given, done,
+                    lambda: {**timings(done, self.lap()), **self.notes},
+                )
+            )  # fmt: skip
+
+    def _begin(self, journal: Journal | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The first rank: fingerprint and finished blocks, if they are still what they were."""
+        assert journal is not None
         known, done = journal.read()
         fingerprint = self.fingerprint(known)
         if known is None:
@@ -133,14 +150,17 @@ class Run:
                     f"{shard} was changed or removed since it was written: use --restart"
                 )
         journal.check_outputs()
-        if len(done) < len(self.skeleton.blocks):
-            with threads(fingerprint["threads"]):
-                self._blocks(journal, done)
-        with clock.phase("finish"):
-            return finish(
-                self.skeleton, self.out, self.config, fingerprint, self.given, done,
-                lambda: {**timings(done, self.lap()), **self.notes},
-            )  # fmt: skip
+        return fingerprint, done
+
+    def _follow(self, fingerprint: dict[str, Any]) -> None:
+        """Every other rank: works as the first has decided, into the same folder."""
+        if not (self.out / WORK / "journal.jsonl").exists():
+            raise RunError(
+                f"rank {self.ranks.rank} does not see {self.out}: it must be on a file system that all "
+                "machines of the run share"
+            )
+        self.mode = None if fingerprint["mode"] == "none" else fingerprint["mode"]
+        self.memory = self.forecast(self.mode)
 
     def lap(self) -> dict[str, float]:
         """Seconds by kind of work since the last call."""
@@ -149,7 +169,7 @@ class Run:
             self.spent[phase] = self.spent.get(phase, 0.0) + seconds
         return taken
 
-    def _blocks(self, journal: Journal, done: list[dict[str, Any]]) -> None:
+    def _blocks(self, journal: Journal | None, done: list[dict[str, Any]]) -> None:
         first = len(done)
         if self.texts is None:
             for index in range(first, len(self.skeleton.blocks)):
@@ -157,7 +177,7 @@ class Run:
             return
         self.skeleton.load_outside_blocks()
         outputs = {
-            stack: journal.load_outputs(saved) for stack, saved in self._activations(done).items()
+            stack: load_outputs(self.out, saved) for stack, saved in self._activations(done).items()
         }
         with Conductor(
             self.skeleton.model,
@@ -169,6 +189,7 @@ class Run:
             outputs=outputs,
             held_out=held_out(self.config, len(self.texts.batches)),
             policy=Policy(self.config.experts, self.config.expert_tokens),
+            ranks=self.ranks,
         ) as conductor:
             for index in range(first, len(self.skeleton.blocks)):
                 conductor.enter()
@@ -179,74 +200,64 @@ class Run:
     def _block(
         self,
         index: int,
-        journal: Journal,
+        journal: Journal | None,
         done: list[dict[str, Any]],
         first: int,
         conductor: Conductor | None,
     ) -> None:
         """One block from weights on disk to shard on disk."""
         block = self.skeleton.blocks[index]
-        solved: dict[str, dict[str, torch.Tensor]] = {}
-        layers: list[dict[str, Any]] = []
-        folded: dict[str, torch.Tensor] = {}
-
-        @reusing()
-        def solve_group(group: Group) -> None:
-            # Everybody is behind the linears of earlier groups by now.
-            self.skeleton.release_pages(list(solved))
-            inputs = Inputs(group)
-            scaling = self._prescale(block, group, inputs)
-            folded.update(scaling.tensors)
-            inputs.choose_damping(self._weights(block, group, scaling))
-            for name in group.names:
-                settings = self.config.for_module(name)
-                if settings is None:
-                    continue
-                linear = block.linears[name]
-                with clock.phase("solve"):
-                    q = self._solve(name, scaling.apply(weight_of(linear)), inputs, settings)
-                with clock.phase("pack"):
-                    set_weight(linear, scaling.undo(q.dequantize(weight_of(linear).dtype)))
-                    solved[name] = encode(q, settings)
-                layers.append(layer_record(name, q, settings, inputs.tokens))
-                layers[-1]["fallback"] = q.fallback or group.fallback
-                layers[-1] |= scaling.record(name) | inputs.damping.record(settings)
-                self._tell(index, first, layers[-1])
-
+        solver = BlockSolver(
+            block, self.config, prescaler=self.prescaler, ranks=self.ranks,
+            release=self.skeleton.release_pages,
+            tell=lambda layer: self._tell(index, first, layer),
+        )  # fmt: skip
         with clock.phase("read"):
             self.skeleton.load(block.module, block.prefix)
-        activations, routed = None, dict[str, list[int]]()
-        watch, error = None, None
+        played: dict[str, Any] = {
+            "activations": None, "experts": {}, "depth_error": None, "saturation": None
+        }  # fmt: skip
         if conductor is not None:
-            groups = conductor.probe(block)
-            watch = self._watch(index, block, groups)
-            sequential = self.mode == "true_sequential"
-            routed = conductor.play(block, groups, solve_group, sequential=sequential)
-            if not block.is_head:
-                with clock.phase("watch"):
-                    error = depth_error(conductor.quantized)
-                with clock.phase("write"):
-                    activations = journal.save_outputs(index, conductor.outputs())
-                # From here on the batches live in the file just written, not in memory.
-                conductor.replace_outputs(journal.load_outputs(activations))
-        # Linears that the model's forward never called, or all of them without calibration.
-        solve_group(Group([name for name in block.linears if name not in solved]))
-        shard = shard_name(index, len(self.skeleton.blocks))
-        with clock.phase("write"):
-            digest = write_safetensors(
-                self.out / shard, shard_tensors(self.skeleton, index, solved, folded)
-            )
+            played |= self._play(index, block, conductor, solver)
+        solver.rest()
+        shard, digest = shard_name(index, len(self.skeleton.blocks)), ""
+        if journal is not None:
+            with clock.phase("write"):
+                tensors = shard_tensors(self.skeleton, index, solver.packed, solver.folded)
+                digest = write_safetensors(self.out / shard, tensors)
         self.skeleton.unload(block.module, block.prefix)
         line = {
-            "block": index, "shard": shard, "sha256": digest,
-            "activations": activations, "layers": layers, "experts": routed,
-            "name": block.name, "depth_error": error,
-            "saturation": watch.record() if watch else None, "seconds": self.lap(),
+            "block": index, "name": block.name, "shard": shard, "sha256": digest,
+            "layers": solver.layers, **played, "seconds": self.lap(),
         }  # fmt: skip
         done.append(line)
         kept = self._activations(done).values()
-        journal.block_done(line, keep={saved["file"] for saved in kept})
+        if journal is not None:
+            journal.block_done(line, keep={name for saved in kept for name in saved["files"]})
         self._tell(index, first, None)
+
+    def _play(
+        self, index: int, block: Block, conductor: Conductor, solver: BlockSolver
+    ) -> dict[str, Any]:
+        """Plays a block with all batches; what the journal keeps of it."""
+        groups = conductor.probe(block)
+        watch = self._watch(index, block, groups)
+        sequential = self.mode == "true_sequential"
+        routed = conductor.play(block, groups, solver.solve, sequential=sequential)
+        activations, error = None, None
+        if not block.is_head:
+            with clock.phase("watch"):
+                error = depth_error(conductor.quantized, self.ranks)
+            with clock.phase("write"):
+                saved = save_outputs(self.out, index, self.ranks.rank, conductor.outputs())
+            # From here on the batches live in the file just written, not in memory.
+            conductor.replace_outputs(load_outputs(self.out, saved))
+            files = [item for each in self.ranks.each(saved) for item in each["files"].items()]
+            activations = {**saved, "files": dict(files)}
+        return {
+            "activations": activations, "experts": routed, "depth_error": error,
+            "saturation": watch.record() if watch else None,
+        }  # fmt: skip
 
     def _activations(self, done: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """What the last finished block of each list of blocks returned: all that is needed to go on."""
@@ -260,6 +271,8 @@ class Run:
         blocks = sum(not each.is_head for each in self.skeleton.blocks)
         if index not in (0, blocks // 2, blocks - 1) or not groups or not self.texts:
             return None
+        if not self.ranks.alone:  # one rank's part of the text says nothing about the whole
+            return None
         if settings is None or settings.method != "gptq":
             return None
         total = len(self.texts.batches)
@@ -267,43 +280,6 @@ class Run:
         groups[0].watch = Saturation(name, weight_of(block.linears[name]), settings, batches)
         return groups[0].watch
 
-    def _prescale(self, block: Block, group: Group, inputs: Inputs) -> Scaling:
-        """Scales for the group's input, if any; `inputs` becomes that of the scaled weights."""
-        if self.prescaler is None or inputs.fit is None:
-            return Scaling()
-        with clock.phase("choose"):
-            scaling = self.prescaler.search(block, group.names, inputs.fit.H)
-        for part in (inputs.fit, inputs.held):
-            if part is not None and scaling.s is not None:
-                part.divide(scaling.s)
-        return scaling
-
-    def _weights(
-        self, block: Block, group: Group, scaling: Scaling
-    ) -> Iterator[tuple[torch.Tensor, QuantizeConfig]]:
-        """The weights of a group that are to be quantized, and their settings."""
-        for name in group.names:
-            settings = self.config.for_module(name)
-            if settings is not None:
-                yield scaling.apply(weight_of(block.linears[name])), settings
-
-    def _solve(
-        self, name: str, W: torch.Tensor, inputs: Inputs, settings: QuantizeConfig
-    ) -> QuantizedWeight:
-        """One weight; a named error, or rounding to nearest with the reason recorded."""
-        try:
-            if settings.method == "rtn":
-                return round_to_nearest(W, settings)
-            try:
-                if settings.method == "awq":
-                    return round_searched(W, inputs.moment(), settings)
-                lost = inputs.lost(W, settings)
-                return solve(W, inputs.prepared(settings), settings, lost=lost)
-            except SingularError as error:
-                return round_to_nearest(W, settings, fallback=str(error))
-        except NumericalError as error:
-            raise NumericalError(f"{name}: {error}") from error
-
     def _tell(self, index: int, first: int, layer: dict[str, Any] | None) -> None:
-        if self.progress is not None:
+        if self.progress is not None and self.ranks.first:
             self.progress(Progress(index, len(self.skeleton.blocks), first, layer))

@@ -133,7 +133,8 @@ def command(
 ) -> None:
     """Quantize a model into a checkpoint in the standard GPTQ format.
 
-    A run that was stopped goes on where it was when the same command is given again.
+    A run that was stopped goes on where it was when the same command is given again. Several processes,
+    on one machine or many, share a run: torchrun --nproc-per-node N -m roundwise quantize …
     """
     out = _one_folder(out, output)
     if from_manifest is not None:
@@ -147,6 +148,7 @@ def command(
     from roundwise.config import QuantizeConfig
     from roundwise.pipeline.memory import parse_mode
     from roundwise.pipeline.quantize import quantize
+    from roundwise.pipeline.ranks import joined
 
     given = {
         "order": order, "grid": grid, "grid_candidates": grid_candidates, "alpha": alpha,
@@ -161,13 +163,15 @@ def command(
         dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
-    with steps("quantizing") as shown:
+    with joined() as ranks, steps("quantizing", shown=ranks.first) as shown:
         result = quantize(
             model, out, config, calibration,
             samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
             mode=parse_mode(mode), max_memory=max_memory, restart=restart, strict=strict,
             progress=Reporter(shown),
         )  # fmt: skip
+    if not ranks.first:
+        return
     page = report.after_run(result.output)
     if as_json:
         print_json({**result.as_dict(), "report": str(page) if page else None})
