@@ -14,6 +14,7 @@ import transformers
 import roundwise as rw
 from roundwise.models.bundled import bundled_model
 from tests.helpers import ARCHITECTURES, LLAMA, Commands, random_model, windows
+from tests.mixtures import MIXTURES
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -30,13 +31,14 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of the small model of an architecture. Not to be changed: take `copy_of` for that."""
+    """Folder of the small model of an architecture or mixture. Not to be changed: see `copy_of`."""
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            random_model(ARCHITECTURES[name].config()).save_pretrained(made[name])
+            config = {**ARCHITECTURES, **MIXTURES}[name].config()
+            random_model(config).save_pretrained(made[name])
         return made[name]
 
     return folder

@@ -14,7 +14,7 @@ import pytest
 import roundwise as rw
 from roundwise.errors import CheckpointError, RoundwiseError, RunError
 from roundwise.models.verify import audit
-from roundwise.pipeline import run
+from roundwise.pipeline import solving
 from tests.conftest import QUICK
 from tests.helpers import Stop, contents, journal_blocks, stop_after, windows
 
@@ -151,18 +151,18 @@ def test_out_of_memory_in_the_solver_is_named_and_can_be_gone_on_from(
     error: Exception, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize(llama, tmp_path / "whole")
-    real, calls = run.solve, iter(range(100))
+    real, calls = solving.solve, iter(range(100))
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 10:  # in the second block
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(run, "solve", failing)
+    monkeypatch.setattr(solving, "solve", failing)
     with pytest.raises(RunError, match="out of memory; finished blocks are kept"):
         quantize(llama, tmp_path / "out")
     assert journal_blocks(tmp_path / "out") == [0]
-    monkeypatch.setattr(run, "solve", real)
+    monkeypatch.setattr(solving, "solve", real)
     quantize(llama, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from roundwise.errors import OutputError, RunError
-from roundwise.pipeline.journal import Journal
+from roundwise.pipeline.journal import Journal, load_outputs, save_outputs
 from tests.helpers import raw
 
 
@@ -92,10 +92,13 @@ def test_files_that_were_being_written_are_removed(journal: Journal) -> None:
     ids=["tensors", "tuples", "with none", "turned"],
 )
 def test_what_blocks_return_comes_back_bit_for_bit(journal: Journal, outputs: list[Any]) -> None:
-    saved = journal.save_outputs(3, outputs)
-    loaded = journal.load_outputs(saved)
-    assert len(loaded) == len(outputs)
-    for before, after in zip(outputs, loaded, strict=True):
+    out = journal.folder.parent
+    # Of two ranks, each writes what its players have; either reads what both wrote.
+    given = [{f"player-{i}": outputs[i]} for i in range(2)]
+    saved = [save_outputs(out, 3, rank, given[rank]) for rank in range(2)]
+    loaded = load_outputs(out, {**saved[0], "files": {**saved[0]["files"], **saved[1]["files"]}})
+    assert loaded.keys() == {"player-0", "player-1"}
+    for before, after in zip(outputs, loaded.values(), strict=True):
         assert isinstance(after, tuple) == isinstance(before, tuple)
         pairs = (
             [(before, after)]
@@ -109,14 +112,14 @@ def test_what_blocks_return_comes_back_bit_for_bit(journal: Journal, outputs: li
 
 def test_a_block_that_returns_something_else_is_refused(journal: Journal) -> None:
     with pytest.raises(RunError, match="block 2 returns a dict, not a tensor"):
-        journal.save_outputs(2, [{"hidden": torch.ones(1)}])
+        save_outputs(journal.folder.parent, 2, 0, {"probe": {"hidden": torch.ones(1)}})
 
 
 def test_only_activations_that_are_needed_are_kept(journal: Journal) -> None:
     journal.start({})
     for block in range(3):
-        saved = journal.save_outputs(block, [torch.ones(2)])
-        keep = {"activations-00000.safetensors", saved["file"]}
+        saved = save_outputs(journal.folder.parent, block, 0, {"probe": torch.ones(2)})
+        keep = {"activations-00000-0.safetensors", *saved["files"]}
         journal.block_done(line(block, saved), keep=keep)
         assert {path.name for path in journal.folder.glob("activations-*")} == keep
 
