@@ -180,7 +180,9 @@ def plan(
         bytes_before=skeleton.checkpoint.nbytes(),
         bytes_after=after,
         bits_per_weight=8 * stored / max(1, sum(m.shape[0] * m.shape[1] for m in modules if m.bits)),
-        tied_embeddings=is_tied(skeleton.model.config),
+        tied_embeddings=(
+            is_tied(skeleton.model.config) and skeleton.model.get_output_embeddings() is not None
+        ),
         memory=memory,
         phases=forecast.seconds(flops, skeleton.dtype) if flops else {},
         served_by=runtimes.served_by(_served(skeleton, config)),
