@@ -128,7 +128,12 @@ def _layer(
             f"{name}.qweight {[words, columns]} does not fit a layer of "
             f"{in_features} to {out_features} channels"
         )
-    if f"{name}.g_idx" not in tensors and in_features % parts["scales"].shape[0]:
+    g_idx = tensors.get(f"{name}.g_idx")
+    if g_idx is not None and tuple(g_idx.shape) != (in_features,):
+        raise CheckpointError(
+            f"{name}.g_idx {[*g_idx.shape]} does not name a group for each of {in_features} channels"
+        )
+    if g_idx is None and in_features % parts["scales"].shape[0]:
         raise CheckpointError(
             f"{name} has {in_features} input channels in {parts['scales'].shape[0]} groups, and no "
             "g_idx that says which channel belongs to which"
@@ -140,7 +145,7 @@ def _layer(
             bits=bits,
             groups=parts["scales"].shape[0],
             bias=f"{name}.bias" in tensors,
-            stored_g_idx=f"{name}.g_idx" in tensors,
+            stored_g_idx=g_idx is not None,
             zero_offset=zero_offset,
             dtype=dtype,
         )

@@ -198,10 +198,11 @@ def parse_dynamic(overrides: list[str], skips: list[str]) -> dict[str, dict[str,
     return dynamic
 
 
-def _number(text: str) -> float | str:
+def _number(text: str) -> int | float | str:
     """The number that `text` is; other text stays as it is, for the config to judge."""
     try:
-        return float(text)
+        value = float(text)
+        return int(value) if value.is_integer() else value
     except ValueError:
         return text
 
