@@ -182,3 +182,23 @@ def test_as_a_command(commands, text_model):
     refused = commands.run("plan", text_model, "--group-size", 1024)
     assert refused.code == 1
     assert "does not divide" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "split"),
+    [
+        ({r"q_proj": {"bits": 8}}, "model.layers.0.self_attn.qkv_proj"),
+        ({r"layers\.1.*up_proj": None}, "model.layers.1.mlp.gate_up_proj"),
+        ({r"gate_proj|up_proj": {"group_size": 64}, "o_proj": None}, None),
+    ],
+)
+def test_layers_that_vllm_joins_must_agree(override, split, text_model):
+    config = rw.QuantizeConfig(group_size=32, dynamic=override)
+    found = plan(open_skeleton(text_model), config, samples=4, seq_len=32)
+    for engine in ("vLLM, CPU", "vLLM, GPU (Marlin)"):
+        why_not = found.served_by[engine]
+        if split is None or (engine == "vLLM, CPU" and "q_proj" in override):
+            assert (why_not is None) == (split is None)  # there, 8 bits are the first reason
+        else:
+            assert why_not == f"it computes {split} as one, and its layers have different settings"
+    assert found.served_by["GPTQModel"] is None

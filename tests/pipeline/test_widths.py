@@ -14,7 +14,7 @@ import torch
 import roundwise as rw
 from roundwise.errors import ConfigError
 from roundwise.evaluation.divergence import divergence
-from roundwise.models.formats import with_fused
+from roundwise.models.joint import with_joints
 from roundwise.pipeline import widths
 from roundwise.pipeline.choice import Choice, Option, Unit, as_dynamic, choose
 from roundwise.pipeline.texts import read_text
@@ -61,8 +61,8 @@ def test_the_choice_is_near_the_best(seed: int, target: float) -> None:
 
 def test_engines_that_join_layers_find_them() -> None:
     names = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
-    assert with_fused(names) == [*names]
-    joined = with_fused([*names, "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj"])
+    assert with_joints(names) == [*names]
+    joined = with_joints([*names, "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj"])
     assert joined[4:] == ["model.layers.0.self_attn.qkv_proj"]
     config = rw.QuantizeConfig(dynamic=as_dynamic([Choice(tuple(joined[:3]), 8, 32, 0.0)]))
     assert config.for_module("model.layers.0.self_attn.qkv_proj").bits == 8

@@ -19,15 +19,11 @@ from roundwise.core.quantized import QuantizedWeight
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.models.checkpoint import Checkpoint, TensorInfo
 from roundwise.models.files import read_json
+from roundwise.models.joint import joint_rules, with_joints
 from roundwise.version import __version__
 
 #: What replaces NAME.weight.
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
-#: Layers that vLLM computes as one, and asks the settings of by one name.
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 
 
 def check_shape(name: str, out_features: int, in_features: int, config: QuantizeConfig) -> None:
@@ -141,7 +137,7 @@ def quantization_config(
         left: names of linears that stay whatever the settings say.
         names: of all others.
     """
-    dynamic = {**_leave(left), **_joined(config, names)}
+    dynamic = {**_leave(left), **joint_rules(config, names)}
     for pattern, changes in config.dynamic.items():
         # Readers match dynamic patterns from the start of the name; ours may stand anywhere in it.
         anchored = f".*(?:{pattern})"
@@ -175,24 +171,6 @@ def _leave(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {f"-:.*{pattern}": {} for pattern in dict.fromkeys(patterns)}
 
 
-def _joined(config: QuantizeConfig, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Rules for joint names that engines ask for, where no pattern gives them their layers' settings."""
-    given = list(names)
-    alike: dict[str, tuple[list[str], dict[str, Any]]] = {}
-    for joint in with_fused(given)[len(given) :]:
-        stem, _, last = joint.rpartition(".")
-        wanted = [config.for_module(f"{stem}.{member}") for member in FUSED[last]]
-        if wanted[0] == config.for_module(joint) or any(each != wanted[0] for each in wanted):
-            continue
-        kind = wanted[0]
-        changes = {} if kind is None else kind.model_dump(include={"bits", "group_size", "sym"})
-        alike.setdefault(repr(changes), ([], changes))[0].append(joint)
-    return {
-        f"{'+' if changes else '-'}:(?:{'|'.join(map(re.escape, joints))})$": changes
-        for joints, changes in alike.values()
-    }
-
-
 def kind_of(q: QuantizedWeight) -> dict[str, Any]:
     """The settings of a weight that can be told from the weight itself."""
     groups, columns = q.scales.shape[1], len(q.g_idx)
@@ -203,18 +181,6 @@ def kind_of(q: QuantizedWeight) -> dict[str, Any]:
         "sym": bool((q.zeros == 2 ** (q.bits - 1)).all()),
         "desc_act": not torch.equal(q.g_idx, torch.arange(columns, dtype=torch.int32) // size),
     }
-
-
-def with_fused(names: Iterable[str]) -> list[str]:
-    """Names of layers, and what engines that join some of them ask for instead, if all are there."""
-    given = list(names)
-    found = dict.fromkeys(given)
-    for fused, members in FUSED.items():
-        for name in given:
-            stem, _, last = name.rpartition(".")
-            if last == members[0] and {f"{stem}.{member}" for member in members} <= {*given}:
-                found[f"{stem}.{fused}"] = None
-    return list(found)
 
 
 def foreign_config(
@@ -234,7 +200,7 @@ def foreign_config(
     usual, *others = sorted(alike.values(), key=len, reverse=True)
     dynamic = _leave(left)
     for names in others:
-        dynamic[f"+:(?:{'|'.join(map(re.escape, with_fused(names)))})$"] = kinds[names[0]]
+        dynamic[f"+:(?:{'|'.join(map(re.escape, with_joints(names)))})$"] = kinds[names[0]]
     return {
         "quant_method": "gptq",
         **kinds[usual[0]],

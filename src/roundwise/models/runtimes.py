@@ -20,7 +20,8 @@ def vllm(layer: Mapping[str, Any], *, gpu: bool) -> str | None:
 
     Args:
         layer: settings; of an expert's also `experts`: how the original's files name it (see `kind`),
-            or "mixed" if the experts of a layer differ.
+            or "mixed" if the experts of a layer differ; and `split`: what joins it with layers that
+            have other settings.
         gpu: on one.
     """
     bits, group = layer.get("bits"), layer.get("group_size", 128)
@@ -34,10 +35,12 @@ def vllm(layer: Mapping[str, Any], *, gpu: bool) -> str | None:
         return "it no longer takes act-order files (desc_act)"
     if group not in VLLM_GROUPS:
         return f"it has no kernel for groups of {group} (32, 64, 128 or -1)"
-    return _vllm_experts(layer.get("experts"), gpu=gpu)
+    return _vllm_together(layer.get("split"), layer.get("experts"), gpu=gpu)
 
 
-def _vllm_experts(kind: str | None, *, gpu: bool) -> str | None:
+def _vllm_together(split: str | None, kind: str | None, *, gpu: bool) -> str | None:
+    if split is not None:
+        return f"it computes {split} as one, and its layers have different settings"
     if kind is not None and not gpu:
         return "it computes quantized experts on GPUs, and on processors with AMX tiles"
     return {

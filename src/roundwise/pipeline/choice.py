@@ -13,7 +13,7 @@ from typing import Any
 
 from roundwise.config import QuantizeConfig
 from roundwise.errors import ConfigError
-from roundwise.models.formats import with_fused
+from roundwise.models.joint import with_joints
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def as_dynamic(choices: Sequence[Choice]) -> dict[str, dict[str, Any] | None]:
     for choice in choices:
         alike.setdefault((choice.bits, choice.group_size), []).extend(choice.names)
     return {
-        f"^(?:{'|'.join(map(re.escape, with_fused(names)))})$": {"bits": bits, "group_size": size}
+        f"^(?:{'|'.join(map(re.escape, with_joints(names)))})$": {"bits": bits, "group_size": size}
         for (bits, size), names in sorted(alike.items())
     }
 

@@ -15,6 +15,7 @@ from roundwise.models import runtimes
 from roundwise.models.blocks import weight_of
 from roundwise.models.formats import check_shape, packed_bytes
 from roundwise.models.head import is_tied
+from roundwise.models.joint import split_joints
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import PartInfo
 from roundwise.pipeline import forecast
@@ -229,6 +230,7 @@ def _served(skeleton: Skeleton, config: QuantizeConfig) -> Iterator[dict[str, An
                 layer["experts"] = runtimes.kind(name.rpartition(".")[2], together=together)
             layers.append(layer)
         yield from layers
+        yield from ({**layers[-1], "split": joint} for joint in split_joints(config, block.linears))
         yield from (
             {**layers[-1], "experts": "mixed"} for found in mixed.values() if len(found) > 1
         )
