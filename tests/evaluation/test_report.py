@@ -294,3 +294,11 @@ def test_a_browser_draws_it_in_light_and_dark(made, tmp_path, dark, ground):
     assert any(
         b > r + 40 for (r, _, b), count in counts.items() if count > 500
     )  # the heat map's blue
+
+
+def test_widths_that_differ_are_listed():
+    layers = [layer(f"model.layers.{i}.mlp.up_proj", bits=8 if i < 2 else 4) for i in range(5)]
+    assert "8/128 x2, 4/128 x3" in render(facts(layers))
+    assert "5 layers of 4 bits, groups of 128" in render(
+        facts([{**each, "bits": 4} for each in layers])
+    )

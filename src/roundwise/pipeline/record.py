@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,6 +30,20 @@ def layer_record(
         "damp_tried": list(q.damp_tried),
         "tokens": tokens,
         "fallback": q.fallback,
+    }
+
+
+def widths(layers: list[dict[str, Any]]) -> dict[str, str]:
+    """For each kind of layer, bits and group sizes from the first block on; none if all agree."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        kind = re.sub(r"\d+(?=\.)", "*", layer["name"])
+        found.setdefault(kind, []).append(f"{layer['bits']}/{layer['group_size']}")
+    if len({width for each in found.values() for width in each}) < 2:
+        return {}
+    return {
+        kind: ", ".join(f"{width} x{len([*same])}" for width, same in groupby(each))
+        for kind, each in found.items()
     }
 
 

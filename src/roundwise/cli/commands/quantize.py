@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -242,6 +241,8 @@ class Reporter:
 
 def print_result(result: QuantizeResult, page: Path | None = None) -> None:
     """What a run did, in words; last, what did not go as asked."""
+    from roundwise.pipeline.record import widths
+
     solved = [layer for layer in result.layers if layer["fallback"] is None]
     stdout.print(
         f"{len(result.layers)} layers in {result.seconds:.1f} s, {result.bits_per_weight:.2f} bits per "
@@ -249,9 +250,8 @@ def print_result(result: QuantizeResult, page: Path | None = None) -> None:
         f"peak memory {size(result.peak_rss_bytes)}, mode {result.mode}",
         highlight=False,
     )
-    if len({(layer["bits"], layer["group_size"]) for layer in result.layers}) > 1:
-        for line in widths(result.layers):
-            stdout.print(line, highlight=False, soft_wrap=True)
+    for kind, found in widths(result.layers).items():
+        stdout.print(f"{kind}: {found}", highlight=False, soft_wrap=True)
     if result.experts:
         stdout.print(coverage(result.experts), highlight=False)
     errors = [layer["relative_error"] for layer in solved if layer["relative_error"] is not None]
@@ -269,18 +269,6 @@ def print_result(result: QuantizeResult, page: Path | None = None) -> None:
     stdout.print(f"verified, saved in {result.output}", highlight=False, soft_wrap=True)
     for text in result.not_as_asked:
         stdout.print(f"[red]not as asked:[/] {text}", highlight=False, soft_wrap=True)
-
-
-def widths(layers: list[dict[str, Any]]) -> list[str]:
-    """For each kind of layer, its widths and group sizes from the first block to the last."""
-    found: dict[str, list[str]] = {}
-    for layer in layers:
-        kind = re.sub(r"\d+(?=\.)", "*", layer["name"])
-        found.setdefault(kind, []).append(f"{layer['bits']}/{layer['group_size']}")
-    return [
-        f"{kind}: {', '.join(f'{width} x{len([*same])}' for width, same in groupby(each))}"
-        for kind, each in found.items()
-    ]
 
 
 def coverage(experts: list[dict[str, Any]]) -> str:

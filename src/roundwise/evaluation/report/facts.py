@@ -17,6 +17,7 @@ from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.formats import SUFFIXES
 from roundwise.models.verify import read_manifest, read_run
 from roundwise.pipeline.asked import of_layers
+from roundwise.pipeline.record import widths
 
 #: A layer stands out when its error, in decades from the median of its kind, is more than so many times
 #: the usual deviation (1.4826 of the median one, as for a normal distribution), and the error doubled.
@@ -116,6 +117,11 @@ class Facts:
         watched = [b["saturation"] for b in self.manifest["blocks"] if b["saturation"]]
         found = [part for each in watched if (part := gain(each["points"])) is not None]
         return median(found) if found else None
+
+    @property
+    def widths(self) -> dict[str, str]:
+        """Bits and group sizes of each kind of layer, where they are not the same for all."""
+        return widths(self.manifest["layers"])
 
     @property
     def blocks(self) -> list[str]:
