@@ -167,9 +167,10 @@ def measure(recipe: str, blocks: int) -> None:
     print(f"{blocks} blocks, {recipe}: seconds of the first rank\n")
     print("| phase | one rank | two | ratio |\n|---|---|---|---|")
     one, two = ({**each["phases"], "all": each["seconds"]} for each in found)
-    for phase in sorted(one, key=one.__getitem__, reverse=True):
-        after = two.get(phase, 0.0)
-        print(f"| {phase} | {one[phase]:.1f} | {after:.1f} | {one[phase] / max(after, 1e-3):.2f} |")
+    for phase in sorted({**two, **one}, key=lambda phase: -one.get(phase, 0.0)):
+        before, after = one.get(phase, 0.0), two.get(phase, 0.0)
+        ratio = f"{before / after:.2f}" if min(before, after) > 0.05 else ""
+        print(f"| {phase} | {before:.1f} | {after:.1f} | {ratio} |")
 
 
 def main() -> None:

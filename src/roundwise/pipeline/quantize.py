@@ -33,7 +33,8 @@ class QuantizeResult:
     """What the plan expected of a run from the first block to the last."""
     phases: dict[str, float]
     """Seconds by kind of work: start (all before the first block), read, forward, hessian, drift, watch,
-    factor, solve, refine, pack, write, finish; of this process, where it went on with another's run."""
+    factor, solve, refine, pack, write, exchange (between ranks, with waiting), finish; of this process,
+    where it went on with another's run."""
     bits_per_weight: float
     bytes_before: int
     bytes_after: int

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from roundwise.core.clock import clock
 from roundwise.errors import ConfigError, RunError
 
 T = TypeVar("T")
@@ -139,9 +140,10 @@ class Ranks:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """An exchange that fails means that another rank has ended, or cannot be reached."""
+    """An exchange; one that fails means that another rank has ended, or cannot be reached."""
     try:
-        yield
+        with clock.phase("exchange"):
+            yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:120]
         raise RunError(
