@@ -302,3 +302,15 @@ def test_widths_that_differ_are_listed():
     assert "5 layers of 4 bits, groups of 128" in render(
         facts([{**each, "bits": 4} for each in layers])
     )
+
+
+def test_what_is_not_known_is_said():
+    known = facts([layer("model.layers.0.mlp.up_proj")])
+    unknown = replace(known, manifest={
+        **known.manifest, "blocks": [{**b, "depth_error": None} for b in known.manifest["blocks"]],
+    })  # fmt: skip
+    sentence = "Not known: with alpha and beta 0 the original is not played"
+    assert sentence not in render(known)
+    assert sentence in render(unknown)
+    rounded = facts([layer("model.layers.0.mlp.up_proj", None)])
+    assert "rounding to nearest sees no inputs" in render(rounded)

@@ -10,6 +10,8 @@ import torch
 
 import roundwise as rw
 from roundwise.errors import ConfigError
+from roundwise.evaluation.report.facts import read_facts
+from roundwise.evaluation.report.page import write_report
 from roundwise.models.architecture import arguments
 from roundwise.models.checkpoint import Checkpoint
 from roundwise.models.convert import convert
@@ -58,6 +60,9 @@ def test_family(name: str, tmp_path: Path) -> None:
     assert result.bytes_after == planned.bytes_after
     assert not any(layer["fallback"] for layer in result.layers)
     assert audit(out, against=Checkpoint(model)).failures == []
+    page = write_report(out).read_text(encoding="utf-8")
+    assert all(cell.worst["name"] in page or f"{cell.block}.{cell.kind}" in page
+               for cell in read_facts(out).cells)  # fmt: skip
     convert(out, dense, "dense", dtype=torch.float32)
     torch.testing.assert_close(
         output(out, family.exact), output(dense, family.exact), rtol=1e-4, atol=1e-4
