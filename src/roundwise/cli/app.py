@@ -78,8 +78,8 @@ def main() -> None:
         app()
     except RoundwiseError as error:
         rank = _rank()
-        if rank and error.exit_code == 2:
-            sys.exit(2)  # all ranks are told the same, and the first one says so
+        if rank and (error.exit_code == 2 or isinstance(error, Interrupted)):
+            sys.exit(error.exit_code)  # all ranks are told the same, and the first one says so
         if rank:
             console.print(f"rank {rank}: ", end="")
         if "--json" in sys.argv:

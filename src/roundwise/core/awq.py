@@ -21,11 +21,10 @@ import torch
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.solver import round_to_nearest, solve
+from roundwise.core.trial import some_rows
 from roundwise.errors import SingularError
 
 RATIOS = [i / 20 for i in range(20)]
-#: Rows of a weight that ratios are compared on, evenly spaced.
-ROWS = 128
 #: What is left out while ratios are compared.
 QUICK: dict[str, dict[str, Any]] = {
     "awq": {"grid": "minmax"},
@@ -71,7 +70,7 @@ def search_scales(
     if not float(H.diagonal().sum()) > 0.0:
         raise SingularError("the Hessian is zero: no calibration input reached this layer")
     H = H.to(torch.float32)
-    parts = [(_some_rows(W).to(torch.float32), settings) for W, settings in weights]
+    parts = [(W[some_rows(W)].to(torch.float32), settings) for W, settings in weights]
     losses = []
     for ratio in RATIOS:
         s = channel_scales(H, ratio)
@@ -111,8 +110,3 @@ def round_searched(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> 
     loss, energy = (float(((X @ H) * X).sum()) for X in (W - q.dequantize(), W))
     error = max(loss, 0.0) / energy if energy > 0 else 0.0
     return replace(q, relative_error=error, energy=energy)
-
-
-def _some_rows(W: torch.Tensor) -> torch.Tensor:
-    step = -(-W.shape[0] // ROWS)
-    return W[::step]

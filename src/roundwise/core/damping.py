@@ -20,11 +20,10 @@ import torch
 from roundwise.config import QuantizeConfig
 from roundwise.core.correct import Drift
 from roundwise.core.solver import prepare, solve
+from roundwise.core.trial import some_rows
 
 #: Dampings compared.
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1)
-#: Rows of each weight that they are compared on, evenly spaced.
-ROWS = 128
 #: What is left out of the recipe meanwhile.
 QUICK = {"grid_candidates": 1, "refine": 0}
 
@@ -87,7 +86,7 @@ def held_out_losses(
 
 
 def _loss(W: torch.Tensor, settings: QuantizeConfig, fit: Moments, held: Moments) -> float:
-    rows = slice(0, None, -(-W.shape[0] // ROWS))
+    rows = some_rows(W)
     W = W[rows].to(torch.float32)
     alpha, beta = settings.alpha, settings.beta
     lost, missed = (part.drift.rows(rows).lost(W, alpha, beta) for part in (fit, held))

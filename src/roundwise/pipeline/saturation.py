@@ -16,9 +16,10 @@ import torch
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
-from roundwise.core.damping import QUICK, ROWS
+from roundwise.core.damping import QUICK
 from roundwise.core.hessian import Hessian, counted
 from roundwise.core.solver import prepare, round_to_nearest, solve
+from roundwise.core.trial import some_rows
 from roundwise.errors import SingularError
 
 #: Part of the batches that is held out, and the parts that are solved from.
@@ -30,14 +31,14 @@ class Saturation:
 
     Args:
         name: the linear that is solved.
-        W: its weight [out, in]; `ROWS` of its rows are solved.
+        W: its weight [out, in]; some of its rows are solved.
         settings: how; refinements are left out.
         batches: how many will come.
     """
 
     def __init__(self, name: str, W: torch.Tensor, settings: QuantizeConfig, batches: int) -> None:
         self.name = name
-        self._W = W[:: -(-W.shape[0] // ROWS)].to(torch.float32)
+        self._W = W[some_rows(W)].to(torch.float32)
         damping = 0.01 if settings.damp_percent == "auto" else settings.damp_percent
         self._settings = settings.merged({**QUICK, "damp_percent": damping})
         self._fit = batches - max(1, round(batches * HELD_OUT))
