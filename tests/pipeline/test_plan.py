@@ -202,3 +202,17 @@ def test_layers_that_vllm_joins_must_agree(override, split, text_model):
         else:
             assert why_not == f"it computes {split} as one, and its layers have different settings"
     assert found.served_by["GPTQModel"] is None
+
+
+def test_the_size_of_a_target_is_that_of_the_run(tiny, tmp_path):
+    config = rw.QuantizeConfig(target_bpw=3.5, target_widths=(2, 4))
+    found = plan(open_skeleton(tiny), config, samples=4, seq_len=32)
+    result = rw.quantize(tiny, tmp_path / "out", config, windows(4), samples=4, seq_len=32)
+    # No more than the target, and less by what is too little for one more layer.
+    assert 0.97 * found.bytes_after < result.bytes_after <= found.bytes_after
+    assert found.bits_per_weight == pytest.approx(3.5)
+    assert found.phases["survey"] > 0
+    assert "42 layers are chosen when the run begins" in " ".join(found.warnings)
+    assert found.served_by["vLLM, GPU (Marlin)"] == "it has no kernel for 2 bits (4, and 8 on GPUs)"
+    wide = plan(open_skeleton(tiny), config.merged({"target_widths": (4, 8), "target_bpw": 5.0}))
+    assert wide.served_by["vLLM, GPU (Marlin)"] is None

@@ -22,7 +22,11 @@ SOLVING, REFINING = 8, 14
 #: Share of the machine's matrix products that each phase reaches (docs/performance.md).
 REACHED = {
     "forward": 0.72, "hessian": 0.77, "drift": 0.67, "factor": 0.37, "solve": 0.5, "refine": 0.7,
+    "survey": 0.5,
 }  # fmt: skip
+#: Group sizes that a survey tries beside the one asked for, the tokens it plays a block with, about, and
+#: units of a block that may differ (all experts are one).
+OPTION_GROUPS, OPTION_TOKENS, MOST_UNITS = (32, 128), 2048, 8
 #: Side of the trial's matrices and its seconds.
 TRIAL, SECONDS = 1024, 0.5
 
@@ -170,6 +174,18 @@ def work(shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str) -> d
     return {phase: shapes.blocks * flop for phase, flop in found.items() if flop}
 
 
+def survey(shapes: Shapes, config: QuantizeConfig, *, tokens: int) -> dict[str, float]:
+    """Operations of choosing widths: one pass, then every option solved and played with a few tokens."""
+    weights = sum(linear.entries * linear.part for linear in shapes.linears)
+    products = sum(linear.entries * linear.columns for linear in shapes.linears)
+    squares = sum(linear.columns**2 * linear.part for linear in shapes.inputs)
+    factors = sum(linear.columns**3 for linear in shapes.inputs) / 3
+    options = len(config.target_widths) * len({config.group_size, *OPTION_GROUPS})
+    played = options * min(len(shapes.inputs), MOST_UNITS) * 2.0 * weights * OPTION_TOKENS
+    each = options * (factors + 2.0 * products)
+    return {"survey": shapes.blocks * (2.0 * weights * tokens + tokens * squares + played + each)}
+
+
 def rate(dtype: torch.dtype) -> float:
     """Operations per second of products of this dtype here, in a trial of half a second."""
     A, B = (torch.randn(TRIAL, TRIAL).to(dtype) for _ in range(2))
@@ -185,7 +201,7 @@ def seconds(flops: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
     """Time of each phase on this machine's processor."""
     rates = {"float32": rate(torch.float32)}
     rates["model"] = rates["float32"] if dtype == torch.float32 else rate(dtype)
-    kind = {"forward": "model", "hessian": "model", "drift": "model"}
+    kind = dict.fromkeys(("forward", "hessian", "drift", "survey"), "model")
     return {
         phase: flop / (REACHED[phase] * rates[kind.get(phase, "float32")])
         for phase, flop in flops.items()

@@ -19,6 +19,7 @@ from roundwise.models.joint import split_joints
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import PartInfo
 from roundwise.pipeline import forecast
+from roundwise.pipeline.choice import is_open
 from roundwise.pipeline.memory import Mode, available, resident
 from roundwise.pipeline.routing import check_experts
 from roundwise.pipeline.sharing import leave_uncalled
@@ -163,6 +164,12 @@ def plan(
             check_experts(block, config)
         except ConfigError as error:
             problems.append(str(error))
+    open_ = [m for m in modules if m.bits and config.target_bpw and is_open(m.name, config)]
+    if open_:
+        warnings.append(
+            f"bits and groups of {len(open_)} layers are chosen when the run begins: those shown are "
+            f"not final, the size is that of {config.target_bpw:g} bits per weight"
+        )
     memory = plan_memory(
         skeleton, config, tokens=tokens, batch=batch_size * seq_len, mode=mode, budget=budget
     )
@@ -172,8 +179,9 @@ def plan(
     flops: dict[str, float] = {}
     for each in shapes if tokens else []:
         work = forecast.work(each, config, tokens=tokens, mode=memory.mode)
+        work |= forecast.survey(each, config, tokens=tokens) if open_ else {}
         flops = {phase: flops.get(phase, 0.0) + flop for phase, flop in work.items()}
-    after, stored = _bytes_after(skeleton, config)
+    after, stored = _bytes_after(skeleton, config, {m.name for m in open_})
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
     return Plan(
         modules=modules,
@@ -229,6 +237,9 @@ def _served(skeleton: Skeleton, config: QuantizeConfig) -> Iterator[dict[str, An
                 together = isinstance(info, PartInfo)
                 layer["experts"] = runtimes.kind(name.rpartition(".")[2], together=together)
             layers.append(layer)
+            if config.target_bpw and not block.is_head and is_open(name, config):
+                # Each width that may be chosen; groups are such as everyone takes.
+                layers += [{**layer, "bits": bits} for bits in config.target_widths]
         yield from layers
         yield from ({**layers[-1], "split": joint} for joint in split_joints(config, block.linears))
         yield from (
@@ -265,8 +276,11 @@ def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], 
     return found, bool(leaders)
 
 
-def _bytes_after(skeleton: Skeleton, config: QuantizeConfig) -> tuple[int, int]:
-    """Bytes of all tensors of the result, and of its quantized layers alone."""
+def _bytes_after(skeleton: Skeleton, config: QuantizeConfig, chosen: set[str]) -> tuple[int, int]:
+    """Bytes of all tensors of the result, and of its quantized layers alone.
+
+    Those of `chosen` layers are what the target gives them.
+    """
     after = sum(info.nbytes for info in skeleton.checkpoint.tensors.values())
     stored = 0
     for block in skeleton.blocks:
@@ -276,6 +290,8 @@ def _bytes_after(skeleton: Skeleton, config: QuantizeConfig) -> tuple[int, int]:
                 source = skeleton.checkpoint.tensors[skeleton.source_of[f"{name}.weight"]]
                 rows, columns = weight_of(linear).shape
                 packed = packed_bytes(rows, columns, settings)
+                if name in chosen and config.target_bpw:
+                    packed = round(config.target_bpw * rows * columns / 8)
                 after += packed - source.nbytes
                 stored += packed
     return after, stored

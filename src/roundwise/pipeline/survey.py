@@ -21,13 +21,10 @@ from roundwise.models.skeleton import Skeleton
 from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.choice import Option, Unit, is_open
 from roundwise.pipeline.conduct import Conductor
+from roundwise.pipeline.forecast import OPTION_GROUPS, OPTION_TOKENS
 from roundwise.pipeline.probe import Group
 from roundwise.pipeline.routing import Policy
 
-#: Group sizes that are tried beside the one asked for.
-GROUPS = (32, 128)
-#: Tokens that blocks are played with to compare options, about.
-TOKENS = 2048
 #: How a layer is quantized when options are compared: quickly.
 QUICK = {
     "grid": "minmax", "grid_candidates": 1, "alpha": 0.0, "beta": 0.0, "refine": 0, "exchange": 1,
@@ -66,7 +63,7 @@ def survey(skeleton: Skeleton, config: QuantizeConfig, texts: Calibration) -> li
                 with clock.phase("survey"):
                     units.extend(_units(block, groups, config, attempt, base))
 
-            conductor.survey(block, groups, measure, tokens=TOKENS)
+            conductor.survey(block, groups, measure, tokens=OPTION_TOKENS)
             skeleton.unload(block.module, block.prefix)
     return units
 
@@ -122,7 +119,7 @@ def _candidates(
 ) -> Iterator[QuantizeConfig]:
     """Settings that all layers of a unit can be stored with."""
     for bits in config.target_widths:
-        for size in dict.fromkeys((config.group_size, *GROUPS)):
+        for size in dict.fromkeys((config.group_size, *OPTION_GROUPS)):
             settings = config.merged(
                 {
                     **QUICK,

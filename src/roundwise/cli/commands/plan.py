@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from roundwise.cli.commands.quantize import parse_dynamic
+from roundwise.cli.commands.quantize import number, parse_dynamic
 from roundwise.cli.output import JsonOption, console, print_json, size, stdout
 
 if TYPE_CHECKING:
@@ -27,6 +27,12 @@ def command(
         bool, typer.Option("--desc-act", help="Act-order in the file (few servers take it).")
     ] = False,
     recipe: Annotated[str, typer.Option(help="best, or textbook: GPTQ as published.")] = "best",
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Bits per weight, each layer's chosen when the run begins.")
+    ] = None,
+    target_widths: Annotated[
+        str, typer.Option(help="Widths that --target-bpw chooses from.")
+    ] = "2,3,4,8",
     method: Annotated[str, typer.Option(help="gptq, awq, or rtn.")] = "gptq",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
@@ -61,7 +67,8 @@ def command(
 
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe, method=method,
-        experts=experts, lm_head=lm_head,
+        experts=experts, lm_head=lm_head, target_bpw=target_bpw,
+        target_widths=tuple(number(bits) for bits in target_widths.split(",")),
         dynamic=parse_dynamic(override or [], skip or []),
     )  # fmt: skip
     found = plan(

@@ -155,10 +155,10 @@ def command(
     }  # fmt: skip
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
-        damp_percent=_number(damp_percent), method=method, prescale=prescale,
+        damp_percent=number(damp_percent), method=method, prescale=prescale,
         lm_head=lm_head, experts=experts, expert_tokens=expert_tokens,
         rotate=rotate, rotation_seed=rotation_seed, target_bpw=target_bpw,
-        target_widths=tuple(_number(bits) for bits in target_widths.split(",")),
+        target_widths=tuple(number(bits) for bits in target_widths.split(",")),
         dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
@@ -197,7 +197,7 @@ def parse_dynamic(overrides: list[str], skips: list[str]) -> dict[str, dict[str,
     return dynamic
 
 
-def _number(text: str) -> int | float | str:
+def number(text: str) -> int | float | str:
     """The number that `text` is; other text stays as it is, for the config to judge."""
     try:
         value = float(text)
