@@ -64,7 +64,7 @@ def test_family(name: str, tmp_path: Path) -> None:
     assert all(cell.worst["name"] in page or f"{cell.block}.{cell.kind}" in page
                for cell in read_facts(out).cells)  # fmt: skip
     convert(out, dense, "dense", dtype=torch.float32)
-    # In float64 the packed weights are decoded; the float32 kernels keep to 1e-3, some processors' closer.
+    # In float64 weights are decoded; kernels for float32 keep to 1e-3, on some processors closer.
     near = 1e-4 if family.exact == torch.float64 else 1e-3
     torch.testing.assert_close(
         output(out, family.exact), output(dense, family.exact), rtol=near, atol=near
