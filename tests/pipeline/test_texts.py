@@ -74,7 +74,7 @@ class TestFiles:
 
     def test_an_unknown_name_lists_what_there_is(self) -> None:
         with pytest.raises(
-            CalibrationError, match=r"python-stdlib, wikitext2, c4, ptb, or NAME:SPLIT"
+            CalibrationError, match=r"python-stdlib, wikitext2, c4, ptb, github-code, or NAME:SPLIT"
         ):
             read_documents("wikitext3")
 
@@ -99,6 +99,8 @@ class TestDataSets:
             ("c4", False, ("allenai/c4", "en", "train")),
             ("c4", True, ("allenai/c4", "en", "validation")),
             ("ptb", True, ("ptb-text-only/ptb_text_only", None, "test")),
+            ("github-code", False, ("codeparrot/codeparrot-clean-train", None, "train")),
+            ("github-code", True, ("codeparrot/codeparrot-clean-valid", None, "train")),
             ("me/mine:dev:text", False, ("me/mine", None, "dev")),
         ],
     )
@@ -110,7 +112,7 @@ class TestDataSets:
         def load(name: str, subset: str | None, *, split: str, streaming: bool) -> Any:
             calls.append((name, subset, split))
             assert streaming
-            return [{"text": "one", "sentence": "one"}, {"text": "", "sentence": ""}]
+            return [dict.fromkeys(("text", "sentence", "content"), each) for each in ("one", "")]
 
         datasets(load)
         assert read_documents(source, held_out=held_out) == ["one"]

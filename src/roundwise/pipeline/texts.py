@@ -12,18 +12,35 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from roundwise.errors import CalibrationError
 
 Document = str | list[dict[str, Any]]
 
-#: Short names for public sets: data set, its configuration, column.
+
+class NamedSet(NamedTuple):
+    """A public set that has a short name."""
+
+    name: str
+    subset: str | None
+    column: str
+    held_out: str
+    """Split for evaluation; calibration takes `train`."""
+    other: str | None = None
+    """Data set for evaluation, if it is another one."""
+
+
 NAMED_SETS = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
-    "c4": ("allenai/c4", "en", "text"),
-    "ptb": ("ptb-text-only/ptb_text_only", None, "sentence"),
-}
+    "wikitext2": NamedSet("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "test"),
+    "c4": NamedSet("allenai/c4", "en", "text", "validation"),
+    "ptb": NamedSet("ptb-text-only/ptb_text_only", None, "sentence", "test"),
+    # Code from GitHub, deduplicated, without an account.
+    "github-code": NamedSet(
+        "codeparrot/codeparrot-clean-train", None, "content", "train",
+        "codeparrot/codeparrot-clean-valid",
+    ),
+}  # fmt: skip
 #: Files with a record in each line, and all that are read from a folder.
 JSON_LINES = (".jsonl", ".ndjson")
 TEXTS = (".txt", ".md", ".rst", *JSON_LINES)
@@ -167,8 +184,10 @@ def _read_named(source: str, *, held_out: bool) -> list[Document]:
         ) from None
     load: Callable[..., Any] = load_dataset
     if source in NAMED_SETS:
-        name, subset, column = NAMED_SETS[source]
-        split = "test" if held_out and source != "c4" else "validation" if held_out else "train"
+        known = NAMED_SETS[source]
+        subset, column = known.subset, known.column
+        name = known.other if held_out and known.other else known.name
+        split = known.held_out if held_out else "train"
     else:
         name, split, column = source.split(":")
         subset = None

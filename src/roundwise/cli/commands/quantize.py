@@ -95,9 +95,9 @@ def command(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text or JSONL file, folder, pattern, python-stdlib, wikitext2, c4, or "
-            "NAME:SPLIT:COLUMN; several with weights: code.txt:0.7,chat.jsonl:0.3; self: what the model "
-            "writes."
+            help="Text or JSONL file, folder, pattern, python-stdlib, wikitext2, c4, github-code, or "
+            "NAME:SPLIT:COLUMN; several with weights: code.txt:0.7,chat.jsonl:0.3; self: what the "
+            "model writes."
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
