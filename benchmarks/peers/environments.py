@@ -7,8 +7,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-#: GPTQModel is a client in the tests too, and pinned there.
-REQUIREMENTS = {"gptqmodel": ROOT / "tests" / "clients" / "requirements-gptqmodel.txt"}
+#: These are clients in the tests too, and pinned there.
+REQUIREMENTS = {
+    tool: ROOT / "tests" / "clients" / f"requirements-{tool}.txt"
+    for tool in ("gptqmodel", "llmcompressor")
+}
 
 
 def python_of(tool: str) -> Path:

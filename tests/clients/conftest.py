@@ -100,6 +100,12 @@ def gptqmodel(tmp_path: Path, windows: NDArray[np.int64]) -> Client:
 
 
 @pytest.fixture
+def llmcompressor(tmp_path: Path, windows: NDArray[np.int64]) -> Client:
+    """What llm-compressor computes for a checkpoint: `logits`, `packed`."""
+    return _evaluator("llmcompressor", tmp_path, windows)
+
+
+@pytest.fixture
 def vllm(tmp_path: Path, windows: NDArray[np.int64]) -> Client:
     """What vLLM computes for a checkpoint: `logprobs`, `argmax`."""
     return _evaluator("vllm", tmp_path, windows)

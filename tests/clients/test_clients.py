@@ -152,6 +152,27 @@ def test_vllm_computes_what_we_converted_to_compressed_tensors(
     judge(answer["logprobs"], checkpoint, windows, torch.float16, finding, normalised=True)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_llmcompressor_loads_what_we_converted_to_compressed_tensors(
+    bits: int,
+    ours: Quantize,
+    llmcompressor: Client,
+    windows: NDArray[np.int64],
+    finding: Finding,
+    tmp_path: Path,
+) -> None:
+    checkpoint = ours(bits=bits, group_size=128)
+    packed = convert(checkpoint, tmp_path / "packed", "compressed-tensors")
+    answer = llmcompressor(packed)
+    assert answer["packed"]
+    # It decodes them for further training, in float32: there is nothing to round.
+    expected = expected_logits(checkpoint, torch.float32, windows.tobytes())
+    found = Distance.between(answer["logits"], expected)
+    finding(f"rms {found.root_mean_square:.6f}, largest {found.largest:.5f}")
+    assert found.largest < 1e-3
+    assert (answer["logits"].argmax(-1) == expected.argmax(-1)).mean() > 0.999
+
+
 def test_vllm_finds_the_group_size_of_each_layer(
     ours: Quantize, vllm: Client, windows: NDArray[np.int64], finding: Finding
 ) -> None:
