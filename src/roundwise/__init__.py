@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from roundwise.core.solver import round_to_nearest, solve
     from roundwise.errors import RoundwiseError
     from roundwise.evaluation.perplexity import perplexity
+    from roundwise.evaluation.report.page import write_report
     from roundwise.inference.load import load
     from roundwise.pipeline.quantize import QuantizeResult, quantize
 
@@ -39,6 +40,7 @@ __all__ = [
     "quantize",
     "round_to_nearest",
     "solve",
+    "write_report",
 ]
 
 _HOME = {
@@ -52,6 +54,7 @@ _HOME = {
     "quantize": "roundwise.pipeline.quantize",
     "round_to_nearest": "roundwise.core.solver",
     "solve": "roundwise.core.solver",
+    "write_report": "roundwise.evaluation.report.page",
 }
 
 autoload.register()

@@ -122,7 +122,7 @@ def test_it_is_no_part_of_the_checkpoint(made, tmp_path, commands):
     (out / "roundwise-report.html").unlink()
     (out / "roundwise-run.json").unlink()
     assert commands.run("verify", str(out)).code == 0
-    write_report(out)  # without times
+    rw.write_report(out)  # without times
     assert "peak memory" not in (out / "roundwise-report.html").read_text()
 
 
