@@ -26,16 +26,6 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value))
 
 
-def size(nbytes: int) -> str:
-    """Bytes for people: 4.6 MB."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
 class Steps:
     """Progress through a known number of steps: a bar with ETA on a terminal, plain lines elsewhere."""
 

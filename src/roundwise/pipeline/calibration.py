@@ -111,6 +111,8 @@ def load_calibration(
         if window.counted is not None:
             digest.update(bytes(window.counted))
     tokens = sum(window.count() for window in windows)
+    ids = [window.tokens for window in windows]
+    different = unique_share(ids)
     return Calibration(
         batches=batches_of(windows, batch_size),
         samples=len(windows),
@@ -124,11 +126,11 @@ def load_calibration(
             "batch_size": batch_size,
             "seed": seed,
             **({"only": only} if only else {}),
-            "distinct": len({token for window in windows for token in window.tokens}),
-            "unique_share": unique_share([window.tokens for window in windows]),
-            "sketch": sketch([window.tokens for window in windows]),
+            "distinct": len({token for window in ids for token in window}),
+            "unique_share": different,
+            "sketch": sketch(ids),
         },
-        warnings=_warnings([window.tokens for window in windows], tokens, widest),
+        warnings=_warnings(len(windows), tokens, widest, different),
         not_as_asked=not_as_asked,
     )
 
@@ -213,16 +215,15 @@ def _cut_off(items: list[list[int]], given: int, seq_len: int) -> list[str]:
     return found
 
 
-def _warnings(windows: list[list[int]], tokens: int, widest: int) -> list[str]:
+def _warnings(windows: int, tokens: int, widest: int, different: float) -> list[str]:
     found = []
-    if len(windows) < ADVISED_SAMPLES:
-        found.append(f"{len(windows)} calibration samples: {ADVISED_SAMPLES} or more are advised")
+    if windows < ADVISED_SAMPLES:
+        found.append(f"{windows} calibration samples: {ADVISED_SAMPLES} or more are advised")
     if tokens < widest:
         found.append(
             f"{tokens} calibration tokens are fewer than the {widest} input channels of the widest "
             "layer: its Hessian has not full rank and rests on damping"
         )
-    different = unique_share(windows)
     if different < 0.5:
         found.append(
             f"the calibration text is mostly repetition: only {different:.0%} of its pieces of "

@@ -35,6 +35,16 @@ def parse_size(text: str | int | None) -> int | None:
     return int(float(match[1]) * UNITS[unit])
 
 
+def size(nbytes: int) -> str:
+    """Bytes for people: 4.6 MB."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
 def parse_mode(text: str | None) -> Mode | None:
     """A mode by its name; None stays None.
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from roundwise.cli.output import JsonOption, print_json, size, stdout, steps
+from roundwise.cli.output import JsonOption, print_json, stdout, steps
+from roundwise.pipeline.memory import size
 
 if TYPE_CHECKING:
     from roundwise.evaluation.speed import Speed

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from roundwise.cli.output import JsonOption, console, print_json, size, stdout, steps
+from roundwise.cli.output import JsonOption, console, print_json, stdout, steps
+from roundwise.pipeline.memory import size
 
 if TYPE_CHECKING:
     from roundwise.evaluation.compare import Compared

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from roundwise.cli.output import JsonOption, print_json, size, stdout
+from roundwise.cli.output import JsonOption, print_json, stdout
+from roundwise.pipeline.memory import size
 
 
 def command(

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from roundwise.cli.output import JsonOption, console, print_json, size, stdout, steps
+from roundwise.cli.output import JsonOption, console, print_json, stdout, steps
+from roundwise.pipeline.memory import size
 
 #: Held-out tokens that models are compared on, and the window.
 TOKENS, WINDOW = 10_240, 512

@@ -6,7 +6,8 @@ import os
 import platform
 from typing import Any
 
-from roundwise.cli.output import JsonOption, print_json, size, stdout
+from roundwise.cli.output import JsonOption, print_json, stdout
+from roundwise.pipeline.memory import size
 
 
 def command(as_json: JsonOption = False) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from roundwise.cli.output import JsonOption, print_json, size, stdout
+from roundwise.cli.output import JsonOption, print_json, stdout
+from roundwise.pipeline.memory import size
 
 
 def command(

@@ -10,7 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from roundwise.cli.commands.quantize import number, parse_dynamic
-from roundwise.cli.output import JsonOption, console, print_json, size, stdout
+from roundwise.cli.output import JsonOption, console, print_json, stdout
+from roundwise.pipeline.memory import size
 
 if TYPE_CHECKING:
     from roundwise.pipeline.plan import Module, Plan

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from roundwise.cli.commands import repeat, report
-from roundwise.cli.output import JsonOption, Steps, print_json, size, stdout, steps
+from roundwise.cli.output import JsonOption, Steps, print_json, stdout, steps
 from roundwise.errors import ConfigError
+from roundwise.pipeline.memory import size
 
 if TYPE_CHECKING:
     from roundwise.pipeline.quantize import Progress, QuantizeResult

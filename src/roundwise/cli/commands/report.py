@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from roundwise.cli.output import JsonOption, console, print_json, size, stdout, steps
+from roundwise.cli.output import JsonOption, console, print_json, stdout, steps
+from roundwise.pipeline.memory import size
 
 
 def command(

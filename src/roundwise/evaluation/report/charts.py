@@ -36,16 +36,19 @@ LONGEST = 44
 
 def charts(facts: Facts) -> dict[str, str]:
     """All charts that there is something to draw for, by name: SVG."""
-    drawn = {
-        "errors": _errors(facts),
-        "depth": _depth(facts),
-        "sizes": _bars(facts.sizes, 1e6, "MB"),
-        "saturation": _saturation(facts),
-        "position": _position(facts),
-    }
-    if facts.run is not None:
-        phases = dict(sorted(facts.run["phases"].items(), key=lambda item: -item[1]))
-        drawn["phases"] = _bars(phases, 1, "seconds")
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type]
+        drawn = {
+            "errors": _errors(facts),
+            "depth": _depth(facts),
+            "sizes": _bars(facts.sizes, 1e6, "MB"),
+            "saturation": _saturation(facts),
+            "position": _position(facts),
+        }
+        if facts.run is not None:
+            phases = dict(sorted(facts.run["phases"].items(), key=lambda item: -item[1]))
+            drawn["phases"] = _bars(phases, 1, "seconds")
     return {name: svg for name, svg in drawn.items() if svg is not None}
 
 
@@ -63,29 +66,27 @@ def _errors(facts: Facts) -> str | None:
     for cell in facts.cells:
         grid[kinds.index(cell.kind), blocks.index(cell.block)] = cell.error or np.nan
     figure, axes = _figure(9.5, 1.3 + 0.3 * len(kinds))
-    with _style():
-        norm = LogNorm(min(known), max(*known, min(known) * 1.01))
-        # Few enough colours that their bar is drawn as shapes, not as a picture.
-        colors = colormaps["cividis"].resampled(40)
-        mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=colors, norm=norm)
-        standing_out = {layer["name"] for layer in facts.outliers}
-        rings = [
-            (blocks.index(cell.block) + 0.5, kinds.index(cell.kind) + 0.5)
-            for cell in facts.cells
-            if standing_out.intersection(layer["name"] for layer in cell.layers)
-        ]
-        if rings:
-            across, down = zip(*rings, strict=True)
-            # White on black: seen on any colour of the map.
-            axes.scatter(across, down, s=60, facecolors="none", edgecolors="black", linewidths=3)
-            axes.scatter(across, down, s=60, facecolors="none", edgecolors="white", linewidths=1.4)
-        axes.set_yticks([i + 0.5 for i in range(len(kinds))], [_short(kind) for kind in kinds])
-        _block_ticks(axes, len(blocks), 0.5)
-        axes.invert_yaxis()
-        axes.grid(visible=False)
-        bar = figure.colorbar(mesh, ax=axes, label="relative output error", pad=0.01, aspect=12)
-        bar.outline.set_visible(False)
-        _log_ticks(bar.ax)
+    norm = LogNorm(min(known), max(*known, min(known) * 1.01))
+    # Few enough colours that their bar is drawn as shapes, not as a picture.
+    colors = colormaps["cividis"].resampled(40)
+    mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=colors, norm=norm)
+    rings = [
+        (blocks.index(cell.block) + 0.5, kinds.index(cell.kind) + 0.5)
+        for cell in facts.cells
+        if facts.standing_out.intersection(layer["name"] for layer in cell.layers)
+    ]
+    if rings:
+        across, down = zip(*rings, strict=True)
+        # White on black: seen on any colour of the map.
+        axes.scatter(across, down, s=60, facecolors="none", edgecolors="black", linewidths=3)
+        axes.scatter(across, down, s=60, facecolors="none", edgecolors="white", linewidths=1.4)
+    axes.set_yticks([i + 0.5 for i in range(len(kinds))], [_short(kind) for kind in kinds])
+    _block_ticks(axes, len(blocks), 0.5)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    bar = figure.colorbar(mesh, ax=axes, label="relative output error", pad=0.01, aspect=12)
+    bar.outline.set_visible(False)
+    _log_ticks(bar.ax)
     return _svg(figure, "errors", "Relative output error of each layer, by block and kind")
 
 
@@ -95,13 +96,12 @@ def _depth(facts: Facts) -> str | None:
     if not any(values):
         return None
     figure, axes = _figure(9.5, 2.6)
-    with _style():
-        axes.plot(range(len(values)), [v or float("nan") for v in values], color=LINES[0][0],
-                  marker="o" if len(values) < 40 else None)  # fmt: skip
-        axes.set_yscale("log")
-        _log_ticks(axes)
-        axes.set_ylabel("relative error")
-        _block_ticks(axes, len(values), 0)
+    axes.plot(range(len(values)), [v or float("nan") for v in values], color=LINES[0][0],
+              marker="o" if len(values) < 40 else None)  # fmt: skip
+    axes.set_yscale("log")
+    _log_ticks(axes)
+    axes.set_ylabel("relative error")
+    _block_ticks(axes, len(values), 0)
     return _svg(figure, "depth", "Relative error of the hidden states behind each block")
 
 
@@ -111,19 +111,18 @@ def _saturation(facts: Facts) -> str | None:
     if not watched:
         return None
     figure, axes = _figure(9.5, 3.0)
-    with _style():
-        for each, (color, marker, dashes) in zip(watched, cycle(LINES), strict=False):
-            tokens = [point["tokens"] for point in each["points"]]
-            errors = [point["relative_error"] for point in each["points"]]
-            more = [100 * (error / errors[-1] - 1) for error in errors]
-            axes.plot(tokens, more, color=color, marker=marker, linestyle=dashes,
-                      label=_short(each["name"]))  # fmt: skip
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
-        axes.minorticks_off()
-        axes.set_xlabel("calibration tokens solved from")
-        axes.set_ylabel("% more held-out error")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for each, (color, marker, dashes) in zip(watched, cycle(LINES), strict=False):
+        tokens = [point["tokens"] for point in each["points"]]
+        errors = [point["relative_error"] for point in each["points"]]
+        more = [100 * (error / errors[-1] - 1) for error in errors]
+        axes.plot(tokens, more, color=color, marker=marker, linestyle=dashes,
+                  label=_short(each["name"]))  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
+    axes.minorticks_off()
+    axes.set_xlabel("calibration tokens solved from")
+    axes.set_ylabel("% more held-out error")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _svg(figure, "saturation", "Error on held-out windows, by number of calibration tokens")
 
 
@@ -133,16 +132,15 @@ def _position(facts: Facts) -> str | None:
     if not models:
         return None
     figure, axes = _figure(9.5, 2.6)
-    with _style():
-        for model, (color, marker, dashes) in zip(models, cycle(LINES), strict=False):
-            at, values = zip(*model.kl_by_position, strict=True)
-            axes.plot(at, values, color=color, marker=marker, linestyle=dashes,
-                      label=_short(model.name))  # fmt: skip
-        axes.set_yscale("log")
-        _log_ticks(axes)
-        axes.set_xlabel("position in the window")
-        axes.set_ylabel("KL per token")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for model, (color, marker, dashes) in zip(models, cycle(LINES), strict=False):
+        at, values = zip(*model.kl_by_position, strict=True)
+        axes.plot(at, values, color=color, marker=marker, linestyle=dashes,
+                  label=_short(model.name))  # fmt: skip
+    axes.set_yscale("log")
+    _log_ticks(axes)
+    axes.set_xlabel("position in the window")
+    axes.set_ylabel("KL per token")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _svg(figure, "position", "KL divergence by position in the window")
 
 
@@ -151,14 +149,13 @@ def _bars(values: dict[str, float] | dict[str, int], unit: float, label: str) ->
     if not values:
         return None
     figure, axes = _figure(9.5, 0.7 + 0.27 * len(values))
-    with _style():
-        lengths = [value / unit for value in values.values()]
-        bars = axes.barh(list(values), lengths, color=LINES[0][0], height=0.65)
-        axes.bar_label(bars, fmt="{:,.1f}", padding=3, color=INK)
-        axes.margins(x=0.08)
-        axes.invert_yaxis()
-        axes.set_xlabel(label)
-        axes.grid(visible=False, axis="y")
+    lengths = [value / unit for value in values.values()]
+    bars = axes.barh(list(values), lengths, color=LINES[0][0], height=0.65)
+    axes.bar_label(bars, fmt="{:,.1f}", padding=3, color=INK)
+    axes.margins(x=0.08)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.grid(visible=False, axis="y")
     return _svg(figure, label, f"{label} by kind")
 
 
@@ -177,26 +174,18 @@ def _block_ticks(axes: Any, count: int, offset: float) -> None:
     axes.set_xlabel("block")
 
 
-def _style() -> Any:
-    import matplotlib as mpl
-
-    return mpl.rc_context(STYLE)  # type: ignore[arg-type]
-
-
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    with _style():
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _svg(figure: Any, name: str, title: str) -> str:
     """The figure without what belongs to a file of its own; ids are the page's, so they carry a name."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with _style():
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for drawn, shown in COLORS.items():

@@ -119,6 +119,11 @@ class Facts:
         return median(found) if found else None
 
     @property
+    def standing_out(self) -> set[str]:
+        """Names of the outliers."""
+        return {layer["name"] for layer in self.outliers}
+
+    @property
     def widths(self) -> dict[str, str]:
         """Bits and group sizes of each kind of layer, where they are not the same for all."""
         return widths(self.manifest["layers"])
@@ -218,7 +223,7 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
     found = {"codes": 0, "scales, zeros, order": 0, "embeddings and heads": 0, "all other": 0}
     for name, info in checkpoint.tensors.items():
         stem, _, suffix = name.rpartition(".")
-        if stem in stems and suffix in {part.strip(".") for part in SUFFIXES}:
+        if stem in stems and suffix in SUFFIXES:
             kind = "codes" if suffix == "qweight" else "scales, zeros, order"
         else:
             large = len(info.shape) == 2 and re.search(r"emb|wte|head|shared", name)

@@ -13,6 +13,7 @@ from roundwise.evaluation.report.charts import charts
 from roundwise.evaluation.report.facts import Answers, Evaluation, Facts, read_facts
 from roundwise.models.checkpoint import OWN
 from roundwise.models.writer import replacing
+from roundwise.pipeline.memory import size
 
 #: The page's name in the folder of its checkpoint.
 PAGE = OWN[2]
@@ -50,20 +51,11 @@ def render(facts: Facts) -> str:
         loader=PackageLoader("roundwise.evaluation.report", ""), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"size": _size, "error": _error, "seconds": _seconds, "plain": _plain}
+    environment.filters |= {"size": size, "error": _error, "seconds": _seconds, "plain": _plain}
     drawn = {name: Markup(svg) for name, svg in charts(facts).items()}  # noqa: S704  # escaped there
     return environment.get_template("page.html").render(
-        facts=facts, manifest=facts.manifest, run=facts.manifest["run"], charts=drawn,
-        standing_out={layer["name"] for layer in facts.outliers},
+        facts=facts, manifest=facts.manifest, run=facts.manifest["run"], charts=drawn
     )  # fmt: skip
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
 
 
 def _error(value: float | None) -> str:
@@ -84,8 +76,6 @@ def _plain(value: Any) -> str:
         return ", ".join(map(_plain, value)) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_plain(each)}" for key, each in value.items()) or "none"
-    return (
-        {True: "yes", False: "no", None: "none"}.get(value, str(value))
-        if (value is None or isinstance(value, bool))
-        else str(value)
-    )
+    if value is None or isinstance(value, bool):
+        return {True: "yes", False: "no", None: "none"}[value]
+    return str(value)
