@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from roundwise.config import QuantizeConfig
+from roundwise.core.device import parse_device
 from roundwise.errors import ConfigError, OutputError
-from roundwise.inference.device import parse_device
 from roundwise.inference.load import load
 from roundwise.models.hub import local_folder
 from roundwise.pipeline.quantize import quantize

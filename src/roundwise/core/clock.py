@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from roundwise.core.device import HOST, wait_for
+
 
 class Clock:
     """Adds up seconds by name of phase. One thread only, as the pipeline is."""
@@ -17,6 +19,8 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self._inside: list[str] = []
         self._since = 0.0
+        self.device = HOST
+        """Where the work is done: a phase ends when it is."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -34,6 +38,7 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _turn(self) -> None:
+        wait_for(self.device)
         now = time.perf_counter()
         if self._inside:
             self.add(self._inside[-1], now - self._since)

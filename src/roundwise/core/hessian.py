@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from roundwise.core import native
+from roundwise.core.device import HOST
 from roundwise.errors import NumericalError
 
 #: Columns of a tile of the symmetric update. Below it one product is faster than several.
@@ -32,14 +33,34 @@ def natively(x: torch.Tensor, total: torch.Tensor) -> bool:
     return cpu and native.products(x.dtype) is not None
 
 
+def directly(x: torch.Tensor, total: torch.Tensor) -> bool:
+    """The device multiplies `x` as it is and sums up in float32: tensor cores, for half precision."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.device.type == "cuda" and half and total.dtype == torch.float32
+
+
+def add_product(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
+    """C += Aᵀ B of A [n, m] and B [n, k], both in the type of C, or such as `directly` takes."""
+    if A.dtype == C.dtype:
+        C.addmm_(A.T, B)
+    else:
+        C.add_(torch.mm(A.T, B, out_dtype=C.dtype))
+
+
 class Hessian:
     """Accumulates XᵀX of one layer input in float32 (or float64, if told so).
 
     Only the lower triangle is computed while summing, which is half the work.
     """
 
-    def __init__(self, in_features: int, *, dtype: torch.dtype = torch.float32) -> None:
-        self.sum = torch.zeros(in_features, in_features, dtype=dtype)
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = HOST,
+    ) -> None:
+        self.sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
         self.tokens = 0
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
@@ -57,10 +78,11 @@ class Hessian:
         if natively(rows, self.sum):
             native.add_moment(self.sum, rows, rows, lower=True)
         else:
-            rows = rows.to(self.sum.dtype)
+            if not directly(rows, self.sum):
+                rows = rows.to(self.sum.dtype)
             for start in range(0, width, TILE):
                 stop = min(start + TILE, width)
-                self.sum[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
+                add_product(self.sum[start:, start:stop], rows[:, start:], rows[:, start:stop])
         self.tokens += rows.shape[0]
         # A NaN or infinity in channel k reaches H[k, k] whatever the signs, so the diagonal tells all.
         bad = (~torch.isfinite(self.sum.diagonal())).nonzero().flatten()
@@ -96,8 +118,15 @@ class CrossMoment:
         columns: channels of X.
     """
 
-    def __init__(self, rows: int, columns: int, *, dtype: torch.dtype = torch.float32) -> None:
-        self.sum = torch.zeros(rows, columns, dtype=dtype)
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = HOST,
+    ) -> None:
+        self.sum = torch.zeros(rows, columns, dtype=dtype, device=device)
         self.tokens = 0
 
     def add(
@@ -121,8 +150,10 @@ class CrossMoment:
         if bool(distance.any()):  # in front of the first quantized layer there is none
             if natively(x, self.sum):
                 native.add_moment(self.sum, distance.to(x.dtype), x, lower=False)
+            elif directly(x, self.sum):
+                add_product(self.sum, distance.to(x.dtype), x)
             else:
-                self.sum.addmm_(distance.T, x.to(dtype))
+                add_product(self.sum, distance, x.to(dtype))
 
     def mean(self) -> torch.Tensor:
         """(Ỹ - Y)ᵀX / n, [rows, columns]. Ends the sum."""

@@ -50,7 +50,7 @@ def round_group(
     Raises:
         NumericalError: a scale does not fit float16.
     """
-    shrink = SHRINK.to(target.dtype)
+    shrink = SHRINK.to(target)
     if native.usable(target):
         return native.round_group(
             U, D, target, asked,

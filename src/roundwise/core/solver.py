@@ -35,8 +35,9 @@ from roundwise.errors import ConfigError, NumericalError
 
 #: Columns of H multiplied at a time for the energy of a weight.
 ENERGY_PANEL = 512
-#: Entries of the part of a weight that is solved at a time.
-ROW_WORKSPACE = 1 << 20
+#: Entries of the part of a weight that is solved at a time: what a processor's caches hold, and what
+#: an accelerator needs to be busy.
+ROW_WORKSPACE, ACCELERATED = 1 << 20, 1 << 24
 
 
 class Prepared(NamedTuple):
@@ -107,7 +108,7 @@ def solve(
         raise ConfigError(f"H has {len(H.H)} channels, W {tuple(W.shape)} has {W.shape[1]}")
     # Rows are independent given H: taken in parts, all temporaries are small.
     parts, sums = [], torch.zeros(3, dtype=torch.float64)
-    step = max(1, ROW_WORKSPACE // W.shape[1])
+    step = max(1, workspace(W.device) // W.shape[1])
     with _damped(H):
         for start in range(0, W.shape[0], step):
             rows = slice(start, start + step)
@@ -182,7 +183,7 @@ def round_to_nearest(
     config = config or QuantizeConfig()
     W = _checked(W).to(torch.float64 if W.dtype == torch.float64 else torch.float32)
     grids = _original_grids(W, weights, config)
-    g_idx = torch.arange(W.shape[1]) // config.columns_per_group(W.shape[1])
+    g_idx = torch.arange(W.shape[1], device=W.device) // config.columns_per_group(W.shape[1])
     wide = Grid(grids.scale[:, g_idx], grids.zero[:, g_idx])
     codes = encode(W, wide, config.maxq)
     error, energy = (float(X.square().sum()) for X in (W - decode(codes, wide), W))
@@ -196,6 +197,11 @@ def round_to_nearest(
         weight_energy=energy,
         fallback=fallback,
     )
+
+
+def workspace(device: torch.device) -> int:
+    """Entries of the part of a weight that is solved at a time."""
+    return ROW_WORKSPACE if device.type == "cpu" else ACCELERATED
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from roundwise.inference.device import parse_device
+from roundwise.core.device import parse_device
 from roundwise.inference.load import load, parse_dtype
 
 

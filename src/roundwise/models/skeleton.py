@@ -16,12 +16,14 @@ import torch
 import transformers
 from torch import nn
 
+from roundwise.core.device import HOST
 from roundwise.models.architecture import build, load_config
 from roundwise.models.blocks import Block, find_blocks, head_block
 from roundwise.models.bounds import bounded_modules, dtype_named
 from roundwise.models.checkpoint import Checkpoint, TensorInfo
 from roundwise.models.head import is_tied, untie, untied
 from roundwise.models.names import map_names
+from roundwise.models.placement import look_up_on_host
 from roundwise.models.sources import as_dense
 from roundwise.models.split import Layout, open_up, split_experts
 
@@ -36,6 +38,8 @@ class Skeleton:
     source_of: dict[str, str]
     """Name of a parameter or buffer in the model -> name of the tensor in the checkpoint."""
     dtype: torch.dtype
+    device: torch.device = HOST
+    """Where blocks are loaded, and all else that a forward needs but tables of embeddings."""
     aside: list[Block] = field(default_factory=list)
     """Blocks of which nothing is quantized, because a forward with text does not reach them."""
     layout: Layout = field(default_factory=dict)
@@ -75,16 +79,18 @@ class Skeleton:
         """
         for owner, name, key in _tensors_of(module, prefix, recurse=recurse):
             current = owner._parameters.get(name, owner._buffers.get(name))
+            device = HOST if _is_table(owner, recurse=recurse) else self.device
             if current is None or current.device.type != "meta" or key not in self.source_of:
+                if name in owner._buffers and current is not None and not current.is_meta:
+                    owner._buffers[name] = current.to(device)  # computed, not stored
                 continue
             info = self.checkpoint.tensors[self.source_of[key]]
-            value, view = info.mapped(aligned=aligned)
-            if view is not None and name == "weight":
+            value, view = info.mapped(aligned=aligned and device == HOST)
+            if view is not None and name == "weight" and device == HOST:
                 self._maps[key.removesuffix(".weight")] = view
             if view is None and not aligned:
                 self._computed.append((owner, name))
-            if value.is_floating_point():
-                value = value.to(current.dtype)
+            value = value.to(device, current.dtype if value.is_floating_point() else None)
             if name in owner._parameters:
                 owner._parameters[name] = nn.Parameter(value, requires_grad=False)
             else:
@@ -120,6 +126,8 @@ class Skeleton:
             if not inside and owner is not head:
                 self.load(owner, path, recurse=False, aligned=False)
                 self._outside.append(path)
+                if _is_table(owner, recurse=False) and self.device != HOST:
+                    look_up_on_host(owner, self.device)
 
     def unload(self, module: nn.Module, prefix: str) -> None:
         """Puts what `load` gave back on the meta device, freeing its memory."""
@@ -142,6 +150,7 @@ def open_skeleton(
     *,
     dtype: torch.dtype | None = None,
     lm_head: bool = False,
+    device: torch.device = HOST,
 ) -> Skeleton:
     """Builds the model of a checkpoint on the meta device and maps its tensors.
 
@@ -149,6 +158,7 @@ def open_skeleton(
         source: folder, or a checkpoint that is open already.
         dtype: what the model is to compute in instead of what its config says.
         lm_head: the output head becomes the last block, with a weight of its own.
+        device: where it is to run.
 
     Raises:
         CheckpointError: the architecture is unknown, needs its own code, or tensors are missing.
@@ -172,7 +182,9 @@ def open_skeleton(
     blocks = find_blocks(model)
     if lm_head:
         blocks.append(head_block(model))
-    skeleton = Skeleton(model, checkpoint, blocks, source_of, dtype, layout=layout, notes=notes)
+    skeleton = Skeleton(
+        model, checkpoint, blocks, source_of, dtype, device, layout=layout, notes=notes
+    )
     skeleton._block_of = dict(_blocks_of_tensors(skeleton))
     return skeleton
 
@@ -182,6 +194,11 @@ def as_linears(checkpoint: Checkpoint, layers: set[str], *, lm_head: bool) -> Ch
     if all(f"{name}.weight" in checkpoint.tensors for name in layers):
         return checkpoint
     return open_skeleton(checkpoint, lm_head=lm_head).checkpoint
+
+
+def _is_table(owner: nn.Module, *, recurse: bool) -> bool:
+    """An embedding outside the blocks, which is loaded by itself."""
+    return isinstance(owner, nn.Embedding) and not recurse
 
 
 def _tensors_of(

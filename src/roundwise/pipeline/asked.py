@@ -11,8 +11,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from roundwise.config import QuantizeConfig
 from roundwise.core import native
+from roundwise.core.device import HOST
 from roundwise.errors import FallbackError, StrictError
 from roundwise.models.blocks import Block, weight_of
 from roundwise.models.skeleton import Skeleton
@@ -34,7 +37,7 @@ def before(skeleton: Skeleton, config: QuantizeConfig, calls: Calls) -> list[str
         *_stay(skeleton, config),
         *_repeated(calls),
         *_no_linears(skeleton, config),
-        *_native(),
+        *_native(skeleton.device),
     ]
 
 
@@ -51,7 +54,7 @@ def of_memory(memory: Memory, asked: Mode | None, sequential: Memory) -> list[st
     if asked is None and memory.mode != sequential.mode:
         return [
             f"mode is {memory.mode}: true_sequential is expected to need "
-            f"{sequential.peak_rss_bytes / 1e9:.1f} GB, more than the {memory.budget / 1e9:.1f} GB "
+            f"{sequential.peak_bytes / 1e9:.1f} GB, more than the {memory.budget / 1e9:.1f} GB "
             f"there are; --mode {memory.mode} asks for it"
         ]
     return []
@@ -197,9 +200,9 @@ def _matrices(block: Block) -> dict[str, int]:
     }
 
 
-def _native() -> list[str]:
+def _native(device: torch.device) -> list[str]:
     status = native.load()[1]
-    if status.active or "switched off" in status.reason:
+    if device != HOST or status.active or "switched off" in status.reason:
         return []
     return [
         f"native code is not used ({status.reason}): the run is slower; {native.VARIABLE}=off asks "

@@ -29,9 +29,11 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
 from roundwise.core.clock import clock
+from roundwise.core.device import HOST
 from roundwise.errors import RunError
 from roundwise.models.architecture import arguments
 from roundwise.models.blocks import Block
+from roundwise.models.placement import moved
 from roundwise.pipeline.gather import Gatherer
 from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, hidden, stop
 from roundwise.pipeline.probe import Group, taking_notes
@@ -58,6 +60,7 @@ class Conductor:
         ratio: see `Group.add_drift`.
         policy: which tokens an expert's Hessian is made from.
         ranks: with whom the work is shared.
+        device: where blocks are loaded and players play.
     """
 
     def __init__(
@@ -73,10 +76,13 @@ class Conductor:
         ratio: float | None = None,
         policy: Policy | None = None,
         ranks: Ranks | None = None,
+        device: torch.device = HOST,
     ) -> None:
+        self.device = device
         self.model, self.blocks, self.skip = model, blocks, skip
         self.policy, self.ranks = policy or Policy(), ranks or Ranks()
         self.gatherer = Gatherer(self._current, held_out=held_out, ratio=ratio, policy=self.policy)
+        batches = [batch.to(device) for batch in batches]
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
         self.probe_player = Player(probe, -1)
         self.quantized = [Player(batch, i) for i, batch in self.ranks.share(batches).items()]
@@ -253,7 +259,7 @@ class Conductor:
     def _solve(self, block: Block, group: Group, solve: Callable[[Group], None]) -> None:
         """Solves a group, and remembers its original weights for the original players."""
         self._show(original=False)
-        group.join(self.ranks)
+        group.join(self.ranks, self.device)
         linears = [block.linears[name] for name in group.names]
         before: list[Any] = [linear.weight for linear in linears]
         solve(group)
@@ -291,7 +297,7 @@ class Conductor:
             player, surveyed = self._current(), False
             if index < self.skip:
                 # Finished earlier: all of them return what the last one did, only that one counts.
-                return player.finished[self.blocks[index].stack]
+                return moved(player.finished[self.blocks[index].stack], self.device)
             player.output = None
             stop(ENTER)
             if player.number >= 0 and not self.gatherer.sequential:
@@ -308,7 +314,7 @@ class Conductor:
                 player.output = original(*args, **kwargs)
             stop(EXIT)
             output, player.output = player.output, None
-            return output
+            return moved(output, self.device)
 
         return forward
 

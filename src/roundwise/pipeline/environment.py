@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from roundwise.core import native
+from roundwise.core.device import HOST, named
 from roundwise.pipeline.ranks import current
 from roundwise.version import __version__
 
@@ -22,12 +23,13 @@ LIBRARIES = ("greenlet", "huggingface-hub", "numpy", "safetensors", "tokenizers"
 FEATURES = ("avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")
 
 
-def deciding() -> dict[str, Any]:
-    """What the order of summation, and so the last bits, depend on."""
+def deciding(device: torch.device) -> dict[str, Any]:
+    """What the order of summation, and so the last bits, depend on; `device` computes."""
     return {
+        "device": named(device),
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),
-        "solver": native.load()[1].active or "torch",
+        "solver": (native.load()[1].active if device == HOST else None) or "torch",
         "versions": {
             "roundwise": __version__,
             "torch": torch.__version__,

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.solver import ROW_WORKSPACE
+from roundwise.core.device import wait_for
+from roundwise.core.solver import workspace
 from roundwise.models.blocks import Block, weight_of
 from roundwise.models.experts import ROLES
 from roundwise.models.skeleton import Skeleton
 
-#: float32 matrices of ROW_WORKSPACE entries that solving a part of the rows holds at a time.
+#: float32 matrices of the solver's workspace that solving a part of the rows holds at a time.
 SOLVING, REFINING = 8, 14
 #: Share of the machine's matrix products that each phase reaches (docs/performance.md).
 REACHED = {
@@ -28,7 +29,7 @@ REACHED = {
 #: units of a block that may differ (all experts are one).
 OPTION_GROUPS, OPTION_TOKENS, MOST_UNITS = (32, 128), 2048, 8
 #: Side of the trial's matrices and its seconds.
-TRIAL, SECONDS = 1024, 0.5
+TRIAL, ACCELERATED_TRIAL, SECONDS = 1024, 8192, 0.5
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Shapes:
     hidden: int
     itemsize: int
     blocks: int
+    device: torch.device
+    """That computes."""
 
     @property
     def widest(self) -> int:
@@ -83,7 +86,7 @@ def shapes_of(skeleton: Skeleton, config: QuantizeConfig) -> list[Shapes]:
             found.append(
                 Shapes(
                     linears, inputs, sizes[index], int(text.hidden_size),
-                    skeleton.dtype.itemsize, len(indexes),
+                    skeleton.dtype.itemsize, len(indexes), skeleton.device,
                 )
             )  # fmt: skip
     return found
@@ -150,7 +153,7 @@ def memory(
     found["factor"] = 4 * wide * wide
     if config.needs_reference:
         found["drift"] = 4 * sum(min(x.rows, x.columns) * x.columns for x in summed)
-    found["solver"] = 4 * ROW_WORKSPACE * (REFINING if config.refine else SOLVING)
+    found["solver"] = 4 * workspace(shapes.device) * (REFINING if config.refine else SOLVING)
     found["codes and weights of a layer"] = (2 + size + 4) * entries
     return found
 
@@ -186,21 +189,24 @@ def survey(shapes: Shapes, config: QuantizeConfig, *, tokens: int) -> dict[str, 
     return {"survey": shapes.blocks * (2.0 * weights * tokens + tokens * squares + played + each)}
 
 
-def rate(dtype: torch.dtype) -> float:
-    """Operations per second of products of this dtype here, in a trial of half a second."""
-    A, B = (torch.randn(TRIAL, TRIAL).to(dtype) for _ in range(2))
+def rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second of products of this dtype on a device, in a trial of half a second."""
+    side = TRIAL if device.type == "cpu" else ACCELERATED_TRIAL
+    A, B = (torch.randn(side, side).to(device, dtype) for _ in range(2))
     A @ B
+    wait_for(device)
     begun, count = time.perf_counter(), 0
     while (spent := time.perf_counter() - begun) < SECONDS:
         A @ B
+        wait_for(device)
         count += 1
-    return 2 * TRIAL**3 * count / spent
+    return 2 * side**3 * count / spent
 
 
-def seconds(flops: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
-    """Time of each phase on this machine's processor."""
-    rates = {"float32": rate(torch.float32)}
-    rates["model"] = rates["float32"] if dtype == torch.float32 else rate(dtype)
+def seconds(flops: dict[str, float], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Time of each phase on a device of this machine."""
+    rates = {"float32": rate(torch.float32, device)}
+    rates["model"] = rates["float32"] if dtype == torch.float32 else rate(dtype, device)
     kind = dict.fromkeys(("forward", "hessian", "drift", "survey"), "model")
     return {
         phase: flop / (REACHED[phase] * rates[kind.get(phase, "float32")])

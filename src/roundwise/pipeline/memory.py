@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from roundwise.core.device import HOST, free_memory
 from roundwise.errors import ConfigError
 
 Mode = Literal["true_sequential", "block"]
@@ -56,8 +59,10 @@ def parse_mode(text: str | None) -> Mode | None:
     return text  # type: ignore[return-value]  # just checked
 
 
-def available() -> int:
-    """Bytes of memory that are free or can be made free."""
+def available(device: torch.device = HOST) -> int:
+    """Bytes of memory that are free, or can be made free, where a device computes."""
+    if device != HOST:
+        return free_memory(device)
     try:
         with Path("/proc/meminfo").open(encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)

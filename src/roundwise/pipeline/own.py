@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from roundwise.core.device import HOST
 from roundwise.errors import CalibrationError
 from roundwise.models.architecture import load_config, model_class
 from roundwise.models.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ def write_windows(
     seq_len: int,
     batch_size: int,
     seed: int,
+    device: torch.device = HOST,
 ) -> list[list[int]]:
     """Windows [samples][seq_len] of tokens drawn from the model; the same for the same seed.
 
@@ -47,20 +49,22 @@ def write_windows(
         )
     if "quantization_config" in Checkpoint(checkpoint.folder).config:
         raise CalibrationError("a model that is quantized already does not run here: give a text")
-    if checkpoint.nbytes() > available():
+    if checkpoint.nbytes() > available(device):
         raise CalibrationError(
             f"to write calibration text the whole model ({checkpoint.nbytes() / 1e9:.1f} GB) must be in "
-            f"memory, of which {available() / 1e9:.1f} GB are free: give a text instead"
+            f"memory, of which {available(device) / 1e9:.1f} GB are free: give a text instead"
         )
     model = kind.from_pretrained(
         checkpoint.folder, dtype="auto", use_safetensors=True, trust_remote_code=False
-    ).eval()
+    )
+    model = model.to(device).eval()
     model.generation_config = GenerationConfig()  # nothing of what the model's files prefer
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     generator = random.Random(seed)
     vocabulary = int(config.get_text_config().vocab_size)
     windows: list[list[int]] = []
-    with torch.random.fork_rng(devices=[]):
+    others = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
         torch.manual_seed(seed)
         while len(windows) < samples:
             count = min(batch_size, samples - len(windows))
@@ -69,7 +73,7 @@ def write_windows(
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(seq_len - 1, 1),
                 eos_token_id=None, pad_token_id=first[0],
             )  # fmt: skip
-            ids = torch.tensor(first)[:, None]
+            ids = torch.tensor(first, device=device)[:, None]
             drawn = model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=settings
             )

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from roundwise.config import QuantizeConfig
+from roundwise.core.device import HOST
 from roundwise.errors import ConfigError
 from roundwise.models import runtimes
 from roundwise.models.blocks import weight_of
@@ -46,18 +47,20 @@ class Module:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a run holds at its peak."""
+    """What a run holds at its peak, where it computes."""
 
     mode: Mode
-    peak_rss_bytes: int
+    device: str
+    peak_bytes: int
     parts: dict[str, int]
-    """Bytes by what they are for; "libraries" is what this process holds without a model."""
+    """Bytes by what they are for; "libraries" is what this process holds without a model,
+    where the CPU computes."""
     budget: int
 
     @property
     def fits(self) -> bool:
         """The peak is within the budget."""
-        return self.peak_rss_bytes <= self.budget
+        return self.peak_bytes <= self.budget
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,9 @@ def plan_memory(
         budget: bytes; None: nine tenths of what is available, and what this process holds already.
         sharing: how many processes share what is available.
     """
-    shapes = forecast.shapes_of(skeleton, config)
-    held = resident()
-    budget = budget or int(0.9 * available()) // sharing + held
+    shapes, device = forecast.shapes_of(skeleton, config), skeleton.device
+    held = resident() if device == HOST else 0
+    budget = budget or int(0.9 * available(device)) // sharing + held
     choices: list[Mode] = [mode] if mode else ["true_sequential", "block"]
     for choice in choices:
         peaks = [
@@ -119,8 +122,8 @@ def plan_memory(
             for each in shapes
         ]
         largest = max(peaks, key=lambda parts: sum(parts.values()), default={})
-        parts = {"libraries": held, **largest}
-        found = Memory(choice, sum(parts.values()), parts, budget)
+        parts = {**({"libraries": held} if held else {}), **largest}
+        found = Memory(choice, str(device), sum(parts.values()), parts, budget)
         if found.fits:
             break
     return found
@@ -193,7 +196,7 @@ def plan(
             is_tied(skeleton.model.config) and skeleton.model.get_output_embeddings() is not None
         ),
         memory=memory,
-        phases=forecast.seconds(flops, skeleton.dtype) if flops else {},
+        phases=forecast.seconds(flops, skeleton.dtype, skeleton.device) if flops else {},
         served_by=runtimes.served_by(_served(skeleton, config)),
         tensor_parallel=runtimes.tensor_parallel(
             [(*m.shape, m.group_size or -1) for m in modules if m.bits],
@@ -214,8 +217,8 @@ def beyond_budget(memory: Memory) -> str:
         "forward of a batch": "a smaller --batch-size",
     }.get(most, "--recipe textbook needs less" if "drift" in memory.parts else "more memory")
     return (
-        f"the run is expected to need {memory.peak_rss_bytes / 1e9:.1f} GB, more than the "
-        f"{memory.budget / 1e9:.1f} GB there are: most of it is {most} "
+        f"the run is expected to need {memory.peak_bytes / 1e9:.1f} GB on {memory.device}, more than "
+        f"the {memory.budget / 1e9:.1f} GB there are: most of it is {most} "
         f"({memory.parts[most] / 1e9:.1f} GB); {advice}"
     )
 

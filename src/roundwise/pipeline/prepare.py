@@ -17,6 +17,7 @@ import transformers
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
+from roundwise.core.device import parse_device
 from roundwise.errors import CalibrationError, ConfigError
 from roundwise.models.architecture import arguments
 from roundwise.models.blocks import weight_of
@@ -63,6 +64,7 @@ def prepare(
     only: str | None,
     mode: Mode | None,
     max_memory: str | int | None,
+    device: str,
 ) -> Prepared:
     """Checks everything that can be checked beforehand; arguments as for `quantize`.
 
@@ -73,11 +75,12 @@ def prepare(
     clock.take()
     return_early()
     model = os.fspath(model)
-    skeleton, calls, notes = _open(model, config)
+    ranks = current()
+    place = ranks.place(parse_device(device))
+    skeleton, calls, notes = _open(model, config, place)
     skipped = _check(skeleton, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
-    ranks = current()
     texts = _calibration(
         skeleton, config, calibration, ranks,
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
@@ -88,7 +91,7 @@ def prepare(
         found, asked_for, windows = skeleton, config, texts
         chosen = ranks.agree(
             lambda: with_widths(
-                found, asked_for, windows, Path(out), lambda: _open(model, asked_for)[0]
+                found, asked_for, windows, Path(out), lambda: _open(model, asked_for, place)[0]
             ).model_dump(mode="json")
         )
         config = QuantizeConfig(**chosen)
@@ -107,13 +110,15 @@ def prepare(
     )
 
 
-def _open(model: str, config: QuantizeConfig) -> tuple[Skeleton, Calls, list[str]]:
+def _open(
+    model: str, config: QuantizeConfig, device: torch.device
+) -> tuple[Skeleton, Calls, list[str]]:
     """The model as it is quantized, what its forward calls, and what is to be said about its files."""
-    skeleton = open_skeleton(local_folder(model), lm_head=config.lm_head)
+    skeleton = open_skeleton(local_folder(model), lm_head=config.lm_head, device=device)
     notes = skeleton.notes
     if config.rotate:
         turned = rotated(skeleton.checkpoint, config.rotation_seed)
-        skeleton = open_skeleton(turned, lm_head=config.lm_head)
+        skeleton = open_skeleton(turned, lm_head=config.lm_head, device=device)
     return skeleton, leave_uncalled(skeleton, config), notes
 
 
@@ -143,7 +148,7 @@ def _check_ranks(ranks: Ranks, skeleton: Skeleton, texts: Calibration | None) ->
     if not ranks.alone:
         ranks.check_alike(
             {
-                **environment.deciding(),
+                **environment.deciding(skeleton.device),
                 "the calibration text": texts.digest if texts else None,
                 "the model's files": sorted(skeleton.checkpoint.tensors),
             }
@@ -187,6 +192,7 @@ def _calibration(
             lambda: write_windows(
                 skeleton.checkpoint, tokenizer,
                 samples=count, seq_len=length, batch_size=batch_size, seed=seed,
+                device=skeleton.device,
             )
         ),
     )  # fmt: skip

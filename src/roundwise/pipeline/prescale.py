@@ -14,6 +14,7 @@ import torch
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.awq import search_scales
+from roundwise.core.device import HOST
 from roundwise.errors import SingularError
 from roundwise.models.blocks import Block, weight_of
 from roundwise.models.scaling import ScalableNorm, scalable_norms
@@ -103,9 +104,9 @@ class Prescaler:
         if found.ratio == 0.0:
             return Scaling(wanted=True)
         tensors = self._checkpoint.tensors
-        s = norm.storable(tensors[norm.weight].read(), found.s)
+        s = norm.storable(tensors[norm.weight].read(), found.s.to(HOST))
         changed = {
             name: change.rows(tensors[name].read()).to(tensors[name].read().dtype)
             for name, change in norm.changes(s).items()
         }
-        return Scaling(s, norm, found.ratio, changed, wanted=True)
+        return Scaling(s.to(H.device), norm, found.ratio, changed, wanted=True)

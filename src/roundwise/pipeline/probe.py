@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Group:
     def add(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Adds a batch of inputs to the Hessian."""
         if self.hessian is None:
-            self.hessian = Hessian(x.shape[-1])
+            self.hessian = Hessian(x.shape[-1], device=x.device)
         self.hessian.add(x, mask)
         if self.watch is not None:
             self.watch.add(x, mask, self.hessian)
@@ -79,21 +80,21 @@ class Group:
             if ratio is not None and W is not None and len(W) <= width:
                 reached = ((original.x - x) @ W.T.to(x.dtype)).mul_(ratio)
             if self.residual_drift is None:
-                self.residual_drift = CrossMoment(stream.shape[-1], width)
+                self.residual_drift = CrossMoment(stream.shape[-1], width, device=x.device)
             self.residual_drift.add(original.stream, stream, x, mask, reached)
         if reached is None:
             if self.input_drift is None:
-                self.input_drift = CrossMoment(width, width)
+                self.input_drift = CrossMoment(width, width, device=x.device)
             self.input_drift.add(original.x, x, x, mask)
 
-    def join(self, ranks: Ranks) -> None:
+    def join(self, ranks: Ranks, device: torch.device) -> None:
         """Makes the sums those over all ranks, of which some may have met no token."""
         if ranks.alone:
             return
         for name, make in (
-            ("hessian", lambda rows, _: Hessian(rows)),
-            ("input_drift", CrossMoment),
-            ("residual_drift", CrossMoment),
+            ("hessian", lambda rows, _: Hessian(rows, device=device)),
+            ("input_drift", partial(CrossMoment, device=device)),
+            ("residual_drift", partial(CrossMoment, device=device)),
         ):
             mine = getattr(self, name)
             rows, columns = ranks.largest(*(mine.sum.shape if mine else (0, 0)))
@@ -104,7 +105,7 @@ class Group:
                 mine.tokens = int(ranks.sum(torch.tensor([mine.tokens])))
         if any(ranks.largest(self.held is not None)):
             self.held = self.held or Group(self.names, residual=self.residual)
-            self.held.join(ranks)
+            self.held.join(ranks, device)
 
     def drift(self) -> Drift:
         """The mean cross moments. Ends the sums."""

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from roundwise.config import QuantizeConfig
+from roundwise.core.clock import clock
+from roundwise.core.device import HOST, peak_memory
 from roundwise.errors import Interrupted, RunError
 from roundwise.models.writer import storage_error
 from roundwise.pipeline import asked
@@ -29,8 +33,11 @@ class QuantizeResult:
     output: Path
     seconds: float
     peak_rss_bytes: int
+    device: str
+    peak_device_bytes: int | None
+    """Most that tensors held on it; None: it is the CPU."""
     planned_peak_bytes: int
-    """What the plan expected of a run from the first block to the last."""
+    """What the plan expected of a run from the first block to the last, where it computes."""
     phases: dict[str, float]
     """Seconds by kind of work: start (all before the first block), read, forward, hessian, drift, watch,
     factor, solve, refine, pack, write, exchange (between ranks, with waiting), finish; of this process,
@@ -65,6 +72,7 @@ def quantize(
     only: str | None = None,
     mode: Mode | None = None,
     max_memory: str | int | None = None,
+    device: str = "auto",
     restart: bool = False,
     strict: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -81,7 +89,9 @@ def quantize(
         samples, seq_len, batch_size, seed: windows of calibration tokens and how they are picked.
         only: "assistant": of chats, only the assistant's turns count.
         mode: true_sequential or block (see `Conductor.play`); None: as memory allows.
-        max_memory: budget for that choice, such as "8GB".
+        max_memory: budget for that choice, such as "8GB", of the memory of the device.
+        device: that computes, "cpu", "cuda" or "cuda:1"; "auto": the first GPU, or the CPU. Blocks are
+            read onto it one after another.
         restart: begin anew even if finished blocks are there.
         strict: what does not go as asked is an error, before work begins where it can be told, instead
             of a line in the result.
@@ -95,7 +105,7 @@ def quantize(
     prepared = prepare(
         model, out, config or QuantizeConfig(), calibration,
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
-        mode=mode, max_memory=max_memory,
+        mode=mode, max_memory=max_memory, device=device,
     )  # fmt: skip
     return carry_out(prepared, restart=restart, strict=strict, progress=progress)
 
@@ -132,13 +142,15 @@ def carry_out(
     except OSError as error:
         raise storage_error(error, Path(error.filename or run.out)) from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if lacking or "allocate memory" in str(error):
             raise RunError(
                 "out of memory; finished blocks are kept: make room and run the same command again, or "
                 "--restart with fewer --samples (`roundwise plan` says what is needed)"
             ) from error
         raise
     finally:
+        clock.device = HOST
         if journal is not None:
             journal.close()
     run.lap()
@@ -152,7 +164,9 @@ def carry_out(
             "start": seconds - sum(run.spent.values()) + run.spent.get("start", 0.0),
         },
         peak_rss_bytes=peak_rss(),
-        planned_peak_bytes=memory.peak_rss_bytes,
+        device=str(run.skeleton.device),
+        peak_device_bytes=peak_memory(run.skeleton.device),
+        planned_peak_bytes=memory.peak_bytes,
         bits_per_weight=manifest["bits_per_weight"],
         bytes_before=manifest["bytes_before"],
         bytes_after=manifest["bytes_after"],

@@ -18,6 +18,7 @@ import torch
 from torch import distributed
 
 from roundwise.core.clock import clock
+from roundwise.core.device import HOST
 from roundwise.errors import ConfigError, RunError
 
 T = TypeVar("T")
@@ -48,6 +49,20 @@ class Ranks:
     def alone(self) -> bool:
         """There is no other."""
         return self.count == 1
+
+    def place(self, device: torch.device) -> torch.device:
+        """This rank's own device: of several GPUs in a machine each rank has one, in turn."""
+        if device.type == "cpu" or device.index is not None or self.alone:
+            return device
+        count = torch.get_device_module(device).device_count()
+        return torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")) % count)
+
+    def sharing(self, device: torch.device) -> int:
+        """How many ranks share the memory of a device."""
+        if device.type == "cpu":
+            return self.local
+        count: int = torch.get_device_module(device).device_count()
+        return -(-self.local // count)
 
     def share(self, items: Sequence[T]) -> Mapping[int, T]:
         """This rank's part of what is dealt out, by its number among all."""
@@ -89,10 +104,12 @@ class Ranks:
         ]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Adds up tensors of one shape over all ranks, in place."""
+        """Adds up tensors of one shape over all ranks, in place; those of a GPU on their hosts."""
         if not self.alone:
+            host = values.to(HOST)
             with _together():
-                distributed.all_reduce(values)
+                distributed.all_reduce(host)
+            values.copy_(host)
         return values
 
     def largest(self, *values: int) -> list[int]:
@@ -109,12 +126,13 @@ class Ranks:
             return part
         # In bytes: not every type can be sent. Parts differ by a row, so all are made as long.
         most = -(-total // self.count)
-        padded = part.new_zeros(most, *part.shape[1:])
+        padded = torch.zeros(most, *part.shape[1:], dtype=part.dtype)
         padded[: len(part)] = part
         parts = self._gather(padded.contiguous().view(torch.uint8))
         whole = [each.view(part.dtype).view(padded.shape) for each in parts]
         spans = [self._rows(rank, total) for rank in range(self.count)]
-        return torch.cat([w[: s.stop - s.start] for w, s in zip(whole, spans, strict=True)])
+        joined = torch.cat([w[: s.stop - s.start] for w, s in zip(whole, spans, strict=True)])
+        return joined.to(part.device)
 
     def _gather(self, data: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(data) for _ in range(self.count)]

@@ -55,6 +55,8 @@ class Recipe:
     """samples, seq_len, batch_size, seed, only."""
     mode: Mode | None
     threads: int
+    device: str
+    """cpu, or auto."""
 
 
 def repeat(
@@ -91,7 +93,7 @@ def repeat(
     with threads(recipe.threads):
         prepared = prepare(
             model or recipe.model, out, recipe.config, calibration or recipe.calibration,
-            **recipe.windows, mode=recipe.mode, max_memory=max_memory,
+            **recipe.windows, mode=recipe.mode, max_memory=max_memory, device=recipe.device,
         )  # fmt: skip
         made, now = record["run"], prepared.run.fingerprint(None)
         _check_model(prepared.run.skeleton.checkpoint.folder, file, made["model"], now["model"])
@@ -130,6 +132,7 @@ def read_recipe(file: Path, record: dict[str, Any]) -> Recipe:
             windows["only"] = texts.get("only")
         mode = None if run["mode"] == "none" else parse_mode(run["mode"])
         given = record["given"]
+        device = "cpu" if run.get("device", "cpu") == "cpu" else "auto"
         count, source, text = int(run["threads"]), str(given["model"]), given["calibration"]
         if not isinstance(run["model"]["files"], dict):
             raise ValueError("files")
@@ -142,7 +145,7 @@ def read_recipe(file: Path, record: dict[str, Any]) -> Recipe:
             f"{file} is of a run that was calibrated with a Python list, which it does not hold: give "
             "the same list to roundwise.quantize"
         )
-    return Recipe(QuantizeConfig(**settings), source, text, windows, mode, count)
+    return Recipe(QuantizeConfig(**settings), source, text, windows, mode, count, device)
 
 
 def _check_model(folder: Path, file: Path, made: dict[str, Any], now: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ class Policy:
 
     def everyone(self, experts: LinearExperts, x: torch.Tensor) -> Visits:
         """All tokens pass all experts; they share one tensor if experts are to share a Hessian."""
-        own = None if self.gather == "all" else torch.arange(len(x))
+        own = None if self.gather == "all" else torch.arange(len(x), device=x.device)
         return [(expert, own) for expert in range(experts.count)]
 
 
@@ -86,9 +86,8 @@ class Routing:
         """Counts a batch's choices."""
         chosen = index if mask is None else index[mask.reshape(-1)]
         self._total += len(chosen)
-        self.tokens += torch.bincount(chosen.flatten(), minlength=len(self.tokens))[
-            : len(self.tokens)
-        ]
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.tokens))
+        self.tokens += counts[: len(self.tokens)].to(self.tokens.device)
 
     def join(self, ranks: Ranks) -> None:
         """Makes the counts those of all ranks, once their batches are counted."""

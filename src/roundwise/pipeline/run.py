@@ -83,7 +83,7 @@ class Run:
             self.skeleton, self.config,
             tokens=-(-self.texts.tokens // self.ranks.count) if self.texts else 0,
             batch=max(b.input_ids.numel() for b in self.texts.batches) if self.texts else 0,
-            mode=mode, budget=self.budget, sharing=self.ranks.local,
+            mode=mode, budget=self.budget, sharing=self.ranks.sharing(self.skeleton.device),
         )  # fmt: skip
 
     def fingerprint(self, known: dict[str, Any] | None) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Run:
             "model": self.skeleton.checkpoint.identity(),
             "calibration": self.texts.describe() if self.texts else None,
             "mode": self.mode or "none",
-            **environment.deciding(),
+            **environment.deciding(self.skeleton.device),
             **{key: known[key] for key in ("threads",) if key in known},
         }
 
@@ -115,6 +115,7 @@ class Run:
         Args:
             journal: the first rank's; None on all others.
         """
+        clock.device = self.skeleton.device
         clock.add("start", time.monotonic() - self.begun - sum(clock.seconds.values()))
         fingerprint, done = self.ranks.agree(lambda: self._begin(journal))
         if journal is None:
@@ -190,6 +191,7 @@ class Run:
             held_out=held_out(self.config, len(self.texts.batches)),
             policy=Policy(self.config.experts, self.config.expert_tokens),
             ranks=self.ranks,
+            device=self.skeleton.device,
         ) as conductor:
             for index in range(first, len(self.skeleton.blocks)):
                 conductor.enter()

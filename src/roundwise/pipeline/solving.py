@@ -14,6 +14,7 @@ import torch
 from roundwise.config import QuantizeConfig
 from roundwise.core.awq import round_searched
 from roundwise.core.clock import clock
+from roundwise.core.device import HOST
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.solver import round_to_nearest, solve
 from roundwise.errors import NumericalError, SingularError
@@ -76,7 +77,8 @@ class BlockSolver:
                 q = self._weight(name, scaling.apply(weight_of(linear)), inputs, settings)
             with clock.phase("pack"):
                 set_weight(linear, scaling.undo(q.dequantize(weight_of(linear).dtype)))
-                self.packed[name] = encode(q, settings)
+                packed = encode(q, settings).items()
+                self.packed[name] = {suffix: part.to(HOST) for suffix, part in packed}
             record = layer_record(name, q, settings, inputs.tokens)
             record["fallback"] = q.fallback or group.fallback
             self.layers.append(record | scaling.record(name) | inputs.damping.record(settings))

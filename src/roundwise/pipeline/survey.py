@@ -45,7 +45,7 @@ def survey(skeleton: Skeleton, config: QuantizeConfig, texts: Calibration) -> li
     units: list[Unit] = []
     with Conductor(
         skeleton.model, skeleton.blocks, texts.batches,
-        policy=Policy(config.experts, config.expert_tokens),
+        policy=Policy(config.experts, config.expert_tokens), device=skeleton.device,
     ) as conductor:  # fmt: skip
         for block in skeleton.blocks:
             if block.is_head:  # it keeps the width asked for

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from roundwise.errors import CalibrationError
+from roundwise.models.placement import moved
 from roundwise.pipeline.chats import assistant_tokens
 from roundwise.pipeline.texts import Document
 
@@ -23,6 +24,10 @@ class Batch:
     """bool [windows, length], False on padding; None when there is none."""
     counted: torch.Tensor | None = None
     """bool [windows, length], True for the tokens that count as input of layers; None: as `mask`."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*moved([self.input_ids, self.mask, self.counted], device))
 
     @property
     def counting(self) -> torch.Tensor | None:

@@ -37,8 +37,8 @@ def command(
 
     import torch
 
+    from roundwise.core.device import parse_device
     from roundwise.evaluation.speed import speed
-    from roundwise.inference.device import parse_device
     from roundwise.inference.load import load, parse_dtype
 
     if threads is not None:

@@ -64,9 +64,9 @@ def command(
     Perplexity in sliding windows, KL divergence and top-1 agreement per token, tasks through lm-eval,
     size, speed and memory. With --max-perplexity-increase or --max-kl the exit code says pass or fail.
     """
+    from roundwise.core.device import parse_device
     from roundwise.errors import ConfigError
     from roundwise.evaluation.compare import Protocol, compare, round_to_nearest_like
-    from roundwise.inference.device import parse_device
     from roundwise.inference.load import parse_dtype
 
     if baseline not in (None, "rtn"):

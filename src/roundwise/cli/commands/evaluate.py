@@ -39,10 +39,10 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model: perplexity on a text in sliding windows, tasks through lm-eval, or both."""
+    from roundwise.core.device import parse_device
     from roundwise.errors import CheckpointError, ConfigError
     from roundwise.evaluation.perplexity import perplexity
     from roundwise.evaluation.tasks import evaluate_tasks
-    from roundwise.inference.device import parse_device
     from roundwise.inference.load import load, parse_dtype
     from roundwise.pipeline.texts import read_text
 

@@ -44,8 +44,8 @@ def command(
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Go on with a prompt, or answer a message; the text appears as it is generated."""
+    from roundwise.core.device import parse_device
     from roundwise.errors import CheckpointError, ConfigError
-    from roundwise.inference.device import parse_device
     from roundwise.inference.generation import Sampling, generate
     from roundwise.inference.load import load, parse_dtype
     from roundwise.inference.prompts import encode_chat, encode_text, read_chat_template

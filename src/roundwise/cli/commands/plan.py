@@ -54,6 +54,7 @@ def command(
         str | None, typer.Option(help="true_sequential or block; chosen by memory if not given.")
     ] = None,
     max_memory: Annotated[str | None, typer.Option(help="Budget, such as 8GB.")] = None,
+    device: Annotated[str, typer.Option(help="That is to compute: auto, cpu, cuda …")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Say what `quantize` would do: modules, sizes, memory, time, who serves the result.
@@ -61,6 +62,7 @@ def command(
     Reads config.json and the headers of the weights only. Exit code 1: a run would be refused.
     """
     from roundwise.config import QuantizeConfig
+    from roundwise.core.device import parse_device
     from roundwise.models.hub import local_folder
     from roundwise.models.skeleton import open_skeleton
     from roundwise.pipeline.memory import parse_mode, parse_size
@@ -73,7 +75,7 @@ def command(
         dynamic=parse_dynamic(override or [], skip or []),
     )  # fmt: skip
     found = plan(
-        open_skeleton(local_folder(model), lm_head=lm_head), config,
+        open_skeleton(local_folder(model), lm_head=lm_head, device=parse_device(device)), config,
         samples=samples, seq_len=seq_len, batch_size=batch_size,
         mode=parse_mode(mode), budget=parse_size(max_memory),
     )  # fmt: skip
@@ -103,9 +105,9 @@ def _print(found: Plan) -> None:
         "size": f"{size(found.bytes_before)} -> {size(found.bytes_after)} "
         f"({found.bits_per_weight:.2f} bits per quantized weight)",
         "quantized": f"{found.quantized_part:.1%} of all parameters",
-        "peak memory": f"{size(memory.peak_rss_bytes)} in mode {memory.mode}: "
+        "peak memory": f"{size(memory.peak_bytes)} on {memory.device} in mode {memory.mode}: "
         + ", ".join(f"{name} {size(value)}" for name, value in parts[:4]),
-        "time": f"about {_duration(seconds)} on this machine's processor (estimated from a short trial)",
+        "time": f"about {_duration(seconds)} on {memory.device} (estimated from a short trial here)",
     }
     for engine, reason in found.served_by.items():
         lines[engine] = "serves it" if reason is None else f"no: {reason}"

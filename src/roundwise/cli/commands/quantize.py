@@ -120,6 +120,9 @@ def command(
     max_memory: Annotated[
         str | None, typer.Option(help="Budget, such as 8GB; a run that needs more says so.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:1; auto: the first GPU, or the CPU.")
+    ] = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew in this folder.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="What does not go as asked is an error.")
@@ -167,7 +170,7 @@ def command(
         result = quantize(
             model, out, config, calibration,
             samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
-            mode=parse_mode(mode), max_memory=max_memory, restart=restart, strict=strict,
+            mode=parse_mode(mode), max_memory=max_memory, device=device, restart=restart, strict=strict,
             progress=Reporter(shown),
         )  # fmt: skip
     if not ranks.first:
@@ -248,7 +251,7 @@ def print_result(result: QuantizeResult, page: Path | None = None) -> None:
     stdout.print(
         f"{len(result.layers)} layers in {result.seconds:.1f} s, {result.bits_per_weight:.2f} bits per "
         f"weight, {size(result.bytes_before)} -> {size(result.bytes_after)}, "
-        f"peak memory {size(result.peak_rss_bytes)}, mode {result.mode}",
+        f"peak memory {_peak(result)}, mode {result.mode}",
         highlight=False,
     )
     for kind, found in widths(result.layers).items():
@@ -270,6 +273,13 @@ def print_result(result: QuantizeResult, page: Path | None = None) -> None:
     stdout.print(f"verified, saved in {result.output}", highlight=False, soft_wrap=True)
     for text in result.not_as_asked:
         stdout.print(f"[red]not as asked:[/] {text}", highlight=False, soft_wrap=True)
+
+
+def _peak(result: QuantizeResult) -> str:
+    host = size(result.peak_rss_bytes)
+    if result.peak_device_bytes is None:
+        return host
+    return f"{size(result.peak_device_bytes)} on {result.device} and {host}"
 
 
 def coverage(experts: list[dict[str, Any]]) -> str:

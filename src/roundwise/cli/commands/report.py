@@ -42,12 +42,12 @@ def command(
     `quantize` writes it too; with --against, --text and --prompt it also says what was lost.
     """
     from roundwise.cli.commands.compare import evaluation_tokens, fitting_window
+    from roundwise.core.device import parse_device
     from roundwise.errors import ConfigError
     from roundwise.evaluation.compare import Protocol
     from roundwise.evaluation.report.facts import read_facts
     from roundwise.evaluation.report.measure import answers, evaluate
     from roundwise.evaluation.report.page import write_report
-    from roundwise.inference.device import parse_device
     from roundwise.inference.load import parse_dtype
 
     prompts, evaluation, found = prompt or [], None, []

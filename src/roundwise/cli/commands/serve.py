@@ -115,8 +115,8 @@ def _serve_here(
 
     run.check_installed()
 
+    from roundwise.core.device import parse_device
     from roundwise.errors import CheckpointError, ConfigError
-    from roundwise.inference.device import parse_device
     from roundwise.inference.load import load, parse_dtype
     from roundwise.inference.prompts import read_chat_template
     from roundwise.inference.serving.app import LOCAL_NAMES, Limits, Server

@@ -1,0 +1,55 @@
+"""Devices by name, and what they hold: a GPU, or any other accelerator that torch knows."""
+
+from __future__ import annotations
+
+import torch
+
+from roundwise.errors import ConfigError
+
+#: Where everything begins and ends.
+HOST = torch.device("cpu")
+
+
+def parse_device(name: str) -> torch.device:
+    """A device by its name; "auto" is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        module = torch.get_device_module(device)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is not known: use auto, cpu or cuda") from None
+    if device.type != "cpu" and (device.index or 0) >= module.device_count():
+        raise ConfigError(
+            f"device {name!r}: torch sees {module.device_count()} {device.type.upper()} devices"
+        )
+    return device
+
+
+def named(device: torch.device) -> str:
+    """What a device is: cpu, or the accelerator's name such as NVIDIA H100 80GB HBM3."""
+    if device.type == "cpu":
+        return "cpu"
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that an accelerator has free."""
+    return int(torch.get_device_module(device).mem_get_info(device)[0])
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that tensors have held on an accelerator so far; None for the CPU."""
+    if device.type == "cpu":
+        return None
+    return int(torch.get_device_module(device).max_memory_allocated(device))
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until an accelerator has done what it was given: without it, times are those of asking."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)

@@ -1,0 +1,92 @@
+"""Quantizes small models on the device of `tests.toy` and on the CPU; prints which results agree.
+
+A process of its own: torch, once it knows another device, does not forget it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import roundwise as rw
+from roundwise.core import native
+from tests.helpers import ARCHITECTURES, LLAMA, contents, random_model, windows
+from tests.mixtures import MIXTURES
+from tests.toy import Backend, toy
+
+
+def model(name: str) -> Any:
+    """A small model with random weights."""
+    torch.manual_seed(0)
+    if name == "t5":
+        sizes = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4}
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**sizes, num_layers=2, decoder_start_token_id=0)
+        )
+    if name == "tied":
+        return random_model(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True))
+    return random_model({**ARCHITECTURES, **MIXTURES}[name].config())
+
+
+QUICK = {"group_size": 32, "exchange": 2, "grid_candidates": 2}
+TEXTBOOK = {"recipe": "textbook", "group_size": 32}
+#: Model -> settings, and arguments of the run.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": ({**QUICK, "damp_percent": "auto"}, {"mode": "true_sequential"}),
+    "gpt2": ({**QUICK, "sym": False, "desc_act": True}, {"mode": "block"}),
+    "tied": ({**TEXTBOOK, "lm_head": True, "prescale": "awq", "rotate": True}, {}),
+    "qwen3_moe": (TEXTBOOK, {"mode": "block"}),
+    "deepseek_v3": ({**TEXTBOOK, "alpha": 1.0, "experts": "all"}, {"mode": "true_sequential"}),
+    "t5": ({"method": "awq", "group_size": 32}, {}),
+    "qwen3": ({**TEXTBOOK, "target_bpw": 6, "target_widths": (4, 8)}, {}),
+    "opt": ({"method": "rtn", "group_size": 32}, {}),
+}
+
+
+def main(folder: Path) -> dict[str, Any]:
+    """By case, what the result says of the device, and whether all bytes are the CPU's."""
+    found = {}
+    for name in CASES:
+        model(name).save_pretrained(folder / name)
+    # The same kernels for both: the extension knows no other device, nor does fast attention.
+    native.load = lambda: (None, native.Status(None, "test"))  # type: ignore[assignment]
+    texts = windows()
+    texts[0] = texts[0][:20]  # padding
+    for name, (config, options) in CASES.items():
+        with toy(), sdpa_kernel(SDPBackend.MATH):
+            results = [
+                rw.quantize(
+                    folder / name, folder / f"{name}-{device}", rw.QuantizeConfig(**config),
+                    None if config.get("method") == "rtn" else texts,
+                    batch_size=2, device=device, **options,
+                )
+                for device in ("cpu", "toy")
+            ]  # fmt: skip
+        tensors = [
+            {n: digest for n, digest in contents(r.output).items() if n.endswith(".safetensors")}
+            for r in results
+        ]
+        result = results[1]
+        found[name] = {
+            "device": result.device,
+            "same": tensors[0] == tensors[1],
+            "peak_device_bytes": result.peak_device_bytes,
+            "layers": len(result.layers),
+        }
+    try:
+        with toy():
+            torch.zeros(2).to("toy") + torch.zeros(2)
+    except RuntimeError as error:
+        found["mixed"] = str(error)
+    found["waited"] = Backend.waited
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))
