@@ -3,6 +3,8 @@
     python benchmarks/memory.py                   1.2B and 2.4B parameters (twice as many blocks)
     python benchmarks/memory.py --recipe textbook the same with GPTQ as published (much faster here)
     python benchmarks/memory.py --shape 7b        a 7B-shaped model, to the end
+    python benchmarks/memory.py --shape 8b --device cuda --samples 128 --seq-len 2048 --batch-size 4
+                                                  Llama 3.1 8B's shape on a GPU, with times by phase
 
 The models are random bf16 weights in shards, written block by block. Each run is a process of its own;
 its peak is read from the kernel (VmHWM), and what the interpreter takes with torch imported is
@@ -29,6 +31,7 @@ from roundwise.models.writer import write_json, write_safetensors
 SHAPES = {
     "1.2b": {"hidden": 2048, "intermediate": 5632, "blocks": 26, "heads": 32, "kv_heads": 4},
     "2.4b": {"hidden": 2048, "intermediate": 5632, "blocks": 52, "heads": 32, "kv_heads": 4},
+    "8b": {"hidden": 4096, "intermediate": 14336, "blocks": 32, "heads": 32, "kv_heads": 8},
     "7b": {"hidden": 4096, "intermediate": 11008, "blocks": 32, "heads": 32, "kv_heads": 32},
 }
 VOCABULARY = 32000
@@ -42,14 +45,15 @@ import torch
 base = status("VmRSS")
 import random
 import roundwise as rw
-model, out, recipe = sys.argv[1:4]
-samples, length = map(int, sys.argv[4:])
+model, out, recipe, device = sys.argv[1:5]
+samples, length, batch = map(int, sys.argv[5:])
 draw = random.Random(0)
 windows = [[draw.randrange(32000) for _ in range(length)] for _ in range(samples)]
-limits = {"samples": samples, "seq_len": length, "batch_size": 4}
+limits = {"samples": samples, "seq_len": length, "batch_size": batch, "device": device}
 result = rw.quantize(model, out, rw.QuantizeConfig(recipe=recipe), windows, **limits)
 peak = status("VmHWM")
-print(json.dumps({"base": base, "peak": peak, "seconds": result.seconds, "mode": result.mode}))
+print(json.dumps({"base": base, "peak": peak, "seconds": result.seconds, "mode": result.mode,
+                  "phases": result.phases, "on_device": result.peak_device_bytes}))
 """
 
 
@@ -107,16 +111,16 @@ def write_model(
     return total
 
 
-def measure(
-    shape: str, recipe: str, blocks: int, samples: int, length: int, scratch: Path
-) -> float:
+def measure(shape: str, args: argparse.Namespace, scratch: Path) -> float:
     """Generates, quantizes and deletes one model; prints a line; the peak above torch in MB."""
+    recipe, blocks, samples, length = args.recipe, args.blocks, args.samples, args.seq_len
     source, out = scratch / f"model-{shape}", scratch / f"out-{shape}"
     source.mkdir()
     sizes = SHAPES[shape] | ({"blocks": blocks} if blocks else {})
     parameters = write_model(source, **sizes)
     begun = time.monotonic()
-    arguments = [str(source), str(out), recipe, str(samples), str(length)]
+    arguments = [str(source), str(out), recipe, args.device]
+    arguments += [str(number) for number in (samples, length, args.batch_size)]
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments], check=True, capture_output=True, text=True
     )
@@ -130,6 +134,9 @@ def measure(
         f"{time.monotonic() - begun:.0f} s wall",
         flush=True,
     )
+    if found["on_device"] is not None:
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found["phases"].items())
+        print(f"{found['on_device'] / 1e6:.0f} MB on {args.device}; seconds: {phases}", flush=True)
     shutil.rmtree(source)
     shutil.rmtree(out)
     return above
@@ -144,6 +151,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=0, help="other than the shape's")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--scratch", type=Path, help="where models are written (needs their size)")
     args = parser.parse_args()
     print(
@@ -153,10 +162,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         shapes = args.shape or ["1.2b", "2.4b"]
-        peaks = [
-            measure(shape, args.recipe, args.blocks, args.samples, args.seq_len, Path(scratch))
-            for shape in shapes
-        ]
+        peaks = [measure(shape, args, Path(scratch)) for shape in shapes]
     if not args.shape:
         print(f"twice the blocks: {peaks[1] / peaks[0] - 1:+.1%} peak memory")
 

@@ -72,6 +72,6 @@ def test_who_writes_no_text(
     transformers.BertModel(config).save_pretrained(tmp_path)
     with pytest.raises(CalibrationError, match="BertModel writes no text"):
         write_windows(Checkpoint(tmp_path), tokenizer, **SETTINGS, seed=0)
-    monkeypatch.setattr(own, "available", lambda: 1000)
+    monkeypatch.setattr(own, "available", lambda _: 1000)
     with pytest.raises(CalibrationError, match="must be in memory"):
         write_windows(Checkpoint(tiny), tokenizer, **SETTINGS, seed=0)

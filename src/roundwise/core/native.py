@@ -1,7 +1,8 @@
 """The C++ extension: what it is used for, and why not where it is not.
 
 Everything it does exists in plain torch as well (`core/recursion.py`, `core/packing.py`), tested to give
-the same codes; it is only much faster. It takes float32 and float64 tensors, and codes, on the CPU.
+the same codes; it is only much faster. It takes float32 and float64 tensors, and codes, on the CPU;
+`core/gpu.py` is its like for GPUs.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from roundwise.core import native
+from roundwise.core import gpu, native
 from roundwise.core.grid import Grid, decode, encode, minmax
 from roundwise.core.search import SHRINK, best_grids
 
@@ -22,7 +22,7 @@ REACH = 0.2
 #: Part of the cost of a step that an exchange must win.
 WORTH = 1e-4
 #: Entries of the largest temporary while grids are compared; rows are taken in parts to keep to it.
-WORKSPACE = 1 << 21
+WORKSPACE, ACCELERATED = 1 << 21, 1 << 24
 
 
 def round_group(
@@ -56,7 +56,8 @@ def round_group(
             U, D, target, asked,
             weights=weights, shrink=shrink, keep=keep, maxq=maxq, min_zero=min_zero, sym=sym,
         )  # fmt: skip
-    rows = max(1, WORKSPACE // (len(target) * keep))
+    most = WORKSPACE if target.device.type == "cpu" else ACCELERATED
+    rows = max(1, most // (len(target) * keep))
     found: list[tuple[torch.Tensor, ...]] = []
     for start in range(0, target.shape[1], rows):
         T, asks = target[:, start : start + rows], asked[:, start : start + rows]
@@ -69,7 +70,7 @@ def round_group(
             grids = best_grids(W_g, weights, maxq, sym=sym, min_zero=min_zero, keep=keep)
             found.append(_cheapest(U, D, T, asks, grids, maxq))
     scale, zero, codes, E, loss = (torch.cat(part, dim=-1) for part in zip(*found, strict=True))
-    return Grid(scale, zero), codes.to(torch.uint8), E, loss
+    return Grid(scale, zero), codes, E, loss
 
 
 def round_known(
@@ -84,8 +85,7 @@ def round_known(
     if native.usable(target):
         return native.round_known(U, D, target, asked, grids, index, maxq)
     grid = Grid(grids.scale[index], grids.zero[index])
-    codes, E, loss = _rounded(U, D, target, asked, grid, maxq)
-    return codes.to(torch.uint8), E, loss
+    return _rounded(U, D, target, asked, grid, maxq)
 
 
 def descend(
@@ -107,6 +107,8 @@ def descend(
     """
     if native.usable(G):
         return native.descend(H, G, grids, index, maxq, codes, 1)
+    if gpu.usable(G):
+        return gpu.descend(H, G, grids, index, maxq, codes, 1)
     G, change = G.clone(), torch.empty_like(G)
     for j in range(len(G)):
         grid = Grid(grids.scale[index[j]], grids.zero[index[j]])
@@ -138,6 +140,8 @@ def exchange(
     """
     if native.usable(G):
         return native.descend(H, G, grids, index, maxq, codes, moves)
+    if gpu.usable(G):
+        return gpu.descend(H, G, grids, index, maxq, codes, moves)
     scale, before, row = (
         grids.scale[index],
         codes.to(G.dtype),
@@ -185,23 +189,34 @@ def _cheapest(
 def _rounded(
     U: torch.Tensor, D: torch.Tensor, T: torch.Tensor, asked: torch.Tensor, grid: Grid, maxq: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The recursion: codes (floats) and errors [n, rows], loss [rows].
+    """The recursion: codes uint8 and errors [n, rows], loss [rows].
 
     `grid` is one per row, or one per column and row.
     """
     t = asked + T
-    codes, E = torch.empty_like(t), torch.empty_like(t)
+    codes, E = torch.empty_like(t, dtype=torch.uint8), torch.empty_like(t)
     scale, zero = grid.scale.expand_as(t), grid.zero.expand_as(t)
-    for j in range(len(t)):
-        start = j - j % PANEL
-        if start and start == j:
-            stop = min(j + PANEL, len(t))
-            t[j:stop] += U[:j, j:stop].T @ E[:j]
-        if j > start:
-            t[j].addmv_(E[start:j].T, U[start:j, j])
-        at = Grid(scale[j], zero[j])
-        codes[j] = encode(t[j], at, maxq)
-        torch.sub(T[j], decode(codes[j], at), out=E[j])
+    round_panel = gpu.round_panel if gpu.usable(t) else _round_panel
+    for a in range(0, len(t), PANEL):
+        part = slice(a, min(a + PANEL, len(t)))
+        if a:
+            t[part] += U[:a, part].T @ E[:a]
+        at = Grid(scale[part], zero[part])
+        round_panel(U[part, part], T[part], t[part], at, maxq, codes[part], E[part])
     # t - q = (t - T) + (T - q)
     loss = D @ t.sub_(T).add_(E).square_()
     return codes, E, loss
+
+
+def _round_panel(
+    U: torch.Tensor, T: torch.Tensor, t: torch.Tensor, grid: Grid, maxq: int,
+    codes: torch.Tensor, E: torch.Tensor,
+) -> None:  # fmt: skip
+    """`gpu.round_panel` in plain torch."""
+    for j in range(len(t)):
+        if j:
+            t[j].addmv_(E[:j].T, U[:j, j])
+        at = Grid(grid.scale[j], grid.zero[j])
+        nearest = encode(t[j], at, maxq)
+        codes[j] = nearest.to(torch.uint8)
+        torch.sub(T[j], decode(nearest, at), out=E[j])

@@ -51,14 +51,14 @@ class Refiner:
             self._TH = self._times_h(self.T)
         V = self.codes - self.grids.zero[self.index]
         groups, rows = self.grids.scale.shape
-        b = V.new_zeros(groups, rows).index_add_(0, self.index, V * self._TH)
+        b = self._by_group(V * self._TH)
         M = V.new_zeros(groups, groups, rows)
         for group in range(groups):
             # M is symmetric: the groups from this one on are enough.
             start = int(torch.searchsorted(self.index, group))
             stop = int(torch.searchsorted(self.index, group, right=True))
             product = self._block(slice(start, None), slice(start, stop)) @ V[start:stop]
-            M[group].index_add_(0, self.index[start:], product.mul_(V[start:]))
+            M[group, group:] = self._by_group(product.mul_(V[start:]), start)[group:]
             M[group + 1 :, group] = M[group, group + 1 :]
         M, b = M.permute(2, 0, 1).contiguous(), b.T.contiguous()
         scale = self.grids.scale.T
@@ -106,6 +106,14 @@ class Refiner:
             codes=codes.T.contiguous(),
             scales=self.grids.scale.T.contiguous().to(torch.float16),
         )
+
+    def _by_group(self, X: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Sums of the rows of each group: X [columns from `start` on, rows] -> [groups, rows]."""
+        groups, index = len(self.grids.scale), self.index[start:]
+        if X.is_cuda:
+            # Adding to one place from many threads gives another sum each time; a product does not.
+            return (index == torch.arange(groups, device=X.device)[:, None]).to(X.dtype) @ X
+        return X.new_zeros(groups, X.shape[1]).index_add_(0, index, X)
 
     def _block(self, rows: slice, columns: slice) -> torch.Tensor:
         """A part of H in the order used here; never all of it at once, which would be a copy."""

@@ -7,10 +7,9 @@ handed to the solver, which rounds the group with each and keeps the one whose t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
+from roundwise.core import gpu
 from roundwise.core.grid import Grid, decode, encode, storable
 
 #: Ranges tried, as parts of the full one.
@@ -34,37 +33,40 @@ def best_grids(
     Returns:
         scale and zero, each [keep, rows].
     """
-    scores, scales, zeros = [], [], []
-    for grid in _candidates(W, maxq, sym=sym, min_zero=min_zero):
-        error = decode(encode(W, grid, maxq), grid).sub_(W).square_()
-        scores.append(D @ error)
-        scales.append(grid.scale)
-        zeros.append(grid.zero)
+    grids = _candidates(W, maxq, sym=sym, min_zero=min_zero)
+    scores = (gpu.scores if gpu.usable(W) else _scores)(W, D, grids, maxq)
     # Grids can be equal (all codes shifted by one): the one that was tried first wins.
-    best = torch.stack(scores).sort(dim=0, stable=True).indices[:keep]
-    return Grid(torch.stack(scales).gather(0, best), torch.stack(zeros).gather(0, best))
+    best = scores.sort(dim=0, stable=True).indices[:keep]
+    return Grid(grids.scale.gather(0, best), grids.zero.gather(0, best))
 
 
-def _candidates(W: torch.Tensor, maxq: int, *, sym: bool, min_zero: int) -> Iterator[Grid]:
+def _scores(W: torch.Tensor, D: torch.Tensor, grids: Grid, maxq: int) -> torch.Tensor:
+    """`gpu.scores` in plain torch."""
+    found = torch.empty_like(grids.scale)
+    for score, grid in zip(found, map(Grid, *grids), strict=True):
+        error = decode(encode(W, grid, maxq), grid).sub_(W).square_()
+        torch.mv(error.T, D, out=score)
+    return found
+
+
+def _candidates(W: torch.Tensor, maxq: int, *, sym: bool, min_zero: int) -> Grid:
+    """All that are tried, in order, scale and zero each [candidates, rows]."""
     low, high = W.amin(dim=0).clamp(max=0), W.amax(dim=0).clamp(min=0)
     empty = high == low
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
-    shrink = SHRINK.to(W.dtype).tolist()
+    shrink = SHRINK.to(W)[:, None]
     if sym:
-        zero = torch.full_like(low, (maxq + 1) // 2)
         below, above = (maxq + 1) // 2, maxq - (maxq + 1) // 2
         plain = torch.maximum(-low / below, high / above)
         turned = torch.maximum(high / below, -low / above)
-        for part in shrink:
-            yield Grid(storable(plain * part), zero)
-            yield Grid(-storable(turned * part), zero)
-        return
-    for part in shrink:
-        scale = storable((high - low) * (part / maxq))
-        # The zero point that puts the middle of the range in the middle of the codes, and others
-        # around it: all of them for the narrow widths.
-        middle = (maxq / 2 - (high + low) / (2 * scale)).round()
-        offsets = range(min_zero, maxq + 1) if maxq < 8 else range(-2, 3)
-        for offset in offsets:
-            zero = torch.full_like(low, offset) if maxq < 8 else middle + offset
-            yield Grid(scale, zero.clamp(min_zero, maxq))
+        scale = torch.stack([storable(plain * shrink), -storable(turned * shrink)], dim=1)
+        return Grid(scale.flatten(0, 1), torch.full_like(scale, (maxq + 1) // 2).flatten(0, 1))
+    scale = storable((high - low) * (shrink / maxq))[:, None]
+    # The zero point that puts the middle of the range in the middle of the codes, and others around
+    # it: all of them for the narrow widths.
+    middle = (maxq / 2 - (high + low) / (2 * scale)).round()
+    offsets = range(min_zero, maxq + 1) if maxq < 8 else range(-2, 3)
+    zero = torch.tensor([*offsets]).to(W)[None, :, None]
+    zero = zero.expand(*scale.shape[:1], -1, scale.shape[2]) if maxq < 8 else middle + zero
+    zero = zero.clamp(min_zero, maxq)
+    return Grid(scale.expand_as(zero).flatten(0, 1), zero.flatten(0, 1))

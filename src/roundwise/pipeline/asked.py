@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core import native
+from roundwise.core import gpu, native
 from roundwise.core.device import HOST
 from roundwise.errors import FallbackError, StrictError
 from roundwise.models.blocks import Block, weight_of
@@ -201,6 +201,8 @@ def _matrices(block: Block) -> dict[str, int]:
 
 
 def _native(device: torch.device) -> list[str]:
+    if device.type == "cuda" and not gpu.available():
+        return ["Triton is not installed: the run is slower; pip install triton"]
     status = native.load()[1]
     if device != HOST or status.active or "switched off" in status.reason:
         return []

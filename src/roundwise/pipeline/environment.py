@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from roundwise.core import native
+from roundwise.core import gpu, native
 from roundwise.core.device import HOST, named
 from roundwise.pipeline.ranks import current
 from roundwise.version import __version__
@@ -29,13 +29,20 @@ def deciding(device: torch.device) -> dict[str, Any]:
         "device": named(device),
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),
-        "solver": (native.load()[1].active if device == HOST else None) or "torch",
+        "solver": _solver(device),
         "versions": {
             "roundwise": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
+
+
+def _solver(device: torch.device) -> str:
+    """What the inner loops run on."""
+    if device.type == "cuda":
+        return "triton" if gpu.available() else "torch"
+    return (native.load()[1].active if device == HOST else None) or "torch"
 
 
 def described() -> dict[str, Any]:

@@ -1,0 +1,235 @@
+"""Triton programs of the solver: the inner loops of `core/recursion.py` on a GPU.
+
+They do column after column what the plain version does, for tiles of rows (which are independent), with
+all that changes in registers. Rounding is half to even and division exact, as torch's. This file needs
+triton and is imported with the first weight that is solved on a GPU.
+"""
+
+import triton
+import triton.language as tl
+
+#: As in `core/recursion.py`.
+REACH, WORTH = tl.constexpr(0.2), tl.constexpr(1e-4)
+
+
+@triton.jit
+def _nearest(x, low, high):
+    """The whole number nearest to x, from `low` to `high`, whole ones less than 2^21 in size."""
+    x = tl.minimum(tl.maximum(x, low), high)
+    # Beyond 1.5 · 2^23 float32 has whole numbers only, and adding rounds half to even.
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _at(values, here):
+    """The row of `values` [n, R] that `here` [n] marks."""
+    return tl.sum(tl.where(here[:, None], values, 0.0), axis=0)
+
+
+@triton.jit(do_not_specialize=["n", "rows", "maxq"])
+def rounding(
+    U_ptr,
+    T_ptr,
+    t_ptr,
+    scale_ptr,
+    zero_ptr,
+    codes_ptr,
+    E_ptr,
+    n,
+    rows,
+    maxq,
+    U_stride,
+    T_stride,
+    t_stride,
+    grid_stride,
+    codes_stride,
+    E_stride,
+    N: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Rounds n <= N columns of a tile of R rows, one after another.
+
+    In: U [n, n] unit upper triangular; target T [n, rows]; t [n, rows], T and what finished columns ask
+    for; scale and zero, a row of `rows` for each column, or one for all (`grid_stride` 0). Out: codes,
+    E = T - value, and t as it was when its column was rounded.
+    """
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    k = tl.arange(0, N)
+    live = r < rows
+    inside = (k < n)[:, None] & live[None, :]
+    t = tl.load(t_ptr + k[:, None] * t_stride + r[None, :], mask=inside, other=0.0)
+    for j in range(n):
+        scale = tl.load(scale_ptr + j * grid_stride + r, mask=live, other=1.0)
+        zero = tl.load(zero_ptr + j * grid_stride + r, mask=live, other=0.0)
+        value = _nearest(tl.div_rn(_at(t, k == j), scale), -zero, maxq - zero)
+        target = tl.load(T_ptr + j * T_stride + r, mask=live, other=0.0)
+        E = target - value * scale
+        tl.store(codes_ptr + j * codes_stride + r, (value + zero).to(tl.uint8), mask=live)
+        tl.store(E_ptr + j * E_stride + r, E, mask=live)
+        u = tl.load(U_ptr + j * U_stride + k, mask=(k > j) & (k < n), other=0.0)
+        t += u[:, None] * E[None, :]
+    tl.store(t_ptr + k[:, None] * t_stride + r[None, :], t, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "rows", "maxq"])
+def scores(
+    W_ptr,
+    D_ptr,
+    scale_ptr,
+    zero_ptr,
+    score_ptr,
+    n,
+    rows,
+    maxq,
+    W_stride,
+    N: tl.constexpr,
+    R: tl.constexpr,
+):
+    """What candidate c (a program of its own) costs: Σ_j D_j (w_j - q_j)² for W [n, rows].
+
+    scale, zero and score are [candidates, rows].
+    """
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    live = r < rows
+    own = tl.program_id(1) * rows + r
+    scale = tl.load(scale_ptr + own, mask=live, other=1.0)[None, :]
+    zero = tl.load(zero_ptr + own, mask=live, other=0.0)[None, :]
+    total = tl.zeros([R], tl.float32)
+    for start in range(0, n, N):
+        k = start + tl.arange(0, N)
+        inside = (k < n)[:, None] & live[None, :]
+        W = tl.load(W_ptr + k[:, None] * W_stride + r[None, :], mask=inside, other=0.0)
+        D = tl.load(D_ptr + k, mask=k < n, other=0.0)
+        error = (
+            _nearest(tl.div_rn(W, tl.broadcast_to(scale, [N, R])), -zero, maxq - zero) * scale - W
+        )
+        total += tl.sum(D[:, None] * error * error, axis=0)
+    tl.store(score_ptr + own, total, mask=live)
+
+
+@triton.jit(do_not_specialize=["n", "rows", "maxq"])
+def descending(
+    H_ptr,
+    G_ptr,
+    scale_ptr,
+    zero_ptr,
+    index_ptr,
+    codes_ptr,
+    change_ptr,
+    n,
+    rows,
+    maxq,
+    H_stride,
+    G_stride,
+    N: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Moves the codes of n <= N columns of a tile of R rows to their best, one after another.
+
+    In: H [n, n]; G [n, rows]; scale and zero [groups, rows]; index [n], the group of each column. Codes
+    [n, rows] are changed; change [n, rows] is by how much the values moved.
+    """
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    k = tl.arange(0, N)
+    live = r < rows
+    inside = (k < n)[:, None] & live[None, :]
+    G = tl.load(G_ptr + k[:, None] * G_stride + r[None, :], mask=inside, other=0.0)
+    for j in range(n):
+        group = tl.load(index_ptr + j) * rows + r
+        scale = tl.load(scale_ptr + group, mask=live, other=1.0)
+        zero = tl.load(zero_ptr + group, mask=live, other=0.0)
+        at = j * rows + r
+        before = tl.load(codes_ptr + at, mask=live, other=0).to(tl.float32) - zero
+        gradient = _at(G, k == j)
+        diagonal = tl.load(H_ptr + j * H_stride + j)
+        best = before * scale - tl.div_rn(gradient, tl.broadcast_to(diagonal, [R]))
+        after = _nearest(tl.div_rn(best, scale), -zero, maxq - zero)
+        change = (after - before) * scale
+        tl.store(codes_ptr + at, (after + zero).to(tl.uint8), mask=live)
+        tl.store(change_ptr + at, change, mask=live)
+        h = tl.load(H_ptr + j * H_stride + k, mask=(k > j) & (k < n), other=0.0)
+        G += h[:, None] * change[None, :]
+
+
+@triton.jit
+def _answers(
+    free, low, gradient, scale, own, ratio, H_ptr, scale_ptr, index_ptr, k, inside, rows, maxq,
+    H_stride, left,
+):  # fmt: skip
+    """Up to `left` moves, each the one of all `free` columns that gains most, until none gains.
+
+    Returns by how many codes each column moved, the gradient after it, and what it costs (below zero).
+    """
+    moved = tl.zeros_like(gradient)
+    total = tl.sum(moved)
+    while left > 0:
+        answer = _nearest(gradient * ratio, low - moved, low - moved + maxq)
+        answer = tl.where(free, answer, 0.0)
+        cost = (2.0 * gradient * scale + own * answer) * answer
+        least, j = tl.min(cost, axis=0, return_indices=True)
+        left = tl.where(least < 0.0, left - 1, 0)
+        if least < 0.0:
+            total += least
+            there = tl.where(k == j, answer, 0.0)
+            moved += there
+            delta = tl.sum(there) * tl.load(scale_ptr + tl.load(index_ptr + j) * rows)
+            gradient += tl.load(H_ptr + j * H_stride + k, mask=inside, other=0.0) * delta
+    return moved, gradient, total
+
+
+@triton.jit(do_not_specialize=["n", "rows", "maxq", "moves"])
+def exchanging(
+    H_ptr,
+    G_ptr,
+    scale_ptr,
+    index_ptr,
+    codes_ptr,
+    change_ptr,
+    n,
+    rows,
+    maxq,
+    moves,
+    H_stride,
+    G_stride,
+    N: tl.constexpr,
+):
+    """Lets up to `moves` codes of one row move together, beginning with each of its n <= N columns.
+
+    Arguments as for `descending`. One program has one row, so that it can pass over what does not pay.
+    """
+    row = tl.program_id(0)
+    k = tl.arange(0, N)
+    inside = k < n
+    group = tl.load(index_ptr + k, mask=inside, other=0)
+    scale = tl.load(scale_ptr + group * rows + row, mask=inside, other=1.0)
+    diagonal = tl.load(H_ptr + k * (H_stride + 1), mask=inside, other=1.0)
+    own = scale * scale * diagonal
+    ratio = -tl.div_rn(tl.full([N], 1.0, tl.float32), scale * diagonal)
+    gradient = tl.load(G_ptr + k * G_stride + row, mask=inside, other=0.0)
+    code = tl.load(codes_ptr + k * rows + row, mask=inside, other=0).to(tl.float32)
+    low = -code  # by how many codes a column may still move down; up: low + maxq
+    for i in range(n):
+        here = k == i
+        wanted = tl.sum(tl.where(here, gradient * ratio, 0.0))
+        below = tl.sum(tl.where(here, low, 0.0))
+        above = below + maxq
+        first = _nearest(wanted, below, above)
+        far = (first != 0.0) | (tl.abs(wanted) >= REACH)
+        first = tl.where(first != 0.0, first, tl.where(wanted < 0.0, -1.0, 1.0))
+        if far & (first >= below) & (first <= above):
+            step = tl.load(scale_ptr + tl.load(index_ptr + i) * rows + row)
+            cost = step * step * tl.load(H_ptr + i * H_stride + i)
+            h = tl.load(H_ptr + i * H_stride + k, mask=inside, other=0.0)
+            # It must not move back.
+            answers, tried, gain = _answers(
+                inside & (k != i), low, gradient + h * (first * step), scale, own, ratio, H_ptr,
+                scale_ptr + row, index_ptr, k, inside, rows, maxq, H_stride, moves - 1,
+            )  # fmt: skip
+            gain += cost * first * (first - 2.0 * wanted)
+            if gain + cost * WORTH < 0.0:
+                gradient = tried
+                low -= tl.where(here, first, answers)
+    at = k * rows + row
+    code = tl.load(codes_ptr + at, mask=inside, other=0).to(tl.float32)
+    tl.store(change_ptr + at, (-low - code) * scale, mask=inside)
+    tl.store(codes_ptr + at, (-low).to(tl.uint8), mask=inside)
