@@ -28,6 +28,7 @@ class OnToy(torch.Tensor):
     """A tensor on the device; `value` holds its numbers."""
 
     value: torch.Tensor
+    parked: bool
 
     @staticmethod
     def __new__(cls, value: torch.Tensor) -> OnToy:
@@ -35,7 +36,7 @@ class OnToy(torch.Tensor):
             cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(),
             dtype=value.dtype, device=torch.device(NAME, 0),
         )  # fmt: skip
-        made.value = value
+        made.value, made.parked = value, False
         return made
 
     @classmethod
@@ -43,6 +44,17 @@ class OnToy(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _run(func, args, kwargs or {})
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        """Elsewhere from now on, or here again; it cannot be used meanwhile."""
+        self.parked = not isinstance(value, OnToy)
+        self.value = value.value if isinstance(value, OnToy) else value
+        Backend.parked += self.parked
 
     def data_ptr(self) -> int:
         return self.value.data_ptr()
@@ -64,10 +76,10 @@ class _Everywhere(TorchDispatchMode):
 
 
 class Backend:
-    """What torch asks a device about; `told` counts what it was asked."""
+    """What torch asks a device about."""
 
     FREE, PEAK = 64 << 30, 123456
-    waited = 0
+    waited = parked = 0
 
     def is_available(self) -> bool:
         return True
@@ -110,6 +122,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation, on the numbers themselves; its results are on the device if it worked there."""
     flat, spec = tree_flatten((args, kwargs))
     here = [x for x in flat if isinstance(x, OnToy)]
+    moving = func is aten._to_copy.default
+    if any(x.parked for x in here) and not moving:
+        raise RuntimeError(f"{func}: the tensor is not on {NAME} now")
     others = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, OnToy)]
     # As on a GPU, a number may come from anywhere.
     if func not in COPIES and here and any(other.ndim for other in others):

@@ -44,6 +44,7 @@ def test_a_run_on_a_device_makes_what_the_processor_makes(ran: dict[str, Any], n
     assert found["device"] == "toy"
     assert found["layers"] > 0
     assert found["peak_device_bytes"] == 123456
+    assert (found["parked"] > 0) == (name == "qwen3_moe")
 
 
 def test_the_device_refuses_what_a_gpu_refuses(ran: dict[str, Any]) -> None:

@@ -98,8 +98,8 @@ def _cholesky(A: torch.Tensor) -> bool:
     In panels, whose update of the rest is the extension's symmetric sum, where that is at hand.
     """
     if A.device.type != "cpu":
-        L, failed = torch.linalg.cholesky_ex(A)
-        A.copy_(L)
+        L, failed = torch.linalg.cholesky_ex(A.mT, upper=True)
+        A.mT.copy_(L)
         return not int(failed)
     if not (native.usable(A) and A.dtype == torch.float32):
         # A is symmetric, so its transpose is the column-major matrix that LAPACK works on in place.

@@ -35,6 +35,7 @@ from roundwise.models.architecture import arguments
 from roundwise.models.blocks import Block
 from roundwise.models.placement import moved
 from roundwise.pipeline.gather import Gatherer
+from roundwise.pipeline.parking import Parking
 from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, hidden, stop
 from roundwise.pipeline.probe import Group, taking_notes
 from roundwise.pipeline.ranks import Ranks
@@ -61,6 +62,7 @@ class Conductor:
         policy: which tokens an expert's Hessian is made from.
         ranks: with whom the work is shared.
         device: where blocks are loaded and players play.
+        parking: players that wait leave it for the host; only in block mode.
     """
 
     def __init__(
@@ -77,8 +79,9 @@ class Conductor:
         policy: Policy | None = None,
         ranks: Ranks | None = None,
         device: torch.device = HOST,
+        parking: bool = False,
     ) -> None:
-        self.device = device
+        self.device, self.parking = device, Parking(device) if parking else None
         self.model, self.blocks, self.skip = model, blocks, skip
         self.policy, self.ranks = policy or Policy(), ranks or Ranks()
         self.gatherer = Gatherer(self._current, held_out=held_out, ratio=ratio, policy=self.policy)
@@ -286,9 +289,14 @@ class Conductor:
     def _resume(self, player: Player) -> None:
         assert player.task is not None
         self._show(original=player.original)
+        parking = self.parking if player.number >= 0 else None
         with clock.phase("forward"):
+            if parking is not None:
+                parking.fetch(player)
             stopped = player.task.switch() if player.task else player.task.switch(player)
-        player.at = EXIT if player.task.dead else stopped
+            player.at = EXIT if player.task.dead else stopped
+            if parking is not None:
+                parking.leave(player)
 
     def _gate(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         """A block's forward with the stops around it."""
@@ -298,7 +306,7 @@ class Conductor:
             if index < self.skip:
                 # Finished earlier: all of them return what the last one did, only that one counts.
                 return moved(player.finished[self.blocks[index].stack], self.device)
-            player.output = None
+            player.given, player.output = (args, kwargs), None
             stop(ENTER)
             if player.number >= 0 and not self.gatherer.sequential:
                 if self.gatherer.counting:
@@ -313,7 +321,7 @@ class Conductor:
             if player.output is None or not (player.original or surveyed):
                 player.output = original(*args, **kwargs)
             stop(EXIT)
-            output, player.output = player.output, None
+            output, player.given, player.output = player.output, None, None
             return moved(output, self.device)
 
         return forward

@@ -123,7 +123,7 @@ def _linears(
 
 
 def memory(
-    shapes: Shapes, config: QuantizeConfig, *, tokens: int, batch: int, mode: str
+    shapes: Shapes, config: QuantizeConfig, *, tokens: int, batch: int, mode: str, waiting: int
 ) -> dict[str, int]:
     """Bytes that a run holds at its peak beyond the libraries, by what they are for.
 
@@ -133,6 +133,7 @@ def memory(
         tokens: of calibration, all batches together; 0: none is needed.
         batch: tokens of the largest batch.
         mode: true_sequential or block.
+        waiting: tokens of the batches that wait where the work is done.
     """
     largest = max(shapes.linears, key=lambda linear: (linear.columns, linear.rows))
     size, hidden, wide, entries = shapes.itemsize, shapes.hidden, shapes.widest, largest.entries
@@ -144,7 +145,7 @@ def memory(
     others = sum(linear.entries for linear in shapes.linears) - entries
     found["quantized weights"] = size * others
     held = hidden + (wide + hidden if mode == "true_sequential" else 0)
-    found["paused activations"] = streams * tokens * held * size
+    found["paused activations"] = streams * waiting * held * size
     # The forward of one batch: gate, up and their product, or the like.
     found["forward of a batch"] = 3 * batch * max(wide, 4 * hidden) * size
     # In true_sequential mode one input is summed up at a time, in block mode all of a block are.

@@ -51,6 +51,8 @@ class Memory:
 
     mode: Mode
     device: str
+    parked: bool
+    """Batches wait on the host: the device has no room for all of them."""
     peak_bytes: int
     parts: dict[str, int]
     """Bytes by what they are for; "libraries" is what this process holds without a model,
@@ -103,6 +105,8 @@ def plan_memory(
 ) -> Memory:
     """The mode that fits and the peak it leads to: true_sequential if it fits, else block.
 
+    Where not even that fits on an accelerator, batches wait on the host.
+
     Args:
         skeleton: of the model.
         config: settings.
@@ -115,15 +119,21 @@ def plan_memory(
     shapes, device = forecast.shapes_of(skeleton, config), skeleton.device
     held = resident() if device == HOST else 0
     budget = budget or int(0.9 * available(device)) // sharing + held
-    choices: list[Mode] = [mode] if mode else ["true_sequential", "block"]
-    for choice in choices:
+    modes: list[Mode] = [mode] if mode else ["true_sequential", "block"]
+    choices = [(each, False) for each in modes]
+    if device != HOST and "block" in modes:
+        choices.append(("block", True))
+    for choice, parked in choices:
         peaks = [
-            forecast.memory(each, config, tokens=tokens, batch=batch, mode=choice)
+            forecast.memory(
+                each, config, tokens=tokens, batch=batch, mode=choice,
+                waiting=batch if parked else tokens,
+            )
             for each in shapes
-        ]
+        ]  # fmt: skip
         largest = max(peaks, key=lambda parts: sum(parts.values()), default={})
         parts = {**({"libraries": held} if held else {}), **largest}
-        found = Memory(choice, str(device), sum(parts.values()), parts, budget)
+        found = Memory(choice, str(device), parked, sum(parts.values()), parts, budget)
         if found.fits:
             break
     return found

@@ -32,6 +32,8 @@ class Player:
     """Plays the original weights."""
     task: greenlet | None = None
     at: int = EXIT
+    given: Any = None
+    """What the block was called with, while the player stands in front of it."""
     output: Any = None
     """What the block returned, while the player stands behind it."""
     trial: Any = None
@@ -77,7 +79,9 @@ def depth_error(players: Sequence[Player], ranks: Ranks) -> float | None:
         width = hidden(player.output).shape[-1]
         h, original = (hidden(p.output).reshape(-1, width) for p in (player, player.twin))
         mask = player.batch.counting
-        counting = mask.reshape(-1) if mask is not None and mask.numel() == len(h) else None
+        counting = (
+            mask.reshape(-1).to(h.device) if mask is not None and mask.numel() == len(h) else None
+        )
         for start in range(0, len(h), ROWS):  # float32 copies of a few rows only
             rows = slice(start, start + ROWS)
             now, then = h[rows].float(), original[rows].float()

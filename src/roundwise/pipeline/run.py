@@ -15,6 +15,7 @@ from typing import Any
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
+from roundwise.core.device import HOST
 from roundwise.errors import OutputError, RunError
 from roundwise.models.blocks import Block, weight_of
 from roundwise.models.files import file_digest
@@ -192,6 +193,7 @@ class Run:
             policy=Policy(self.config.experts, self.config.expert_tokens),
             ranks=self.ranks,
             device=self.skeleton.device,
+            parking=self.memory is not None and self.memory.parked,
         ) as conductor:
             for index in range(first, len(self.skeleton.blocks)):
                 conductor.enter()
@@ -252,8 +254,9 @@ class Run:
                 error = depth_error(conductor.quantized, self.ranks)
             with clock.phase("write"):
                 saved = save_outputs(self.out, index, self.ranks.rank, conductor.outputs())
-            # From here on the batches live in the file just written, not in memory.
-            conductor.replace_outputs(load_outputs(self.out, saved))
+            if self.skeleton.device == HOST or conductor.parking:
+                # From here on the batches live in the file just written, not in memory.
+                conductor.replace_outputs(load_outputs(self.out, saved))
             files = [item for each in self.ranks.each(saved) for item in each["files"].items()]
             activations = {**saved, "files": dict(files)}
         return {
