@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from roundwise.core.device import HOST, free_memory
 from roundwise.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Mode = Literal["true_sequential", "block"]
 
@@ -59,9 +59,11 @@ def parse_mode(text: str | None) -> Mode | None:
     return text  # type: ignore[return-value]  # just checked
 
 
-def available(device: torch.device = HOST) -> int:
-    """Bytes of memory that are free, or can be made free, where a device computes."""
-    if device != HOST:
+def available(device: torch.device | None = None) -> int:
+    """Bytes of memory that are free, or can be made free, where a device computes; None: the CPU."""
+    if device is not None and device.type != "cpu":
+        from roundwise.core.device import free_memory
+
         return free_memory(device)
     try:
         with Path("/proc/meminfo").open(encoding="ascii") as file:
