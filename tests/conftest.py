@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
 import roundwise as rw
 from roundwise.models.bundled import bundled_model
@@ -18,6 +19,10 @@ from tests.mixtures import MIXTURES
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+# The same examples each time: a search for new ones is `tests/fuzz`.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 #: What tests quantize with: the quick recipe, where it is not the subject, and the default one.
 QUICK = rw.QuantizeConfig(group_size=32, recipe="textbook")

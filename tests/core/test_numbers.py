@@ -40,6 +40,20 @@ def test_the_default_recipe_never_loses_more_than_rounding(seed, bits, sym, grou
     assert ours <= theirs * (1 + 1e-6)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1000), bits=st.sampled_from([2, 3, 4, 8]),
+    settings=st.sampled_from(
+        [{"sym": False}, {"grid": "minmax"}, {"recipe": "textbook"}, {"sym": False, "grid": "mse"}]
+    ),
+)  # fmt: skip
+def test_scales_are_positive_where_no_range_can_be_turned_around(seed, bits, settings):
+    W, H = layer(seed, 24, 64)
+    assert (
+        sound(solve(W, H, QuantizeConfig(bits=bits, group_size=32, **settings))).scales > 0
+    ).all()
+
+
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), bits=st.sampled_from([2, 4]), recipe=st.sampled_from(RECIPES))
 def test_permuting_rows_permutes_the_result(seed, bits, recipe):

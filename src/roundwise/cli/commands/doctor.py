@@ -15,7 +15,7 @@ def command(as_json: JsonOption = False) -> None:
     import torch
     import transformers
 
-    from roundwise.core import native
+    from roundwise.core import gpu, native
     from roundwise.pipeline.memory import available
     from roundwise.version import __version__
 
@@ -33,6 +33,7 @@ def command(as_json: JsonOption = False) -> None:
             "torch_uses": torch.backends.cpu.get_cpu_capability(),
         },
         "memory_available_bytes": available(),
+        "triton": gpu.available(),
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
     if as_json:
@@ -49,5 +50,6 @@ def command(as_json: JsonOption = False) -> None:
         f"{processor['threads']} threads, torch uses {processor['torch_uses']}",
         "memory": f"{size(found['memory_available_bytes'])} available",
         "cuda": ", ".join(found["cuda"]) or "no device",
+        "solver on CUDA": "Triton" if gpu.available() else "torch alone: pip install triton",
     }.items():
         stdout.print(f"{name:13} {text}", highlight=False, soft_wrap=True)
