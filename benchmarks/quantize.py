@@ -34,6 +34,7 @@ import roundwise as rw
 from roundwise.core import native
 from roundwise.core.columns import Columns
 from roundwise.core.hessian import Hessian
+from roundwise.core.order import columns_of
 from roundwise.core.solver import prepare
 from roundwise.models.bundled import bundled_model
 
@@ -208,7 +209,7 @@ def rounded(W: torch.Tensor, H: torch.Tensor, config: rw.QuantizeConfig) -> Colu
     """What the published loop does: damping, factor, codes and scales, and the loss."""
     prepared = prepare(H, config)
     columns = Columns(
-        W.T[prepared.order.perm].contiguous(), prepared.factor, prepared.order, config, None
+        columns_of(W, prepared.order.perm), prepared.factor, prepared.order, config, None
     )
     columns.round_all()
     return columns

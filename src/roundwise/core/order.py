@@ -35,6 +35,11 @@ class Order(NamedTuple):
         return g_idx
 
 
+def columns_of(W: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The columns of W [rows, in] in an order, each contiguous: [in, rows]."""
+    return W.T.contiguous().index_select(0, order)
+
+
 def processing_order(diagonal: torch.Tensor, config: QuantizeConfig) -> Order:
     """Order for a Hessian with this `diagonal` [in]; ties keep the natural order."""
     width = len(diagonal)

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from roundwise.core.grid import MAX_SCALE, MIN_SCALE, Grid
+from roundwise.core.order import columns_of
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.recursion import PANEL, WINDOW, descend, exchange
 
@@ -37,8 +38,7 @@ class Refiner:
         self.perm = torch.argsort(index, stable=True)
         self.trivial = bool((index[1:] >= index[:-1]).all())
         self.H, self.index, self.maxq = H, index[self.perm], 2**q.bits - 1
-        self.T = T.T[self.perm].contiguous()
-        self.codes = q.codes.T[self.perm].contiguous()
+        self.T, self.codes = columns_of(T, self.perm), columns_of(q.codes, self.perm)
         self.grids = Grid(*(part.T.to(T.dtype).contiguous() for part in (q.scales, q.zeros)))
         self._TH: torch.Tensor | None = None
 

@@ -27,7 +27,7 @@ from roundwise.core.columns import Columns
 from roundwise.core.correct import corrected
 from roundwise.core.factor import Factor, factor, finite
 from roundwise.core.grid import Grid, decode, encode, minmax
-from roundwise.core.order import Order, processing_order
+from roundwise.core.order import Order, columns_of, processing_order
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.refine import refine
 from roundwise.core.search import best_grids
@@ -118,7 +118,7 @@ def solve(
             parts.append(q)
             E = part - q.dequantize(dtype)
             if config.refine or lost is not None:
-                loss = H.factor.quadratic(E.T[H.order.perm])
+                loss = H.factor.quadratic(columns_of(E, H.order.perm))
             errors = float(E.square().sum())
             loss = max(loss - H.factor.shift * errors, 0.0)
             sums += torch.tensor([loss, errors, float(part.square().sum())])
@@ -153,7 +153,7 @@ def _solve_rows(
         D = H.H.diagonal()
         weights = {"minmax": None, "mse": torch.ones_like(D), "pivot": D}[config.grid]
         grids = _original_grids(T, weights, config)
-    columns = Columns(T.T[order.perm].contiguous(), F, order, config, grids)
+    columns = Columns(columns_of(T, order.perm), F, order, config, grids)
     columns.round_all()
     q = columns.result()
     if config.refine:
