@@ -151,7 +151,8 @@ def memory(
     # In true_sequential mode one input is summed up at a time, in block mode all of a block are.
     summed = [largest] if mode == "true_sequential" else shapes.inputs
     found["hessian"] = 4 * sum(linear.columns**2 for linear in summed)
-    found["factor"] = 4 * wide * wide
+    # Only on the CPU is a matrix factored where it stands.
+    found["factor"] = 4 * wide * wide * (1 if shapes.device.type == "cpu" else 2)
     if config.needs_reference:
         found["drift"] = 4 * sum(min(x.rows, x.columns) * x.columns for x in summed)
     found["solver"] = 4 * workspace(shapes.device) * (REFINING if config.refine else SOLVING)
