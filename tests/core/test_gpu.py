@@ -6,8 +6,6 @@ are machine code for a GPU too is tested by compiling them for one.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from roundwise.core.grid import Grid
 from roundwise.core.recursion import descend, exchange
 from roundwise.core.search import _candidates, _scores
 from roundwise.core.solver import prepare, solve
+from tests.hopper import compiles
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,34 +120,23 @@ def test_double_precision_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 COMPILED = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
 import roundwise.core.triton_programs as programs
 
-numbers = {"n", "rows", "maxq", "moves"}
 for name, constants in (
     ("rounding", dict(N=128, R=16)), ("scores", dict(N=64, R=16)),
     ("descending", dict(N=128, R=16)), ("exchanging", dict(N=1024)),
 ):
     function = getattr(programs, name)
-    names = function.arg_names
-    types = {n: "i32" if n in numbers or n.endswith("_stride") else "*fp32" for n in names}
-    types |= dict(index_ptr="*i64", codes_ptr="*u8") | dict.fromkeys(constants, "constexpr")
-    aligned = [n for n in names if n.endswith(("_ptr", "_stride"))]
-    source = ASTSource(
-        function, {n: types[n] for n in names}, constants,
-        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned})
-    compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    numbers = {"n", "rows", "maxq", "moves"}
+    types = {n: "i32" if n in numbers or n.endswith("_stride") else "*fp32" for n in function.arg_names}
+    types |= dict(index_ptr="*i64", codes_ptr="*u8")
+    build(function, types, constants, 4, lambda n: n.endswith(("_ptr", "_stride")))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_is_machine_code_for_hopper(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    compiles(COMPILED, tmp_path)
 
 
 @needs_cuda

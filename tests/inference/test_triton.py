@@ -7,9 +7,7 @@ That they are machine code for a GPU too is tested by compiling them for one.
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from roundwise.inference.kernels.reference import ReferenceKernel
 from roundwise.inference.kernels.triton import TritonKernel
 from roundwise.inference.kernels.triton_op import Device, tiling
 from roundwise.inference.qlinear import QuantLinear
+from tests.hopper import compiles
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -362,20 +361,11 @@ def test_tilings_fit_small_devices(bits: int, size: int) -> None:
 
 
 COMPILED = """
-import sys
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
 import roundwise.inference.kernels.triton_programs as programs
 from roundwise.inference.kernels.triton_op import Device, tiling
 
-def attributes(names, aligned):
-    return {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-
-def build(function, types, constants, warps):
-    signature = {n: "constexpr" if n in constants else types[n] for n in function.arg_names}
-    aligned = [n for n in function.arg_names if n.endswith("_ptr") or n in ("N", "K", "x_stride")]
-    source = ASTSource(function, signature, constants, attributes(function.arg_names, aligned))
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+def aligned(name):
+    return name.endswith("_ptr") or name in ("N", "K", "x_stride")
 
 scalars = dict.fromkeys(
     "M N K x_stride tiles_per_group tiles_per_split magic size".split(), "i32")
@@ -387,22 +377,18 @@ for x, size, bits, count, run in (
     built = build(
         programs.tiles, {**scalars, **pointers, "x_ptr": x, "y_ptr": x},
         dict(BITS=bits, ZERO=-1 if run == 32 else 2, SCATTERED=run == 0, BM=cut.BM, BN=cut.BN,
-             BK=cut.BK, STAGES=cut.stages), cut.warps)
+             BK=cut.BK, STAGES=cut.stages), cut.warps, aligned)
     assert "wgmma" in built.asm["ptx"], "no tensor cores"
     if run:
         assert built.metadata.shared <= cut.shared(bits, size), (built.metadata.shared, cut)
 build(programs.total, {**scalars, "parts_ptr": "*fp32", "y_ptr": "*bf16"},
-      dict(SPLITS=4, BLOCK=1024), 4)
+      dict(SPLITS=4, BLOCK=1024), 4, aligned)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_is_machine_code_for_hopper(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    compiles(COMPILED, tmp_path)
 
 
 def test_packs_on_the_device_of_the_codes() -> None:
