@@ -20,14 +20,17 @@ def parse_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        module = torch.get_device_module(device)
+        there = device_count(device)
     except RuntimeError:
         raise ConfigError(f"device {name!r} is not known: use auto, cpu or cuda") from None
-    if device.type != "cpu" and (device.index or 0) >= module.device_count():
-        raise ConfigError(
-            f"device {name!r}: torch sees {module.device_count()} {device.type.upper()} devices"
-        )
+    if device.type != "cpu" and (device.index or 0) >= there:
+        raise ConfigError(f"device {name!r}: torch sees {there} {device.type.upper()} devices")
     return device
+
+
+def device_count(device: torch.device) -> int:
+    """How many devices of this type there are."""
+    return int(torch.get_device_module(device).device_count())
 
 
 def named(device: torch.device) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from roundwise.core.device import peak_memory, wait_for
 from roundwise.errors import ConfigError
 from roundwise.inference.qlinear import QuantLinear
 from roundwise.pipeline.memory import peak_rss
@@ -89,10 +90,9 @@ def speed(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.vocab_size, (batch_size, prompt_tokens), generator=generator)
     ids = ids.to(model.device)
-    on_gpu = model.device.type == "cuda"
     runs: list[list[float]] = []
     for number in range(warm_up + repetitions):
-        if on_gpu and number == warm_up:
+        if model.device.type == "cuda" and number == warm_up:
             torch.cuda.reset_peak_memory_stats(model.device)
         stamps = _stamps(model, ids, generated_tokens)
         if number >= warm_up:
@@ -105,7 +105,7 @@ def speed(
         generation_tokens_per_second=batch_size * (generated_tokens - 1) / rest,
         latency_ms=latency(runs),
         peak_rss_bytes=peak_rss(),
-        peak_device_bytes=torch.cuda.max_memory_allocated(model.device) if on_gpu else None,
+        peak_device_bytes=peak_memory(model.device),
         kernels=kernels(model),
         prompt_tokens=prompt_tokens,
         generated_tokens=generated_tokens,
@@ -172,7 +172,6 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]  # untyped there
         self.device, self.stamps = device, list[float]()
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        if self.device.type == "cuda":  # its work is only queued when Python gets here
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)  # its work is only queued when Python gets here
         self.stamps.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 
 from roundwise.core.clock import clock
-from roundwise.core.device import HOST
+from roundwise.core.device import HOST, device_count
 from roundwise.errors import ConfigError, RunError
 
 T = TypeVar("T")
@@ -54,15 +54,15 @@ class Ranks:
         """This rank's own device: of several GPUs in a machine each rank has one, in turn."""
         if device.type == "cpu" or device.index is not None or self.alone:
             return device
-        count = torch.get_device_module(device).device_count()
-        return torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")) % count)
+        return torch.device(
+            device.type, int(os.environ.get("LOCAL_RANK", "0")) % device_count(device)
+        )
 
     def sharing(self, device: torch.device) -> int:
         """How many ranks share the memory of a device."""
         if device.type == "cpu":
             return self.local
-        count: int = torch.get_device_module(device).device_count()
-        return -(-self.local // count)
+        return -(-self.local // device_count(device))
 
     def share(self, items: Sequence[T]) -> Mapping[int, T]:
         """This rank's part of what is dealt out, by its number among all."""
