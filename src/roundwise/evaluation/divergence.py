@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from roundwise.core.widen import widening
 from roundwise.errors import CalibrationError, NumericalError
 
 
@@ -59,7 +60,8 @@ def divergence(
     for start in range(0, count, batch_size):
         part = windows[start : start + batch_size].to(base.device)
         # One window at a time beyond the forward: log-probabilities of a large vocabulary are big.
-        outputs = [model(input_ids=part, use_cache=False).logits for model in (base, quantized)]
+        with widening():
+            outputs = [model(input_ids=part, use_cache=False).logits for model in (base, quantized)]
         for row, target in enumerate(part):
             p, q = (torch.log_softmax(logits[row].float(), dim=-1) for logits in outputs)
             kl_sums += (p.exp() * (p - q)).sum(dim=-1).double().cpu()

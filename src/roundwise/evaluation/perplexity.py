@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from roundwise.core.widen import widening
 from roundwise.errors import CalibrationError, NumericalError
 
 
@@ -103,7 +104,8 @@ def _by_length(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, i
 def _score(model: Any, ids: torch.Tensor, spans: list[tuple[int, int, int]]) -> tuple[float, int]:
     """Summed negative log-likelihood and number of the targets that count."""
     inputs = torch.stack([ids[begin:end] for begin, _, end in spans]).to(model.device)
-    logits = model(input_ids=inputs, use_cache=False).logits
+    with widening():
+        logits = model(input_ids=inputs, use_cache=False).logits
     total, count = 0.0, 0
     for row, (begin, first, end) in enumerate(spans):
         # Position p predicts token p + 1.

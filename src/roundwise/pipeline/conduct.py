@@ -30,6 +30,7 @@ from torch import nn
 
 from roundwise.core.clock import clock
 from roundwise.core.device import HOST
+from roundwise.core.widen import widening
 from roundwise.errors import RunError
 from roundwise.models.architecture import arguments
 from roundwise.models.blocks import Block
@@ -102,11 +103,13 @@ class Conductor:
         self._variants: list[tuple[nn.Module, Any, Any]] = []
         self._showing_original = False
         self._grad = True
+        self._widening = widening()
 
     def __enter__(self) -> Conductor:
         # Grad mode belongs to the thread, which all players share: switched off here, once.
         self._grad = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
+        self._widening.__enter__()
         for index, block in enumerate(self.blocks):
             block.module.forward = self._gate(index, block.module.forward)
         for player in self.players:
@@ -121,6 +124,7 @@ class Conductor:
         for block in self.blocks:
             vars(block.module).pop("forward", None)
         self.gatherer.end()
+        self._widening.__exit__(None, None, None)
         torch.set_grad_enabled(self._grad)
 
     def enter(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from roundwise.core.correct import Drift
 from roundwise.core.hessian import CrossMoment, Hessian
@@ -78,7 +79,7 @@ class Group:
         reached = None
         if stream is not None and original.stream is not None:
             if ratio is not None and W is not None and len(W) <= width:
-                reached = ((original.x - x) @ W.T.to(x.dtype)).mul_(ratio)
+                reached = linear(original.x - x, W.to(x.dtype)).mul_(ratio)
             if self.residual_drift is None:
                 self.residual_drift = CrossMoment(stream.shape[-1], width, device=x.device)
             self.residual_drift.add(original.stream, stream, x, mask, reached)

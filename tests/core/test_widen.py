@@ -1,0 +1,79 @@
+"""Products of half precision in float32: the same to the last bit of the result's type, or nearly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from roundwise.core.widen import Widening, multiplies, widening
+
+HALF = frozenset((torch.bfloat16, torch.float16))
+half = pytest.mark.parametrize("dtype", sorted(HALF, key=str))
+
+
+class Seen(TorchFunctionMode):
+    """Types of the first operands of all linear layers that are really computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is functional.linear:
+            self.types.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def near(y: torch.Tensor, exact: torch.Tensor) -> bool:
+    """As near as one rounding of the result, and the noise of a sum in float32, allow."""
+    step = torch.finfo(y.dtype).eps * exact.abs().clamp(min=1)
+    return bool(((y.double() - exact).abs() <= step).all())
+
+
+@half
+@pytest.mark.parametrize("rows", [16, 1024, 2500])
+def test_a_linear_layer_is_computed_in_float32_and_rounded_once(dtype, rows):
+    x, W, b = (
+        torch.randn(rows, 96).to(dtype),
+        torch.randn(40, 96).to(dtype),
+        torch.randn(40).to(dtype),
+    )
+    with Seen() as seen, Widening(HALF):
+        y = functional.linear(x.view(-1, 2, 96), W, b)
+    assert y.dtype == dtype and y.shape == (rows // 2, 2, 40)
+    assert set(seen.types) == {torch.float32}
+    assert near(y.view(rows, 40), x.double() @ W.double().T + b.double())
+
+
+@half
+def test_products_and_attention(dtype):
+    a, b = torch.randn(3, 32, 64).to(dtype), torch.randn(3, 64, 48).to(dtype)
+    exact = a.double() @ b.double()
+    bias = torch.randn(48).to(dtype)
+    with Widening(HALF):
+        found = [a @ b, torch.matmul(a, b), a.matmul(b), torch.bmm(a, b)]
+        added = torch.addmm(bias, a[0], b[0])
+        attended = functional.scaled_dot_product_attention(
+            a[None], a[None], a[None], is_causal=True
+        )
+    assert all(y.dtype == dtype and near(y, exact) for y in found)
+    assert near(added, exact[0] + bias.double())
+    exact = functional.scaled_dot_product_attention(*[a[None].double()] * 3, is_causal=True)
+    assert attended.dtype == dtype and near(attended[0], exact[0])
+
+
+def test_few_rows_other_types_and_results_with_a_place_are_left_alone():
+    W = torch.randn(40, 96).bfloat16()
+    with Seen() as seen, Widening(frozenset({torch.bfloat16})):
+        functional.linear(torch.randn(2, 96).bfloat16(), W)
+        functional.linear(torch.randn(64, 96), W.float())
+        functional.linear(torch.randn(64, 96).half(), W.half())
+        out = torch.empty(64, 40, dtype=torch.bfloat16)
+        torch.mm(torch.randn(64, 96).bfloat16(), W.T, out=out)
+    assert seen.types == [torch.bfloat16, torch.float32, torch.float16]
+
+
+def test_it_does_nothing_where_the_processor_multiplies_both():
+    assert isinstance(widening(), Widening) != all(multiplies(dtype) for dtype in HALF)
