@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from roundwise.core.widen import widening
 from roundwise.errors import NumericalError, RunError
 from roundwise.models.skeleton import open_skeleton
 from roundwise.pipeline.calibration import load_calibration
@@ -65,7 +66,8 @@ def test_hidden_states_are_those_of_the_plain_model_bit_for_bit(
 
 def test_hidden_states_of_the_trained_model_in_bfloat16(tiny: Path) -> None:
     played = batches(windows(length=200), size=4)
-    expected = block_outputs(tiny, "model.layers", inputs(played[0]))
+    with widening():  # as a run does where the processor has no bfloat16: equal to the last bit
+        expected = block_outputs(tiny, "model.layers", inputs(played[0]))
     assert expected[0].dtype == torch.bfloat16
     for index, (_, conductor) in enumerate(conduct(open_skeleton(tiny), played)):
         assert torch.equal(hidden(conductor.quantized[0].output), expected[index])
