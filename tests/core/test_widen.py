@@ -7,21 +7,21 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from roundwise.core.widen import Widening, multiplies, widening
+from roundwise.core.widen import PRODUCTS, Widening, multiplies, widening
 
 HALF = frozenset((torch.bfloat16, torch.float16))
 half = pytest.mark.parametrize("dtype", sorted(HALF, key=str))
 
 
 class Seen(TorchFunctionMode):
-    """Types of the first operands of all linear layers that are really computed."""
+    """Types of the first operands of all products that are really computed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.types: list[torch.dtype] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is functional.linear:
+        if func in PRODUCTS:
             self.types.append(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
@@ -52,12 +52,13 @@ def test_products_and_attention(dtype):
     a, b = torch.randn(3, 32, 64).to(dtype), torch.randn(3, 64, 48).to(dtype)
     exact = a.double() @ b.double()
     bias = torch.randn(48).to(dtype)
-    with Widening(HALF):
+    with Seen() as seen, Widening(HALF):
         found = [a @ b, torch.matmul(a, b), a.matmul(b), torch.bmm(a, b)]
         added = torch.addmm(bias, a[0], b[0])
         attended = functional.scaled_dot_product_attention(
             a[None], a[None], a[None], is_causal=True
         )
+    assert set(seen.types) == {torch.float32}
     assert all(y.dtype == dtype and near(y, exact) for y in found)
     assert near(added, exact[0] + bias.double())
     exact = functional.scaled_dot_product_attention(*[a[None].double()] * 3, is_causal=True)
@@ -72,7 +73,7 @@ def test_few_rows_other_types_and_results_with_a_place_are_left_alone():
         functional.linear(torch.randn(64, 96).half(), W.half())
         out = torch.empty(64, 40, dtype=torch.bfloat16)
         torch.mm(torch.randn(64, 96).bfloat16(), W.T, out=out)
-    assert seen.types == [torch.bfloat16, torch.float32, torch.float16]
+    assert seen.types == [torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]
 
 
 def test_it_does_nothing_where_the_processor_multiplies_both():

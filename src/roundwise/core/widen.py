@@ -59,11 +59,11 @@ class Widening(TorchFunctionMode):
         return product(func, self.narrow, *args, **kwargs)
 
     def _concerns(self, args: tuple[Any, ...]) -> bool:
-        """The first tensor is a large one of a narrow type, on the CPU."""
-        x = next((a for a in args if isinstance(a, torch.Tensor)), None)
+        """The first matrix (a bias may stand before it) is a large one of a narrow type, on the CPU."""
+        x = next((a for a in args if isinstance(a, torch.Tensor) and a.ndim > 1), None)
         if x is None or x.dtype not in self.narrow or x.device.type != "cpu":
             return False
-        return x.ndim > 0 and x.numel() >= FEW * x.shape[-1]
+        return x.numel() >= FEW * x.shape[-1]
 
 
 def _linear(
