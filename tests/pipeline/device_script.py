@@ -22,7 +22,7 @@ from tests.toy import Backend, toy
 
 
 def model(name: str) -> Any:
-    """A small model with random weights."""
+    """A small model with random weights; of one block where damping or scales are searched for."""
     torch.manual_seed(0)
     if name == "t5":
         sizes = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4}
@@ -30,8 +30,12 @@ def model(name: str) -> Any:
             transformers.T5Config(**sizes, num_layers=2, decoder_start_token_id=0)
         )
     if name == "tied":
-        return random_model(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True))
-    return random_model({**ARCHITECTURES, **MIXTURES}[name].config())
+        one = {**LLAMA, "num_hidden_layers": 1, "tie_word_embeddings": True}
+        return random_model(transformers.LlamaConfig(**one))
+    config = {**ARCHITECTURES, **MIXTURES}[name].config()
+    if name == "llama":
+        config.num_hidden_layers = 1
+    return random_model(config)
 
 
 QUICK = {"group_size": 32, "exchange": 2, "grid_candidates": 2}

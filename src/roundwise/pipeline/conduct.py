@@ -103,13 +103,11 @@ class Conductor:
         self._variants: list[tuple[nn.Module, Any, Any]] = []
         self._showing_original = False
         self._grad = True
-        self._widening = widening()
 
     def __enter__(self) -> Conductor:
         # Grad mode belongs to the thread, which all players share: switched off here, once.
         self._grad = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
-        self._widening.__enter__()
         for index, block in enumerate(self.blocks):
             block.module.forward = self._gate(index, block.module.forward)
         for player in self.players:
@@ -124,7 +122,6 @@ class Conductor:
         for block in self.blocks:
             vars(block.module).pop("forward", None)
         self.gatherer.end()
-        self._widening.__exit__(None, None, None)
         torch.set_grad_enabled(self._grad)
 
     def enter(self) -> None:
@@ -294,7 +291,7 @@ class Conductor:
         assert player.task is not None
         self._show(original=player.original)
         parking = self.parking if player.number >= 0 else None
-        with clock.phase("forward"):
+        with clock.phase("forward"), widening():
             if parking is not None:
                 parking.fetch(player)
             stopped = player.task.switch() if player.task else player.task.switch(player)
