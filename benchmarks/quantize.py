@@ -5,6 +5,7 @@
     python benchmarks/quantize.py --against gptqmodel  alternating with a peer: A B A B
     python benchmarks/quantize.py --solver             one layer: against the published column loop
     python benchmarks/quantize.py --hessian            against the published accumulation
+    python benchmarks/quantize.py --forward            half precision: as torch does it, and widened
 
 The limits are measured first: matrix products in float32 and bfloat16. Floating-point operations are
 counted from the shapes; a symmetric update counts half. Times are wall clock: on a shared machine only
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from memory import write_model
 from peers.environments import python_of
+from transformers import AutoModelForCausalLM
 
 import roundwise as rw
 from roundwise.core import native
@@ -36,6 +38,7 @@ from roundwise.core.columns import Columns
 from roundwise.core.hessian import Hessian
 from roundwise.core.order import columns_of
 from roundwise.core.solver import prepare
+from roundwise.core.widen import multiplies, widening
 from roundwise.models.bundled import bundled_model
 
 HERE = Path(__file__).parent
@@ -262,6 +265,26 @@ def hessian() -> None:
             )
 
 
+def forward() -> None:
+    """8 x 512 tokens through the bundled model: what the processor cannot multiply, and widened."""
+    model = AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32).eval()
+    ids = torch.randint(0, model.config.vocab_size, (8, LENGTH))
+
+    def hidden() -> torch.Tensor:
+        return model.model(input_ids=ids, use_cache=False).last_hidden_state.float()
+
+    print("| type | torch multiplies it here | as torch does it | as a run does it | ratio |")
+    print("|---|---|---|---|---|")
+    with torch.no_grad():
+        for dtype in (torch.float16, torch.bfloat16):
+            model.to(dtype)
+            plain = seconds(hidden, 3)
+            with widening():
+                ours = seconds(hidden, 3)
+            name, there = str(dtype).removeprefix("torch."), "yes" if multiplies(dtype) else "no"
+            print(f"| {name} | {there} | {plain:.2f} s | {ours:.2f} s | **{plain / ours:.1f}x** |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -272,13 +295,16 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--solver", action="store_true")
     parser.add_argument("--hessian", action="store_true")
+    parser.add_argument("--forward", action="store_true")
     parser.add_argument("--scratch", type=Path, help="where models are written")
     args = parser.parse_args()
     if args.solver:
         solver()
     if args.hessian:
         hessian()
-    if not (args.solver or args.hessian):
+    if args.forward:
+        forward()
+    if not (args.solver or args.hessian or args.forward):
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             whole(args.blocks, args.samples, args.against, args.repeat, Path(scratch))
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 #: Rows from which on widening a weight costs less than it gains.
-FEW = 16
+FEW = 8
 #: Rows of a linear layer's input that are widened at a time.
 ROWS = 1024
 

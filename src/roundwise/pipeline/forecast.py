@@ -14,6 +14,7 @@ import torch
 from roundwise.config import QuantizeConfig
 from roundwise.core.device import wait_for
 from roundwise.core.solver import workspace
+from roundwise.core.widen import widening
 from roundwise.models.blocks import Block, weight_of
 from roundwise.models.experts import ROLES
 from roundwise.models.skeleton import Skeleton
@@ -195,13 +196,14 @@ def rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of products of this dtype on a device, in a trial of half a second."""
     side = TRIAL if device.type == "cpu" else ACCELERATED_TRIAL
     A, B = (torch.randn(side, side).to(device, dtype) for _ in range(2))
-    A @ B
-    wait_for(device)
-    begun, count = time.perf_counter(), 0
-    while (spent := time.perf_counter() - begun) < SECONDS:
+    with widening():  # as the run will multiply
         A @ B
         wait_for(device)
-        count += 1
+        begun, count = time.perf_counter(), 0
+        while (spent := time.perf_counter() - begun) < SECONDS:
+            A @ B
+            wait_for(device)
+            count += 1
     return 2 * side**3 * count / spent
 
 

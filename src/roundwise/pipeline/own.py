@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from roundwise.core.device import HOST
+from roundwise.core.widen import widening
 from roundwise.errors import CalibrationError
 from roundwise.models.architecture import load_config, model_class
 from roundwise.models.checkpoint import Checkpoint
@@ -74,8 +75,9 @@ def write_windows(
                 eos_token_id=None, pad_token_id=first[0],
             )  # fmt: skip
             ids = torch.tensor(first, device=device)[:, None]
-            drawn = model.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=settings
-            )
+            with widening():
+                drawn = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=settings
+                )
             windows += drawn[:, :seq_len].tolist()
     return windows
