@@ -128,6 +128,7 @@ def log_softmax(logits: Logits) -> Logits:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.usefixtures("vllm_kernels")
 def test_vllm_computes_what_we_wrote(
     dtype: str, ours: Quantize, vllm: Client, windows: NDArray[np.int64], finding: Finding
 ) -> None:
@@ -138,6 +139,7 @@ def test_vllm_computes_what_we_wrote(
 
 # Not 8 bits: its CPU kernel for this format has none. Asymmetric ones it serves in no other.
 @pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.usefixtures("vllm_kernels")
 def test_vllm_computes_what_we_converted_to_compressed_tensors(
     sym: bool,
     ours: Quantize,
@@ -173,6 +175,7 @@ def test_llmcompressor_loads_what_we_converted_to_compressed_tensors(
     assert (answer["logits"].argmax(-1) == expected.argmax(-1)).mean() > 0.999
 
 
+@pytest.mark.usefixtures("vllm_kernels")
 def test_vllm_finds_the_group_size_of_each_layer(
     ours: Quantize, vllm: Client, windows: NDArray[np.int64], finding: Finding
 ) -> None:
@@ -185,6 +188,7 @@ def test_vllm_finds_the_group_size_of_each_layer(
     judge(answer["logprobs"], checkpoint, windows, torch.float16, finding, normalised=True)
 
 
+@pytest.mark.usefixtures("vllm_kernels")
 def test_vllm_computes_what_we_wrote_in_v2(
     ours: Quantize, vllm: Client, windows: NDArray[np.int64], finding: Finding
 ) -> None:
@@ -193,6 +197,7 @@ def test_vllm_computes_what_we_wrote_in_v2(
     judge(logprobs, checkpoint, windows, torch.float16, finding, normalised=True)
 
 
+@pytest.mark.usefixtures("vllm_kernels")
 def test_vllm_computes_a_quantized_head(
     ours: Quantize, vllm: Client, windows: NDArray[np.int64], finding: Finding
 ) -> None:

@@ -149,6 +149,7 @@ def test_gptqmodel_looks_for_mixtrals_experts_under_other_names_than_everyone(
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.usefixtures("vllm_kernels")
 def test_vllm_computes_what_we_wrote(
     name: str, made: Callable[[str], Path], vllm: Client, windows: NDArray[np.int64],
     tmp_path: Path, finding: Callable[[str], None],
@@ -157,6 +158,7 @@ def test_vllm_computes_what_we_wrote(
     judge(answer["logprobs"], made(name), windows, tmp_path / "dense", finding, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("vllm_kernels")
 def test_vllm_refuses_experts_without_amx(made: Callable[[str], Path], vllm: Client) -> None:
     if torch.cpu._is_amx_tile_supported():
         pytest.skip("this processor has AMX tiles")

@@ -90,6 +90,7 @@ def healthy(port: int) -> bool:
         connection.close()
 
 
+@pytest.mark.usefixtures("vllm_kernels")
 def test_vllm_answers_what_generate_answers(ours: Quantize, template: Path, tmp_path: Path) -> None:
     checkpoint = ours(bits=4, group_size=128)
     model, tokenizer = roundwise.load(checkpoint, dtype=torch.float16)

@@ -22,6 +22,7 @@ def config(**settings: Any) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "find", lambda: VLLM)
+    monkeypatch.setattr(vllm, "computes_on_this_cpu", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,16 @@ def test_vllm_refuses(found: dict[str, Any], reason: str) -> None:
     assert reason in why
     with pytest.raises(ConfigError, match=f"vLLM does not serve this checkpoint: .*{reason}"):
         run.choose("vllm", found, dtype="auto", gpu=False)
+
+
+@pytest.mark.parametrize("found", [config(), {"quantization_config": {"quant_method": "awq"}}])
+def test_a_cpu_without_its_kernels(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "computes_on_this_cpu", lambda: False)
+    command, why = run.choose("auto", found, dtype="auto", gpu=False)
+    assert command is None
+    assert "need AVX-512" in why
+    assert run.choose("auto", found, dtype="auto", gpu=True)[0] == VLLM
+    assert run.choose("auto", {}, dtype="auto", gpu=False)[0] == VLLM  # not quantized
 
 
 def test_float32_is_not_for_vllm() -> None:

@@ -5,12 +5,15 @@ It reads the settings in config.json, so that is what decides here too (models/r
 
 from __future__ import annotations
 
+import platform
 import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from roundwise.models import runtimes
 
@@ -46,13 +49,31 @@ def why_not(config: Mapping[str, Any], *, dtype: str, gpu: bool) -> str | None:
         gpu: whether vLLM will run on one.
     """
     settings = config.get("quantization_config")
-    if not isinstance(settings, Mapping) or settings.get("quant_method") != "gptq":
-        return None  # not quantized, or in a format that is vLLM's business
+    if not isinstance(settings, Mapping):
+        return None
+    # Any other format is vLLM's business.
+    reason = _refused(settings, dtype, gpu) if settings.get("quant_method") == "gptq" else None
+    if reason is None and not gpu and not computes_on_this_cpu():
+        return "its kernels for quantized layers on CPUs need AVX-512, which this processor lacks"
+    return reason
+
+
+def _refused(settings: Mapping[str, Any], dtype: str, gpu: bool) -> str | None:
+    """Why it does not take these settings of GPTQ, wherever it runs."""
     if dtype == "float32":
         return "it computes GPTQ layers in float16 or bfloat16, not in float32"
     rules = settings.get("dynamic") or {}
     layers = [settings, *({**settings, **rule} for rule in rules.values() if rule)]
     return next((reason for layer in layers if (reason := runtimes.vllm(layer, gpu=gpu))), None)
+
+
+def computes_on_this_cpu() -> bool:
+    """Whether vLLM has kernels for quantized layers on this processor: on x86 for AVX-512 alone.
+
+    Without them the server starts, and fails at the first request (seen with 0.32.0).
+    """
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return not x86 or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def arguments(command: Path, folder: Path, options: VllmOptions) -> list[str]:
