@@ -25,6 +25,7 @@ from roundwise.core import native
 from roundwise.core.clock import clock
 from roundwise.core.columns import Columns
 from roundwise.core.correct import corrected
+from roundwise.core.coupling import Coupling, row_parts
 from roundwise.core.factor import Factor, factor, finite
 from roundwise.core.grid import Grid, decode, encode, minmax
 from roundwise.core.order import Order, columns_of, processing_order
@@ -38,6 +39,8 @@ ENERGY_PANEL = 512
 #: Entries of the part of a weight that is solved at a time: what a processor's caches hold, and what
 #: an accelerator needs to be busy.
 ROW_WORKSPACE, ACCELERATED = 1 << 20, 1 << 24
+#: What a quantized weight has for each of its rows.
+PER_ROW = ("codes", "scales", "zeros")
 
 
 class Prepared(NamedTuple):
@@ -76,6 +79,7 @@ def solve(
     *,
     lost: torch.Tensor | None = None,
     grids: Grid | None = None,
+    outputs: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantizes one weight so that its output on the calibration inputs survives.
 
@@ -88,6 +92,8 @@ def solve(
             `core.correct.Drift.lost`.
         grids: fixed grids, `scale` and `zero` each [out, groups], instead of searched ones; the
             scales should be float16 values.
+        outputs: B [out, out], what errors of two outputs cost together (any constant factor
+            cancels); rows then make up for each other (`core.coupling`). None: each for itself.
 
     Returns:
         Codes in the original channel order, with `relative_error` and the damping used.
@@ -106,29 +112,39 @@ def solve(
         H = prepare(H.to(dtype), config)
     if len(H.H) != W.shape[1]:
         raise ConfigError(f"H has {len(H.H)} channels, W {tuple(W.shape)} has {W.shape[1]}")
-    # Rows are independent given H: taken in parts, all temporaries are small.
+    # Taken in parts, all temporaries are small. Unless they are coupled, rows are independent given H.
     parts, sums = [], torch.zeros(3, dtype=torch.float64)
+    coupling = None if outputs is None else Coupling(outputs.to(dtype), W.shape[1])
     step = max(1, workspace(W.device) // W.shape[1])
     with _damped(H):
-        for start in range(0, W.shape[0], step):
-            rows = slice(start, start + step)
+        for rows in row_parts(len(W), step) if coupling is None else coupling.parts(step):
             fixed = None if grids is None else Grid(grids.scale[rows], grids.zero[rows])
             part = W[rows].to(dtype)
-            q, loss = _solve_rows(part, H, config, None if lost is None else lost[rows], fixed)
+            T = part
+            if lost is not None:
+                T = corrected(part, lost[rows], H.order.perm, H.factor)
+            asked = T if coupling is None else T + coupling.asked()
+            q, loss = _solve_rows(asked, H, config, fixed)
             parts.append(q)
-            E = part - q.dequantize(dtype)
-            if config.refine or lost is not None:
+            Q = q.dequantize(dtype)
+            if coupling is not None:
+                coupling.done(T - Q)
+            E = part - Q
+            if config.refine or asked is not part:
                 loss = H.factor.quadratic(columns_of(E, H.order.perm))
             errors = float(E.square().sum())
             loss = max(loss - H.factor.shift * errors, 0.0)
             sums += torch.tensor([loss, errors, float(part.square().sum())])
     loss, errors, weights = sums.tolist()
     energy = _energy(W, H.H)
+    codes, scales, zeros = (torch.cat([getattr(q, n) for q in parts]) for n in PER_ROW)
+    if coupling is not None:
+        codes, scales, zeros = (coupling.in_order(part) for part in (codes, scales, zeros))
     return replace(
         parts[0],
-        codes=torch.cat([q.codes for q in parts]),
-        scales=torch.cat([q.scales for q in parts]),
-        zeros=torch.cat([q.zeros for q in parts]),
+        codes=codes,
+        scales=scales,
+        zeros=zeros,
         relative_error=_ratio(loss, energy),
         weight_error=_ratio(errors, weights),
         energy=energy,
@@ -137,18 +153,13 @@ def solve(
 
 
 def _solve_rows(
-    W: torch.Tensor,
-    H: Prepared,
-    config: QuantizeConfig,
-    lost: torch.Tensor | None,
-    grids: Grid | None,
+    T: torch.Tensor, H: Prepared, config: QuantizeConfig, grids: Grid | None
 ) -> tuple[QuantizedWeight, float]:
-    """Corrects, rounds and refines some rows; H.H is damped while this runs.
+    """Rounds and refines some rows of the target T; H.H is damped while this runs.
 
-    The loss is that of rounding, before refinement, and against the corrected target.
+    The loss is that of rounding, before refinement.
     """
     order, F, keep_scales = H.order, H.factor, grids is not None
-    T = W if lost is None else corrected(W, lost, order.perm, F)
     if grids is None and order.fixed_grids:
         D = H.H.diagonal()
         weights = {"minmax": None, "mse": torch.ones_like(D), "pivot": D}[config.grid]
