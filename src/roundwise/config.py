@@ -27,7 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
     "textbook": {
         "order": "natural", "grid": "minmax", "grid_candidates": 1,
-        "alpha": 0.0, "beta": 0.0, "refine": 0, "exchange": 1,
+        "alpha": 0.0, "beta": 0.0, "refine": 0, "exchange": 1, "output_tokens": 0,
     },
 }  # fmt: skip
 
@@ -80,8 +80,8 @@ class QuantizeConfig(BaseModel):
     )
     recipe: Recipe = Field(
         "best",
-        description="Where order, grid, grid_candidates, alpha, beta, refine and exchange start "
-        "from: best, or textbook: GPTQ exactly as published.",
+        description="Where order, grid, grid_candidates, alpha, beta, refine, exchange and "
+        "output_tokens start from: best, or textbook: GPTQ exactly as published.",
     )
     grid: GridSearch = Field(
         "pivot",
@@ -114,6 +114,13 @@ class QuantizeConfig(BaseModel):
         ge=1,
         le=64,
         description="Codes of a row that may move together while refining; 1: coordinate descent.",
+    )
+    output_tokens: int = Field(
+        2048,
+        ge=0,
+        description="Calibration tokens that go through the original model and back beforehand, so "
+        "that errors are weighed by what they cost the model, and outputs make up for each other "
+        "(YAQA). 0: all outputs alike, each by itself.",
     )
     experts: Experts = Field(
         "routed",
@@ -226,6 +233,11 @@ class QuantizeConfig(BaseModel):
     def min_zero(self) -> int:
         """Smallest zero point the file can hold: v1 stores zero - 1, so zero = 0 is avoided there."""
         return 1 if self.format == "gptq" else 0
+
+    @property
+    def needs_gradients(self) -> bool:
+        """The original model must be run forward and backward beforehand."""
+        return self.method == "gptq" and self.output_tokens > 0
 
     @property
     def needs_reference(self) -> bool:

@@ -39,9 +39,9 @@ class QuantizeResult:
     planned_peak_bytes: int
     """What the plan expected of a run from the first block to the last, where it computes."""
     phases: dict[str, float]
-    """Seconds by kind of work: start (all before the first block), read, forward, hessian, drift, watch,
-    factor, solve, refine, pack, write, exchange (between ranks, with waiting), finish; of this process,
-    where it went on with another's run."""
+    """Seconds by kind of work: start (all before the first block), gradients, read, forward, hessian,
+    drift, watch, factor, solve, refine, pack, write, exchange (between ranks, with waiting), finish; of
+    this process, where it went on with another's run."""
     bits_per_weight: float
     bytes_before: int
     bytes_after: int
@@ -121,7 +121,7 @@ def carry_out(
     run, not_as_asked = prepared.run, prepared.not_as_asked
     first = run.ranks.first
     run.notes = {"warnings": prepared.warnings, "not_as_asked": not_as_asked}
-    run.progress = asked.strictly(progress) if strict else progress
+    run.progress, run.strict = asked.strictly(progress) if strict else progress, strict
     asked.refuse(not_as_asked if strict else [])
     source = run.skeleton.checkpoint.folder
     journal = open_folder(run.out, source, restart=restart) if first else None

@@ -16,7 +16,7 @@ from typing import Any
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
 from roundwise.core.device import HOST
-from roundwise.errors import OutputError, RunError
+from roundwise.errors import FallbackError, OutputError, RunError
 from roundwise.models.blocks import Block, weight_of
 from roundwise.models.files import file_digest
 from roundwise.models.skeleton import Skeleton
@@ -24,6 +24,7 @@ from roundwise.models.writer import write_safetensors
 from roundwise.pipeline import environment
 from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
+from roundwise.pipeline.curvature import Curvature
 from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.environment import difference, threads
 from roundwise.pipeline.finish import finish, shard_name, timings
@@ -73,10 +74,17 @@ class Run:
     prescaler: Prescaler | None = None
     memory: Memory | None = None
     """What the run is expected to hold; set with the fingerprint."""
+    strict: bool = False
+    """What does not go as asked is an error."""
     notes: dict[str, list[str]] = field(default_factory=dict)
     """`warnings` and `not_as_asked`, for the record."""
     spent: dict[str, float] = field(default_factory=dict)
     """Seconds by kind of work, of this process."""
+
+    @property
+    def curvature(self) -> Curvature:
+        """What was measured of the layers' outputs."""
+        return Curvature(self.out)
 
     def forecast(self, mode: Mode | None) -> Memory:
         """What the run would hold in a mode; None: in the one that memory allows."""
@@ -138,6 +146,7 @@ class Run:
         known, done = journal.read()
         fingerprint = self.fingerprint(known)
         if known is None:
+            self.curvature.forget()
             journal.start(fingerprint)
         elif known != fingerprint:
             raise OutputError(
@@ -178,6 +187,7 @@ class Run:
                 self._block(index, journal, done, first, None)
             return
         self.skeleton.load_outside_blocks()
+        self._measure_gradients(first)
         outputs = {
             stack: load_outputs(self.out, saved) for stack, saved in self._activations(done).items()
         }
@@ -201,6 +211,22 @@ class Run:
                     self.skeleton.release_pages()
                 self._block(index, journal, done, first, conductor)
 
+    def _measure_gradients(self, first: int) -> None:
+        """What the solver weighs outputs by, where the settings ask for it."""
+        if not self.config.needs_gradients or self.texts is None:
+            return
+        texts, tokens = self.texts, self.config.output_tokens
+        failed = self.ranks.agree(
+            lambda: self.curvature.measure(self.skeleton, texts.batches, tokens=tokens, first=first)
+        )
+        if failed:
+            line = f"all outputs of a layer count alike: the model gives no gradients, {failed}"
+            if self.strict:
+                raise FallbackError(
+                    f"not as asked, and --strict was given: {line}; --output-tokens 0 asks for it"
+                )
+            self.notes.setdefault("not_as_asked", []).append(line)
+
     def _block(
         self,
         index: int,
@@ -215,6 +241,7 @@ class Run:
             block, self.config, prescaler=self.prescaler, ranks=self.ranks,
             release=self.skeleton.release_pages,
             tell=lambda layer: self._tell(index, first, layer),
+            outputs=self.curvature.of_block(index),
         )  # fmt: skip
         with clock.phase("read"):
             self.skeleton.load(block.module, block.prefix)
@@ -238,6 +265,7 @@ class Run:
         kept = self._activations(done).values()
         if journal is not None:
             journal.block_done(line, keep={name for saved in kept for name in saved["files"]})
+            self.curvature.forget(index)
         self._tell(index, first, None)
 
     def _play(

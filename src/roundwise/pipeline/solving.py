@@ -38,6 +38,8 @@ class BlockSolver:
         ranks: with whom the rows are shared.
         release: called with the names of the linears that are solved: their pages are not read again.
         tell: called with the record of each layer.
+        outputs: what errors of a linear's outputs cost together, and from how many gradients that is
+            known; see `Curvature.of_block`.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class BlockSolver:
         ranks: Ranks,
         release: Callable[[list[str]], None],
         tell: Callable[[dict[str, Any]], None],
+        outputs: Callable[[str], tuple[torch.Tensor | None, int]],
     ) -> None:
         self.block, self.config, self.ranks = block, config, ranks
         self._prescaler, self._release, self._tell = prescaler, release, tell
+        self._outputs = outputs
         self.packed: dict[str, dict[str, torch.Tensor]] = {}
         """Linear -> suffix -> tensor of the format."""
         self.folded: dict[str, torch.Tensor] = {}
@@ -73,14 +77,15 @@ class BlockSolver:
             if settings is None:
                 continue
             linear = self.block.linears[name]
+            B, gradients = self._outputs(name) if settings.needs_gradients else (None, 0)
             with clock.phase("solve"):
-                q = self._weight(name, scaling.apply(weight_of(linear)), inputs, settings)
+                q = self._weight(name, scaling.apply(weight_of(linear)), inputs, settings, B)
             with clock.phase("pack"):
                 set_weight(linear, scaling.undo(q.dequantize(weight_of(linear).dtype)))
                 packed = encode(q, settings).items()
                 self.packed[name] = {suffix: part.to(HOST) for suffix, part in packed}
             record = layer_record(name, q, settings, inputs.tokens)
-            record["fallback"] = q.fallback or group.fallback
+            record |= {"gradients": gradients, "fallback": q.fallback or group.fallback}
             self.layers.append(record | scaling.record(name) | inputs.damping.record(settings))
             self._tell(self.layers[-1])
 
@@ -109,24 +114,26 @@ class BlockSolver:
                 yield scaling.apply(weight_of(self.block.linears[name])), settings
 
     def _weight(
-        self, name: str, W: torch.Tensor, inputs: Inputs, settings: QuantizeConfig
-    ) -> QuantizedWeight:
-        """One weight, its rows shared out; a named error where it fails."""
+        self, name: str, W: torch.Tensor, inputs: Inputs, settings: QuantizeConfig,
+        B: torch.Tensor | None,
+    ) -> QuantizedWeight:  # fmt: skip
+        """One weight, its rows shared out unless they are coupled; a named error where it fails."""
         try:
-            if self.ranks.alone:
-                return self._rows(W, inputs, settings, None)
+            if self.ranks.alone or B is not None:
+                return self._rows(W, inputs, settings, None, B)
             mine = self.ranks.rows(len(W))
             count = mine.stop - mine.start
             # A rank that has no row of a small weight solves the first one, for nobody.
             rows = mine if count else slice(0, 1)
-            q = self._rows(W[rows], inputs, settings, rows)
+            q = self._rows(W[rows], inputs, settings, rows, None)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
         return join_parts(q, count, len(W), self.ranks)
 
     def _rows(
-        self, W: torch.Tensor, inputs: Inputs, settings: QuantizeConfig, rows: slice | None
-    ) -> QuantizedWeight:
+        self, W: torch.Tensor, inputs: Inputs, settings: QuantizeConfig, rows: slice | None,
+        B: torch.Tensor | None,
+    ) -> QuantizedWeight:  # fmt: skip
         """Some rows; rounded to nearest, with the reason recorded, where they cannot be solved."""
         if settings.method == "rtn":
             return round_to_nearest(W, settings)
@@ -134,6 +141,7 @@ class BlockSolver:
             if settings.method == "awq":
                 return round_searched(W, inputs.moment(), settings)
             lost = inputs.lost(W, settings, rows)
-            return solve(W, inputs.prepared(settings), settings, lost=lost)
+            B = None if B is None else B.to(W.device)
+            return solve(W, inputs.prepared(settings), settings, lost=lost, outputs=B)
         except SingularError as error:
             return round_to_nearest(W, settings, fallback=str(error))

@@ -54,6 +54,10 @@ def command(
     exchange: Annotated[
         int | None, typer.Option(help="Codes of a row that may move together while refining.")
     ] = None,
+    output_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a backward pass that tells which outputs matter; 0: none."),
+    ] = None,
     damp_percent: Annotated[
         str, typer.Option(help="Damping, part of mean(diag H); auto: chosen on held-out tokens.")
     ] = "0.01",
@@ -155,7 +159,8 @@ def command(
 
     given = {
         "order": order, "grid": grid, "grid_candidates": grid_candidates, "alpha": alpha,
-        "beta": beta, "refine": refine, "exchange": exchange, "format": format,
+        "beta": beta, "refine": refine, "exchange": exchange, "output_tokens": output_tokens,
+        "format": format,
     }  # fmt: skip
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
