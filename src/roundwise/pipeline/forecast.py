@@ -24,7 +24,7 @@ SOLVING, REFINING = 8, 14
 #: Share of the machine's matrix products that each phase reaches (docs/performance.md).
 REACHED = {
     "forward": 0.72, "hessian": 0.77, "drift": 0.67, "factor": 0.37, "solve": 0.5, "refine": 0.7,
-    "survey": 0.5,
+    "survey": 0.5, "gradients": 0.5,
 }  # fmt: skip
 #: Group sizes that a survey tries beside the one asked for, the tokens it plays a block with, about, and
 #: units of a block that may differ (all experts are one).
@@ -177,6 +177,12 @@ def work(shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str) -> d
     }
     if config.needs_reference:
         found["drift"] = 2.0 * tokens * squares + 2.0 * products
+    if config.needs_gradients:
+        rows = sum(linear.rows**2 * linear.part for linear in shapes.linears)
+        # Forth, and on the way back once more and back; then the gradients' products.
+        found["gradients"] = min(config.output_tokens, tokens) * (6.0 * weights + rows)
+        found["factor"] += sum(linear.rows**3 for linear in shapes.linears) / 3
+        found["solve"] += sum(linear.rows**2 * linear.columns for linear in shapes.linears)
     return {phase: shapes.blocks * flop for phase, flop in found.items() if flop}
 
 
@@ -211,7 +217,7 @@ def seconds(flops: dict[str, float], dtype: torch.dtype, device: torch.device) -
     """Time of each phase on a device of this machine."""
     rates = {"float32": rate(torch.float32, device)}
     rates["model"] = rates["float32"] if dtype == torch.float32 else rate(dtype, device)
-    kind = dict.fromkeys(("forward", "hessian", "drift", "survey"), "model")
+    kind = dict.fromkeys(("forward", "hessian", "drift", "survey", "gradients"), "model")
     return {
         phase: flop / (REACHED[phase] * rates[kind.get(phase, "float32")])
         for phase, flop in flops.items()
