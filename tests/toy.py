@@ -105,6 +105,9 @@ class Backend:
     def set_rng_state(self, state: torch.Tensor, device: Any) -> None:
         pass
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
     def get_device_name(self, device: Any) -> str:
         return "Toy 1"
 
