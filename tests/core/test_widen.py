@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from roundwise.core.widen import PRODUCTS, Widening, multiplies, widening
+from roundwise.core.widen import PRODUCTS, Widening, filled, multiplies, widening
 
 HALF = frozenset((torch.bfloat16, torch.float16))
 half = pytest.mark.parametrize("dtype", sorted(HALF, key=str))
+
+
+#: How many kilobytes products of an expert with 300 numbers of tokens leave behind.
+GROWTH = """
+import torch
+from contextlib import nullcontext
+from roundwise.core.widen import widening
+torch.set_num_threads(1)
+def size():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmRSS" in line)
+W = torch.randn(768, 768).bfloat16()
+torch.nn.functional.linear(torch.randn(900, 768).bfloat16(), W)
+before = size()
+with {mode}:
+    for rows in range(500, 800):
+        torch.nn.functional.linear(torch.randn(rows, 768).bfloat16(), W)
+print(size() - before)
+"""
 
 
 class Seen(TorchFunctionMode):
@@ -76,5 +97,42 @@ def test_few_rows_other_types_and_results_with_a_place_are_left_alone():
     assert seen.types == [torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]
 
 
-def test_it_does_nothing_where_the_processor_multiplies_both():
-    assert isinstance(widening(), Widening) != all(multiplies(dtype) for dtype in HALF)
+@pytest.mark.parametrize("rows", [0, 1, 8, 9, 100, 1000, 4095, 4096])
+def test_tokens_of_an_expert_are_filled_up_to_one_of_few_numbers(rows):
+    x, W, b = (torch.randn(*n).bfloat16() for n in ((rows, 96), (40, 96), (40,)))
+    sizes = []
+
+    class Sizes(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is functional.linear:
+                sizes.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with Sizes(), Widening(frozenset()):
+        y = functional.linear(x, W, bias=b)
+        functional.linear(x[None], W)
+    assert near(y, x.double() @ W.double().T + b.double()) and y.shape == (rows, 40)
+    assert sizes == [filled(rows), 1]
+    assert rows <= filled(rows) <= max(rows + 7, 1.125 * rows)
+
+
+def test_there_are_few_numbers_and_each_stays_what_it_is():
+    sizes = {filled(rows) for rows in range(1, 4097)}
+    assert len(sizes) < 60
+    assert all(filled(size) == size for size in sizes)
+
+
+@pytest.mark.skipif(not multiplies(torch.bfloat16), reason="needs a processor with bfloat16 products")
+def test_memory_does_not_grow_with_the_numbers_of_tokens():
+    """Each shape that oneDNN has met costs a megabyte, and for thousands of them gigabytes."""
+    grown = {}
+    for mode in ("nullcontext()", "widening()"):
+        done = subprocess.run(
+            [sys.executable, "-c", GROWTH.format(mode=mode)], capture_output=True, text=True
+        )
+        grown[mode] = int(done.stdout)
+    assert grown["widening()"] < grown["nullcontext()"] / 4
+
+
+def test_what_is_multiplied_in_float32_is_what_the_processor_does_not_multiply():
+    assert widening().narrow == {dtype for dtype in HALF if not multiplies(dtype)}

@@ -1,14 +1,16 @@
-"""Half precision on processors that cannot multiply it: products in float32, results in their own type.
+"""Half precision on the CPU: products that torch computes slowly there, or never forgets.
 
 Where a CPU has no instructions for such products (x86 before AVX-512: most laptops), torch multiplies
 element by element, at a tenth of float32's speed. Widening the operands for the product loses nothing:
 it is what the instructions do, sums in float32 and one rounding at the end.
+
+Where it has them, oneDNN compiles a program for each shape and keeps it: a megabyte for each number of
+tokens that an expert has ever seen, gigabytes for a mixture. Such inputs are filled up to few sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -16,19 +18,20 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+HALF = (torch.bfloat16, torch.float16)
 #: Rows from which on widening a weight costs less than it gains.
 FEW = 8
 #: Rows of a linear layer's input that are widened at a time.
 ROWS = 1024
 
 
-def widening() -> AbstractContextManager[Any]:
-    """While it is entered, large products of half precision on the CPU are computed in float32.
+def widening() -> Widening:
+    """While it is entered, half precision on the CPU is multiplied as this processor does it best.
 
-    Does nothing where the processor multiplies both types itself. The calling thread's alone.
+    Large products are computed in float32 where it does not multiply the type itself; where it does,
+    the tokens of an expert are filled up to one of few numbers. The calling thread's alone.
     """
-    narrow = frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if not multiplies(dtype))
-    return Widening(narrow) if narrow else nullcontext()
+    return Widening(frozenset(dtype for dtype in HALF if not multiplies(dtype)))
 
 
 @cache
@@ -42,7 +45,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 class Widening(TorchFunctionMode):
-    """Products of the `narrow` types in float32."""
+    """Products of the `narrow` types in float32; those of the other half-precision type, filled up."""
 
     def __init__(self, narrow: frozenset[torch.dtype]) -> None:
         super().__init__()
@@ -54,16 +57,33 @@ class Widening(TorchFunctionMode):
         """`func`, or what stands for it."""
         kwargs = kwargs or {}
         product = PRODUCTS.get(func)
-        if product is None or not self._concerns(args) or "out" in kwargs:
+        if product is None or "out" in kwargs:
+            return func(*args, **kwargs)
+        # The first matrix; a bias may stand before it.
+        x = next((a for a in args if isinstance(a, torch.Tensor) and a.ndim > 1), None)
+        if x is None or x.dtype not in HALF or x.device.type != "cpu":
+            return func(*args, **kwargs)
+        if x.dtype not in self.narrow:
+            # Only experts take tokens without an axis for texts; their number differs every time.
+            varies = func is functional.linear and x.ndim == 2
+            return (_filled if varies else func)(*args, **kwargs)
+        if x.numel() < FEW * x.shape[-1]:
             return func(*args, **kwargs)
         return product(func, self.narrow, *args, **kwargs)
 
-    def _concerns(self, args: tuple[Any, ...]) -> bool:
-        """The first matrix (a bias may stand before it) is a large one of a narrow type, on the CPU."""
-        x = next((a for a in args if isinstance(a, torch.Tensor) and a.ndim > 1), None)
-        if x is None or x.dtype not in self.narrow or x.device.type != "cpu":
-            return False
-        return x.numel() >= FEW * x.shape[-1]
+
+def filled(rows: int) -> int:
+    """The least of few numbers that is not below `rows`: eight between a power of two and the next."""
+    step = max(FEW, 1 << max(0, (rows - 1).bit_length() - 4))
+    return -(-rows // step) * step
+
+
+def _filled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear layer whose input is filled up with zeros; a row's result does not depend on others."""
+    more = filled(len(x)) - len(x)
+    if not more:
+        return functional.linear(x, weight, bias)
+    return functional.linear(functional.pad(x, (0, 0, 0, more)), weight, bias)[: len(x)]
 
 
 def _linear(
