@@ -116,7 +116,7 @@ class QuantizeConfig(BaseModel):
         description="Codes of a row that may move together while refining; 1: coordinate descent.",
     )
     output_tokens: int = Field(
-        2048,
+        4096,
         ge=0,
         description="Calibration tokens that go through the original model and back beforehand, so "
         "that errors are weighed by what they cost the model, and outputs make up for each other "

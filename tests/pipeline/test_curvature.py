@@ -50,7 +50,7 @@ def plainly(folder: Path, names: list[str], played: list[Batch]) -> dict[str, to
         logits = model(input_ids=batch.input_ids, use_cache=False).logits
         rows = logits.detach().reshape(-1, logits.shape[-1])
         drawn = [
-            torch.multinomial(part.softmax(-1), 1, generator=generator)
+            curvature.draw(part.softmax(-1), generator)
             for part in rows.split(curvature.FEWEST)
         ]
         loss = -logits.log_softmax(-1).reshape(rows.shape).gather(1, torch.cat(drawn)).sum()
@@ -60,6 +60,15 @@ def plainly(folder: Path, names: list[str], played: list[Batch]) -> dict[str, to
             total[name] = total.get(name, 0) + g.T @ g
         count += batch.input_ids.numel()
     return {name: value / count for name, value in total.items()}
+
+
+def test_tokens_are_drawn_as_often_as_is_likely():
+    p = torch.tensor([[0.0, 0.5, 0.125, 0.375, 0.0]])
+    drawn = curvature.draw(p.expand(40_000, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (40_000, 1)
+    found = torch.bincount(drawn[:, 0], minlength=5) / len(drawn)
+    assert found.tolist() == pytest.approx(p[0].tolist(), abs=0.01)  # four standard deviations
+    assert found[0] == 0 and found[4] == 0
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

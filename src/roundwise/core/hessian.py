@@ -141,19 +141,18 @@ class CrossMoment:
 
         `more` [..., rows] is added to the distance Ỹ - Y.
         """
-        dtype = self.sum.dtype
-        y, x = counted(y, mask), counted(x, mask)
+        y, x, original = (counted(each, mask) for each in (y, x, original))
         self.tokens += len(x)
-        distance = counted(original, mask).to(dtype) - y.to(dtype)
+        # A product of half precision takes the distance rounded to it: so it is computed in it.
+        half = natively(x, self.sum) or directly(x, self.sum)
+        dtype = x.dtype if half else self.sum.dtype
+        distance = original.to(dtype) - y.to(dtype)
         if more is not None:
             distance += counted(more, mask)
-        if bool(distance.any()):  # in front of the first quantized layer there is none
-            if natively(x, self.sum):
-                native.add_moment(self.sum, distance.to(x.dtype), x, lower=False)
-            elif directly(x, self.sum):
-                add_product(self.sum, distance.to(x.dtype), x)
-            else:
-                add_product(self.sum, distance, x.to(dtype))
+        if natively(x, self.sum):
+            native.add_moment(self.sum, distance, x, lower=False)
+        else:
+            add_product(self.sum, distance, x.to(dtype))
 
     def mean(self) -> torch.Tensor:
         """(Ỹ - Y)ᵀX / n, [rows, columns]. Ends the sum."""

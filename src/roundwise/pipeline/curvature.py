@@ -181,13 +181,20 @@ def _seed(
     ):
         if logits:
             p = part.float().softmax(dim=-1).to(HOST)
-            drawn = torch.multinomial(p, 1, generator=generator)
-            into.copy_(p.scatter_add_(1, drawn, torch.full_like(p[:, :1], -1.0)))
+            minus = torch.full_like(p[:, :1], -1.0)
+            into.copy_(p.scatter_add_(1, draw(p, generator), minus))
         else:
             into.copy_(torch.randint(0, 2, part.shape, generator=generator) * 2 - 1)
     if mask is not None and mask.shape == y.shape[:-1]:
         seed *= mask[..., None]
     return seed.mul_(LARGER) if y.dtype == torch.float16 else seed
+
+
+def draw(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A token for each row of probabilities [rows, vocabulary]: where a number up to 1 falls."""
+    below = p.cumsum(dim=-1)
+    number = torch.rand(len(p), 1, generator=generator) * below[:, -1:]
+    return torch.searchsorted(below, number).clamp_(max=p.shape[1] - 1)
 
 
 @contextmanager
@@ -264,7 +271,7 @@ def _gate(
     def leave(_: torch.Tensor) -> None:
         kept = {name: torch.cat(parts) for name, parts in found.items() if parts}
         kept = {name: g for name, g in kept.items() if g.numel()}
-        if any(not bool(torch.isfinite(g).all()) for g in kept.values()):
+        if not all(torch.isfinite(g.sum(dtype=torch.float32)) for g in kept.values()):
             raise RuntimeError("its gradients are not finite")
         if kept:
             write(index, kept)
