@@ -33,6 +33,9 @@ ABLATION: dict[str, Settings] = {
     "best, no refinement": {"refine": 0},
     "best, descent instead of exchange": {"exchange": 1},
     "best, 2 rounds of refinement": {"refine": 2},
+    "best, outputs alike": {"output_tokens": 0},
+    "best, gradients of 1024 tokens": {"output_tokens": 1024},
+    "best, gradients of 16,384 tokens": {"output_tokens": 16384},
     "textbook, group-aware order": {"recipe": "textbook", "order": "group_aware"},
     "textbook, static groups": {"recipe": "textbook", "order": "static"},
     "textbook, act-order in the file": {"recipe": "textbook", "desc_act": True},
@@ -46,6 +49,7 @@ ABLATION: dict[str, Settings] = {
     "textbook, alpha 1": {"recipe": "textbook", "alpha": 1.0},
     "textbook, alpha 1 and beta 1": {"recipe": "textbook", "alpha": 1.0, "beta": 1.0},
     "textbook, refinement": {"recipe": "textbook", "refine": 1, "exchange": 8},
+    "textbook, outputs coupled": {"recipe": "textbook", "output_tokens": 4096},
 }
 GPTAQ, FOEM = {"alpha": 0.25}, {"alpha": 0.0, "beta": 0.2}
 PEERS: dict[str, dict[str, Settings]] = {
