@@ -27,6 +27,7 @@ ABLATION: dict[str, Settings] = {
     "best, grid mse": {"grid": "mse"},
     "best, 1 grid candidate": {"grid_candidates": 1},
     "best, 32 grid candidates": {"grid_candidates": 32},
+    "best, positive scales": {"positive_scales": True},
     "best, alpha 0": {"alpha": 0.0},
     "best, beta 0": {"beta": 0.0},
     "best, alpha 0 and beta 0": {"alpha": 0.0, "beta": 0.0},

@@ -151,8 +151,10 @@ struct Searcher {
                 const Vec<T> zero = splat<T>(below);
                 const Vec<T> plain = stored(larger(-low / below, high / above) * part);
                 best.offer(cost(plain, zero), plain, zero);
-                const Vec<T> turned = -stored(larger(high / below, -low / above) * part);
-                best.offer(cost(turned, zero), turned, zero);
+                if (g.turned) {
+                    const Vec<T> turned = -stored(larger(high / below, -low / above) * part);
+                    best.offer(cost(turned, zero), turned, zero);
+                }
                 continue;
             }
             const Vec<T> scale = stored((high - low) * (part / maxq));

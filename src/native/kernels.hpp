@@ -24,7 +24,7 @@ struct Group {
     const T *shrink; // ranges tried, as parts of the full one
     Index shrinks, keep;
     int maxq, min_zero;
-    bool sym;
+    bool sym, turned;
     T *scale, *zero, *loss; // out: [rows]
     std::uint8_t *codes; // out: [columns, rows]
     Index ld_codes;

@@ -78,7 +78,7 @@ void grid_of(const Vector<const Index> &grid, Index columns, const M &scale) {
 template <class T>
 bool group(Matrix<const T> U, Vector<const T> D, Matrix<const T> target, Matrix<const T> asked,
            bool weighted, Vector<const T> weights, Vector<const T> shrink, int keep, int maxq,
-           int min_zero, bool sym, Vector<T> scale, Vector<T> zero, Vector<T> loss,
+           int min_zero, bool sym, bool turned, Vector<T> scale, Vector<T> zero, Vector<T> loss,
            Matrix<std::uint8_t> codes, Matrix<T> E, int threads) {
     const Index n = target.shape(0), rows = target.shape(1);
     require(keep >= 1 && maxq >= 1 && maxq <= 255 && min_zero >= 0 && min_zero < maxq, "settings");
@@ -91,7 +91,7 @@ bool group(Matrix<const T> U, Vector<const T> D, Matrix<const T> target, Matrix<
         n, rows, U.data(), rows_of(U, n, n, "U"), D.data(), target.data(), asked.data(),
         rows_of(target, n, rows, "target"), rows_of(asked, n, rows, "asked"),
         weighted ? Search::weighted : Search::minmax, weights.data(), shrink.data(),
-        Index(shrink.shape(0)), keep, maxq, min_zero, sym, scale.data(), zero.data(), loss.data(),
+        Index(shrink.shape(0)), keep, maxq, min_zero, sym, turned, scale.data(), zero.data(), loss.data(),
         codes.data(), rows_of(codes, n, rows, "codes"), E.data(), rows_of(E, n, rows, "E"),
     };
     nb::gil_scoped_release release;

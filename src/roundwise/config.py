@@ -88,6 +88,11 @@ class QuantizeConfig(BaseModel):
         description="Range of a group: minmax; mse (least squared error); pivot (errors weighed by what "
         "they cost after compensation).",
     )
+    positive_scales: bool = Field(
+        False,
+        description="Symmetric ranges are never turned around by a negative scale, which would put the "
+        "one code more on the other side of zero; for readers that take scales to be positive.",
+    )
     grid_candidates: int = Field(
         8,
         ge=1,

@@ -55,6 +55,7 @@ def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
 
 
 SETTINGS = [
+    {"positive_scales": True},
     {"recipe": "textbook"},
     {"recipe": "textbook", "order": "static"},
     {"grid": "mse", "grid_candidates": 1, "refine": 0},
@@ -158,7 +159,7 @@ def test_wrong_arrays_are_refused() -> None:
     D = torch.ones(8)
     with pytest.raises(ValueError, match=r"target|asked|U"):
         module.group(
-            torch.eye(8), D, torch.zeros(8, 4), torch.zeros(7, 4), False, D, D, 1, 15, 0, True,
+            torch.eye(8), D, torch.zeros(8, 4), torch.zeros(7, 4), False, D, D, 1, 15, 0, True, True,
             torch.zeros(4), torch.zeros(4), torch.zeros(4), torch.zeros(8, 4, dtype=torch.uint8),
             torch.zeros(8, 4), 1,
         )  # fmt: skip

@@ -44,7 +44,11 @@ def test_the_default_recipe_never_loses_more_than_rounding(seed, bits, sym, grou
 @given(
     seed=st.integers(0, 1000), bits=st.sampled_from([2, 3, 4, 8]),
     settings=st.sampled_from(
-        [{"sym": False}, {"grid": "minmax"}, {"recipe": "textbook"}, {"sym": False, "grid": "mse"}]
+        [
+            {"sym": False}, {"grid": "minmax"}, {"recipe": "textbook"},
+            {"sym": False, "grid": "mse"}, {"positive_scales": True},
+            {"positive_scales": True, "order": "static"},
+        ]
     ),
 )  # fmt: skip
 def test_scales_are_positive_where_no_range_can_be_turned_around(seed, bits, settings):

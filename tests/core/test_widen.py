@@ -122,7 +122,9 @@ def test_there_are_few_numbers_and_each_stays_what_it_is():
     assert all(filled(size) == size for size in sizes)
 
 
-@pytest.mark.skipif(not multiplies(torch.bfloat16), reason="needs a processor with bfloat16 products")
+@pytest.mark.skipif(
+    not multiplies(torch.bfloat16), reason="needs a processor with bfloat16 products"
+)
 def test_memory_does_not_grow_with_the_numbers_of_tokens():
     """Each shape that oneDNN has met costs a megabyte, and for thousands of them gigabytes."""
     grown = {}

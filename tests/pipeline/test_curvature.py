@@ -50,8 +50,7 @@ def plainly(folder: Path, names: list[str], played: list[Batch]) -> dict[str, to
         logits = model(input_ids=batch.input_ids, use_cache=False).logits
         rows = logits.detach().reshape(-1, logits.shape[-1])
         drawn = [
-            curvature.draw(part.softmax(-1), generator)
-            for part in rows.split(curvature.FEWEST)
+            curvature.draw(part.softmax(-1), generator) for part in rows.split(curvature.FEWEST)
         ]
         loss = -logits.log_softmax(-1).reshape(rows.shape).gather(1, torch.cat(drawn)).sum()
         loss.backward()

@@ -59,6 +59,7 @@ class Columns:
                     block, D[a:b], target, asked, weights=self._weights(a, b),
                     keep=1 if config.grid == "minmax" else config.grid_candidates,
                     maxq=config.maxq, min_zero=config.min_zero, sym=config.sym,
+                    turned=not config.positive_scales,
                 )  # fmt: skip
                 group = self.order.group[a]
                 self.grids.scale[group], self.grids.zero[group] = grid

@@ -114,14 +114,14 @@ def add_moment(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, lower: bool
 def round_group(
     U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor,
     *, weights: torch.Tensor | None, shrink: torch.Tensor, keep: int, maxq: int, min_zero: int,
-    sym: bool,
+    sym: bool, turned: bool,
 ) -> tuple[Grid, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """`core.recursion.round_group`, natively."""
     scale, zero, loss = (torch.empty_like(target[0]) for _ in range(3))
     codes, E = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
     fits = load()[0].group(
         U, D, target, asked, weights is not None, D if weights is None else weights, shrink,
-        keep, maxq, min_zero, sym, scale, zero, loss, codes, E, torch.get_num_threads(),
+        keep, maxq, min_zero, sym, turned, scale, zero, loss, codes, E, torch.get_num_threads(),
     )  # fmt: skip
     if not fits:
         raise NumericalError(f"a scale does not fit float16 (largest {MAX_SCALE:g})")

@@ -28,6 +28,7 @@ WORKSPACE, ACCELERATED = 1 << 21, 1 << 24
 def round_group(
     U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor,
     *, weights: torch.Tensor | None, keep: int, maxq: int, min_zero: int, sym: bool,
+    turned: bool = True,
 ) -> tuple[Grid, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Finds the grid of one group of columns and rounds them, one after another.
 
@@ -41,7 +42,7 @@ def round_group(
         asked: [n, rows], t_g - T_g as far as finished columns ask for it.
         weights: [n], of squared errors in the grid search; None: the range of the weights, no search.
         keep: grids that are rounded with, to choose the one of least true loss.
-        maxq, min_zero, sym: the grid, see `core.grid`.
+        maxq, min_zero, sym: the grid, see `core.grid`; turned: see `core.search`.
 
     Returns:
         The grid of each row; codes uint8 [n, rows]; E = target - value [n, rows]; the loss of each
@@ -55,6 +56,7 @@ def round_group(
         return native.round_group(
             U, D, target, asked,
             weights=weights, shrink=shrink, keep=keep, maxq=maxq, min_zero=min_zero, sym=sym,
+            turned=turned,
         )  # fmt: skip
     most = WORKSPACE if target.device.type == "cpu" else ACCELERATED
     rows = max(1, most // (len(target) * keep))
@@ -67,7 +69,9 @@ def round_group(
             grid = minmax(W_g.T, maxq, sym=sym, min_zero=min_zero)
             found.append((*grid, *_rounded(U, D, T, asks, grid, maxq)))
         else:
-            grids = best_grids(W_g, weights, maxq, sym=sym, min_zero=min_zero, keep=keep)
+            grids = best_grids(
+                W_g, weights, maxq, sym=sym, min_zero=min_zero, keep=keep, turned=turned
+            )
             found.append(_cheapest(U, D, T, asks, grids, maxq))
     scale, zero, codes, E, loss = (torch.cat(part, dim=-1) for part in zip(*found, strict=True))
     return Grid(scale, zero), codes, E, loss

@@ -17,7 +17,14 @@ SHRINK = torch.linspace(1.0, 0.25, 60)
 
 
 def best_grids(
-    W: torch.Tensor, D: torch.Tensor, maxq: int, *, sym: bool, min_zero: int, keep: int
+    W: torch.Tensor,
+    D: torch.Tensor,
+    maxq: int,
+    *,
+    sym: bool,
+    min_zero: int,
+    keep: int,
+    turned: bool = True,
 ) -> Grid:
     """The `keep` best grids of each row, best first.
 
@@ -25,15 +32,15 @@ def best_grids(
         W: [columns, rows], the group's weights as updated by all finished columns.
         D: [columns], weight of a squared error in each column.
         maxq: largest code.
-        sym: zero point fixed in the middle; the range then has one more code on one side, and a
-            negative scale turns that side around.
+        sym: zero point fixed in the middle; the range then has one more code on one side.
+        turned: where sym, negative scales are tried too, which have that code on the other side.
         min_zero: smallest zero point otherwise.
         keep: how many to return; fewer if there are fewer candidates.
 
     Returns:
         scale and zero, each [keep, rows].
     """
-    grids = _candidates(W, maxq, sym=sym, min_zero=min_zero)
+    grids = _candidates(W, maxq, sym=sym, min_zero=min_zero, turned=turned)
     scores = (gpu.scores if gpu.usable(W) else _scores)(W, D, grids, maxq)
     # Grids can be equal (all codes shifted by one): the one that was tried first wins.
     best = scores.sort(dim=0, stable=True).indices[:keep]
@@ -49,7 +56,7 @@ def _scores(W: torch.Tensor, D: torch.Tensor, grids: Grid, maxq: int) -> torch.T
     return found
 
 
-def _candidates(W: torch.Tensor, maxq: int, *, sym: bool, min_zero: int) -> Grid:
+def _candidates(W: torch.Tensor, maxq: int, *, sym: bool, min_zero: int, turned: bool) -> Grid:
     """All that are tried, in order, scale and zero each [candidates, rows]."""
     low, high = W.amin(dim=0).clamp(max=0), W.amax(dim=0).clamp(min=0)
     empty = high == low
@@ -58,8 +65,9 @@ def _candidates(W: torch.Tensor, maxq: int, *, sym: bool, min_zero: int) -> Grid
     if sym:
         below, above = (maxq + 1) // 2, maxq - (maxq + 1) // 2
         plain = torch.maximum(-low / below, high / above)
-        turned = torch.maximum(high / below, -low / above)
-        scale = torch.stack([storable(plain * shrink), -storable(turned * shrink)], dim=1)
+        other = torch.maximum(high / below, -low / above)
+        tried = [storable(plain * shrink), -storable(other * shrink)]
+        scale = torch.stack(tried if turned else tried[:1], dim=1)
         return Grid(scale.flatten(0, 1), torch.full_like(scale, (maxq + 1) // 2).flatten(0, 1))
     scale = storable((high - low) * (shrink / maxq))[:, None]
     # The zero point that puts the middle of the range in the middle of the codes, and others around

@@ -260,7 +260,13 @@ def _original_grids(T: torch.Tensor, weights: torch.Tensor | None, config: Quant
             grid = minmax(W, config.maxq, sym=config.sym, min_zero=config.min_zero)
         else:
             best = best_grids(
-                W.T, weights[part], config.maxq, sym=config.sym, min_zero=config.min_zero, keep=1
+                W.T,
+                weights[part],
+                config.maxq,
+                sym=config.sym,
+                min_zero=config.min_zero,
+                keep=1,
+                turned=not config.positive_scales,
             )
             grid = Grid(best.scale[0], best.zero[0])
         found.append(grid)

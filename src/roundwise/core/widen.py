@@ -78,7 +78,9 @@ def filled(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _filled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _filled(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """A linear layer whose input is filled up with zeros; a row's result does not depend on others."""
     more = filled(len(x)) - len(x)
     if not more:

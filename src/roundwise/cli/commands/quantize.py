@@ -39,6 +39,10 @@ def command(
     grid: Annotated[
         str | None, typer.Option(help="How ranges are chosen: minmax, mse, pivot.")
     ] = None,
+    positive_scales: Annotated[
+        bool,
+        typer.Option("--positive-scales", help="No symmetric range turned by a negative scale."),
+    ] = False,
     grid_candidates: Annotated[
         int | None, typer.Option(help="Ranges per group that are compared by their true loss.")
     ] = None,
@@ -165,6 +169,7 @@ def command(
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe,
         damp_percent=number(damp_percent), method=method, prescale=prescale,
+        positive_scales=positive_scales,
         lm_head=lm_head, experts=experts, expert_tokens=expert_tokens,
         rotate=rotate, rotation_seed=rotation_seed, target_bpw=target_bpw,
         target_widths=tuple(number(bits) for bits in target_widths.split(",")),
