@@ -98,6 +98,7 @@ def test_as_many_tokens_as_asked_for_in_parts_that_fit(
     whole = measured(folder, tmp_path / "whole", played).of_block(0)(name)
     monkeypatch.setattr(curvature, "LOGITS", 128 * length)  # a window at a time
     monkeypatch.setattr(curvature, "FEWEST", 1)
+    monkeypatch.setattr(curvature, "CONTEXT", 1)
     parted = measured(folder, tmp_path / "parted", played)
     assert len([*(tmp_path / "parted" / WORK).glob("gradients-00000-*")]) == 8
     assert parted.of_block(0)(name)[1] == whole[1]

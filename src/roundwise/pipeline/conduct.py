@@ -22,6 +22,7 @@ Knows hooks and what they sum up; nothing of files, solving, or formats.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, h
 from roundwise.pipeline.probe import Group, taking_notes
 from roundwise.pipeline.ranks import Ranks
 from roundwise.pipeline.routing import Policy
+from roundwise.pipeline.shelf import Shelf
 from roundwise.pipeline.windows import Batch
 
 #: Tokens of the probe: enough for any local attention pattern to be well formed.
@@ -63,7 +65,7 @@ class Conductor:
         policy: which tokens an expert's Hessian is made from.
         ranks: with whom the work is shared.
         device: where blocks are loaded and players play.
-        parking: players that wait leave it for the host; only in block mode.
+        parking: where players wait that find no room: on the host (only in block mode), or in a file.
     """
 
     def __init__(
@@ -80,9 +82,9 @@ class Conductor:
         policy: Policy | None = None,
         ranks: Ranks | None = None,
         device: torch.device = HOST,
-        parking: bool = False,
+        parking: Parking | Shelf | None = None,
     ) -> None:
-        self.device, self.parking = device, Parking(device) if parking else None
+        self.device, self.parking = device, parking
         self.model, self.blocks, self.skip = model, blocks, skip
         self.policy, self.ranks = policy or Policy(), ranks or Ranks()
         self.gatherer = Gatherer(self._current, held_out=held_out, ratio=ratio, policy=self.policy)
@@ -122,11 +124,15 @@ class Conductor:
         for block in self.blocks:
             vars(block.module).pop("forward", None)
         self.gatherer.end()
+        if self.parking is not None:
+            self.parking.close()
         torch.set_grad_enabled(self._grad)
 
     def enter(self) -> None:
         """Brings every player to the entrance of the next block."""
         self._variants = []
+        if self.parking is not None:
+            self.parking.look_around()
         for player in self.players:
             self._resume(player)
             if player.at != ENTER:
@@ -250,6 +256,12 @@ class Conductor:
             for place in [*(2 * routing.first for routing in found), GATHERED]:
                 for each in both:
                     self._advance(each, place)
+
+    def present(self, key: str) -> AbstractContextManager[None]:
+        """While it is entered, what the player of a key holds can be looked at."""
+        if self.parking is None or key == self.probe_player.key:
+            return nullcontext()
+        return self.parking.present(next(p for p in self.players if p.key == key))
 
     def outputs(self) -> dict[str, Any]:
         """What the block returned to each player by its key, all standing behind it."""

@@ -38,8 +38,10 @@ from roundwise.models.writer import write_json, write_safetensors
 from roundwise.pipeline.journal import WORK
 from roundwise.pipeline.windows import Batch
 
-#: Logits held at a time: tokens by vocabulary; but at least so many tokens.
-LOGITS, FEWEST = 1 << 27, 64
+#: Logits held at a time, tokens by vocabulary; but at least so many tokens, as context.
+LOGITS, CONTEXT = 1 << 25, 512
+#: Tokens of the smallest part, and of those whose probabilities are computed together.
+FEWEST = 64
 #: Gradients in float16 are made larger by this; a factor cancels.
 LARGER = 1024.0
 
@@ -133,9 +135,14 @@ def _block_of(name: str) -> int:
     return int(name.split("-")[1])
 
 
+def tokens_at_a_time(vocabulary: int) -> int:
+    """Of the largest part."""
+    return max(CONTEXT, LOGITS // vocabulary)
+
+
 def _parts(batches: list[Batch], tokens: int, vocabulary: int) -> list[Batch]:
     """The first windows, about `tokens` in all, in parts of which no logits are too many to hold."""
-    most = max(FEWEST, LOGITS // vocabulary)
+    most = tokens_at_a_time(vocabulary)
     parts: list[Batch] = []
     for batch in batches:
         length = min(batch.input_ids.shape[1], most, max(tokens, FEWEST))

@@ -18,6 +18,7 @@ from roundwise.core.widen import widening
 from roundwise.models.blocks import Block, weight_of
 from roundwise.models.experts import ROLES
 from roundwise.models.skeleton import Skeleton
+from roundwise.pipeline.curvature import tokens_at_a_time
 
 #: float32 matrices of the solver's workspace that solving a part of the rows holds at a time.
 SOLVING, REFINING = 8, 14
@@ -124,7 +125,7 @@ def _linears(
 
 
 def memory(
-    shapes: Shapes, config: QuantizeConfig, *, tokens: int, batch: int, mode: str, waiting: int
+    shapes: Shapes, config: QuantizeConfig, *, tokens: int, batch: int, mode: str, parked: bool
 ) -> dict[str, int]:
     """Bytes that a run holds at its peak beyond the libraries, by what they are for.
 
@@ -134,7 +135,7 @@ def memory(
         tokens: of calibration, all batches together; 0: none is needed.
         batch: tokens of the largest batch.
         mode: true_sequential or block.
-        waiting: tokens of the batches that wait where the work is done.
+        parked: batches that wait do so elsewhere, all of them while a layer is solved.
     """
     largest = max(shapes.linears, key=lambda linear: (linear.columns, linear.rows))
     size, hidden, wide, entries = shapes.itemsize, shapes.hidden, shapes.widest, largest.entries
@@ -146,7 +147,7 @@ def memory(
     others = sum(linear.entries for linear in shapes.linears) - entries
     found["quantized weights"] = size * others
     held = hidden + (wide + hidden if mode == "true_sequential" else 0)
-    found["paused activations"] = streams * waiting * held * size
+    found["paused activations"] = streams * (batch if parked else tokens) * held * size
     # The forward of one batch: gate, up and their product, or the like.
     found["forward of a batch"] = 3 * batch * max(wide, 4 * hidden) * size
     # In true_sequential mode one input is summed up at a time, in block mode all of a block are.
@@ -158,7 +159,31 @@ def memory(
         found["drift"] = 4 * sum(min(x.rows, x.columns) * x.columns for x in summed)
     found["solver"] = 4 * workspace(shapes.device) * (REFINING if config.refine else SOLVING)
     found["codes and weights of a layer"] = (2 + size + 4) * entries
+    if parked:
+        playing = ("paused activations", "forward of a batch")
+        solving = ("factor", "solver", "codes and weights of a layer")
+        for name in min(playing, solving, key=lambda names: sum(found[n] for n in names)):
+            del found[name]
     return found
+
+
+def gradients(
+    shapes: Shapes, config: QuantizeConfig, *, tokens: int, vocabulary: int
+) -> dict[str, int]:
+    """Bytes held while the gradients are measured, beforehand, as `memory`; nothing if none are."""
+    if not config.needs_gradients or not tokens:
+        return {}
+    size, hidden = shapes.itemsize, shapes.hidden
+    part = min(tokens, config.output_tokens, tokens_at_a_time(vocabulary))
+    outputs = sum(round(linear.rows * linear.part) for linear in shapes.linears)
+    return {
+        "block": shapes.block_bytes,
+        "head": size * hidden * vocabulary,
+        "logits and their gradient": 2 * size * part * vocabulary,
+        "blocks' inputs": size * part * hidden * (shapes.blocks + 2),
+        # Of one block, on the way back: what it has computed, and the gradients that are kept.
+        "gradients": 3 * size * part * outputs,
+    }
 
 
 def work(shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str) -> dict[str, float]:

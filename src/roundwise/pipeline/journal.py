@@ -14,6 +14,8 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +143,24 @@ class Journal:
         self._lock.close()
 
 
-def save_outputs(out: Path, index: int, rank: int, outputs: dict[str, Any]) -> dict[str, Any]:
+class _OneByOne(dict[str, torch.Tensor]):
+    """Tensors of players, each present only while its turn to be written comes."""
+
+    present: Callable[[str], AbstractContextManager[None]]
+
+    def values(self) -> Any:
+        for name, tensor in self.items():
+            with self.present(name.rpartition(".")[0]):
+                yield tensor
+
+
+def save_outputs(
+    out: Path,
+    index: int,
+    rank: int,
+    outputs: dict[str, Any],
+    present: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> dict[str, Any]:
     """Writes what block `index` returned to each player of a rank; what `load_outputs` needs to know.
 
     Args:
@@ -149,18 +168,20 @@ def save_outputs(out: Path, index: int, rank: int, outputs: dict[str, Any]) -> d
         index: of the block.
         rank: whose players they are; each writes a file of its own.
         outputs: by player.
+        present: see `Conductor.present`.
 
     Raises:
         RunError: the block returned something else than a tensor or a tuple of tensors.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = _OneByOne()
+    tensors.present = present
     places = None
     for player, output in outputs.items():
         places = len(output) if isinstance(output, tuple) else None
         values = output if isinstance(output, tuple) else (output,)
         for place, value in enumerate(values):
             if isinstance(value, torch.Tensor):
-                tensors[f"{player}.{place}"] = value.contiguous()
+                tensors[f"{player}.{place}"] = value
             elif value is not None:
                 raise RunError(f"block {index} returns a {type(value).__name__}, not a tensor")
     name = f"activations-{index:05d}-{rank}.safetensors"

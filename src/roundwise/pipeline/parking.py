@@ -7,6 +7,7 @@ frames themselves. So the tensors stay, and the memory behind them moves.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ class Parking:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def look_around(self) -> None:
+        """Nothing to see: only what a block was called with leaves."""
+
+    def present(self, player: Player) -> AbstractContextManager[None]:
+        """Nothing to do: what a player that waits holds can be looked at, on the host."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """Nothing to give up."""
 
     def leave(self, player: Player) -> None:
         """Takes the tensors of a player that waits to the host."""

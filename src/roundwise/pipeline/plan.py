@@ -52,7 +52,7 @@ class Memory:
     mode: Mode
     device: str
     parked: bool
-    """Batches wait on the host: the device has no room for all of them."""
+    """Batches wait elsewhere, for want of room: in a file, or on an accelerator's host."""
     peak_bytes: int
     parts: dict[str, int]
     """Bytes by what they are for; "libraries" is what this process holds without a model,
@@ -105,7 +105,8 @@ def plan_memory(
 ) -> Memory:
     """The mode that fits and the peak it leads to: true_sequential if it fits, else block.
 
-    Where not even that fits on an accelerator, batches wait on the host.
+    On the CPU batches wait in a file rather than in memory where that saves true_sequential; on an
+    accelerator they wait on the host where not even block fits.
 
     Args:
         skeleton: of the model.
@@ -118,19 +119,25 @@ def plan_memory(
     """
     shapes, device = forecast.shapes_of(skeleton, config), skeleton.device
     held = resident() if device == HOST else 0
+    vocabulary = int(skeleton.model.config.get_text_config().vocab_size or 0)
     budget = budget or int(0.9 * available(device)) // sharing + held
     modes: list[Mode] = [mode] if mode else ["true_sequential", "block"]
     choices = [(each, False) for each in modes]
-    if device != HOST and "block" in modes:
+    if device == HOST and tokens and "true_sequential" in modes:
+        choices.insert(1, ("true_sequential", True))
+    elif device != HOST and "block" in modes:
         choices.append(("block", True))
     for choice, parked in choices:
         peaks = [
             forecast.memory(
-                each, config, tokens=tokens, batch=batch, mode=choice,
-                waiting=batch if parked else tokens,
+                each, config, tokens=tokens, batch=batch, mode=choice, parked=parked
             )
             for each in shapes
         ]  # fmt: skip
+        peaks += [
+            forecast.gradients(each, config, tokens=tokens, vocabulary=vocabulary)
+            for each in shapes[:1]
+        ]
         largest = max(peaks, key=lambda parts: sum(parts.values()), default={})
         parts = {**({"libraries": held} if held else {}), **largest}
         found = Memory(choice, str(device), parked, sum(parts.values()), parts, budget)

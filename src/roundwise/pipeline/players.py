@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +63,17 @@ def hidden(output: Any) -> torch.Tensor:
     return found
 
 
-def depth_error(players: Sequence[Player], ranks: Ranks) -> float | None:
+def depth_error(
+    players: Sequence[Player],
+    ranks: Ranks,
+    present: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> float | None:
     """How far the quantized model is from the original behind a block: ‖h - h̃‖² / ‖h̃‖².
 
     Args:
         players: of the quantized model, standing behind the block with their twins.
         ranks: who have the others.
+        present: see `Conductor.present`.
 
     Returns:
         Over the hidden states h of all tokens that count; None where the original is not played.
@@ -76,21 +82,30 @@ def depth_error(players: Sequence[Player], ranks: Ranks) -> float | None:
     for player in players:
         if player.twin is None:
             return None
-        width = hidden(player.output).shape[-1]
-        h, original = (hidden(p.output).reshape(-1, width) for p in (player, player.twin))
-        mask = player.batch.counting
-        counting = (
-            mask.reshape(-1).to(h.device) if mask is not None and mask.numel() == len(h) else None
-        )
-        for start in range(0, len(h), ROWS):  # float32 copies of a few rows only
-            rows = slice(start, start + ROWS)
-            now, then = h[rows].float(), original[rows].float()
-            if counting is not None:
-                now, then = now[counting[rows]], then[counting[rows]]
-            lost += float((now - then).square().sum())
-            whole += float(then.square().sum())
+        with present(player.key), present(player.twin.key):
+            mine, all_ = _distance(player, player.twin)
+        lost, whole = lost + mine, whole + all_
     lost, whole = ranks.sum(torch.tensor([lost, whole], dtype=torch.float64)).tolist()
     return lost / whole if whole else None
+
+
+def _distance(player: Player, twin: Player) -> tuple[float, float]:
+    """‖h - h̃‖² and ‖h̃‖² of one batch."""
+    width = hidden(player.output).shape[-1]
+    h, original = (hidden(p.output).reshape(-1, width) for p in (player, twin))
+    mask = player.batch.counting
+    counting = (
+        mask.reshape(-1).to(h.device) if mask is not None and mask.numel() == len(h) else None
+    )
+    lost = whole = 0.0
+    for start in range(0, len(h), ROWS):  # float32 copies of a few rows only
+        rows = slice(start, start + ROWS)
+        now, then = h[rows].float(), original[rows].float()
+        if counting is not None:
+            now, then = now[counting[rows]], then[counting[rows]]
+        lost += float((now - then).square().sum())
+        whole += float(then.square().sum())
+    return lost, whole
 
 
 def stop(place: int) -> None:

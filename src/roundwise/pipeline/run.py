@@ -30,6 +30,7 @@ from roundwise.pipeline.environment import difference, threads
 from roundwise.pipeline.finish import finish, shard_name, timings
 from roundwise.pipeline.journal import WORK, Journal, load_outputs, save_outputs
 from roundwise.pipeline.memory import Mode
+from roundwise.pipeline.parking import Parking
 from roundwise.pipeline.plan import Memory, plan_memory
 from roundwise.pipeline.players import depth_error
 from roundwise.pipeline.prescale import Prescaler
@@ -38,6 +39,7 @@ from roundwise.pipeline.ranks import Ranks
 from roundwise.pipeline.record import shard_tensors
 from roundwise.pipeline.routing import Policy
 from roundwise.pipeline.saturation import Saturation
+from roundwise.pipeline.shelf import Shelf
 from roundwise.pipeline.solving import BlockSolver
 
 
@@ -203,13 +205,21 @@ class Run:
             policy=Policy(self.config.experts, self.config.expert_tokens),
             ranks=self.ranks,
             device=self.skeleton.device,
-            parking=self.memory is not None and self.memory.parked,
+            parking=self._parking(),
         ) as conductor:
             for index in range(first, len(self.skeleton.blocks)):
                 conductor.enter()
                 if index == first:
                     self.skeleton.release_pages()
                 self._block(index, journal, done, first, conductor)
+
+    def _parking(self) -> Parking | Shelf | None:
+        """Where batches wait for which memory has no room."""
+        if self.memory is None or not self.memory.parked:
+            return None
+        if self.skeleton.device == HOST:
+            return Shelf(self.out / WORK, self.skeleton.model)
+        return Parking(self.skeleton.device)
 
     def _measure_gradients(self, first: int) -> None:
         """What the solver weighs outputs by, where the settings ask for it."""
@@ -279,9 +289,11 @@ class Run:
         activations, error = None, None
         if not block.is_head:
             with clock.phase("watch"):
-                error = depth_error(conductor.quantized, self.ranks)
+                error = depth_error(conductor.quantized, self.ranks, conductor.present)
             with clock.phase("write"):
-                saved = save_outputs(self.out, index, self.ranks.rank, conductor.outputs())
+                saved = save_outputs(
+                    self.out, index, self.ranks.rank, conductor.outputs(), conductor.present
+                )
             if self.skeleton.device == HOST or conductor.parking:
                 # From here on the batches live in the file just written, not in memory.
                 conductor.replace_outputs(load_outputs(self.out, saved))

@@ -1,0 +1,185 @@
+"""Where batches wait when the CPU's own memory has no room for all of them: in a file.
+
+A batch that waits in the middle of a block holds tensors in the frames of the model's own code, which
+nobody else can let go of. So the tensors stay, and the memory behind them goes: its bytes are written to
+a file, the storage is emptied, and filled again when the batch goes on. Views share a storage, and need
+not know.
+
+Only what belongs to one batch may go: large floating-point tensors in its frames that no module
+holds. What is not found (temporaries of an expression) stays in memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from roundwise.errors import RunError
+from roundwise.models.writer import storage_error
+from roundwise.pipeline.players import Player
+
+#: Bytes below which a tensor is not worth it.
+LEAST = 1 << 20
+#: Containers in containers that are looked into.
+DEPTH = 6
+#: madvise: pages of a mapped file go until they are read again (Linux 5.4); changed ones stay.
+PAGEOUT = 21
+
+
+class Shelf:
+    """A file without a name: it ends with the process, however that ends.
+
+    Args:
+        folder: where there is room for it.
+        model: whatever its modules hold belongs to all batches.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self.folder, self.model = folder, model
+        try:
+            self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise storage_error(error, folder) from error
+        self.end = 0
+        self._free: dict[int, list[int]] = {}
+        self._away: dict[int, tuple[StorageWeakRef, int, int]] = {}
+        """Storage -> itself, its size and its place in the file."""
+        self._of: dict[str, set[int]] = {}
+        """What each player has left there."""
+        self._shared: set[int] = set()
+
+    def look_around(self) -> None:
+        """Notes what modules hold, before a block is played."""
+        found: list[Any] = []
+        for module in self.model.modules():
+            found += [v for k, v in vars(module).items() if k not in ("_modules", "_parameters")]
+            found += module._parameters.values()
+        self._shared = {_key(tensor) for tensor in _tensors(found, DEPTH)}
+
+    def leave(self, player: Player) -> None:
+        """Empties what a player that waits holds, and what its twin holds for it."""
+        self._of.setdefault(player.key, set()).update(self._empty(player))
+        if player.twin is not None and not player.original:
+            self._of.setdefault(player.twin.key, set()).update(self._empty(player.twin))
+
+    def fetch(self, player: Player) -> None:
+        """Fills again what a player goes on with, and what its twin holds for it."""
+        for key in self._of.pop(player.key, set()):
+            self._fill(key)
+        if player.twin is not None and not player.original:
+            for tensor in _tensors([*player.twin.captured.values()], DEPTH):
+                self._fill(_key(tensor))
+
+    @contextmanager
+    def present(self, player: Player) -> Iterator[None]:
+        """While it is entered, what a waiting player holds can be looked at."""
+        self.fetch(player)
+        try:
+            yield
+        finally:
+            self.leave(player)
+
+    def close(self) -> None:
+        """Gives up the file and what is in it."""
+        self.file.close()
+
+    def _empty(self, player: Player) -> Iterator[int]:
+        """Writes and empties the storages of a player; the keys of those that are away by now."""
+        held = [*_locals(player), player.captured, player.streams, player.output]
+        for tensor in _tensors(held, DEPTH):
+            storage, key = tensor.untyped_storage(), _key(tensor)
+            size = storage.nbytes()
+            if key in self._away or key in self._shared or isinstance(tensor, nn.Parameter):
+                continue
+            if size < LEAST or not tensor.is_floating_point():
+                continue
+            if not storage.resizable():  # it is mapped from a file already
+                _page_out(storage)
+                continue
+            free = self._free.get(size)
+            place = free.pop() if free else self.end
+            self.end = max(self.end, place + size)
+            self._transfer(storage, size, place, out=True)
+            storage.resize_(0)
+            self._away[key] = StorageWeakRef(storage), size, place  # type: ignore[no-untyped-call]
+            yield key
+
+    def _fill(self, key: int) -> None:
+        if key not in self._away:
+            return
+        ref, size, place = self._away.pop(key)
+        if not ref.expired():  # type: ignore[no-untyped-call]
+            storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+            storage.resize_(size)
+            self._transfer(storage, size, place, out=False)
+        self._free.setdefault(size, []).append(place)
+
+    def _transfer(self, storage: torch.UntypedStorage, size: int, place: int, *, out: bool) -> None:
+        """All bytes of a storage to a place in the file, or back."""
+        # Not by way of numpy: torch lets no storage be emptied that numpy has seen.
+        view = memoryview((ctypes.c_ubyte * size).from_address(storage.data_ptr()))
+        done, file = 0, self.file.fileno()
+        while done < size:
+            part = view[done:]
+            try:
+                moved = (
+                    os.pwrite(file, part, place + done)
+                    if out
+                    else os.preadv(file, [part], place + done)
+                )
+            except OSError as error:
+                raise storage_error(error, self.folder) from error
+            if not moved:
+                raise RunError(f"a file in {self.folder} is shorter than what was written to it")
+            done += moved
+
+
+def _page_out(storage: torch.UntypedStorage) -> None:
+    """Drops the whole pages of a mapped file from memory, where the system can."""
+    page, start = os.sysconf("SC_PAGE_SIZE"), storage.data_ptr()
+    first = -(-start // page) * page
+    length = start + storage.nbytes() - first
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is not None and length > 0:
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), PAGEOUT)
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _locals(player: Player) -> Iterator[Any]:
+    """The local variables of a player's frames, from the innermost out."""
+    frame = player.task.gr_frame if player.task else None
+    while frame is not None:
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+            values = frame.f_locals
+            yield [*values.values()]
+            if isinstance(values, dict):  # a snapshot, which would hold on to them (Python < 3.13)
+                values.clear()
+        frame = frame.f_back
+
+
+def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    """The tensors in a value, however deep in containers."""
+    if isinstance(value, torch.Tensor):
+        if value.device.type == "cpu" and value.layout == torch.strided:
+            yield value
+    elif depth and isinstance(value, dict):
+        yield from _tensors([*value.values()], depth - 1)
+    elif depth and isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each, depth - 1)
+    elif depth and is_dataclass(value) and not isinstance(value, type | Player):
+        yield from _tensors([getattr(value, f.name) for f in fields(value)], depth - 1)
