@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import transformers
 
 import roundwise as rw
+from roundwise.errors import OutputError
 from roundwise.models.skeleton import open_skeleton
 from roundwise.pipeline.plan import plan
 from tests.helpers import ARCHITECTURES, windows
@@ -118,12 +120,51 @@ def test_the_mode_follows_the_budget_in_plan_and_run(llama, tmp_path):
     assert "expected to need" in result.not_as_asked[-1]
 
 
+def test_a_run_for_which_the_disk_has_no_room_is_refused_before_it_begins(
+    llama, tmp_path, monkeypatch
+):
+    config = rw.QuantizeConfig(group_size=32)
+    planned = plan(open_skeleton(llama), config, samples=4, seq_len=32)
+    assert set(planned.disk) == {"result", "activations", "gradients"}
+    needed = sum(planned.disk.values())
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed - 1))
+    with pytest.raises(OutputError, match=r"has room for .* needs .*gradients.*--output-tokens 0"):
+        rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32)
+    assert not (tmp_path / "out" / "model-00001-of-00003.safetensors").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed))
+    rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32)
+
+
+def test_what_is_kept_on_the_disk_is_as_planned(llama, tmp_path):
+    """Of a run that waits in front of its last block: all but the last shard, and what it needs."""
+    config = rw.QuantizeConfig(group_size=32)
+    seen = []
+
+    def look(progress):
+        if progress.layer is None and not seen:
+            seen.append(
+                sum(f.stat().st_size for f in (tmp_path / "out" / ".roundwise").glob("*-*"))
+            )
+
+    rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32, progress=look)
+    planned = plan(open_skeleton(llama), config, samples=4, seq_len=32).disk
+    # Behind the first of two blocks: half of the gradients, and one block's activations of two.
+    expected = (planned["gradients"] + planned["activations"]) / 2
+    assert seen[0] == pytest.approx(expected, rel=0.2)
+
+
 def test_advice_names_what_weighs_most(llama):
     config = rw.QuantizeConfig(group_size=32)
-    many = plan(open_skeleton(llama), config, samples=1_000_000, seq_len=64, mode="true_sequential")
+    many = plan(open_skeleton(llama), config, samples=1_000_000, seq_len=64, mode="block")
     assert max(many.memory.parts, key=many.memory.parts.__getitem__) == "paused activations"
     assert "fewer --samples" in many.warnings[-1]
-    assert "--mode block" in many.warnings[-1]
+    assert "--mode true_sequential" in many.warnings[-1]  # where batches wait in a file
+    waits = plan(
+        open_skeleton(llama), config, samples=8, seq_len=64, batch_size=1 << 20,
+        mode="true_sequential", budget=1 << 30,
+    )  # fmt: skip
+    assert waits.memory.parked and "a smaller --batch-size" in waits.warnings[-1]
 
 
 def test_settings_that_do_not_fit_are_all_named(llama):

@@ -146,8 +146,9 @@ def memory(
     # In front of the last group, all others have their new weights beside the mapped old ones.
     others = sum(linear.entries for linear in shapes.linears) - entries
     found["quantized weights"] = size * others
-    held = hidden + (wide + hidden if mode == "true_sequential" else 0)
-    found["paused activations"] = streams * (batch if parked else tokens) * held * size
+    found["paused activations"] = (
+        streams * (batch if parked else tokens) * _held(shapes, mode) * size
+    )
     # The forward of one batch: gate, up and their product, or the like.
     found["forward of a batch"] = 3 * batch * max(wide, 4 * hidden) * size
     # In true_sequential mode one input is summed up at a time, in block mode all of a block are.
@@ -184,6 +185,27 @@ def gradients(
         # Of one block, on the way back: what it has computed, and the gradients that are kept.
         "gradients": 3 * size * part * outputs,
     }
+
+
+def disk(
+    shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str, parked: bool
+) -> dict[str, int]:
+    """Bytes that a run keeps in its output folder beside the result, at most, by what they are for."""
+    size, streams = shapes.itemsize, 2 if config.needs_reference else 1
+    # What a block has returned is kept until the next one has.
+    found = {"activations": 2 * streams * tokens * shapes.hidden * size}
+    if parked and shapes.device.type == "cpu":
+        found["waiting batches"] = streams * tokens * _held(shapes, mode) * size
+    if config.needs_gradients:
+        outputs = sum(round(linear.rows * linear.part) for linear in shapes.linears)
+        kept = min(tokens, config.output_tokens) * outputs * size
+        found["gradients"] = shapes.blocks * kept
+    return found
+
+
+def _held(shapes: Shapes, mode: str) -> int:
+    """Values that a batch holds for each token while it waits."""
+    return shapes.hidden + (shapes.widest + shapes.hidden if mode == "true_sequential" else 0)
 
 
 def work(shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str) -> dict[str, float]:

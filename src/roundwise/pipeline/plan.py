@@ -77,6 +77,8 @@ class Plan:
     bits_per_weight: float
     tied_embeddings: bool
     memory: Memory
+    disk: dict[str, int]
+    """Bytes that a run needs in its output folder, by what they are for."""
     phases: dict[str, float]
     """Estimated seconds."""
     served_by: dict[str, str | None]
@@ -143,6 +145,18 @@ def plan_memory(
         found = Memory(choice, str(device), parked, sum(parts.values()), parts, budget)
         if found.fits:
             break
+    return found
+
+
+def plan_disk(
+    skeleton: Skeleton, config: QuantizeConfig, memory: Memory, *, tokens: int
+) -> dict[str, int]:
+    """Bytes that a run needs in its output folder, by what they are for: the result, and beside it."""
+    found = {"result": _bytes_after(skeleton, config, set())[0]}
+    for shapes in forecast.shapes_of(skeleton, config)[:1] if tokens else []:
+        found |= forecast.disk(
+            shapes, config, tokens=tokens, mode=memory.mode, parked=memory.parked
+        )
     return found
 
 
@@ -213,6 +227,7 @@ def plan(
             is_tied(skeleton.model.config) and skeleton.model.get_output_embeddings() is not None
         ),
         memory=memory,
+        disk=plan_disk(skeleton, config, memory, tokens=tokens),
         phases=forecast.seconds(flops, skeleton.dtype, skeleton.device) if flops else {},
         served_by=runtimes.served_by(_served(skeleton, config)),
         tensor_parallel=runtimes.tensor_parallel(
@@ -229,8 +244,15 @@ def beyond_budget(memory: Memory) -> str:
     """That it does not fit, and what would help most."""
     most = max((name for name in memory.parts if name != "libraries"), key=memory.parts.__getitem__)
     advice = {
-        "paused activations": "fewer --samples, a shorter --seq-len"
-        + ("" if memory.mode == "block" else ", or --mode block"),
+        "paused activations": "a smaller --batch-size"
+        if memory.parked
+        else "fewer --samples, a shorter --seq-len"
+        + (
+            ", or --mode true_sequential"
+            if memory.mode == "block" and memory.device == "cpu"
+            else ""
+        ),
+        "logits and their gradient": "--output-tokens 0 needs none",
         "forward of a batch": "a smaller --batch-size",
     }.get(most, "--recipe textbook needs less" if "drift" in memory.parts else "more memory")
     return (

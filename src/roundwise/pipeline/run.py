@@ -7,6 +7,7 @@ finished: the same command goes on at the first block that is not.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,9 +30,9 @@ from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.environment import difference, threads
 from roundwise.pipeline.finish import finish, shard_name, timings
 from roundwise.pipeline.journal import WORK, Journal, load_outputs, save_outputs
-from roundwise.pipeline.memory import Mode
+from roundwise.pipeline.memory import Mode, size
 from roundwise.pipeline.parking import Parking
-from roundwise.pipeline.plan import Memory, plan_memory
+from roundwise.pipeline.plan import Memory, plan_disk, plan_memory
 from roundwise.pipeline.players import depth_error
 from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.probe import Group
@@ -148,6 +149,7 @@ class Run:
         known, done = journal.read()
         fingerprint = self.fingerprint(known)
         if known is None:
+            self._check_room()
             self.curvature.forget()
             journal.start(fingerprint)
         elif known != fingerprint:
@@ -164,6 +166,19 @@ class Run:
                 )
         journal.check_outputs()
         return fingerprint, done
+
+    def _check_room(self) -> None:
+        """There is room for what the run will write, as far as that can be told."""
+        assert self.memory is not None
+        tokens = self.texts.tokens if self.texts else 0
+        parts = plan_disk(self.skeleton, self.config, self.memory, tokens=tokens)
+        free, needed = shutil.disk_usage(self.out).free, sum(parts.values())
+        if needed > free:
+            most = ", ".join(f"{name} {size(part)}" for name, part in parts.items())
+            less = "; --output-tokens 0 needs no gradients" if "gradients" in parts else ""
+            raise OutputError(
+                f"{self.out} has room for {size(free)}, the run needs {size(needed)} ({most}){less}"
+            )
 
     def _follow(self, fingerprint: dict[str, Any]) -> None:
         """Every other rank: works as the first has decided, into the same folder."""

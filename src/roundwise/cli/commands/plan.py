@@ -105,8 +105,11 @@ def _print(found: Plan) -> None:
         "size": f"{size(found.bytes_before)} -> {size(found.bytes_after)} "
         f"({found.bits_per_weight:.2f} bits per quantized weight)",
         "quantized": f"{found.quantized_part:.1%} of all parameters",
-        "peak memory": f"{size(memory.peak_bytes)} on {memory.device} in mode {memory.mode}: "
+        "peak memory": f"{size(memory.peak_bytes)} on {memory.device} in mode {memory.mode}"
+        + (", batches wait elsewhere: " if memory.parked else ": ")
         + ", ".join(f"{name} {size(value)}" for name, value in parts[:4]),
+        "disk": f"{size(sum(found.disk.values()))} in the output folder: "
+        + ", ".join(f"{name} {size(value)}" for name, value in found.disk.items()),
         "time": f"about {_duration(seconds)} on {memory.device} (estimated from a short trial here)",
     }
     for engine, reason in found.served_by.items():
