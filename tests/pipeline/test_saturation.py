@@ -130,7 +130,7 @@ def test_first_middle_and_last_block_are_watched(made):
 
 def test_watching_changes_no_byte(made, tmp_path, monkeypatch):
     source, out, windows = made
-    monkeypatch.setattr("roundwise.pipeline.run.Run._watch", lambda *_: None)
+    monkeypatch.setattr("roundwise.pipeline.run.watched", lambda *_: None)
     rw.quantize(
         source, tmp_path / "out", rw.QuantizeConfig(bits=3), windows,
         batch_size=1, seq_len=48,

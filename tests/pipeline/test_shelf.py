@@ -88,7 +88,7 @@ def test_it_goes_on_where_it_was(tmp_path, moved):
 
 def test_it_is_chosen_before_block_mode_where_only_that_fits(tmp_path):
     from roundwise.models.skeleton import open_skeleton
-    from roundwise.pipeline.plan import plan_memory
+    from roundwise.pipeline.budget import plan_memory
 
     random_model(CONFIGS["llama"]()).save_pretrained(tmp_path / "model")
     skeleton, config = open_skeleton(tmp_path / "model"), rw.QuantizeConfig(recipe="textbook")

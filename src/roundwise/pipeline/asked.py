@@ -19,8 +19,8 @@ from roundwise.core.device import HOST
 from roundwise.errors import FallbackError, StrictError
 from roundwise.models.blocks import Block, weight_of
 from roundwise.models.skeleton import Skeleton
+from roundwise.pipeline.budget import Memory, beyond_budget
 from roundwise.pipeline.memory import Mode
-from roundwise.pipeline.plan import Memory, beyond_budget
 from roundwise.pipeline.run import Progress
 from roundwise.pipeline.sharing import Calls
 

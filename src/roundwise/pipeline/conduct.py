@@ -38,7 +38,16 @@ from roundwise.models.blocks import Block
 from roundwise.models.placement import moved
 from roundwise.pipeline.gather import Gatherer
 from roundwise.pipeline.parking import Parking
-from roundwise.pipeline.players import COUNTED, ENTER, EXIT, GATHERED, Player, hidden, stop
+from roundwise.pipeline.players import (
+    COUNTED,
+    ENTER,
+    EXIT,
+    GATHERED,
+    Player,
+    Variants,
+    hidden,
+    stop,
+)
 from roundwise.pipeline.probe import Group, taking_notes
 from roundwise.pipeline.ranks import Ranks
 from roundwise.pipeline.routing import Policy
@@ -102,8 +111,7 @@ class Conductor:
                 player.finished[stack] = saved[player.key]
         self._trying = False
         self._playing: dict[greenlet, Player] = {}
-        self._variants: list[tuple[nn.Module, Any, Any]] = []
-        self._showing_original = False
+        self._variants = Variants()
         self._grad = True
 
     def __enter__(self) -> Conductor:
@@ -130,7 +138,7 @@ class Conductor:
 
     def enter(self) -> None:
         """Brings every player to the entrance of the next block."""
-        self._variants = []
+        self._variants = Variants()
         if self.parking is not None:
             self.parking.look_around()
         for player in self.players:
@@ -274,22 +282,14 @@ class Conductor:
 
     def _solve(self, block: Block, group: Group, solve: Callable[[Group], None]) -> None:
         """Solves a group, and remembers its original weights for the original players."""
-        self._show(original=False)
+        self._variants.show(original=False)
         group.join(self.ranks, self.device)
         linears = [block.linears[name] for name in group.names]
         before: list[Any] = [linear.weight for linear in linears]
         solve(group)
         group.forget()
         if self.originals:
-            for linear, weight in zip(linears, before, strict=True):
-                self._variants.append((linear, weight, linear.weight))
-
-    def _show(self, *, original: bool) -> None:
-        """Gives the block's solved linears their original or their quantized weights."""
-        if original != self._showing_original:
-            for linear, before, after in self._variants:
-                linear.weight = before if original else after
-            self._showing_original = original
+            self._variants.add(linears, before)
 
     def _play(self, player: Player) -> None:
         self.model(**arguments(self.model, player.batch.input_ids, player.batch.mask))
@@ -301,7 +301,7 @@ class Conductor:
 
     def _resume(self, player: Player) -> None:
         assert player.task is not None
-        self._show(original=player.original)
+        self._variants.show(original=player.original)
         parking = self.parking if player.number >= 0 else None
         with clock.phase("forward"), widening():
             if parking is not None:

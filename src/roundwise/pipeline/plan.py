@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.device import HOST
 from roundwise.errors import ConfigError
 from roundwise.models import runtimes
 from roundwise.models.blocks import weight_of
-from roundwise.models.formats import check_shape, packed_bytes
+from roundwise.models.formats import check_shape
 from roundwise.models.head import is_tied
 from roundwise.models.joint import split_joints
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.split import PartInfo
 from roundwise.pipeline import forecast
+from roundwise.pipeline.budget import Memory, beyond_budget, bytes_after, plan_disk, plan_memory
 from roundwise.pipeline.choice import is_open
-from roundwise.pipeline.memory import Mode, available, resident
+from roundwise.pipeline.memory import Mode
 from roundwise.pipeline.routing import check_experts
 from roundwise.pipeline.sharing import leave_uncalled
 
@@ -43,26 +43,6 @@ class Module:
     """The first layer that reads the same input, whose Hessian serves both; None: not known."""
     why_not: str | None
     """Why it stays as it is, or cannot be stored with these settings."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What a run holds at its peak, where it computes."""
-
-    mode: Mode
-    device: str
-    parked: bool
-    """Batches wait elsewhere, for want of room: in a file, or on an accelerator's host."""
-    peak_bytes: int
-    parts: dict[str, int]
-    """Bytes by what they are for; "libraries" is what this process holds without a model,
-    where the CPU computes."""
-    budget: int
-
-    @property
-    def fits(self) -> bool:
-        """The peak is within the budget."""
-        return self.peak_bytes <= self.budget
 
 
 @dataclass(frozen=True)
@@ -93,71 +73,6 @@ class Plan:
         memory = asdict(self.memory) | {"fits": self.memory.fits}
         seconds = sum(self.phases.values())
         return {**asdict(self), "memory": memory, "seconds": seconds}
-
-
-def plan_memory(
-    skeleton: Skeleton,
-    config: QuantizeConfig,
-    *,
-    tokens: int,
-    batch: int,
-    mode: Mode | None = None,
-    budget: int | None = None,
-    sharing: int = 1,
-) -> Memory:
-    """The mode that fits and the peak it leads to: true_sequential if it fits, else block.
-
-    On the CPU batches wait in a file rather than in memory where that saves true_sequential; on an
-    accelerator they wait on the host where not even block fits.
-
-    Args:
-        skeleton: of the model.
-        config: settings.
-        tokens: of calibration; 0 for rounding to nearest.
-        batch: tokens of one forward.
-        mode: asked for by the user; None: what fits.
-        budget: bytes; None: nine tenths of what is available, and what this process holds already.
-        sharing: how many processes share what is available.
-    """
-    shapes, device = forecast.shapes_of(skeleton, config), skeleton.device
-    held = resident() if device == HOST else 0
-    vocabulary = int(skeleton.model.config.get_text_config().vocab_size or 0)
-    budget = budget or int(0.9 * available(device)) // sharing + held
-    modes: list[Mode] = [mode] if mode else ["true_sequential", "block"]
-    choices = [(each, False) for each in modes]
-    if device == HOST and tokens and "true_sequential" in modes:
-        choices.insert(1, ("true_sequential", True))
-    elif device != HOST and "block" in modes:
-        choices.append(("block", True))
-    for choice, parked in choices:
-        peaks = [
-            forecast.memory(
-                each, config, tokens=tokens, batch=batch, mode=choice, parked=parked
-            )
-            for each in shapes
-        ]  # fmt: skip
-        peaks += [
-            forecast.gradients(each, config, tokens=tokens, vocabulary=vocabulary)
-            for each in shapes[:1]
-        ]
-        largest = max(peaks, key=lambda parts: sum(parts.values()), default={})
-        parts = {**({"libraries": held} if held else {}), **largest}
-        found = Memory(choice, str(device), parked, sum(parts.values()), parts, budget)
-        if found.fits:
-            break
-    return found
-
-
-def plan_disk(
-    skeleton: Skeleton, config: QuantizeConfig, memory: Memory, *, tokens: int
-) -> dict[str, int]:
-    """Bytes that a run needs in its output folder, by what they are for: the result, and beside it."""
-    found = {"result": _bytes_after(skeleton, config, set())[0]}
-    for shapes in forecast.shapes_of(skeleton, config)[:1] if tokens else []:
-        found |= forecast.disk(
-            shapes, config, tokens=tokens, mode=memory.mode, parked=memory.parked
-        )
-    return found
 
 
 def plan(
@@ -215,7 +130,7 @@ def plan(
         work = forecast.work(each, config, tokens=tokens, mode=memory.mode)
         work |= forecast.survey(each, config, tokens=tokens) if open_ else {}
         flops = {phase: flops.get(phase, 0.0) + flop for phase, flop in work.items()}
-    after, stored = _bytes_after(skeleton, config, {m.name for m in open_})
+    after, stored = bytes_after(skeleton, config, {m.name for m in open_})
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
     return Plan(
         modules=modules,
@@ -238,28 +153,6 @@ def plan(
         problems=problems,
         warnings=warnings,
     )  # fmt: skip
-
-
-def beyond_budget(memory: Memory) -> str:
-    """That it does not fit, and what would help most."""
-    most = max((name for name in memory.parts if name != "libraries"), key=memory.parts.__getitem__)
-    advice = {
-        "paused activations": "a smaller --batch-size"
-        if memory.parked
-        else "fewer --samples, a shorter --seq-len"
-        + (
-            ", or --mode true_sequential"
-            if memory.mode == "block" and memory.device == "cpu"
-            else ""
-        ),
-        "logits and their gradient": "--output-tokens 0 needs none",
-        "forward of a batch": "a smaller --batch-size",
-    }.get(most, "--recipe textbook needs less" if "drift" in memory.parts else "more memory")
-    return (
-        f"the run is expected to need {memory.peak_bytes / 1e9:.1f} GB on {memory.device}, more than "
-        f"the {memory.budget / 1e9:.1f} GB there are: most of it is {most} "
-        f"({memory.parts[most] / 1e9:.1f} GB); {advice}"
-    )
 
 
 def _served(skeleton: Skeleton, config: QuantizeConfig) -> Iterator[dict[str, Any]]:
@@ -316,27 +209,6 @@ def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], 
             rows, columns = weight_of(skeleton.model.get_submodule(name)).shape
             found.append(Module(name, (rows, columns), None, None, None, reason))
     return found, bool(leaders)
-
-
-def _bytes_after(skeleton: Skeleton, config: QuantizeConfig, chosen: set[str]) -> tuple[int, int]:
-    """Bytes of all tensors of the result, and of its quantized layers alone.
-
-    Those of `chosen` layers are what the target gives them.
-    """
-    after = sum(info.nbytes for info in skeleton.checkpoint.tensors.values())
-    stored = 0
-    for block in skeleton.blocks:
-        for name, linear in block.linears.items():
-            settings = config.for_module(name)
-            if settings is not None:
-                source = skeleton.checkpoint.tensors[skeleton.source_of[f"{name}.weight"]]
-                rows, columns = weight_of(linear).shape
-                packed = packed_bytes(rows, columns, settings)
-                if name in chosen and config.target_bpw:
-                    packed = round(config.target_bpw * rows * columns / 8)
-                after += packed - source.nbytes
-                stored += packed
-    return after, stored
 
 
 def _rest(skeleton: Skeleton) -> str:

@@ -56,6 +56,25 @@ class Player:
         return f"{'original' if self.original else 'quantized'}-{self.number}"
 
 
+class Variants:
+    """The solved linears of a block with both of their weights; one of them is in place."""
+
+    def __init__(self) -> None:
+        self._weights: list[tuple[Any, Any, Any]] = []
+        self._original = False
+
+    def add(self, linears: Sequence[Any], before: Sequence[Any]) -> None:
+        """Linears that have their new weights, and what they had before."""
+        self._weights += [(x, w, x.weight) for x, w in zip(linears, before, strict=True)]
+
+    def show(self, *, original: bool) -> None:
+        """Gives all of them their original or their quantized weights."""
+        if original != self._original:
+            for linear, before, after in self._weights:
+                linear.weight = before if original else after
+            self._original = original
+
+
 def hidden(output: Any) -> torch.Tensor:
     """The hidden states among what a block returned."""
     found = output[0] if isinstance(output, tuple) else output

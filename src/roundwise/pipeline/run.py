@@ -7,7 +7,6 @@ finished: the same command goes on at the first block that is not.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +17,12 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
 from roundwise.core.device import HOST
 from roundwise.errors import FallbackError, OutputError, RunError
-from roundwise.models.blocks import Block, weight_of
+from roundwise.models.blocks import Block
 from roundwise.models.files import file_digest
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.writer import write_safetensors
 from roundwise.pipeline import environment
+from roundwise.pipeline.budget import Memory, check_room, plan_disk, plan_memory
 from roundwise.pipeline.calibration import Calibration
 from roundwise.pipeline.conduct import Conductor
 from roundwise.pipeline.curvature import Curvature
@@ -30,17 +30,14 @@ from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.environment import difference, threads
 from roundwise.pipeline.finish import finish, shard_name, timings
 from roundwise.pipeline.journal import WORK, Journal, load_outputs, save_outputs
-from roundwise.pipeline.memory import Mode, size
-from roundwise.pipeline.parking import Parking
-from roundwise.pipeline.plan import Memory, plan_disk, plan_memory
+from roundwise.pipeline.memory import Mode
 from roundwise.pipeline.players import depth_error
 from roundwise.pipeline.prescale import Prescaler
-from roundwise.pipeline.probe import Group
 from roundwise.pipeline.ranks import Ranks
 from roundwise.pipeline.record import shard_tensors
 from roundwise.pipeline.routing import Policy
-from roundwise.pipeline.saturation import Saturation
-from roundwise.pipeline.shelf import Shelf
+from roundwise.pipeline.saturation import watched
+from roundwise.pipeline.shelf import parking_for
 from roundwise.pipeline.solving import BlockSolver
 
 
@@ -149,7 +146,9 @@ class Run:
         known, done = journal.read()
         fingerprint = self.fingerprint(known)
         if known is None:
-            self._check_room()
+            assert self.memory is not None  # the fingerprint needed it
+            tokens = self.texts.tokens if self.texts else 0
+            check_room(self.out, plan_disk(self.skeleton, self.config, self.memory, tokens=tokens))
             self.curvature.forget()
             journal.start(fingerprint)
         elif known != fingerprint:
@@ -166,19 +165,6 @@ class Run:
                 )
         journal.check_outputs()
         return fingerprint, done
-
-    def _check_room(self) -> None:
-        """There is room for what the run will write, as far as that can be told."""
-        assert self.memory is not None
-        tokens = self.texts.tokens if self.texts else 0
-        parts = plan_disk(self.skeleton, self.config, self.memory, tokens=tokens)
-        free, needed = shutil.disk_usage(self.out).free, sum(parts.values())
-        if needed > free:
-            most = ", ".join(f"{name} {size(part)}" for name, part in parts.items())
-            less = "; --output-tokens 0 needs no gradients" if "gradients" in parts else ""
-            raise OutputError(
-                f"{self.out} has room for {size(free)}, the run needs {size(needed)} ({most}){less}"
-            )
 
     def _follow(self, fingerprint: dict[str, Any]) -> None:
         """Every other rank: works as the first has decided, into the same folder."""
@@ -220,21 +206,13 @@ class Run:
             policy=Policy(self.config.experts, self.config.expert_tokens),
             ranks=self.ranks,
             device=self.skeleton.device,
-            parking=self._parking(),
+            parking=parking_for(self.memory, self.out / WORK, self.skeleton),
         ) as conductor:
             for index in range(first, len(self.skeleton.blocks)):
                 conductor.enter()
                 if index == first:
                     self.skeleton.release_pages()
                 self._block(index, journal, done, first, conductor)
-
-    def _parking(self) -> Parking | Shelf | None:
-        """Where batches wait for which memory has no room."""
-        if self.memory is None or not self.memory.parked:
-            return None
-        if self.skeleton.device == HOST:
-            return Shelf(self.out / WORK, self.skeleton.model)
-        return Parking(self.skeleton.device)
 
     def _measure_gradients(self, first: int) -> None:
         """What the solver weighs outputs by, where the settings ask for it."""
@@ -298,7 +276,13 @@ class Run:
     ) -> dict[str, Any]:
         """Plays a block with all batches; what the journal keeps of it."""
         groups = conductor.probe(block)
-        watch = self._watch(index, block, groups)
+        watch = None
+        if groups and self.texts and self.ranks.alone:  # a rank's part of the text says too little
+            total = len(self.texts.batches)
+            batches = total - len(held_out(self.config, total))
+            name = groups[0].names[0]
+            watch = watched(self.skeleton.blocks, index, name, self.config, batches)
+            groups[0].watch = watch
         sequential = self.mode == "true_sequential"
         routed = conductor.play(block, groups, solver.solve, sequential=sequential)
         activations, error = None, None
@@ -323,22 +307,6 @@ class Run:
         """What the last finished block of each list of blocks returned: all that is needed to go on."""
         blocks = zip(self.skeleton.blocks, done, strict=False)
         return {block.stack: line["activations"] for block, line in blocks if line["activations"]}
-
-    def _watch(self, index: int, block: Block, groups: list[Group]) -> Saturation | None:
-        """In the first, the middle and the last block: would more text help its first group?"""
-        name = groups[0].names[0] if groups else ""
-        settings = self.config.for_module(name)
-        blocks = sum(not each.is_head for each in self.skeleton.blocks)
-        if index not in (0, blocks // 2, blocks - 1) or not groups or not self.texts:
-            return None
-        if not self.ranks.alone:  # one rank's part of the text says nothing about the whole
-            return None
-        if settings is None or settings.method != "gptq":
-            return None
-        total = len(self.texts.batches)
-        batches = total - len(held_out(self.config, total))
-        groups[0].watch = Saturation(name, weight_of(block.linears[name]), settings, batches)
-        return groups[0].watch
 
     def _tell(self, index: int, first: int, layer: dict[str, Any] | None) -> None:
         if self.progress is not None and self.ranks.first:

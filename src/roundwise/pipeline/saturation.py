@@ -21,6 +21,7 @@ from roundwise.core.hessian import Hessian, counted
 from roundwise.core.solver import prepare, round_to_nearest, solve
 from roundwise.core.trial import some_rows
 from roundwise.errors import SingularError
+from roundwise.models.blocks import Block, weight_of
 
 #: Part of the batches that is held out, and the parts that are solved from.
 HELD_OUT, PARTS = 1 / 8, (1 / 8, 1 / 4, 1 / 2)
@@ -87,3 +88,14 @@ class Saturation:
                 for (tokens, _), error in zip(self._solved[1:], errors[1:], strict=True)
             ],
         }
+
+
+def watched(
+    blocks: list[Block], index: int, name: str, config: QuantizeConfig, batches: int
+) -> Saturation | None:
+    """In the first, the middle and the last block: who watches a linear's input, of so many batches."""
+    count = sum(not block.is_head for block in blocks)
+    settings = config.for_module(name)
+    if index not in (0, count // 2, count - 1) or settings is None or settings.method != "gptq":
+        return None
+    return Saturation(name, weight_of(blocks[index].linears[name]), settings, batches)

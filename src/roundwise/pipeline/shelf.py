@@ -25,8 +25,12 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from roundwise.core.device import HOST
 from roundwise.errors import RunError
+from roundwise.models.skeleton import Skeleton
 from roundwise.models.writer import storage_error
+from roundwise.pipeline.budget import Memory
+from roundwise.pipeline.parking import Parking
 from roundwise.pipeline.players import Player
 
 #: Bytes below which a tensor is not worth it.
@@ -183,3 +187,11 @@ def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
             yield from _tensors(each, depth - 1)
     elif depth and is_dataclass(value) and not isinstance(value, type | Player):
         yield from _tensors([getattr(value, f.name) for f in fields(value)], depth - 1)
+
+
+def parking_for(memory: Memory | None, folder: Path, skeleton: Skeleton) -> Parking | Shelf | None:
+    """Where batches wait for which memory has no room; None: there is room."""
+    if memory is None or not memory.parked:
+        return None
+    on_cpu = skeleton.device == HOST
+    return Shelf(folder, skeleton.model) if on_cpu else Parking(skeleton.device)
