@@ -137,7 +137,14 @@ def memory(
         mode: true_sequential or block.
         parked: batches that wait do so elsewhere, all of them while a layer is solved.
     """
-    largest = max(shapes.linears, key=lambda linear: (linear.columns, linear.rows))
+    coupled = config.needs_gradients
+
+    def squares(linear: Linear) -> int:
+        """Values of the matrices that solving a linear takes: H, B, the factors of both, errors."""
+        rows, columns = linear.rows, linear.columns
+        return 2 * columns**2 + (2 * rows**2 + linear.entries if coupled else 0)
+
+    largest = max(shapes.linears, key=lambda linear: (squares(linear), linear.entries))
     size, hidden, wide, entries = shapes.itemsize, shapes.hidden, shapes.widest, largest.entries
     found = {"block": shapes.block_bytes}
     if not tokens:
@@ -155,16 +162,18 @@ def memory(
     summed = [largest] if mode == "true_sequential" else shapes.inputs
     found["hessian"] = 4 * sum(linear.columns**2 for linear in summed)
     # Only on the CPU is a matrix factored where it stands.
-    found["factor"] = 4 * wide * wide * (1 if shapes.device.type == "cpu" else 2)
+    found["factor"] = 4 * largest.columns**2 * (1 if shapes.device.type == "cpu" else 2)
+    if coupled:
+        found["coupling"] = 4 * (2 * largest.rows**2 + entries)
     if config.needs_reference:
         found["drift"] = 4 * sum(min(x.rows, x.columns) * x.columns for x in summed)
     found["solver"] = 4 * workspace(shapes.device) * (REFINING if config.refine else SOLVING)
     found["codes and weights of a layer"] = (2 + size + 4) * entries
     if parked:
         playing = ("paused activations", "forward of a batch")
-        solving = ("factor", "solver", "codes and weights of a layer")
-        for name in min(playing, solving, key=lambda names: sum(found[n] for n in names)):
-            del found[name]
+        solving = ("factor", "coupling", "solver", "codes and weights of a layer")
+        least = min(playing, solving, key=lambda names: sum(found.get(n, 0) for n in names))
+        found = {name: part for name, part in found.items() if name not in least}
     return found
 
 
