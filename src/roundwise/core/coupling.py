@@ -16,6 +16,7 @@ for a group's grid. The rows of one part do not see each other's errors.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
@@ -27,50 +28,81 @@ DAMP = 0.1
 PARTS, FEWEST = 16, 8
 
 
+class Helpers(Protocol):
+    """Processes that solve the rows of each part together: each a share of them (`pipeline.ranks`)."""
+
+    def rows(self, total: int) -> slice:
+        """This process's share of so many rows."""
+
+    def join_rows(self, part: torch.Tensor, total: int) -> torch.Tensor:
+        """All of a tensor [total, ...] of which each process has its `rows`."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Adds up tensors of one shape over all processes, in place."""
+
+
 class Coupling:
     """The rows of one weight on their way through the solver, part by part.
 
     Args:
         B: [out, out], symmetric; see above.
         columns: of the weight.
+        helpers: with whom the rows of each part are shared; None: they are all ours.
 
     Raises:
         SingularError: B is zero.
         NumericalError: NaN or infinity in B.
     """
 
-    def __init__(self, B: torch.Tensor, columns: int) -> None:
+    def __init__(self, B: torch.Tensor, columns: int, helpers: Helpers | None = None) -> None:
         # As columns with act-order: first those whose errors cost most, while all others can answer.
         self.perm = torch.argsort(B.diagonal(), descending=True, stable=True)
         self.V = factor(B, self.perm, DAMP).U
         self.E = self.V.new_zeros(len(B), columns)
-        self._rows = slice(0, 0)
+        self.helpers, self.idle = helpers, False
+        """idle: the one row that `parts` gave is solved for nobody, helpers have all of the part."""
+        self._rows, self._mine = slice(0, 0), slice(0, 0)
+        self._totals: list[int] = []
+        self._counts: list[int] = []
 
     def parts(self, most: int) -> Iterator[torch.Tensor]:
-        """Rows of one part after the other, at most so many: int64 indices."""
+        """Our rows of one part after the other, at most so many: int64 indices."""
         step = min(most, max(FEWEST, -(-len(self.perm) // PARTS)))
         for rows in row_parts(len(self.perm), step):
-            self._rows = rows
-            yield self.perm[rows]
+            total = rows.stop - rows.start
+            mine = slice(0, total) if self.helpers is None else self.helpers.rows(total)
+            self.idle = mine.start == mine.stop
+            self._rows, self._mine = rows, slice(0, 1) if self.idle else mine
+            self._totals.append(total)
+            self._counts.append(0 if self.idle else mine.stop - mine.start)
+            yield self.perm[rows][self._mine]
 
     def asked(self) -> torch.Tensor:
-        """How the present rows are to answer to the errors of earlier ones, [rows, in]."""
+        """How our present rows are to answer to the errors of earlier ones, [rows, in]."""
         rows, start = self._rows, self._rows.start
         asked = self.V[:start, rows].T @ self.E[:start]
         answer = torch.linalg.solve_triangular(
             self.V[rows, rows].T, asked, upper=False, unitriangular=True
         )
         assert isinstance(answer, torch.Tensor)
-        return answer
+        return answer[self._mine]
 
     def done(self, E: torch.Tensor) -> None:
-        """Takes the errors T - Q of the present rows [rows, in], T being what they aim at themselves."""
+        """Takes the errors T - Q of our present rows [rows, in], T being what they aim at themselves."""
+        if self.helpers is not None:
+            E = self.helpers.join_rows(E[: self._counts[-1]], self._totals[-1])
         self.E[self._rows] = E
 
-    def in_order(self, part: torch.Tensor) -> torch.Tensor:
-        """Rows of all parts [out, …], back in the weight's own order."""
-        ordered = torch.empty_like(part)
-        ordered[self.perm] = part
+    def in_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Our rows [rows, …] of every part, as all rows in the weight's own order."""
+        if self.helpers is not None:
+            parts = [
+                self.helpers.join_rows(part[:count], total)
+                for part, count, total in zip(parts, self._counts, self._totals, strict=True)
+            ]
+        whole = torch.cat(parts)
+        ordered = torch.empty_like(whole)
+        ordered[self.perm] = whole
         return ordered
 
 

@@ -25,7 +25,7 @@ from roundwise.core import native
 from roundwise.core.clock import clock
 from roundwise.core.columns import Columns
 from roundwise.core.correct import corrected
-from roundwise.core.coupling import Coupling, row_parts
+from roundwise.core.coupling import Coupling, Helpers, row_parts
 from roundwise.core.factor import Factor, factor, finite
 from roundwise.core.grid import Grid, decode, encode, minmax
 from roundwise.core.order import Order, columns_of, processing_order
@@ -80,6 +80,7 @@ def solve(
     lost: torch.Tensor | None = None,
     grids: Grid | None = None,
     outputs: torch.Tensor | None = None,
+    helpers: Helpers | None = None,
 ) -> QuantizedWeight:
     """Quantizes one weight so that its output on the calibration inputs survives.
 
@@ -94,6 +95,7 @@ def solve(
             scales should be float16 values.
         outputs: B [out, out], what errors of two outputs cost together (any constant factor
             cancels); rows then make up for each other (`core.coupling`). None: each for itself.
+        helpers: with whom coupled rows are shared, all calling this alike. Others the caller can share.
 
     Returns:
         Codes in the original channel order, with `relative_error` and the damping used.
@@ -114,7 +116,7 @@ def solve(
         raise ConfigError(f"H has {len(H.H)} channels, W {tuple(W.shape)} has {W.shape[1]}")
     # Taken in parts, all temporaries are small. Unless they are coupled, rows are independent given H.
     parts, sums = [], torch.zeros(3, dtype=torch.float64)
-    coupling = None if outputs is None else Coupling(outputs.to(dtype), W.shape[1])
+    coupling = None if outputs is None else Coupling(outputs.to(dtype), W.shape[1], helpers)
     step = max(1, workspace(W.device) // W.shape[1])
     with _damped(H):
         for rows in row_parts(len(W), step) if coupling is None else coupling.parts(step):
@@ -129,17 +131,20 @@ def solve(
             Q = q.dequantize(dtype)
             if coupling is not None:
                 coupling.done(T - Q)
+                if coupling.idle:
+                    continue
             E = part - Q
             if config.refine or asked is not part:
                 loss = H.factor.quadratic(columns_of(E, H.order.perm))
             errors = float(E.square().sum())
             loss = max(loss - H.factor.shift * errors, 0.0)
             sums += torch.tensor([loss, errors, float(part.square().sum())])
+    if coupling is not None and helpers is not None:
+        helpers.sum(sums)
     loss, errors, weights = sums.tolist()
     energy = _energy(W, H.H)
-    codes, scales, zeros = (torch.cat([getattr(q, n) for q in parts]) for n in PER_ROW)
-    if coupling is not None:
-        codes, scales, zeros = (coupling.in_order(part) for part in (codes, scales, zeros))
+    join = torch.cat if coupling is None else coupling.in_order
+    codes, scales, zeros = (join([getattr(q, name) for q in parts]) for name in PER_ROW)
     return replace(
         parts[0],
         codes=codes,

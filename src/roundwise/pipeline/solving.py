@@ -119,7 +119,9 @@ class BlockSolver:
     ) -> QuantizedWeight:  # fmt: skip
         """One weight, its rows shared out unless they are coupled; a named error where it fails."""
         try:
-            if self.ranks.alone or B is not None:
+            if (
+                self.ranks.alone or B is not None
+            ):  # coupled rows are shared by the solver, part by part
                 return self._rows(W, inputs, settings, None, B)
             mine = self.ranks.rows(len(W))
             count = mine.stop - mine.start
@@ -142,6 +144,9 @@ class BlockSolver:
                 return round_searched(W, inputs.moment(), settings)
             lost = inputs.lost(W, settings, rows)
             B = None if B is None else B.to(W.device)
-            return solve(W, inputs.prepared(settings), settings, lost=lost, outputs=B)
+            helpers = None if self.ranks.alone else self.ranks
+            return solve(
+                W, inputs.prepared(settings), settings, lost=lost, outputs=B, helpers=helpers
+            )
         except SingularError as error:
             return round_to_nearest(W, settings, fallback=str(error))
