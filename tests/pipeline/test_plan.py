@@ -25,11 +25,11 @@ from tests.helpers import ARCHITECTURES, windows
 RUN = """
 import json, sys, torch, roundwise as rw
 torch.set_num_threads(1)
-model, out, settings, mode, rows, length = json.loads(sys.argv[1])
+model, out, settings, mode, rows, length, budget = json.loads(sys.argv[1])
 draw = torch.Generator().manual_seed(0)
 windows = torch.randint(500, (rows, length), generator=draw).tolist()
 result = rw.quantize(model, out, rw.QuantizeConfig(**settings), windows, samples=rows,
-                     seq_len=length, mode=mode)
+                     seq_len=length, mode=mode, max_memory=budget)
 print(json.dumps(result.as_dict()))
 """
 SHAPES = {
@@ -69,12 +69,7 @@ def test_peak_and_size_are_as_planned(name, settings, mode, tmp_path):
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     rows, length = 16, 128
-    order = [str(tmp_path / "model"), str(tmp_path / "out"), settings, mode, rows, length]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(order)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = run(tmp_path / "model", tmp_path / "out", settings, mode, rows, length, None)
     assert result["planned_peak_bytes"] == pytest.approx(result["peak_rss_bytes"], rel=0.15)
     planned = plan(
         open_skeleton(tmp_path / "model"), rw.QuantizeConfig(**settings),
@@ -84,6 +79,38 @@ def test_peak_and_size_are_as_planned(name, settings, mode, tmp_path):
     assert planned.bits_per_weight == pytest.approx(result["bits_per_weight"], rel=0.01)
     assert planned.memory.mode == result["mode"]
     assert planned.tied_embeddings == (name in ("gpt2", "qwen3"))
+
+
+def run(model, out, settings, mode, rows, length, budget):
+    """A run in a process of its own, as the result says of it."""
+    order = [str(model), str(out), settings, mode, rows, length, budget]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(order)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_batches_that_wait_in_a_file_are_not_in_memory(tmp_path):
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, vocab_size=512, max_position_embeddings=256,
+    )  # fmt: skip
+    transformers.set_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    rows, length = 128, 256
+    found = [
+        run(tmp_path / "model", tmp_path / str(budget), {"refine": 0}, "true_sequential", rows,
+            length, budget)
+        for budget in (None, 1)
+    ]  # fmt: skip
+    for result in found:
+        assert result["planned_peak_bytes"] == pytest.approx(result["peak_rss_bytes"], rel=0.15)
+    # Two streams: residual, and the inputs of the widest layer, of all batches but one of 16.
+    saved = 2 * rows * length * (256 + 1024) * 2 * 15 / 16
+    peaks = [result["peak_rss_bytes"] for result in found]
+    assert peaks[0] - peaks[1] > 0.7 * saved
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
