@@ -31,7 +31,7 @@ from typing import Any
 from peers.environments import HERE, ROOT, python_of
 from peers.evaluator import Evaluator
 from peers.methods import GROUPS, TOOLS, Job, jobs
-from peers.table import report
+from peers.table import ingredients, report
 from peers.texts import parts
 
 TIMEOUT = 3 * 3600
@@ -176,10 +176,13 @@ def main() -> None:
         results = Results(args.cache / "results.jsonl")
         if not args.table:
             measure(args, evaluator, results)
-    tables = report(results.of(evaluator.identity()))
-    print(tables)
+    records = results.of(evaluator.identity())
+    tables, single = report(records), ingredients(records)
+    print(f"{tables}\n\n{single}")
     if args.docs:
         insert(tables, args.docs, args.model.name)
+        if single:
+            insert(single, args.docs, f"{args.model.name}, ingredients")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,39 @@ Group = dict[str, list[Record]]
 #: KL of the default recipe over that of rounding and of textbook GPTQ: at most this is wanted.
 TARGETS = {2: (0.10, 0.27), 3: (0.125, 0.36), 4: (0.145, 0.43)}
 ORDER = [
-    *(f"roundwise {name}" for name in [*MAIN, *ABLATION]),
+    *(f"roundwise {name}" for name in MAIN),
     *(f"{tool} {name}" for tool, options in PEERS.items() for name in options),
 ]
 
 
+def ingredients(records: list[Record]) -> str:
+    """Roundwise's own rows with the first seed: each ingredient taken away, or added."""
+    ours = [r for r in records if r["key"]["tool"] == "roundwise" and r["key"]["seed"] == 0]
+    lines = []
+    found = {(r["key"]["bits"], r["key"]["sym"]) for r in ours if r["key"]["method"] in ABLATION}
+    for bits, sym in sorted(found, key=lambda group: (not group[1], group[0])):
+        here = [r for r in ours if (r["key"]["bits"], r["key"]["sym"]) == (bits, sym)]
+        rows = {r["key"]["method"]: r for r in here if "kl" in r}
+        rtn = rows["rtn"]["kl"] if "rtn" in rows else None
+        lines += [
+            f"| {_title(bits, sym)} | KL to the original | top-1 agreement | over RTN "
+            "| CPU seconds | peak MB |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name in [*MAIN, *ABLATION]:
+            if name in rows:
+                r = rows[name]
+                over = f"{r['kl'] / rtn:.3f}" if rtn else ""
+                cells = [name, f"{r['kl']:.6f}", f"{r['top1']:.2%}", over]
+                cells += [f"{r['cpu_seconds']:.0f}", f"{r['peak_bytes'] / 1e6:.0f}"]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
 def report(records: list[Record]) -> str:
-    """All tables of one model and text."""
+    """All tables of one model and text but that of single ingredients."""
+    records = [r for r in records if r["key"]["method"] not in ABLATION]
     groups: dict[tuple[int, bool], Group] = defaultdict(lambda: defaultdict(list))
     for record in records:
         key = record["key"]
@@ -60,12 +86,12 @@ def _summary(groups: dict[tuple[int, bool], Group]) -> list[str]:
         best = _kl(group, "roundwise best")
         if best is None:
             continue
-        cells = [_title(bits, sym), f"{best:.5f}"]
+        cells = [_title(bits, sym), f"{best:.6f}"]
         for row, wanted in zip(("rtn", "textbook"), TARGETS[bits], strict=True):
             base = _kl(group, f"roundwise {row}")
             cells.append(f"{best / base:.3f} (≤ {wanted:g})" if base else "")
         peer = _best_peer(group)
-        cells += [peer[0], f"{peer[1]:.5f}", f"{best / peer[1]:.2f}"] if peer else ["", "", ""]
+        cells += [peer[0], f"{peer[1]:.6f}", f"{best / peer[1]:.2f}"] if peer else ["", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -86,7 +112,7 @@ def _details(group: Group) -> list[str]:
             continue
         kl = fmean(record["kl"] for record in good)
         cells = [
-            row, str(len(good)), _spread(good, "perplexity", 3), _spread(good, "kl", 5),
+            row, str(len(good)), _spread(good, "perplexity", 3), _spread(good, "kl", 6),
             f"{fmean(r['top1'] for r in good):.2%}",
             f"{kl / rtn:.3f}" if rtn else "", f"{kl / textbook:.3f}" if textbook else "",
             "yes" if all(r["trivial_g_idx"] for r in good) else "no",

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from peers.methods import ABLATION, MAIN, jobs
 from peers.reader import read_dense, unpack
-from peers.table import report
+from peers.table import ingredients, report
 from peers.texts import split
 
 
@@ -136,11 +136,28 @@ def test_tables_hold_means_spreads_ratios_and_refusals():
         ]
     )
     assert (
-        "| 0.00200 | 0.100 (≤ 0.125) | 0.250 (≤ 0.36) | gptqmodel default | 0.00500 | 0.40 |"
+        "| 0.002000 | 0.100 (≤ 0.125) | 0.250 (≤ 0.36) | gptqmodel default | 0.005000 | 0.40 |"
         in text
     )
-    assert "| roundwise best | 2 | 30.002 ± 0.001 | 0.00200 ± 0.00100 | 90.00% |" in text
+    assert "| roundwise best | 2 | 30.002 ± 0.001 | 0.002000 ± 0.001000 | 90.00% |" in text
     assert "ValueError: a \\| b" in text
+
+
+def test_ingredients_have_a_table_of_their_own():
+    records = [
+        record("roundwise", "rtn", 0, 0.02),
+        record("roundwise", "best", 0, 0.001),
+        record("roundwise", "best", 1, 0.5),
+        record("roundwise", "best, alpha 0", 0, 0.004),
+    ]
+    assert "alpha 0" not in report(records)
+    text = ingredients(records)
+    assert text.splitlines()[2:] == [
+        "| rtn | 0.020000 | 90.00% | 1.000 | 1 | 1000 |",
+        "| best | 0.001000 | 90.00% | 0.050 | 1 | 1000 |",
+        "| best, alpha 0 | 0.004000 | 90.00% | 0.200 | 1 | 1000 |",
+    ]
+    assert ingredients(records[:3]) == ""
 
 
 def test_secondary_methods_run_with_one_seed():
