@@ -47,7 +47,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 rw.quantize(
                     bundled_model(), Path(scratch) / "out",
-                    rw.QuantizeConfig(bits=bits, output_tokens=0), calibration, samples=SAMPLES, seq_len=LENGTH,
+                    rw.QuantizeConfig(bits=bits, output_tokens=0),
+                    calibration, samples=SAMPLES, seq_len=LENGTH,
                 )  # fmt: skip
                 seconds = time.monotonic() - begun
                 model, _ = rw.load(Path(scratch) / "out", dtype=torch.float32)
