@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -356,26 +356,47 @@ class TestDisk:
         assert quantize(out=tmp_path / "fresh").code == 0
         assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
-    @pytest.mark.parametrize("size", ["4k", "64k", "400k"])
-    def test_a_full_disk(self, size: str, quantize: Callable[..., Ended], tmp_path: Path) -> None:
+    @pytest.fixture
+    def disk(self, tmp_path: Path) -> Iterator[Path]:
         disk = tmp_path / "disk"
         disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
         if subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("needs the right to mount a small tmpfs (root, or CAP_SYS_ADMIN)")
-        try:
-            ended = quantize(out=disk / "out")
-            sentence = ended.sentence
-            assert ended.code == 1, sentence
-            assert "the disk is full" in sentence
-            assert "run the same command again" in sentence
-            assert not (disk / "out" / "config.json").exists()
-            subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-            assert quantize(out=disk / "out").code == 0
-            assert quantize(out=tmp_path / "fresh").code == 0
-            assert contents(disk / "out") == contents(tmp_path / "fresh")
-        finally:
-            subprocess.run(["umount", str(disk)], check=True)
+        yield disk
+        subprocess.run(["umount", str(disk)], check=True)
+
+    @staticmethod
+    def resize(disk: Path, kilobytes: int) -> None:
+        remount = ["mount", "-o", f"remount,size={kilobytes}k", str(disk)]
+        subprocess.run(remount, check=True)
+
+    @pytest.mark.parametrize("room", [4, 64, 400])
+    def test_a_disk_that_fills_up(
+        self, room: int, quantize: Callable[..., Ended], disk: Path, tmp_path: Path
+    ) -> None:
+        assert quantize(out=disk / "out", largest_file=5_000).code == 1  # it has begun
+        self.resize(disk, shutil.disk_usage(disk).used // 1024 + room)
+        ended = quantize(out=disk / "out")
+        sentence = ended.sentence
+        assert ended.code == 1, sentence
+        assert "the disk is full" in sentence
+        assert "run the same command again" in sentence
+        assert not (disk / "out" / "config.json").exists()
+        self.resize(disk, 1 << 16)
+        assert quantize(out=disk / "out").code == 0
+        assert quantize(out=tmp_path / "fresh").code == 0
+        assert contents(disk / "out") == contents(tmp_path / "fresh")
+
+    def test_a_disk_that_is_too_small_from_the_start(
+        self, quantize: Callable[..., Ended], disk: Path
+    ) -> None:
+        self.resize(disk, 400)
+        ended = quantize(out=disk / "out")
+        assert ended.code == 2
+        assert "has room for" in ended.sentence and "the run needs" in ended.sentence
+        self.resize(disk, 1 << 16)
+        assert quantize(out=disk / "out").code == 0
 
 
 class TestNumbers:
