@@ -12,7 +12,7 @@ namespace {
 
 // As in core/recursion.py: how far from its best value a column must be for its other code to be tried, in
 // steps, and which part of the cost of such a step must be won.
-constexpr double REACH = 0.2, WORTH = 1e-4;
+constexpr double REACH = 0.25, WORTH = 1e-4;
 
 // One row of a panel; all arrays are [columns], padded with columns that cannot move.
 template <class T>
@@ -67,13 +67,16 @@ struct Row {
             at = less ? index : at;
             index += L;
         }
+        T lanes[L]; // not indexed in the vector itself: each lane would wait for the one before
+        store<T>(lanes, least, L);
         int best = 0;
+        T lowest = lanes[0];
         for (int lane = 1; lane < L; ++lane)
-            if (least[lane] < least[best]) best = lane;
+            if (lanes[lane] < lowest) lowest = lanes[best = lane];
         const Index column = static_cast<Index>(at[best]);
         const T wanted = trial[column] * ratio[column];
         const T codes = nearest<T>(splat<T>(wanted), splat<T>(low[column]), splat<T>(high[column]))[0];
-        return {column, codes, least[best]};
+        return {column, codes, lowest};
     }
 
     void apply(const Move &move, T sign) {

@@ -80,6 +80,7 @@ struct Moment {
     float *C;
     Index ld_C;
     bool lower; // A is B, and blocks of C above the diagonal are not needed
+    bool turned; // A is given as [m, tokens]; not for bfloat16
 };
 
 // y[rows, out] = x[rows, in] Wᵀ from codes in tiles of 64 output channels.

@@ -175,12 +175,14 @@ bool has_bf16() {
 }
 
 template <class T>
-void moment(Matrix<const T> A, Matrix<const T> B, Matrix<float> C, bool lower, int threads) {
-    const Index tokens = A.shape(0), m = A.shape(1), n = B.shape(1);
+void moment(Matrix<const T> A, Matrix<const T> B, Matrix<float> C, bool lower, bool turned, int threads) {
+    const Index tokens = B.shape(0), m = A.shape(turned ? 0 : 1), n = B.shape(1);
     require(!lower || m == n, "C");
+    require(!turned || sizeof(T) == 4, "A");
+    const Index ld_A = turned ? rows_of(A, m, tokens, "A") : rows_of(A, tokens, m, "A");
     const Moment p{
-        tokens, m, n, A.data(), rows_of(A, tokens, m, "A"), B.data(), rows_of(B, tokens, n, "B"),
-        C.data(), rows_of(C, m, n, "C"), lower,
+        tokens, m, n, A.data(), ld_A, B.data(), rows_of(B, tokens, n, "B"),
+        C.data(), rows_of(C, m, n, "C"), lower, turned,
     };
     require(sizeof(T) == 4 || has_bf16(), "this processor multiplies no bfloat16");
     // A thread is worth its start from some millions of products on.

@@ -3,7 +3,8 @@
 // pairs are exact and summed up in float32 by one instruction where the machine has it.
 //
 // Blocks of C of ROWS x COLUMNS vectors stay in registers while DEPTH tokens pass; the tokens are copied
-// into strips first, so that the inner loop reads memory in order.
+// into strips first, so that the inner loop reads memory in order: those of B once for all, those of A by
+// each job, into its own cache.
 #include "common.hpp"
 
 #include <cstring>
@@ -23,20 +24,33 @@ constexpr int ROWS = ROUNDWISE_VECTOR == 64 ? 12 : 6;
 constexpr int COLUMNS = 2;
 constexpr int WIDE = COLUMNS * LANES;
 constexpr Index DEPTH = 256; // tokens that pass through a block at a time
-constexpr Index COPIED = 16 << 20; // bytes of tokens in strips at a time
-constexpr Index TILE_A = 16, TILE_B = 4; // strips of a job
+constexpr Index COPIED = 16 << 20; // bytes of B in strips at a time
+constexpr Index TILE_A = 16, TILE_B = 16; // strips of a job
 
-// How tokens are laid out in a strip of `width` columns. One float32 per token and column, or, for
-// bfloat16, two tokens beside each other.
+// What the inner loop reads, a unit for each step and column: a float32, or two tokens' bfloat16 beside each
+// other. `pack` copies `depth` tokens of some columns into strips that are W columns wide.
 struct Float32 {
     typedef float Input;
     typedef float Unit;
     static constexpr Index tokens = 1;
-    static void copy(const Input *x, Index ld, Index depth, int width, int padded, Unit *strip) {
+    template <int W>
+    static void pack(const Input *x, Index ld, Index depth, Index columns, Unit *to) {
         for (Index t = 0; t < depth; ++t) {
-            for (int c = 0; c < width; ++c) strip[t * padded + c] = x[t * ld + c];
-            for (int c = width; c < padded; ++c) strip[t * padded + c] = 0;
+            const Input *from = x + t * ld;
+            Unit *unit = to + t * W;
+            Index c = 0;
+            for (; c + W <= columns; c += W) std::memcpy(unit + c * depth, from + c, W * sizeof(Unit));
+            for (int rest = 0; c < columns && rest < W; ++rest)
+                unit[c * depth + rest] = c + rest < columns ? from[c + rest] : 0;
         }
+    }
+    // The same of the transpose: x is [columns, tokens].
+    template <int W>
+    static void pack_turned(const Input *x, Index ld, Index depth, Index columns, Unit *to) {
+        for (Index c = 0; c < columns; c += W)
+            for (Index t = 0; t < depth; ++t)
+                for (int rest = 0; rest < W; ++rest)
+                    to[c * depth + t * W + rest] = c + rest < columns ? x[(c + rest) * ld + t] : 0;
     }
     static Vec product(Unit a, const Unit *b, Vec sum) {
         Vec v;
@@ -50,16 +64,23 @@ struct BFloat16 {
     typedef std::uint16_t Input;
     typedef std::uint32_t Unit;
     static constexpr Index tokens = 2;
-    static void copy(const Input *x, Index ld, Index depth, int width, int padded, Unit *strip) {
+    template <int W>
+    static void pack(const Input *x, Index ld, Index depth, Index columns, Unit *to) {
+        const Index units = (depth + 1) / 2;
         for (Index t = 0; t < depth; t += 2) {
             const Input *first = x + t * ld, *second = first + ld;
             const bool both = t + 1 < depth;
-            Unit *to = strip + t / 2 * padded;
-            for (int c = 0; c < width; ++c)
-                to[c] = first[c] | (both ? Unit{second[c]} << 16 : 0);
-            for (int c = width; c < padded; ++c) to[c] = 0;
+            for (Index c = 0; c < columns; c += W) {
+                Unit *unit = to + c * units + t / 2 * W;
+                const int width = static_cast<int>(least(W, columns - c));
+                for (int k = 0; k < width; ++k)
+                    unit[k] = first[c + k] | (both ? Unit{second[c + k]} << 16 : 0);
+                for (int k = width; k < W; ++k) unit[k] = 0;
+            }
         }
     }
+    template <int W>
+    static void pack_turned(const Input *, Index, Index, Index, Unit *) {} // nobody asks for it
     static Vec product(Unit a, const Unit *b, Vec sum) {
         const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a));
         const __m512bh right = (__m512bh)_mm512_loadu_si512(b);
@@ -87,53 +108,57 @@ inline void block(Index units, const typename Type::Unit *a, const typename Type
     }
 }
 
+// Some rows of C (a tile of A) and some columns (strips of B, of which `b` has `units`) over all tokens.
+template <class Type>
+void tile(const Moment &p, Index token, Index units, Index first_a, Index first_b, const typename Type::Unit *b,
+          typename Type::Unit *a) {
+    constexpr Index step = DEPTH / Type::tokens;
+    const auto *A = static_cast<const typename Type::Input *>(p.A);
+    const Index row = first_a * ROWS, rows = least(TILE_A * ROWS, p.m - row);
+    const Index end = least((first_b + TILE_B) * WIDE, p.n);
+    for (Index unit = 0; unit < units; unit += step) {
+        const Index depth = least(step, units - unit), t = token + unit * Type::tokens;
+        const Index tokens = least(DEPTH, p.tokens - t);
+        if (p.turned)
+            Type::template pack_turned<ROWS>(A + row * p.ld_A + t, p.ld_A, tokens, rows, a);
+        else
+            Type::template pack<ROWS>(A + t * p.ld_A + row, p.ld_A, tokens, rows, a);
+        for (Index j = first_b * WIDE; j < end; j += WIDE) {
+            for (Index i = 0; i < rows; i += ROWS) {
+                if (p.lower && row + i + ROWS <= j) continue;
+                block<Type>(depth, a + i * depth, b + j * units + unit * WIDE, p.C + (row + i) * p.ld_C + j, p.ld_C,
+                            static_cast<int>(least(ROWS, rows - i)), static_cast<int>(least(WIDE, p.n - j)));
+            }
+        }
+    }
+}
+
 template <class Type>
 void moment(const Moment &p, int threads) {
     typedef typename Type::Unit Unit;
-    const auto *A = static_cast<const typename Type::Input *>(p.A);
     const auto *B = static_cast<const typename Type::Input *>(p.B);
     const Index strips_a = (p.m + ROWS - 1) / ROWS, strips_b = (p.n + WIDE - 1) / WIDE;
-    const Index strips = strips_a + strips_b;
-    const Index width = strips_a * ROWS + strips_b * WIDE;
+    const Index tiles_a = (strips_a + TILE_A - 1) / TILE_A, tiles_b = (strips_b + TILE_B - 1) / TILE_B;
     // Tokens copied at a time: whole depths, and few enough for their copy to stay small.
-    const Index fit = COPIED / Index(sizeof(Unit)) * Type::tokens / (width * DEPTH);
+    const Index fit = COPIED / Index(sizeof(Unit)) * Type::tokens / (strips_b * WIDE * DEPTH);
     const Index stretch = least(fit > 1 ? fit * DEPTH : DEPTH, (p.tokens + DEPTH - 1) / DEPTH * DEPTH);
-    Scratch<Unit> memory(width * (stretch / Type::tokens));
+    Scratch<Unit> copy(strips_b * WIDE * (stretch / Type::tokens));
     for (Index token = 0; token < p.tokens; token += stretch) {
         const Index tokens = least(stretch, p.tokens - token);
         const Index units = (tokens + Type::tokens - 1) / Type::tokens;
-        Unit *a = memory.get(), *b = a + strips_a * ROWS * units;
-        in_parallel(strips, threads, [&](Parts &parts) {
+        in_parallel(strips_b, threads, [&](Parts &parts) {
             for (Index strip; (strip = parts.next()) >= 0;) {
-                if (strip < strips_a) {
-                    const Index column = strip * ROWS;
-                    Type::copy(A + token * p.ld_A + column, p.ld_A, tokens,
-                               static_cast<int>(least(ROWS, p.m - column)), ROWS, a + column * units);
-                } else {
-                    const Index column = (strip - strips_a) * WIDE;
-                    Type::copy(B + token * p.ld_B + column, p.ld_B, tokens,
-                               static_cast<int>(least(WIDE, p.n - column)), WIDE, b + column * units);
-                }
+                const Index column = strip * WIDE;
+                Type::template pack<WIDE>(B + token * p.ld_B + column, p.ld_B, tokens, least(WIDE, p.n - column),
+                                          copy.get() + column * units);
             }
         });
-        const Index tiles_a = (strips_a + TILE_A - 1) / TILE_A, tiles_b = (strips_b + TILE_B - 1) / TILE_B;
         in_parallel(tiles_a * tiles_b, threads, [&](Parts &parts) {
+            Scratch<Unit> mine(TILE_A * ROWS * DEPTH / Type::tokens);
             for (Index job; (job = parts.next()) >= 0;) {
                 const Index first_a = job / tiles_b * TILE_A, first_b = job % tiles_b * TILE_B;
-                const Index last_a = least(first_a + TILE_A, strips_a), last_b = least(first_b + TILE_B, strips_b);
-                if (p.lower && last_a * ROWS <= first_b * WIDE) continue;
-                for (Index unit = 0; unit < units; unit += DEPTH / Type::tokens) {
-                    const Index depth = least(DEPTH / Type::tokens, units - unit);
-                    for (Index sb = first_b; sb < last_b; ++sb) {
-                        for (Index sa = first_a; sa < last_a; ++sa) {
-                            const Index i = sa * ROWS, j = sb * WIDE;
-                            if (p.lower && i + ROWS <= j) continue;
-                            block<Type>(depth, a + i * units + unit * ROWS, b + j * units + unit * WIDE,
-                                        p.C + i * p.ld_C + j, p.ld_C, static_cast<int>(least(ROWS, p.m - i)),
-                                        static_cast<int>(least(WIDE, p.n - j)));
-                        }
-                    }
-                }
+                if (p.lower && (first_a + TILE_A) * ROWS <= first_b * WIDE) continue;
+                tile<Type>(p, token, units, first_a, first_b, copy.get(), mine.get());
             }
         });
     }

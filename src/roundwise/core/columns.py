@@ -10,6 +10,7 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.factor import Factor
 from roundwise.core.grid import Grid
 from roundwise.core.order import Order
+from roundwise.core.products import product
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.recursion import PANEL, round_group, round_known
 
@@ -47,7 +48,7 @@ class Columns:
         U, D, config = self.F.U, self.F.D, self.config
         for a, b in self._segments():
             # What all finished columns ask of this segment: one matrix product.
-            asked = U[:a, a:b].T @ self.E[:a]
+            asked = product(U[:a, a:b].T, self.E[:a])
             target, block = self.Tt[a:b], U[a:b, a:b]
             if self.known:
                 index = self.order.group[a:b]

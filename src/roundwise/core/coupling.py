@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 
 from roundwise.core.factor import factor
+from roundwise.core.products import product, solve_unit
 
 #: Damping of B, as a part of its mean diagonal: a few thousand gradients leave directions unseen.
 DAMP = 0.1
@@ -80,12 +81,9 @@ class Coupling:
     def asked(self) -> torch.Tensor:
         """How our present rows are to answer to the errors of earlier ones, [rows, in]."""
         rows, start = self._rows, self._rows.start
-        asked = self.V[:start, rows].T @ self.E[:start]
-        answer = torch.linalg.solve_triangular(
-            self.V[rows, rows].T, asked, upper=False, unitriangular=True
-        )
-        assert isinstance(answer, torch.Tensor)
-        return answer[self._mine]
+        # The transpose: a narrow matrix from the right costs less.
+        asked = product(self.E[:start].T, self.V[:start, rows]).T.contiguous()
+        return solve_unit(self.V[rows, rows], asked, transposed=True)[self._mine]
 
     def done(self, E: torch.Tensor) -> None:
         """Takes the errors T - Q of our present rows [rows, in], T being what they aim at themselves."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from roundwise.core import native
+from roundwise.core.products import product, solve_unit
 from roundwise.errors import NumericalError, SingularError
 
 #: Largest damping tried: beyond it the result is rounding to nearest in all but name.
@@ -40,17 +41,14 @@ class Factor(NamedTuple):
         total = 0.0
         for a in range(0, len(Xt), PANEL):
             b = min(a + PANEL, len(Xt))
-            part = self.U[:b, a:b].T @ Xt[:b]
+            part = product(self.U[:b, a:b].T, Xt[:b])
             total += float(self.D[a:b] @ part.square_().sum(dim=1))
         return total
 
-    def divide(self, Y: torch.Tensor) -> torch.Tensor:
-        """Y Ĥ⁻¹ for Y [rows, in] in processing order."""
-        Z = torch.linalg.solve_triangular(self.U.T, Y, upper=False, left=False, unitriangular=True)
-        Z /= self.D
-        Z = torch.linalg.solve_triangular(self.U, Z, upper=True, left=False, unitriangular=True)
-        assert isinstance(Z, torch.Tensor)
-        return Z
+    def divide(self, Yt: torch.Tensor) -> torch.Tensor:
+        """Ĥ⁻¹ Yᵀ for Yt = Yᵀ [in, rows] in processing order, in place; it is returned."""
+        solve_unit(self.U, Yt).div_(self.D[:, None])
+        return solve_unit(self.U, Yt, transposed=True)
 
 
 def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:

@@ -18,7 +18,7 @@ PANEL = 128
 WINDOW = 1024
 #: How far from its best value, in steps, a column must be for its second best code to be tried:
 #: where it is nearer, the change costs more than others can make up for.
-REACH = 0.2
+REACH = 0.25
 #: Part of the cost of a step that an exchange must win.
 WORTH = 1e-4
 #: Entries of the largest temporary while grids are compared; rows are taken in parts to keep to it.

@@ -18,6 +18,7 @@ import torch
 
 from roundwise.core.grid import MAX_SCALE, MIN_SCALE, Grid
 from roundwise.core.order import columns_of
+from roundwise.core.products import product
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.recursion import PANEL, WINDOW, descend, exchange
 
@@ -57,8 +58,8 @@ class Refiner:
             # M is symmetric: the groups from this one on are enough.
             start = int(torch.searchsorted(self.index, group))
             stop = int(torch.searchsorted(self.index, group, right=True))
-            product = self._block(slice(start, None), slice(start, stop)) @ V[start:stop]
-            M[group, group:] = self._by_group(product.mul_(V[start:]), start)[group:]
+            products = product(self._block(slice(start, None), slice(start, stop)), V[start:stop])
+            M[group, group:] = self._by_group(products.mul_(V[start:]), start)[group:]
             M[group + 1 :, group] = M[group, group + 1 :]
         M, b = M.permute(2, 0, 1).contiguous(), b.T.contiguous()
         scale = self.grids.scale.T
@@ -95,7 +96,7 @@ class Refiner:
             rows = self._block(slice(a, b), slice(None))
             index, codes = self.index[a:b], self.codes[a:b]
             # The gradient of these columns only when their turn comes: one product per sweep.
-            E[a:b] += improve(rows[:, a:b], rows @ E, self.grids, index, self.maxq, codes)
+            E[a:b] += improve(rows[:, a:b], product(rows, E), self.grids, index, self.maxq, codes)
 
     def result(self, q: QuantizedWeight) -> QuantizedWeight:
         """`q` with the improved codes and scales."""
@@ -124,11 +125,11 @@ class Refiner:
     def _times_h(self, X: torch.Tensor) -> torch.Tensor:
         """H X for X [columns, rows]."""
         if self.trivial:
-            return self.H @ X
-        product = torch.empty_like(X)
+            return product(self.H, X)
+        answer = torch.empty_like(X)
         for a in range(0, len(X), PANEL):
-            product[a : a + PANEL] = self._block(slice(a, a + PANEL), slice(None)) @ X
-        return product
+            answer[a : a + PANEL] = product(self._block(slice(a, a + PANEL), slice(None)), X)
+        return answer
 
 
 def refine(

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core import native
 from roundwise.core.clock import clock
 from roundwise.core.columns import Columns
 from roundwise.core.correct import corrected
@@ -29,13 +28,14 @@ from roundwise.core.coupling import Coupling, Helpers, row_parts
 from roundwise.core.factor import Factor, factor, finite
 from roundwise.core.grid import Grid, decode, encode, minmax
 from roundwise.core.order import Order, columns_of, processing_order
+from roundwise.core.products import product
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.refine import refine
 from roundwise.core.search import best_grids
 from roundwise.errors import ConfigError, NumericalError
 
-#: Columns of H multiplied at a time for the energy of a weight.
-ENERGY_PANEL = 512
+#: Rows of a weight, and columns of H, multiplied at a time for the weight's energy.
+ENERGY_ROWS, ENERGY_PANEL = 1024, 512
 #: Entries of the part of a weight that is solved at a time: what a processor's caches hold, and what
 #: an accelerator needs to be busy.
 ROW_WORKSPACE, ACCELERATED = 1 << 20, 1 << 24
@@ -90,7 +90,7 @@ def solve(
             `prepare` made of it with the same settings.
         config: settings; `dynamic` is not looked at here.
         lost: what earlier layers lost and this one is to make up for, [out, in]; see
-            `core.correct.Drift.lost`.
+            `core.correct.Drift.lost`. It is overwritten.
         grids: fixed grids, `scale` and `zero` each [out, groups], instead of searched ones; the
             scales should be float16 values.
         outputs: B [out, out], what errors of two outputs cost together (any constant factor
@@ -118,13 +118,12 @@ def solve(
     parts, sums = [], torch.zeros(3, dtype=torch.float64)
     coupling = None if outputs is None else Coupling(outputs.to(dtype), W.shape[1], helpers)
     step = max(1, workspace(W.device) // W.shape[1])
+    target = None if lost is None else corrected(W, lost.to(dtype), H.order.perm, H.factor)
     with _damped(H):
         for rows in row_parts(len(W), step) if coupling is None else coupling.parts(step):
             fixed = None if grids is None else Grid(grids.scale[rows], grids.zero[rows])
             part = W[rows].to(dtype)
-            T = part
-            if lost is not None:
-                T = corrected(part, lost[rows], H.order.perm, H.factor)
+            T = part if target is None else target[rows]
             asked = T if coupling is None else T + coupling.asked()
             q, loss = _solve_rows(asked, H, config, fixed)
             parts.append(q)
@@ -234,20 +233,17 @@ def _damped(H: Prepared) -> Iterator[None]:
 def _energy(W: torch.Tensor, H: torch.Tensor) -> float:
     """tr(W H Wᵀ) of W [out, in]; what errors are measured against.
 
-    H is symmetric: each panel of it is multiplied from the diagonal on. A weight that is bfloat16 or
-    float16 is multiplied in bfloat16 where the processor does that natively: a relative error of
-    1e-4, in the denominator only.
+    H is symmetric: each panel of it counts from the diagonal on, twice but for the diagonal's block.
     """
-    half = W.dtype in (torch.bfloat16, torch.float16)
-    quick = half and native.usable(H) and native.products(torch.bfloat16) is not None
-    W = W.to(torch.bfloat16 if quick else H.dtype)
     total = 0.0
-    for a in range(0, len(H), ENERGY_PANEL):
-        b = min(a + ENERGY_PANEL, len(H))
-        panel = H[a:, a:b].to(W.dtype)
-        here = (W[:, a:b] @ panel[: b - a]).mul_(W[:, a:b])
-        later = (W[:, b:] @ panel[b - a :]).mul_(W[:, a:b])
-        total += float(here.sum(dtype=torch.float64) + 2 * later.sum(dtype=torch.float64))
+    for rows in torch.split(W, ENERGY_ROWS):
+        part = rows.to(H.dtype)
+        for a in range(0, len(H), ENERGY_PANEL):
+            b = min(a + ENERGY_PANEL, len(H))
+            panel = H[a:, a:b].clone()
+            panel[: b - a] /= 2
+            found = product(part[:, a:], panel).mul_(part[:, a:b])
+            total += 2 * float(found.sum(dtype=torch.float64))
     return total
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 #: As in `core/recursion.py`.
-REACH, WORTH = tl.constexpr(0.2), tl.constexpr(1e-4)
+REACH, WORTH = tl.constexpr(0.25), tl.constexpr(1e-4)
 
 
 @triton.jit

@@ -1,0 +1,58 @@
+"""The solver's products are those in float64, however matrices lie, with the extension and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from roundwise.core import products
+from roundwise.core.products import PANEL, product, solve_unit
+from tests.core.test_native import SETS, using
+
+#: None: plain torch.
+WAYS = [None, *SETS]
+
+
+def matrix(rows: int, columns: int, *, turned: bool = False) -> torch.Tensor:
+    """Part of a larger matrix, so that rows do not follow one another without a gap."""
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    shape = (columns + 1, rows + 3) if turned else (rows + 1, columns + 3)
+    whole = torch.randn(shape, generator=generator)
+    return whole[:columns, :rows].T if turned else whole[:rows, :columns]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 1, 1), (5, 700, 90), (193, 300, 33), (40, 257, 700), (1, 4000, 300)]
+)
+def test_a_product_is_that_of_the_matrices(
+    way: str | None, turned: tuple[bool, bool], m: int, k: int, n: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(products, "WORTH", 0)
+    A, B = matrix(m, k, turned=turned[0]), matrix(k, n, turned=turned[1])
+    with using(way):
+        found = product(A, B)
+    torch.testing.assert_close(found.double(), A.double() @ B.double(), rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_product_of_doubles_is_one(way: str | None) -> None:
+    A, B = matrix(200, 300).double(), matrix(300, 100).double()
+    with using(way):
+        torch.testing.assert_close(product(A, B), A @ B, rtol=1e-13, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("width", [1, PANEL, PANEL + 1, 5 * PANEL - 3])
+def test_triangular_systems_are_solved(way: str | None, transposed: bool, width: int) -> None:
+    U = torch.eye(width) + 0.05 * matrix(width, width).triu(1)
+    B = matrix(width, 50)
+    given = B.clone()
+    with using(way):
+        X = solve_unit(U, B, transposed=transposed)
+    assert X is B
+    again = (U.T if transposed else U).double() @ X.double()
+    torch.testing.assert_close(again, given.double(), rtol=1e-4, atol=1e-4)
