@@ -18,9 +18,11 @@ from dataclasses import dataclass
 import torch
 
 from roundwise.core.factor import Factor
+from roundwise.core.order import columns_of
+from roundwise.core.products import product
 
 #: Rows of a weight converted at a time.
-ROWS = 256
+ROWS = 512
 
 
 @dataclass
@@ -33,8 +35,23 @@ class Drift:
     """(R̃ - R)ᵀX / n, [out, in], where the layer's output is added to the residual stream R.
 
     The input's drift may be in here instead, as far as it reaches the output: (X̃ - X) Wᵀ α/β is then
-    added to R̃ - R, which takes [out, in] instead of [in, in].
+    added to R̃ - R, which takes [out, in] instead of [in, in], and fewer operations: X̃Wᵀ is what the
+    original model returns there, and of X Wᵀ there remains W H (`subtract_output`).
     """
+
+    def subtract_output(self, W: torch.Tensor, H: torch.Tensor, ratio: float) -> None:
+        """Makes X̃ Wᵀ in `residual` (X̃ - X) Wᵀ: takes ratio · W H away, in place.
+
+        Args:
+            W: weight [out, in], any float dtype.
+            H: XᵀX / n [in, in] over the same tokens.
+            ratio: α/β, with which X̃ Wᵀ was added.
+        """
+        if self.residual is not None:
+            for rows, part in zip(
+                torch.split(self.residual, ROWS), torch.split(W, ROWS), strict=True
+            ):
+                rows.sub_(product(part.to(H.dtype), H), alpha=ratio)
 
     def rows(self, rows: slice) -> Drift:
         """What concerns some rows of the weight; `residual` is a copy."""
@@ -59,7 +76,7 @@ class Drift:
             if Y is None:
                 Y = self.input.new_zeros(W.shape)
             for rows, part in zip(torch.split(Y, ROWS), torch.split(W, ROWS), strict=True):
-                rows.addmm_(part.to(Y.dtype), self.input, alpha=alpha)
+                rows.add_(product(part.to(Y.dtype), self.input), alpha=alpha)
         return Y
 
 
@@ -67,11 +84,13 @@ def corrected(W: torch.Tensor, Y: torch.Tensor, perm: torch.Tensor, F: Factor) -
     """The target T = W + Y Ĥ⁻¹ [out, in] in channel order.
 
     Args:
-        W: weight [out, in].
-        Y: what is to be made up for [out, in], see `Drift.lost`.
+        W: weight [out, in], any float dtype.
+        Y: what is to be made up for [out, in], see `Drift.lost`; overwritten by T.
         perm: int64 [in], the processing order that F is in.
         F: factor of Ĥ.
     """
-    T = W.clone()
-    T[:, perm] += F.divide(Y.to(W.dtype)[:, perm])
-    return T
+    for rows, part in zip(torch.split(Y, ROWS), torch.split(W, ROWS), strict=True):
+        answer = F.divide(columns_of(rows, perm))
+        rows.copy_(part)
+        rows[:, perm] += answer.T
+    return Y

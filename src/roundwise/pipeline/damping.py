@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from roundwise.config import QuantizeConfig
+from roundwise.core.clock import clock
 from roundwise.core.damping import Moments, held_out_losses
 from roundwise.errors import CalibrationError, SingularError
 from roundwise.pipeline.probe import Group
@@ -62,7 +63,10 @@ def moments(group: Group | None) -> Moments | None:
     """The mean moments of a group; ends its sums. None when no token reached it."""
     if group is None or group.hessian is None:
         return None
-    return Moments(group.hessian.mean(), group.drift(), group.hessian.tokens)
+    H = group.hessian.mean()
+    with clock.phase("drift"):
+        drift = group.drift(H)
+    return Moments(H, drift, group.hessian.tokens)
 
 
 def choose(

@@ -13,6 +13,7 @@ import torch
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.device import wait_for
+from roundwise.core.products import product
 from roundwise.core.solver import workspace
 from roundwise.core.widen import widening
 from roundwise.models.blocks import Block, weight_of
@@ -24,7 +25,7 @@ from roundwise.pipeline.curvature import tokens_at_a_time
 SOLVING, REFINING = 8, 14
 #: Share of the machine's matrix products that each phase reaches (docs/performance.md).
 REACHED = {
-    "forward": 0.72, "hessian": 0.77, "drift": 0.67, "factor": 0.37, "solve": 0.5, "refine": 0.7,
+    "forward": 0.72, "hessian": 0.77, "drift": 0.7, "factor": 0.4, "solve": 0.45, "refine": 0.3,
     "survey": 0.5, "gradients": 0.5,
 }  # fmt: skip
 #: Group sizes that a survey tries beside the one asked for, the tokens it plays a block with, about, and
@@ -149,13 +150,10 @@ def memory(
     found = {"block": shapes.block_bytes}
     if not tokens:
         return found | {"rounding": 16 * entries}
-    streams = 2 if config.needs_reference else 1
     # In front of the last group, all others have their new weights beside the mapped old ones.
     others = sum(linear.entries for linear in shapes.linears) - entries
     found["quantized weights"] = size * others
-    found["paused activations"] = (
-        streams * (batch if parked else tokens) * _held(shapes, mode) * size
-    )
+    found["paused activations"] = (batch if parked else tokens) * _held(shapes, config, mode) * size
     # The forward of one batch: gate, up and their product, or the like.
     found["forward of a batch"] = 3 * batch * max(wide, 4 * hidden) * size
     # In true_sequential mode one input is summed up at a time, in block mode all of a block are.
@@ -204,7 +202,7 @@ def disk(
     # What a block has returned is kept until the next one has.
     found = {"activations": 2 * streams * tokens * shapes.hidden * size}
     if parked and shapes.device.type == "cpu":
-        found["waiting batches"] = streams * tokens * _held(shapes, mode) * size
+        found["waiting batches"] = tokens * _held(shapes, config, mode) * size
     if config.needs_gradients:
         outputs = sum(round(linear.rows * linear.part) for linear in shapes.linears)
         kept = min(tokens, config.output_tokens) * outputs * size
@@ -212,9 +210,14 @@ def disk(
     return found
 
 
-def _held(shapes: Shapes, mode: str) -> int:
-    """Values that a batch holds for each token while it waits."""
-    return shapes.hidden + (shapes.widest + shapes.hidden if mode == "true_sequential" else 0)
+def _held(shapes: Shapes, config: QuantizeConfig, mode: str) -> int:
+    """Values that a batch, and its like in the original model, hold for each token while they wait."""
+    if mode != "true_sequential":
+        return shapes.hidden * (2 if config.needs_reference else 1)
+    own = 2 * shapes.hidden + shapes.widest
+    # The original is behind the block by then: what the block was given and returns, and what the
+    # last linear was added to and returned.
+    return own + (min(own, 4 * shapes.hidden) if config.needs_reference else 0)
 
 
 def work(shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str) -> dict[str, float]:
@@ -232,7 +235,8 @@ def work(shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str) -> d
         "refine": float(products) * 6 * config.refine,
     }
     if config.needs_reference:
-        found["drift"] = 2.0 * tokens * squares + 2.0 * products
+        moments = sum(min(x.rows, x.columns) * x.columns * x.part for x in shapes.inputs)
+        found["drift"] = 2.0 * tokens * moments + 2.0 * products
     if config.needs_gradients:
         rows = sum(linear.rows**2 * linear.part for linear in shapes.linears)
         # Forth, and on the way back once more and back; then the gradients' products.
@@ -259,11 +263,11 @@ def rate(dtype: torch.dtype, device: torch.device) -> float:
     side = TRIAL if device.type == "cpu" else ACCELERATED_TRIAL
     A, B = (torch.randn(side, side).to(device, dtype) for _ in range(2))
     with widening():  # as the run will multiply
-        A @ B
+        product(A, B)
         wait_for(device)
         begun, count = time.perf_counter(), 0
         while (spent := time.perf_counter() - begun) < SECONDS:
-            A @ B
+            product(A, B)
             wait_for(device)
             count += 1
     return 2 * side**3 * count / spent

@@ -43,14 +43,13 @@ class Gatherer:
         self.counting = False
         """Nothing is summed up yet: only the tokens of experts are counted."""
         self.routings: list[Routing] = []
-        self._linears: dict[str, nn.Module] = {}
         self._leaders: dict[str, tuple[int, Group]] = {}
         self._experts: dict[str, tuple[Routing, int]] = {}
         self._hooks: list[Any] = []
 
     def begin(self, block: Block, groups: list[Group], *, sequential: bool, drift: bool) -> None:
         """Puts the hooks into a block; `drift`: the original model is played beside."""
-        self.sequential, self._linears = sequential, block.linears
+        self.sequential = sequential
         self._leaders = {group.names[0]: (2 * i + 1, group) for i, group in enumerate(groups)}
         self.routings = routings(block, groups, self.policy)
         for routing in self.routings:
@@ -62,6 +61,11 @@ class Gatherer:
         ]
         if drift:
             self._hooks += self._tap(block, groups)
+            self._hooks += [
+                block.linears[group.names[0]].register_forward_hook(self._behind(group))
+                for group in groups
+                if self._by_output(block, group)
+            ]
 
     def end(self) -> None:
         """Takes the hooks out again."""
@@ -79,15 +83,39 @@ class Gatherer:
             place, group = self._leaders.get(name, (GATHERED, None))
             if self.counting or group is None or place <= player.at:
                 return
+            if player.original and group.linear is not None:
+                return  # `_behind` keeps its output
             stream = player.streams.get(group.residual or "")
             x, rows, shared = args[0], *self._rows(player, name)
             if player.original:
-                player.captured[name] = Captured(x if shared is None else x[shared], stream)
+                player.captured[name] = Captured(stream, x if shared is None else x[shared])
             else:
                 mask = _fitting_mask(player.batch.counting, x, rows)
                 self._add(player, name, group, x, stream, mask)
             if self.sequential:
                 stop(place)
+
+        return hook
+
+    def _by_output(self, block: Block, group: Group) -> bool:
+        """Its drift is summed up as it reaches the output: less work unless the linear widens."""
+        if group.residual is None or self.ratio is None:
+            return False
+        linear = block.linears[group.names[0]]
+        rows, columns = weight_of(linear).shape
+        if rows <= columns:
+            group.linear, group.ratio = linear, self.ratio
+        return rows <= columns
+
+    def _behind(self, group: Group) -> Callable[..., None]:
+        """Behind a linear: keeps what the original model returns, and goes on: nothing waits for it."""
+
+        def hook(_: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
+            player = self._current()
+            if player.original:
+                # Copies, because the model may add to one or the other in place.
+                stream = player.streams[group.residual or ""].clone()
+                player.captured[group.names[0]] = Captured(stream, y=output.clone())
 
         return hook
 
@@ -111,8 +139,7 @@ class Gatherer:
             raise NumericalError(f"{name}, calibration batch {player.number}: {error}") from None
         if captured is not None:
             with clock.phase("drift"):
-                W = weight_of(self._linears[name]) if len(group.names) == 1 else None
-                group.add_drift(x, captured, stream, mask, W=W, ratio=self.ratio)
+                group.add_drift(x, captured, stream, mask)
 
     def _visits(self, routing: Routing, x: torch.Tensor, index: torch.Tensor) -> Visits:
         """In front of experts: decides which tokens of the current player pass which."""

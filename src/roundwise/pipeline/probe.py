@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from roundwise.core.correct import Drift
 from roundwise.core.hessian import CrossMoment, Hessian
 from roundwise.errors import RunError
-from roundwise.models.blocks import Block
+from roundwise.models.blocks import Block, weight_of
 from roundwise.pipeline.ranks import Ranks
 from roundwise.pipeline.saturation import Saturation
 
@@ -34,6 +33,10 @@ class Group:
     """Module whose input is the residual stream that the group's one linear adds to."""
     input_drift: CrossMoment | None = None
     residual_drift: CrossMoment | None = None
+    linear: nn.Module | None = None
+    """Its one linear, where `residual_drift` holds the original model's output X̃Wᵀ of it as well."""
+    ratio: float = 1.0
+    """How much of X̃Wᵀ: α/β."""
     held: Group | None = None
     """The sums over batches that are held out."""
     watch: Saturation | None = None
@@ -44,7 +47,7 @@ class Group:
     def part(self, *, held: bool) -> Group:
         """What a batch is summed up in."""
         if held and self.held is None:
-            self.held = Group(self.names, residual=self.residual)
+            self.held = self._alike()
         return self.held if held and self.held else self
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -61,32 +64,35 @@ class Group:
         original: Captured,
         stream: torch.Tensor | None,
         mask: torch.Tensor | None,
-        *,
-        W: torch.Tensor | None = None,
-        ratio: float | None = None,
     ) -> None:
         """Adds how far a batch's input and residual stream are from the original model's.
 
         Args:
             x, stream: input, and the residual stream that the group's linear adds to.
-            original: both in the original model.
+            original: the same in the original model.
             mask: False marks padding.
-            W: the linear's weight [out, in], if the group has but one.
-            ratio: α/β: what counts of the input's drift may be added to the stream's as it reaches
-                the output, which is less work, and less memory, unless the linear widens.
         """
         width = x.shape[-1]
-        reached = None
         if stream is not None and original.stream is not None:
-            if ratio is not None and W is not None and len(W) <= width:
-                reached = linear(original.x - x, W.to(x.dtype)).mul_(ratio)
             if self.residual_drift is None:
                 self.residual_drift = CrossMoment(stream.shape[-1], width, device=x.device)
-            self.residual_drift.add(original.stream, stream, x, mask, reached)
-        if reached is None:
+            self.residual_drift.add(original.stream, stream, x, mask, self._reached(original))
+        if original.x is not None:
             if self.input_drift is None:
                 self.input_drift = CrossMoment(width, width, device=x.device)
             self.input_drift.add(original.x, x, x, mask)
+
+    def _reached(self, original: Captured) -> torch.Tensor | None:
+        """X̃Wᵀ α/β, without the linear's bias."""
+        if self.linear is None or original.y is None:
+            return None
+        bias = self.linear.bias
+        y = original.y - bias if isinstance(bias, torch.Tensor) else original.y
+        return y if self.ratio == 1.0 else y * self.ratio
+
+    def _alike(self) -> Group:
+        """Another part of the sums."""
+        return Group(self.names, residual=self.residual, linear=self.linear, ratio=self.ratio)
 
     def join(self, ranks: Ranks, device: torch.device) -> None:
         """Makes the sums those over all ranks, of which some may have met no token."""
@@ -105,25 +111,32 @@ class Group:
                 ranks.sum(mine.sum)
                 mine.tokens = int(ranks.sum(torch.tensor([mine.tokens])))
         if any(ranks.largest(self.held is not None)):
-            self.held = self.held or Group(self.names, residual=self.residual)
+            self.held = self.held or self._alike()
             self.held.join(ranks, device)
 
-    def drift(self) -> Drift:
-        """The mean cross moments. Ends the sums."""
+    def drift(self, H: torch.Tensor) -> Drift:
+        """The mean cross moments, H being the Hessian's mean. Ends the sums; no weight is new yet."""
         moments = (self.input_drift, self.residual_drift)
-        return Drift(*(moment.mean() if moment else None for moment in moments))
+        drift = Drift(*(moment.mean() if moment else None for moment in moments))
+        if self.linear is not None:
+            drift.subtract_output(weight_of(self.linear), H, self.ratio)
+        return drift
 
     def forget(self) -> None:
         """Frees the sums."""
         self.hessian = self.input_drift = self.residual_drift = self.held = self.watch = None
+        self.linear = None
 
 
 @dataclass
 class Captured:
-    """What the original model feeds a group with: its input, and the residual stream beside it."""
+    """What the original model feeds a group with, and the residual stream beside it."""
 
-    x: torch.Tensor
     stream: torch.Tensor | None
+    x: torch.Tensor | None = None
+    """Its input; None where the output tells all that counts."""
+    y: torch.Tensor | None = None
+    """The output of `Group.linear`."""
 
 
 @dataclass
