@@ -70,7 +70,7 @@ struct Panel {
     Index ld_change;
 };
 
-// C[m, n] += A[tokens, m]ᵀ B[tokens, n]; float32, or bfloat16 with float32 sums.
+// C[m, n] += scale * A[tokens, m]ᵀ B[tokens, n]; float32, or bfloat16 with float32 sums.
 struct Moment {
     Index tokens, m, n;
     const void *A;
@@ -81,6 +81,7 @@ struct Moment {
     Index ld_C;
     bool lower; // A is B, and blocks of C above the diagonal are not needed
     bool turned; // A is given as [m, tokens]; not for bfloat16
+    float scale; // of what is added
 };
 
 // y[rows, out] = x[rows, in] Wᵀ from codes in tiles of 64 output channels.

@@ -175,14 +175,15 @@ bool has_bf16() {
 }
 
 template <class T>
-void moment(Matrix<const T> A, Matrix<const T> B, Matrix<float> C, bool lower, bool turned, int threads) {
+void moment(Matrix<const T> A, Matrix<const T> B, Matrix<float> C, bool lower, bool turned, float scale,
+            int threads) {
     const Index tokens = B.shape(0), m = A.shape(turned ? 0 : 1), n = B.shape(1);
     require(!lower || m == n, "C");
     require(!turned || sizeof(T) == 4, "A");
     const Index ld_A = turned ? rows_of(A, m, tokens, "A") : rows_of(A, tokens, m, "A");
     const Moment p{
         tokens, m, n, A.data(), ld_A, B.data(), rows_of(B, tokens, n, "B"),
-        C.data(), rows_of(C, m, n, "C"), lower, turned,
+        C.data(), rows_of(C, m, n, "C"), lower, turned, scale,
     };
     require(sizeof(T) == 4 || has_bf16(), "this processor multiplies no bfloat16");
     // A thread is worth its start from some millions of products on.

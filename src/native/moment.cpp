@@ -25,7 +25,7 @@ constexpr int COLUMNS = 2;
 constexpr int WIDE = COLUMNS * LANES;
 constexpr Index DEPTH = 256; // tokens that pass through a block at a time
 constexpr Index COPIED = 16 << 20; // bytes of B in strips at a time
-constexpr Index TILE_A = 16, TILE_B = 16; // strips of a job
+constexpr Index TILE_A = 16, TILE_B = 16, LEAST_A = 2; // strips of a job; fewer where there are few jobs
 
 // What the inner loop reads, a unit for each step and column: a float32, or two tokens' bfloat16 beside each
 // other. `pack` copies `depth` tokens of some columns into strips that are W columns wide.
@@ -91,8 +91,8 @@ struct BFloat16 {
 
 // A block of C: `units` steps over a strip of A (ROWS wide) and one of B (WIDE wide).
 template <class Type>
-inline void block(Index units, const typename Type::Unit *a, const typename Type::Unit *b, float *C,
-                  Index ld, int rows, int columns) {
+inline void block(Index units, const typename Type::Unit *a, const typename Type::Unit *b, float scale,
+                  float *C, Index ld, int rows, int columns) {
     Vec sum[ROWS][COLUMNS] = {};
     for (Index t = 0; t < units; ++t) {
 #pragma GCC unroll 16
@@ -104,17 +104,17 @@ inline void block(Index units, const typename Type::Unit *a, const typename Type
     for (int r = 0; r < rows; ++r) {
         float line[WIDE];
         std::memcpy(line, sum[r], sizeof line);
-        for (int c = 0; c < columns; ++c) C[r * ld + c] += line[c];
+        for (int c = 0; c < columns; ++c) C[r * ld + c] += scale * line[c];
     }
 }
 
-// Some rows of C (a tile of A) and some columns (strips of B, of which `b` has `units`) over all tokens.
+// Some rows of C (`strips` of A) and some columns (strips of B, of which `b` has `units`) over all tokens.
 template <class Type>
-void tile(const Moment &p, Index token, Index units, Index first_a, Index first_b, const typename Type::Unit *b,
-          typename Type::Unit *a) {
+void tile(const Moment &p, Index token, Index units, Index first_a, Index strips, Index first_b,
+          const typename Type::Unit *b, typename Type::Unit *a) {
     constexpr Index step = DEPTH / Type::tokens;
     const auto *A = static_cast<const typename Type::Input *>(p.A);
-    const Index row = first_a * ROWS, rows = least(TILE_A * ROWS, p.m - row);
+    const Index row = first_a * ROWS, rows = least(strips * ROWS, p.m - row);
     const Index end = least((first_b + TILE_B) * WIDE, p.n);
     for (Index unit = 0; unit < units; unit += step) {
         const Index depth = least(step, units - unit), t = token + unit * Type::tokens;
@@ -126,7 +126,7 @@ void tile(const Moment &p, Index token, Index units, Index first_a, Index first_
         for (Index j = first_b * WIDE; j < end; j += WIDE) {
             for (Index i = 0; i < rows; i += ROWS) {
                 if (p.lower && row + i + ROWS <= j) continue;
-                block<Type>(depth, a + i * depth, b + j * units + unit * WIDE, p.C + (row + i) * p.ld_C + j, p.ld_C,
+                block<Type>(depth, a + i * depth, b + j * units + unit * WIDE, p.scale, p.C + (row + i) * p.ld_C + j, p.ld_C,
                             static_cast<int>(least(ROWS, rows - i)), static_cast<int>(least(WIDE, p.n - j)));
             }
         }
@@ -138,7 +138,10 @@ void moment(const Moment &p, int threads) {
     typedef typename Type::Unit Unit;
     const auto *B = static_cast<const typename Type::Input *>(p.B);
     const Index strips_a = (p.m + ROWS - 1) / ROWS, strips_b = (p.n + WIDE - 1) / WIDE;
-    const Index tiles_a = (strips_a + TILE_A - 1) / TILE_A, tiles_b = (strips_b + TILE_B - 1) / TILE_B;
+    const Index tiles_b = (strips_b + TILE_B - 1) / TILE_B;
+    Index each = TILE_A;
+    while (each > LEAST_A && (strips_a + each - 1) / each * tiles_b < 4 * threads) each /= 2;
+    const Index tiles_a = (strips_a + each - 1) / each;
     // Tokens copied at a time: whole depths, and few enough for their copy to stay small.
     const Index fit = COPIED / Index(sizeof(Unit)) * Type::tokens / (strips_b * WIDE * DEPTH);
     const Index stretch = least(fit > 1 ? fit * DEPTH : DEPTH, (p.tokens + DEPTH - 1) / DEPTH * DEPTH);
@@ -154,11 +157,11 @@ void moment(const Moment &p, int threads) {
             }
         });
         in_parallel(tiles_a * tiles_b, threads, [&](Parts &parts) {
-            Scratch<Unit> mine(TILE_A * ROWS * DEPTH / Type::tokens);
+            Scratch<Unit> mine(each * ROWS * DEPTH / Type::tokens);
             for (Index job; (job = parts.next()) >= 0;) {
-                const Index first_a = job / tiles_b * TILE_A, first_b = job % tiles_b * TILE_B;
-                if (p.lower && (first_a + TILE_A) * ROWS <= first_b * WIDE) continue;
-                tile<Type>(p, token, units, first_a, first_b, copy.get(), mine.get());
+                const Index first_a = job / tiles_b * each, first_b = job % tiles_b * TILE_B;
+                if (p.lower && (first_a + each) * ROWS <= first_b * WIDE) continue;
+                tile<Type>(p, token, units, first_a, each, first_b, copy.get(), mine.get());
             }
         });
     }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from roundwise.core import products
-from roundwise.core.products import PANEL, product, solve_unit
+from roundwise.core.products import PANEL, product, reverse_cholesky, solve_triangular
 from tests.core.test_native import SETS, using
 
 #: None: plain torch.
@@ -44,15 +44,39 @@ def test_a_product_of_doubles_is_one(way: str | None) -> None:
         torch.testing.assert_close(product(A, B), A @ B, rtol=1e-13, atol=1e-12)
 
 
+WIDTHS = pytest.mark.parametrize("width", [1, PANEL, PANEL + 1, 5 * PANEL - 3])
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("width", [1, PANEL, PANEL + 1, 5 * PANEL - 3])
-def test_triangular_systems_are_solved(way: str | None, transposed: bool, width: int) -> None:
-    U = torch.eye(width) + 0.05 * matrix(width, width).triu(1)
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("unit", [False, True])
+@WIDTHS
+def test_triangular_systems_are_solved(
+    way: str | None, upper: bool, unit: bool, width: int
+) -> None:
+    whole = 0.05 * matrix(width, width)
+    whole.diagonal().copy_(torch.linspace(1.0, 2.0, width))
     B = matrix(width, 50)
     given = B.clone()
     with using(way):
-        X = solve_unit(U, B, transposed=transposed)
+        X = solve_triangular(whole, B, upper=upper, unit=unit)
     assert X is B
-    again = (U.T if transposed else U).double() @ X.double()
-    torch.testing.assert_close(again, given.double(), rtol=1e-4, atol=1e-4)
+    M = whole.triu() if upper else whole.tril()
+    if unit:
+        M.diagonal().fill_(1.0)
+    torch.testing.assert_close(M.double() @ X.double(), given.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@WIDTHS
+def test_the_reverse_factor_times_its_transpose_is_the_matrix(way: str | None, width: int) -> None:
+    X = matrix(2 * width, width)
+    A = X.T @ X / width + torch.eye(width)
+    R = A.clone()
+    with using(way):
+        assert reverse_cholesky(R)
+        indefinite = A.clone()
+        indefinite[width // 2, width // 2] = -1.0
+        assert not reverse_cholesky(indefinite)
+    assert torch.equal(R, R.triu())
+    torch.testing.assert_close(R.double() @ R.double().T, A.double(), rtol=1e-4, atol=1e-4)

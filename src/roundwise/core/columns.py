@@ -10,9 +10,12 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.factor import Factor
 from roundwise.core.grid import Grid
 from roundwise.core.order import Order
-from roundwise.core.products import product
+from roundwise.core.products import add_product, product
 from roundwise.core.quantized import QuantizedWeight
 from roundwise.core.recursion import PANEL, round_group, round_known
+
+#: Columns whose products with all those before them are one product.
+LOOK_BACK = 512
 
 
 class Columns:
@@ -46,9 +49,16 @@ class Columns:
         It is Σ_j D_j (t_j - q_j)² over all rows and columns: tr((T - Q) Ĥ (T - Q)ᵀ).
         """
         U, D, config = self.F.U, self.F.D, self.config
+        end = 0
         for a, b in self._segments():
-            # What all finished columns ask of this segment: one matrix product.
-            asked = product(U[:a, a:b].T, self.E[:a])
+            # What finished columns ask of this segment: one product for several segments, with all
+            # columns before them, and one with those between.
+            if b > end:
+                begin, end = a, max(b, min(a + LOOK_BACK, len(U)))
+                before = product(U[:begin, begin:end].T, self.E[:begin])
+            asked = before[a - begin : b - begin]
+            if a > begin:
+                add_product(asked, U[begin:a, a:b].T, self.E[begin:a])
             target, block = self.Tt[a:b], U[a:b, a:b]
             if self.known:
                 index = self.order.group[a:b]

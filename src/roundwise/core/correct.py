@@ -19,7 +19,7 @@ import torch
 
 from roundwise.core.factor import Factor
 from roundwise.core.order import columns_of
-from roundwise.core.products import product
+from roundwise.core.products import add_product
 
 #: Rows of a weight converted at a time.
 ROWS = 512
@@ -51,7 +51,7 @@ class Drift:
             for rows, part in zip(
                 torch.split(self.residual, ROWS), torch.split(W, ROWS), strict=True
             ):
-                rows.sub_(product(part.to(H.dtype), H), alpha=ratio)
+                add_product(rows, part.to(H.dtype), H, -ratio)
 
     def rows(self, rows: slice) -> Drift:
         """What concerns some rows of the weight; `residual` is a copy."""
@@ -76,7 +76,7 @@ class Drift:
             if Y is None:
                 Y = self.input.new_zeros(W.shape)
             for rows, part in zip(torch.split(Y, ROWS), torch.split(W, ROWS), strict=True):
-                rows.add_(product(part.to(Y.dtype), self.input), alpha=alpha)
+                add_product(rows, part.to(Y.dtype), self.input, alpha)
         return Y
 
 

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from roundwise.core.factor import factor
-from roundwise.core.products import product, solve_unit
+from roundwise.core.products import product, solve_triangular
 
 #: Damping of B, as a part of its mean diagonal: a few thousand gradients leave directions unseen.
 DAMP = 0.1
@@ -83,7 +83,7 @@ class Coupling:
         rows, start = self._rows, self._rows.start
         # The transpose: a narrow matrix from the right costs less.
         asked = product(self.E[:start].T, self.V[:start, rows]).T.contiguous()
-        return solve_unit(self.V[rows, rows], asked, transposed=True)[self._mine]
+        return solve_triangular(self.V[rows, rows].T, asked, upper=False)[self._mine]
 
     def done(self, E: torch.Tensor) -> None:
         """Takes the errors T - Q of our present rows [rows, in], T being what they aim at themselves."""

@@ -1,8 +1,8 @@
 """Damping, and the reverse Cholesky factor of the Hessian: H = U D Uᵀ with U unit upper triangular.
 
 The published recursion takes the Cholesky factor of H⁻¹, which costs three factorisation-sized
-steps. Flipping H in both axes, factoring and flipping back gives the same column ratios from one:
-flip(H) = L Lᵀ, R = flip(L) is upper triangular with H = R Rᵀ; U = R / diag R, D = diag(R)².
+steps. Factored from its last row to the first, H itself gives the same column ratios in one: R is
+upper triangular with H = R Rᵀ; U = R / diag R, D = diag(R)².
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from roundwise.core import native
-from roundwise.core.products import product, solve_unit
+from roundwise.core.order import in_order
+from roundwise.core.products import product, reverse_cholesky, solve_triangular
 from roundwise.errors import NumericalError, SingularError
 
 #: Largest damping tried: beyond it the result is rounding to nearest in all but name.
@@ -47,8 +47,8 @@ class Factor(NamedTuple):
 
     def divide(self, Yt: torch.Tensor) -> torch.Tensor:
         """Ĥ⁻¹ Yᵀ for Yt = Yᵀ [in, rows] in processing order, in place; it is returned."""
-        solve_unit(self.U, Yt).div_(self.D[:, None])
-        return solve_unit(self.U, Yt, transposed=True)
+        solve_triangular(self.U, Yt, upper=True).div_(self.D[:, None])
+        return solve_triangular(self.U.T, Yt, upper=False)
 
 
 def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
@@ -68,17 +68,15 @@ def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
     mean = float(H.diagonal().mean())
     if mean <= 0.0:
         raise SingularError("the Hessian is zero: no calibration input reached this layer")
-    backwards = perm.flip(0)
     tried: list[float] = []
     damp = damp_percent
     while damp <= MAX_DAMP:
         tried.append(damp)
-        R = _reordered(H, backwards)
+        R = _reordered(H, perm)
         R.diagonal().add_(damp * mean)
-        definite = _cholesky(R)
-        root = R.diagonal().flip(0)
+        definite = reverse_cholesky(R)
+        root = R.diagonal().clone()
         if definite and bool(torch.isfinite(root).all()) and float(root.min()) > 0.0:
-            _turn(R)
             return Factor(R.div_(root), root.square(), damp * mean, damp, tuple(tried))
         damp = max(10 * damp, 1e-4)
     raise SingularError(f"the Hessian is indefinite even with damping {tried[-1]:g}")
@@ -86,6 +84,8 @@ def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
 
 def _reordered(H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """H with rows and columns in another order, copied panel by panel: four times as fast as at once."""
+    if in_order(order):
+        return H.clone()
     R = torch.empty_like(H)
     for a in range(0, len(H), PANEL):
         rows = H.index_select(0, order[a : a + PANEL])
@@ -97,44 +97,3 @@ def finite(A: torch.Tensor) -> bool:
     """No NaN or infinity in a matrix: either would make a sum one. In parts, for small temporaries."""
     parts = (A[start : start + PANEL] for start in range(0, len(A), PANEL))
     return all(math.isfinite(float(part.sum(dtype=torch.float64))) for part in parts)
-
-
-def _cholesky(A: torch.Tensor) -> bool:
-    """Replaces A by its lower Cholesky factor; False if it is indefinite (A is lost then).
-
-    In panels, whose update of the rest is the extension's symmetric sum, where that is at hand.
-    """
-    if A.device.type != "cpu":
-        L, failed = torch.linalg.cholesky_ex(A.mT, upper=True)
-        A.mT.copy_(L)
-        return not int(failed)
-    if not (native.usable(A) and A.dtype == torch.float32):
-        # A is symmetric, so its transpose is the column-major matrix that LAPACK works on in place.
-        failed = torch.empty((), dtype=torch.int32, device=A.device)
-        torch.linalg.cholesky_ex(A.mT, upper=True, out=(A.mT, failed))
-        return not int(failed)
-    for a in range(0, len(A), PANEL):
-        b = min(a + PANEL, len(A))
-        L, failed = torch.linalg.cholesky_ex(A[a:b, a:b])
-        if int(failed):
-            return False
-        A[a:b, a:b] = L
-        A[a:b, b:] = 0
-        if b < len(A):
-            below = torch.linalg.solve_triangular(L, A[b:, a:b].T, upper=False).contiguous()
-            A[b:, a:b] = below.T
-            native.add_moment(A[b:, b:], -below, below, lower=True)
-    return True
-
-
-def _turn(A: torch.Tensor) -> None:
-    """Flips a square matrix in both axes, in place: a copy would be as large as H."""
-    width = len(A)
-    middle = width // 2
-    for a in range(0, middle, PANEL):
-        b = min(a + PANEL, middle)
-        front = A[a:b].flip(0, 1)
-        A[a:b] = A[width - b : width - a].flip(0, 1)
-        A[width - b : width - a] = front
-    if width % 2:
-        A[middle] = A[middle].flip(0)

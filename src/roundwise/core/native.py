@@ -97,21 +97,23 @@ def products(dtype: torch.dtype) -> torch.dtype | None:
 
 
 def add_moment(
-    C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, lower: bool = False, turned: bool = False
-) -> None:
-    """C += Aᵀ B in float32: A [tokens, m], B [tokens, n], C [m, n] float32.
+    C: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
+    *, lower: bool = False, turned: bool = False, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """C += scale · Aᵀ B in float32: A [tokens, m], B [tokens, n], C [m, n] float32.
 
     Rows must be contiguous; the distance between them is free.
 
     Args:
         lower: A is B, up to a factor; blocks above the diagonal are left as they are.
-        turned: A is given as [m, tokens]; C += A B then.
+        turned: A is given as [m, tokens], float32; C += scale · A B then.
     """
     module, threads = load()[0], torch.get_num_threads()
     if A.dtype == torch.bfloat16:
-        module.moment_bf16(A.view(torch.uint16), B.view(torch.uint16), C, lower, turned, threads)
+        halves = (X.view(torch.uint16) for X in (A, B))
+        module.moment_bf16(*halves, C, lower, turned, scale, threads)
     else:
-        module.moment(A, B, C, lower, turned, threads)
+        module.moment(A, B, C, lower, turned, scale, threads)
 
 
 def round_group(
