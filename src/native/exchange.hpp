@@ -24,28 +24,42 @@ struct Row {
     };
 
     const Panel<T> &p;
+    const T maxq;
     Index padded;
     T *g, *trial; // gradient: of the row as it is, and after the moves that are tried
-    T *low, *high; // by how many codes a column may still move
-    T *step, *own, *ratio; // scale s, s² H_jj, -1 / (s H_jj)
+    T *code;
+    T *step, *own, *ratio; // scale s, s² H_jj, -1 / (s H_jj); a ratio of zero keeps a column where it is
 
     Row(const Panel<T> &panel, Index width, T *memory)
-        : p(panel), padded(width), g(memory), trial(g + width), low(trial + width), high(low + width),
-          step(high + width), own(step + width), ratio(own + width) {}
+        : p(panel), maxq(static_cast<T>(panel.maxq)), padded(width), g(memory), trial(g + width),
+          code(trial + width), step(code + width), own(step + width), ratio(own + width) {}
 
     void fill(Index row) {
-        const T maxq = static_cast<T>(p.maxq);
-        for (Index j = 0; j < padded; ++j) g[j] = low[j] = high[j] = step[j] = own[j] = ratio[j] = T(0);
+        for (Index j = 0; j < padded; ++j) g[j] = code[j] = step[j] = own[j] = ratio[j] = T(0);
         for (Index j = 0; j < p.columns; ++j) {
             const Index group = p.grid[j];
-            const T diagonal = p.H[j * p.ld_h + j], code = static_cast<T>(p.codes[j * p.ld_codes + row]);
+            const T diagonal = p.H[j * p.ld_h + j];
             g[j] = p.G[j * p.ld_G + row];
-            low[j] = -code;
-            high[j] = maxq - code;
+            code[j] = static_cast<T>(p.codes[j * p.ld_codes + row]);
             step[j] = p.scale[group * p.ld_scale + row];
             own[j] = step[j] * step[j] * diagonal;
             ratio[j] = T(-1) / (step[j] * diagonal);
         }
+    }
+
+    // By how many codes column i is to move for its best value, as far as it can.
+    T best(Index i, T wanted) const {
+        return nearest<T>(splat<T>(wanted), splat<T>(-code[i]), splat<T>(maxq - code[i]))[0];
+    }
+
+    // Moves column i to its best code, all others fixed.
+    void settle(Index i) {
+        const T codes = best(i, g[i] * ratio[i]);
+        if (codes == T(0)) return;
+        const T *H = p.H + i * p.ld_h;
+        const T delta = codes * step[i];
+        for (Index j = 0; j < p.columns; ++j) g[j] += H[j] * delta;
+        code[i] += codes;
     }
 
     // trial = from + H_j δ for the move, and the best single move after it.
@@ -55,47 +69,41 @@ struct Row {
         typename Simd<T>::Int index{}, at{};
         for (int lane = 0; lane < L; ++lane) index[lane] = lane;
         Vec<T> least{};
-        for (Index j = 0; j < padded; j += L) {
-            const Vec<T> h = load<T>(H + j, static_cast<int>(roundwise::least(L, p.columns - j)));
+        const auto visit = [&](Index j, Vec<T> h) {
             const Vec<T> gradient = load<T>(from + j, L) + h * delta;
             store<T>(trial + j, gradient, L);
-            const Vec<T> codes = nearest<T>(gradient * load<T>(ratio + j, L), load<T>(low + j, L),
-                                            load<T>(high + j, L));
-            const Vec<T> cost = (gradient * load<T>(step + j, L) * T(2) + codes * load<T>(own + j, L)) * codes;
+            const Vec<T> wanted = gradient * load<T>(ratio + j, L), now = load<T>(code + j, L);
+            const Vec<T> codes = nearest<T>(wanted, -now, maxq - now);
+            const Vec<T> cost = (codes - wanted * T(2)) * codes * load<T>(own + j, L);
             const auto less = cost < least;
             least = less ? cost : least;
             at = less ? index : at;
             index += L;
-        }
+        };
+        Index j = 0;
+        for (; j + L <= p.columns; j += L) visit(j, load<T>(H + j, L));
+        if (j < p.columns) visit(j, load<T>(H + j, static_cast<int>(p.columns - j)));
         T lanes[L]; // not indexed in the vector itself: each lane would wait for the one before
         store<T>(lanes, least, L);
-        int best = 0;
+        int lane = 0;
         T lowest = lanes[0];
-        for (int lane = 1; lane < L; ++lane)
-            if (lanes[lane] < lowest) lowest = lanes[best = lane];
-        const Index column = static_cast<Index>(at[best]);
-        const T wanted = trial[column] * ratio[column];
-        const T codes = nearest<T>(splat<T>(wanted), splat<T>(low[column]), splat<T>(high[column]))[0];
-        return {column, codes, lowest};
+        for (int other = 1; other < L; ++other)
+            if (lanes[other] < lowest) lowest = lanes[lane = other];
+        const Index column = static_cast<Index>(at[lane]);
+        return {column, best(column, trial[column] * ratio[column]), lowest};
     }
 
-    void apply(const Move &move, T sign) {
-        low[move.column] -= sign * move.codes;
-        high[move.column] -= sign * move.codes;
-    }
-
-    // Moves column i to its best other code, lets up to `moves` - 1 others answer, and keeps it if it helps.
+    // Moves column i to its next best code, lets up to `moves` - 1 others answer, and keeps it if it helps.
     void attempt(Index i, Move *chain, int moves) {
-        const T wanted = g[i] * ratio[i];
-        T codes = nearest<T>(splat<T>(wanted), splat<T>(low[i]), splat<T>(high[i]))[0];
+        const T kept = ratio[i], wanted = g[i] * kept;
+        T codes = best(i, wanted);
         if (codes == T(0)) {
             if (!(std::abs(wanted) >= T(REACH))) return;
             codes = wanted >= T(0) ? T(1) : T(-1);
         }
-        if (codes < low[i] || codes > high[i]) return;
-        const T below = low[i], above = high[i];
-        low[i] = high[i] = T(0); // it must not move back
-        chain[0] = {i, codes, (T(2) * step[i] * g[i] + own[i] * codes) * codes};
+        if (code[i] + codes < T(0) || code[i] + codes > maxq) return;
+        ratio[i] = T(0); // it must not move back
+        chain[0] = {i, codes, (codes - wanted * T(2)) * codes * own[i]};
         T total = chain[0].cost;
         int length = 1;
         bool ended = false;
@@ -106,27 +114,25 @@ struct Row {
             ended = !(next.cost < T(0));
             if (!ended) {
                 total += next.cost;
-                apply(next, T(1));
+                code[next.column] += next.codes;
                 chain[length++] = next;
             }
         }
-        low[i] = below;
-        high[i] = above;
+        ratio[i] = kept;
         if (total < T(-WORTH) * own[i]) {
             if (!ended) answer(from, chain[length - 1]);
             std::swap(g, trial);
-            apply(chain[0], T(1));
+            code[i] += codes;
         } else {
-            for (int k = 1; k < length; ++k) apply(chain[k], T(-1));
+            for (int k = 1; k < length; ++k) code[chain[k].column] -= chain[k].codes;
         }
     }
 
     void write(Index row) const {
         for (Index j = 0; j < p.columns; ++j) {
-            std::uint8_t &code = p.codes[j * p.ld_codes + row];
-            const T after = -low[j];
-            p.change[j * p.ld_change + row] = (after - static_cast<T>(code)) * step[j];
-            code = static_cast<std::uint8_t>(after);
+            std::uint8_t &stored = p.codes[j * p.ld_codes + row];
+            p.change[j * p.ld_change + row] = (code[j] - static_cast<T>(stored)) * step[j];
+            stored = static_cast<std::uint8_t>(code[j]);
         }
     }
 };
@@ -136,11 +142,12 @@ void exchange(const Panel<T> &p, int moves, int threads) {
     constexpr Index L = Simd<T>::lanes;
     const Index padded = (p.columns + L - 1) / L * L;
     in_parallel(p.rows, threads, [&](Parts &parts) {
-        Scratch<Vec<T>> memory(7 * padded / L);
+        Scratch<Vec<T>> memory(6 * padded / L);
         Scratch<typename Row<T>::Move> chain(moves);
         for (Index row; (row = parts.next()) >= 0;) {
             Row<T> state(p, padded, reinterpret_cast<T *>(memory.get()));
             state.fill(row);
+            for (Index i = 0; i < p.columns; ++i) state.settle(i);
             for (Index i = 0; i < p.columns; ++i) state.attempt(i, chain.get(), moves);
             state.write(row);
         }

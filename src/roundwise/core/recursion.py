@@ -132,8 +132,9 @@ def exchange(
 ) -> torch.Tensor:  # fmt: skip
     """Codes of a row that move together: where no single one can be bettered, several still can.
 
-    Each column in turn moves to its best other code; then, up to `moves` - 1 times, the column that
-    gains most answers with its best move. All of it is taken back unless the loss is lower in the end.
+    First each column in turn goes to its best code, all others fixed. Then each moves to its next best;
+    up to `moves` - 1 times the column that gains most answers with its best move; and all of it is
+    taken back unless the loss is lower in the end.
 
     Args:
         H, G, grids, index, maxq, codes: as for `descend`.
@@ -153,18 +154,23 @@ def exchange(
     )
     diagonal = H.diagonal()[:, None]
     own, ratio = scale.square() * diagonal, -1 / (scale * diagonal)
-    now = before.clone()
+    now, G = before.clone(), G.clone()
+    for i in range(len(G)):
+        best = (G[i] * ratio[i]).clamp(-now[i], maxq - now[i]).round_()
+        now[i] += best
+        G.addr_(H[:, i], best * scale[i])
     for i in range(len(G)):
         wanted = G[i] * ratio[i]
         first = wanted.clamp(-now[i], maxq - now[i]).round_()
         far = (first != 0) | (wanted.abs() >= REACH)
         first = torch.where(first != 0, first, 1.0 - 2.0 * (wanted < 0).to(G.dtype))
         far &= (first >= -now[i]) & (first <= maxq - now[i])
-        total = (2 * scale[i] * G[i] + own[i] * first) * first
+        total = (first - 2 * wanted) * first * own[i]
         tried, gradient = now.clone(), G.addr(H[:, i], first * scale[i])
         for _ in range(moves - 1):
-            step = (gradient * ratio).clamp_(-tried, maxq - tried).round_()
-            cost = (2 * gradient * scale + own * step) * step
+            aimed = gradient * ratio
+            step = aimed.clamp(-tried, maxq - tried).round_()
+            cost = (step - 2 * aimed) * step * own
             cost[i] = 0.0  # it must not move back
             least, j = cost.min(dim=0)
             answer = torch.where(least < 0, step[j, row], 0.0)

@@ -153,7 +153,7 @@ def descending(
 
 @triton.jit
 def _answers(
-    free, low, gradient, scale, own, ratio, H_ptr, scale_ptr, index_ptr, k, inside, rows, maxq,
+    free, low, gradient, own, ratio, H_ptr, scale_ptr, index_ptr, k, inside, rows, maxq,
     H_stride, left,
 ):  # fmt: skip
     """Up to `left` moves, each the one of all `free` columns that gains most, until none gains.
@@ -163,9 +163,10 @@ def _answers(
     moved = tl.zeros_like(gradient)
     total = tl.sum(moved)
     while left > 0:
-        answer = _nearest(gradient * ratio, low - moved, low - moved + maxq)
+        wanted = gradient * ratio
+        answer = _nearest(wanted, low - moved, low - moved + maxq)
         answer = tl.where(free, answer, 0.0)
-        cost = (2.0 * gradient * scale + own * answer) * answer
+        cost = (answer - 2.0 * wanted) * answer * own
         least, j = tl.min(cost, axis=0, return_indices=True)
         left = tl.where(least < 0.0, left - 1, 0)
         if least < 0.0:
@@ -193,7 +194,7 @@ def exchanging(
     G_stride,
     N: tl.constexpr,
 ):
-    """Lets up to `moves` codes of one row move together, beginning with each of its n <= N columns.
+    """Each of n <= N codes of one row to its best, then up to `moves` together, beginning with each.
 
     Arguments as for `descending`. One program has one row, so that it can pass over what does not pay.
     """
@@ -212,6 +213,16 @@ def exchanging(
         here = k == i
         wanted = tl.sum(tl.where(here, gradient * ratio, 0.0))
         below = tl.sum(tl.where(here, low, 0.0))
+        best = _nearest(wanted, below, below + maxq)
+        if best != 0.0:
+            step = tl.load(scale_ptr + tl.load(index_ptr + i) * rows + row)
+            h = tl.load(H_ptr + i * H_stride + k, mask=inside, other=0.0)
+            gradient += h * (best * step)
+            low -= tl.where(here, best, 0.0)
+    for i in range(n):
+        here = k == i
+        wanted = tl.sum(tl.where(here, gradient * ratio, 0.0))
+        below = tl.sum(tl.where(here, low, 0.0))
         above = below + maxq
         first = _nearest(wanted, below, above)
         far = (first != 0.0) | (tl.abs(wanted) >= REACH)
@@ -222,10 +233,10 @@ def exchanging(
             h = tl.load(H_ptr + i * H_stride + k, mask=inside, other=0.0)
             # It must not move back.
             answers, tried, gain = _answers(
-                inside & (k != i), low, gradient + h * (first * step), scale, own, ratio, H_ptr,
+                inside & (k != i), low, gradient + h * (first * step), own, ratio, H_ptr,
                 scale_ptr + row, index_ptr, k, inside, rows, maxq, H_stride, moves - 1,
             )  # fmt: skip
-            gain += cost * first * (first - 2.0 * wanted)
+            gain += (first - 2.0 * wanted) * first * cost
             if gain + cost * WORTH < 0.0:
                 gradient = tried
                 low -= tl.where(here, first, answers)
