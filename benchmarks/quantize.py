@@ -2,6 +2,7 @@
 
     python benchmarks/quantize.py                      8 blocks, hidden 1024, 64 x 512 tokens
     python benchmarks/quantize.py --blocks 24
+    python benchmarks/quantize.py --shape 1.2b --blocks 3 --samples 128
     python benchmarks/quantize.py --against gptqmodel  alternating with a peer: A B A B
     python benchmarks/quantize.py --max-memory 700MB   with a budget, too
     python benchmarks/quantize.py --solver             one layer: against the published column loop
@@ -31,10 +32,12 @@ from parts import LENGTH, forward, hessian, seconds, solver
 from peers.environments import python_of
 
 from roundwise.core import native
+from roundwise.core.products import product
 from roundwise.models.bundled import bundled_model
 
 HERE = Path(__file__).parent
-HIDDEN, INTERMEDIATE, HEADS = 1024, 2816, 16
+#: Hidden and intermediate size, heads, and heads of keys and values.
+SHAPES = {"small": (1024, 2816, 16, 16), "1.2b": (2048, 5632, 32, 8)}
 #: What a peer is asked for: its defaults, at our batch size.
 PEERS: dict[str, dict[str, Any]] = {
     "gptqmodel": {"bits": 4, "group_size": 128},
@@ -48,18 +51,19 @@ def limits() -> dict[str, float]:
     for dtype in (torch.float32, torch.bfloat16):
         A, B = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
         name = str(dtype).removeprefix("torch.")
-        found[name] = 2 * 2048**3 / seconds(lambda A=A, B=B: A @ B) / 1e9
+        found[name] = 2 * 2048**3 / seconds(lambda A=A, B=B: product(A, B)) / 1e9
     return found
 
 
-def work_of(blocks: int, tokens: int, recipe: str) -> dict[str, float]:
+def work_of(shape: str, blocks: int, tokens: int, recipe: str) -> dict[str, float]:
     """GFLOP of each phase, counted from the shapes."""
-    d, m = HIDDEN, INTERMEDIATE
-    weights = 4 * d * d + 3 * d * m
+    d, m, heads, few = SHAPES[shape]
+    qkv = d + 2 * d * few // heads
+    weights = (qkv + d) * d + 3 * d * m
     attention = 2 * 2 * LENGTH * d * tokens  # scores and values, causal masks are not skipped
     streams = 2 if recipe == "best" else 1
     squares = 3 * d**2 + m**2  # inputs: of q/k/v, o, gate/up, down
-    products = 3 * d * d * d + d * d * d + 2 * m * d * d + d * m * m  # out · in² of every linear
+    products = (qkv + d + 2 * m) * d * d + d * m * m  # out · in² of every linear
     work = {
         "forward": streams * (2 * weights * tokens + attention),
         "hessian": tokens * squares,
@@ -68,19 +72,20 @@ def work_of(blocks: int, tokens: int, recipe: str) -> dict[str, float]:
         "solve": products * (2 + (3 if recipe == "best" else 0)),
     }
     if recipe == "best":
-        # Of q/k/v and gate/up in the input, times W once; of o and down as it reaches the output.
-        moments = 2 * d * d + 2 * (d * d + d * m)
-        work["drift"] = 2 * tokens * moments + 2 * (3 * d**3 + 2 * m * d * d)
+        # Of q/k/v and gate/up in the input, times W once; of o and down in the output, less W H.
+        moments = 2 * d * d + d * d + d * m
+        work["drift"] = 2 * tokens * moments + 2 * products
         # T Ĥ once, the gradient, two refits (half, they are symmetric). Exchanges are not products.
         work["refine"] = products * (2 + 2 + 2 * 1)
     return {phase: blocks * flop / 1e9 for phase, flop in work.items()}
 
 
-def job(scratch: Path, blocks: int, samples: int) -> dict[str, Any]:
+def job(scratch: Path, shape: str, blocks: int, samples: int) -> dict[str, Any]:
     """Writes the model; the calibration is random, as the weights are."""
     model = scratch / "model"
     if not model.exists():
-        write_model(model, HIDDEN, INTERMEDIATE, blocks, HEADS, HEADS)
+        hidden, intermediate, heads, few = SHAPES[shape]
+        write_model(model, hidden, intermediate, blocks, heads, few)
         for file in bundled_model().glob("tokenizer*"):  # peers want one, if only to save it
             shutil.copy(file, model)
     draw = random.Random(0)
@@ -129,17 +134,18 @@ def show(name: str, result: dict[str, Any], work: dict[str, float], roof: dict[s
 
 
 def whole(
-    blocks: int, samples: int, against: list[str], budgets: list[str], repeat: int, scratch: Path
-) -> None:
+    shape: str, blocks: int, samples: int, against: list[str], budgets: list[str], repeat: int,
+    scratch: Path,
+) -> None:  # fmt: skip
     """Both recipes, with each budget too, and peers alternating with them."""
     roof = limits()
     print("limits: " + ", ".join(f"{k} {v:.0f} GFLOPS" for k, v in roof.items()))
     print(
-        f"Llama, {blocks} blocks, hidden {HIDDEN}, intermediate {INTERMEDIATE}, bfloat16; "
+        f"Llama, {blocks} blocks, hidden {SHAPES[shape][0]}, intermediate {SHAPES[shape][1]}, bfloat16; "
         f"{samples} x {LENGTH} tokens; {torch.get_num_threads()} threads, "
         f"native {native.load()[1].active}"
     )
-    task = job(scratch, blocks, samples)
+    task = job(scratch, shape, blocks, samples)
     results: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeat):
         for recipe in ("textbook", "best"):
@@ -156,7 +162,7 @@ def whole(
     }
     for recipe in ("textbook", "best"):
         name = f"roundwise {recipe}"
-        show(name, medians[name], work_of(blocks, samples * LENGTH, recipe), roof)
+        show(name, medians[name], work_of(shape, blocks, samples * LENGTH, recipe), roof)
     print("\n| | seconds (all runs) | peak MB | time against textbook | peak against textbook |")
     print("|---|---|---|---|---|")
     base = medians["roundwise textbook"]
@@ -174,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--samples", type=int, default=64, help=f"windows of {LENGTH} tokens")
     parser.add_argument("--against", choices=PEERS, action="append", default=[])
@@ -193,8 +200,9 @@ def main() -> None:
     if not (args.solver or args.hessian or args.forward):
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             whole(
-                args.blocks, args.samples, args.against, args.max_memory, args.repeat, Path(scratch)
-            )
+                args.shape, args.blocks, args.samples, args.against, args.max_memory, args.repeat,
+                Path(scratch),
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -62,11 +62,13 @@ def test_the_result_is_that_of_the_chosen_damping(
     given = quantize(llama, tmp_path / "given", config=BEST.merged({"damp_percent": 0.03}))
     for index, (a, b) in enumerate(zip(auto.layers, given.layers, strict=True)):
         assert a["damp_percent"] == b["damp_percent"] == 0.03
-        # Moments joined from two parts are rounded otherwise: a tie falls the other way here and there,
-        # and every later layer meets other inputs.
-        tolerance = 0.02 if index < len(QKV) else 0.2
-        assert a["relative_error"] == pytest.approx(b["relative_error"], rel=tolerance)
         assert "damp_losses" not in b
+        if index < len(QKV):
+            assert a["relative_error"] == pytest.approx(b["relative_error"], rel=0.001)
+    # Moments joined from two parts are rounded otherwise: a tie falls the other way here and there, and
+    # every later layer meets other inputs. Together they lose the same.
+    whole = [sum(layer["relative_error"] for layer in run.layers) for run in (auto, given)]
+    assert whole[0] == pytest.approx(whole[1], rel=0.05)
 
 
 def test_held_out_batches_are_summed_up_apart(llama: Path) -> None:
