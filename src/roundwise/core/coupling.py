@@ -25,8 +25,8 @@ from roundwise.core.products import product, solve_triangular
 
 #: Damping of B, as a part of its mean diagonal: a few thousand gradients leave directions unseen.
 DAMP = 0.1
-#: Parts that coupled rows are taken in, and the fewest rows of one.
-PARTS, FEWEST = 16, 8
+#: Parts that coupled rows are taken in, and the fewest rows of one; many are whole vectors.
+PARTS, FEWEST, VECTORS = 12, 8, 32
 
 
 class Helpers(Protocol):
@@ -68,7 +68,10 @@ class Coupling:
 
     def parts(self, most: int) -> Iterator[torch.Tensor]:
         """Our rows of one part after the other, at most so many: int64 indices."""
-        step = min(most, max(FEWEST, -(-len(self.perm) // PARTS)))
+        step = max(FEWEST, -(-len(self.perm) // PARTS))
+        if step > VECTORS:
+            step = -(-step // VECTORS) * VECTORS
+        step = min(most, step)
         for rows in row_parts(len(self.perm), step):
             total = rows.stop - rows.start
             mine = slice(0, total) if self.helpers is None else self.helpers.rows(total)
