@@ -140,10 +140,15 @@ def test_the_mode_follows_the_budget_in_plan_and_run(llama, tmp_path):
     assert free.memory.mode == "true_sequential"
     assert free.memory.fits
     tight = plan(skeleton, config, samples=4, seq_len=32, budget=1000)
-    assert tight.memory.mode == "block"
+    least = min(
+        plan(skeleton, config, samples=4, seq_len=32, budget=1000, mode=mode).memory.peak_bytes
+        for mode in ("block", "true_sequential")
+    )
+    # What this process holds may grow between two plans.
+    assert tight.memory.peak_bytes == pytest.approx(least, rel=0.05)
     assert "expected to need" in tight.warnings[-1]
     result = rw.quantize(llama, tmp_path, config, windows(), samples=4, seq_len=32, max_memory=1000)
-    assert result.mode == "block"
+    assert result.mode == tight.memory.mode
     assert "expected to need" in result.not_as_asked[-1]
 
 
@@ -188,7 +193,7 @@ def test_advice_names_what_weighs_most(llama):
     assert "fewer --samples" in many.warnings[-1]
     assert "--mode true_sequential" in many.warnings[-1]  # where batches wait in a file
     waits = plan(
-        open_skeleton(llama), config, samples=8, seq_len=64, batch_size=1 << 20,
+        open_skeleton(llama), config, samples=1 << 20, seq_len=64, batch_size=1 << 20,
         mode="true_sequential", budget=1 << 30,
     )  # fmt: skip
     assert waits.memory.parked and "a smaller --batch-size" in waits.warnings[-1]

@@ -51,7 +51,7 @@ def plan_memory(
 ) -> Memory:
     """The mode that fits and the peak it leads to: true_sequential if it fits, else block.
 
-    On the CPU batches wait in a file rather than in memory where that saves true_sequential; on an
+    Where nothing fits, what needs least. On the CPU batches wait in a file rather than in memory where that saves true_sequential; on an
     accelerator they wait on the host where not even block fits.
 
     Args:
@@ -73,6 +73,7 @@ def plan_memory(
         choices.insert(1, ("true_sequential", True))
     elif device != HOST and "block" in modes:
         choices.append(("block", True))
+    tried: list[Memory] = []
     for choice, parked in choices:
         peaks = [
             forecast.memory(
@@ -86,10 +87,10 @@ def plan_memory(
         ]
         largest = max(peaks, key=lambda parts: sum(parts.values()), default={})
         parts = {**({"libraries": held} if held else {}), **largest}
-        found = Memory(choice, str(device), parked, sum(parts.values()), parts, budget)
-        if found.fits:
-            break
-    return found
+        tried.append(Memory(choice, str(device), parked, sum(parts.values()), parts, budget))
+        if tried[-1].fits:
+            return tried[-1]
+    return min(tried, key=lambda memory: memory.peak_bytes)
 
 
 def plan_disk(
