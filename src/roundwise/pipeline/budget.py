@@ -51,8 +51,8 @@ def plan_memory(
 ) -> Memory:
     """The mode that fits and the peak it leads to: true_sequential if it fits, else block.
 
-    Where nothing fits, what needs least. On the CPU batches wait in a file rather than in memory where that saves true_sequential; on an
-    accelerator they wait on the host where not even block fits.
+    Where nothing fits, what needs least. On the CPU batches wait in a file rather than in memory where
+    that saves true_sequential; on an accelerator they wait on the host where not even block fits.
 
     Args:
         skeleton: of the model.
