@@ -101,7 +101,7 @@ def run(tool: str, scratch: Path, task: dict[str, Any], settings: dict[str, Any]
         script = HERE / "peers" / f"run_{tool}.py"
         done = subprocess.run(
             [python_of(tool), script, request, answer],
-            check=False, capture_output=True, text=True,
+            cwd=folder, check=False, capture_output=True, text=True,  # some leave logs where they run
         )  # fmt: skip
         if done.returncode or not answer.exists():
             raise SystemExit(f"{tool} failed:\n{done.stderr[-2000:]}")
@@ -201,7 +201,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             whole(
                 args.shape, args.blocks, args.samples, args.against, args.max_memory, args.repeat,
-                Path(scratch),
+                Path(scratch).resolve(),
             )  # fmt: skip
 
 

@@ -86,10 +86,10 @@ def reverse_cholesky(A: torch.Tensor) -> bool:
     where that is at hand.
     """
     if not (native.usable(A) and A.dtype == torch.float32):
-        turn(A)
+        _turn(A)
         if not _cholesky(A):
             return False
-        turn(A)
+        _turn(A)
         return True
     for b in range(len(A), 0, -WIDE_PANEL):
         a = max(b - WIDE_PANEL, 0)
@@ -119,7 +119,7 @@ def _cholesky(A: torch.Tensor) -> bool:
     return not int(failed)
 
 
-def turn(A: torch.Tensor) -> None:
+def _turn(A: torch.Tensor) -> None:
     """Flips a square matrix in both axes, in place: a copy would be as large as H."""
     width = len(A)
     middle = width // 2
