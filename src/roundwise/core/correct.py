@@ -13,6 +13,7 @@ the solver needs to know.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +49,7 @@ class Drift:
             ratio: α/β, with which X̃ Wᵀ was added.
         """
         if self.residual is not None:
-            for rows, part in zip(
-                torch.split(self.residual, ROWS), torch.split(W, ROWS), strict=True
-            ):
+            for rows, part in _together(self.residual, W):
                 add_product(rows, part.to(H.dtype), H, -ratio)
 
     def rows(self, rows: slice) -> Drift:
@@ -75,7 +74,7 @@ class Drift:
         if self.input is not None and alpha:
             if Y is None:
                 Y = self.input.new_zeros(W.shape)
-            for rows, part in zip(torch.split(Y, ROWS), torch.split(W, ROWS), strict=True):
+            for rows, part in _together(Y, W):
                 add_product(rows, part.to(Y.dtype), self.input, alpha)
         return Y
 
@@ -89,8 +88,13 @@ def corrected(W: torch.Tensor, Y: torch.Tensor, perm: torch.Tensor, F: Factor) -
         perm: int64 [in], the processing order that F is in.
         F: factor of Ĥ.
     """
-    for rows, part in zip(torch.split(Y, ROWS), torch.split(W, ROWS), strict=True):
+    for rows, part in _together(Y, W):
         answer = F.divide(columns_of(rows, perm))
         rows.copy_(part)
         rows[:, perm] += answer.T
     return Y
+
+
+def _together(Y: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same rows of both, some at a time, as views."""
+    return zip(torch.split(Y, ROWS), torch.split(W, ROWS), strict=True)
