@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from memory import SHAPES, VOCABULARY, write_model
+from peers.environments import plain_python
 
 import roundwise as rw
 
@@ -72,10 +73,10 @@ def models(work: Path) -> tuple[Path, Path]:
 def contestants(work: Path, prompt: int, new: int, llamacpp: str | None) -> dict[str, Contestant]:
     """Ours first."""
     dense, packed = models(work)
-    script = PEERS / "run_generate.py"
+    python, script = plain_python(), PEERS / "run_generate.py"
     found = {
-        "roundwise 4 bit": Contestant([sys.executable, script, packed, prompt, new]),
-        "transformers bfloat16": Contestant([sys.executable, script, dense, prompt, new]),
+        "roundwise 4 bit": Contestant([python, script, packed, prompt, new]),
+        "transformers bfloat16": Contestant([python, script, dense, prompt, new]),
     }
     if llamacpp:
         shape = work / "shape.json"

@@ -101,7 +101,7 @@ inline void run_of_row(const std::uint32_t *codes, const std::int16_t *q, int un
             for (int s = 0; s < BESIDE; ++s)
                 for (int w = 0; w < W::words; ++w) {
                     const std::uint32_t *from = codes + (u * W::words + w) * TILE + (v + s) * LANES;
-                    if (bits < 4 && (v + s) * LANES % 16 == 0) __builtin_prefetch(from + AHEAD);
+                    if ((v + s) * LANES % 16 == 0) __builtin_prefetch(from + AHEAD);
                     word[s][w] = load<Bits>(from);
                 }
 #pragma GCC unroll 4
