@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 
@@ -43,6 +44,43 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
     code = f"filled = bytearray(b'1' * {300 << 20}); {code}"
     large = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(large.stdout) - int(small.stdout) > 290 << 20
+
+
+FAULTS = """
+import resource, sys, torch
+from roundwise.pipeline.memory import keeping, resident, return_early
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+return_early()
+torch.ones(5 << 20).add(1)  # whatever is loaded at first
+with keeping(sys.argv[1] == "keep"):
+    before = faults()
+    for _ in range(10):
+        x = torch.ones(5 << 20)
+        y = x + 1
+        del x, y
+    found = faults() - before
+    held = resident()
+print(found, held - resident())
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="needs glibc, whose settings these are"
+)
+def test_freed_memory_is_kept_and_returned_in_the_end() -> None:
+    (anew, nothing), (kept, returned) = (
+        map(
+            int,
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True
+            ).stdout.split(),
+        )
+        for how in ("return", "keep")
+    )
+    assert anew > 4 * kept > 0
+    assert nothing < 1 << 20
+    assert returned > 30 << 20
 
 
 def test_modes() -> None:

@@ -93,14 +93,15 @@ def test_it_is_chosen_before_block_mode_where_only_that_fits(tmp_path):
     random_model(CONFIGS["llama"]()).save_pretrained(tmp_path / "model")
     skeleton, config = open_skeleton(tmp_path / "model"), rw.QuantizeConfig(recipe="textbook")
     found, budget = [], None
-    for _ in range(3):
+    for _ in range(5):
         memory = plan_memory(skeleton, config, tokens=1 << 20, batch=64, budget=budget)
-        found.append((memory.mode, memory.parked, memory.fits))
+        found.append((memory.mode, memory.parked, memory.keeps, memory.fits))
         budget = memory.peak_bytes - 1
     # The last fits nowhere: what needs least.
     assert found == [
-        ("true_sequential", False, True), ("true_sequential", True, True),
-        ("true_sequential", True, False),
+        ("true_sequential", False, True, True), ("true_sequential", False, False, True),
+        ("true_sequential", True, True, True), ("true_sequential", True, False, True),
+        ("true_sequential", True, False, False),
     ]  # fmt: skip
 
 
@@ -171,5 +172,5 @@ def test_pages_of_a_mapped_file_leave_memory_and_keep_what_was_written_to_them(t
     tensor = torch.frombuffer(view, dtype=torch.uint8)
     assert int(tensor.sum()) == 0
     tensor[5] = 7
-    shelf._page_out(tensor.untyped_storage())
+    shelf._advise(tensor.untyped_storage(), shelf.PAGEOUT)
     assert int(tensor.sum()) == 7

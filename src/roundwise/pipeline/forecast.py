@@ -126,8 +126,9 @@ def _linears(
 
 
 def memory(
-    shapes: Shapes, config: QuantizeConfig, *, tokens: int, batch: int, mode: str, parked: bool
-) -> dict[str, int]:
+    shapes: Shapes, config: QuantizeConfig, *, tokens: int, batch: int, mode: str, parked: bool,
+    keeps: bool = False,
+) -> dict[str, int]:  # fmt: skip
     """Bytes that a run holds at its peak beyond the libraries, by what they are for.
 
     Args:
@@ -137,6 +138,7 @@ def memory(
         batch: tokens of the largest batch.
         mode: true_sequential or block.
         parked: batches that wait do so elsewhere, all of them while a layer is solved.
+        keeps: freed memory is kept for what comes next.
     """
     coupled = config.needs_gradients
 
@@ -167,6 +169,9 @@ def memory(
         found["drift"] = 4 * sum(min(x.rows, x.columns) * x.columns for x in summed)
     found["solver"] = 4 * workspace(shapes.device) * (REFINING if config.refine else SOLVING)
     found["codes and weights of a layer"] = (2 + size + 4) * entries
+    if keeps:
+        holes = {"forward of a batch": 1.5, "paused activations": 0.1}  # as measured
+        found["freed and kept"] = int(sum(found[name] * part for name, part in holes.items()))
     if parked:
         playing = ("paused activations", "forward of a batch")
         solving = ("factor", "coupling", "solver", "codes and weights of a layer")

@@ -30,7 +30,7 @@ from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.environment import difference, threads
 from roundwise.pipeline.finish import finish, shard_name, timings
 from roundwise.pipeline.journal import WORK, Journal, load_outputs, save_outputs
-from roundwise.pipeline.memory import Mode
+from roundwise.pipeline.memory import Mode, give_back, keeping
 from roundwise.pipeline.players import depth_error
 from roundwise.pipeline.prescale import Prescaler
 from roundwise.pipeline.ranks import Ranks
@@ -130,7 +130,8 @@ class Run:
         if journal is None:
             self._follow(fingerprint)
         if len(done) < len(self.skeleton.blocks):
-            with threads(fingerprint["threads"]):
+            keeps = self.memory is not None and self.memory.keeps
+            with threads(fingerprint["threads"]), keeping(keeps):
                 self._blocks(journal, done)
         with clock.phase("finish"):
             return self.ranks.agree(
@@ -191,6 +192,7 @@ class Run:
             return
         self.skeleton.load_outside_blocks()
         self._measure_gradients(first)
+        give_back()
         outputs = {
             stack: load_outputs(self.out, saved) for stack, saved in self._activations(done).items()
         }

@@ -37,8 +37,9 @@ from roundwise.pipeline.players import Player
 LEAST = 1 << 20
 #: Containers in containers that are looked into.
 DEPTH = 6
-#: madvise: pages of a mapped file go until they are read again (Linux 5.4); changed ones stay.
-PAGEOUT = 21
+#: madvise: pages of a mapped file go until they are read again (Linux 5.4), changed ones stay; memory
+#: that is filled at once comes in large pages.
+PAGEOUT, HUGE = 21, 14
 
 
 class Shelf:
@@ -109,7 +110,7 @@ class Shelf:
             if size < LEAST or not tensor.is_floating_point():
                 continue
             if not storage.resizable():  # it is mapped from a file already
-                _page_out(storage)
+                _advise(storage, PAGEOUT)
                 continue
             free = self._free.get(size)
             place = free.pop() if free else self.end
@@ -126,6 +127,7 @@ class Shelf:
         if not ref.expired():  # type: ignore[no-untyped-call]
             storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
             storage.resize_(size)
+            _advise(storage, HUGE)
             self._transfer(storage, size, place, out=False)
         self._free.setdefault(size, []).append(place)
 
@@ -149,14 +151,14 @@ class Shelf:
             done += moved
 
 
-def _page_out(storage: torch.UntypedStorage) -> None:
-    """Drops the whole pages of a mapped file from memory, where the system can."""
+def _advise(storage: torch.UntypedStorage, advice: int) -> None:
+    """Tells the system what to do with the whole pages of a storage, where it listens."""
     page, start = os.sysconf("SC_PAGE_SIZE"), storage.data_ptr()
     first = -(-start // page) * page
     length = start + storage.nbytes() - first
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     if madvise is not None and length > 0:
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), PAGEOUT)
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)
 
 
 def _key(tensor: torch.Tensor) -> int:

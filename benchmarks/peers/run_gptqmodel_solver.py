@@ -1,0 +1,36 @@
+"""Times GPTQModel's solver on one layer. Run by its own interpreter.
+
+    python run_gptqmodel_solver.py WIDTH REPEAT
+
+Prints the median seconds of quantizing a square float32 weight, 4 bit, groups of 128, its defaults
+otherwise, from a Hessian that is summed up already.
+"""
+
+import os
+import statistics
+import sys
+import time
+
+os.environ.update(CUDA_VISIBLE_DEVICES="", GPTQMODEL_CPU_WORKERS="2", HF_HUB_OFFLINE="1")
+output = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # what the library prints goes to stderr
+
+import torch  # noqa: E402
+from gptqmodel.quantization import QuantizeConfig  # noqa: E402
+from gptqmodel.quantization.gptq import GPTQ  # noqa: E402
+
+width, repeat = int(sys.argv[1]), int(sys.argv[2])
+torch.manual_seed(0)
+X = torch.randn(2 * width, width) * torch.linspace(0.2, 3.0, width)
+layer = torch.nn.Linear(width, width, bias=False)
+times = []
+with torch.inference_mode():
+    for _ in range(1 + repeat):  # the first to warm up
+        solver = GPTQ(layer, QuantizeConfig(bits=4, group_size=128))
+        solver.quantizer.configure(perchannel=True)
+        solver.add_batch(X[None], layer(X[None]))
+        solver.finalize_hessian()
+        begun = time.perf_counter()
+        solver.quantize()
+        times.append(time.perf_counter() - begun)
+print(statistics.median(times[1:]), file=output)
