@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from peers.environments import python_of
 from transformers import AutoModelForCausalLM
 
 import roundwise as rw
@@ -68,13 +71,24 @@ def rounded(W: torch.Tensor, H: torch.Tensor, config: rw.QuantizeConfig) -> Colu
     return columns
 
 
-def solver() -> None:
+def peer(width: int) -> float:
+    """Seconds of GPTQModel's solver for a layer of this width, in its own environment."""
+    script = Path(__file__).parent / "peers" / "run_gptqmodel_solver.py"
+    done = subprocess.run(
+        [python_of("gptqmodel"), script, str(width), "3"],
+        check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    return float(done.stdout)
+
+
+def solver(*, against: bool) -> None:
     """4 bit, groups of 128, float32: the textbook's rounding alone, and all of `rw.solve`.
 
     `rw.solve` also measures the relative error, which costs a product with the Hessian.
     """
-    print("| layer | published | rounding | ratio | solve, textbook | solve, best | loss ratio |")
-    print("|---|---|---|---|---|---|---|")
+    names = ["published", *(["GPTQModel"] if against else []), "rounding", "ratios"]
+    names += ["solve, textbook", "solve, best", "loss ratio"]
+    print(f"| layer | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     textbook, best = (rw.QuantizeConfig(recipe=recipe) for recipe in ("textbook", "best"))
     for width in (1024, 2048, 4096):
         X = torch.randn(2 * width, width) * torch.linspace(0.2, 3.0, width)
@@ -82,12 +96,14 @@ def solver() -> None:
         H, W = X.T @ X / len(X), 0.02 * torch.randn(width, width)
         del X
         loop = seconds(lambda W=W, H=H: published(W, H, 4, 128), 1 if width > 2048 else 3)
-        core = seconds(lambda W=W, H=H: rounded(W, H, textbook))
+        slow = [loop, *([peer(width)] if against else [])]
+        core = seconds(lambda W=W, H=H: rounded(W, H, textbook), 9)
         whole = [seconds(lambda W=W, H=H, c=c: rw.solve(W, H, c), 3) for c in (textbook, best)]
         E, P = W - rw.solve(W, H, textbook).dequantize(), W - published(W, H, 4, 128)
         ratio = float(((E @ H) * E).sum() / ((P @ H) * P).sum())
         print(
-            f"| {width} x {width} | {loop:.2f} s | {core:.3f} s | **{loop / core:.1f}x** "
+            f"| {width} x {width} | {' | '.join(f'{each:.2f} s' for each in slow)} | {core:.4f} s "
+            f"| **{', '.join(f'{each / core:.1f}x' for each in slow)}** "
             f"| {whole[0]:.3f} s | {whole[1]:.3f} s | {ratio:.4f} |",
             flush=True,
         )

@@ -4,8 +4,9 @@
     python benchmarks/quantize.py --blocks 24
     python benchmarks/quantize.py --shape 1.2b --blocks 3 --samples 128
     python benchmarks/quantize.py --against gptqmodel  alternating with a peer: A B A B
-    python benchmarks/quantize.py --max-memory 700MB   with a budget, too
+    python benchmarks/quantize.py --max-memory 700MB   textbook with a budget, too
     python benchmarks/quantize.py --solver             one layer: against the published column loop
+                                                       (--against gptqmodel: and its solver)
     python benchmarks/quantize.py --hessian            against the published accumulation
     python benchmarks/quantize.py --forward            half precision: as torch does it, and widened
 
@@ -30,6 +31,7 @@ import torch
 from memory import write_model
 from parts import LENGTH, forward, hessian, seconds, solver
 from peers.environments import plain_python, python_of
+from peers.methods import settings_of
 
 from roundwise.core import native
 from roundwise.core.products import product
@@ -40,9 +42,9 @@ HERE = Path(__file__).parent
 SHAPES = {"small": (1024, 2816, 16, 16), "1.2b": (2048, 5632, 32, 8)}
 #: What a peer is asked for: its defaults, at our batch size.
 PEERS: dict[str, dict[str, Any]] = {
-    "gptqmodel": {"bits": 4, "group_size": 128},
-    "llmcompressor": {"bits": 4, "group_size": 128, "sym": True},
+    tool: settings_of(tool, {}, 4, sym=True) for tool in ("gptqmodel", "llmcompressor")
 }
+PEERS["llmcompressor"]["batch_size"] = 8
 
 
 def limits() -> dict[str, float]:
@@ -150,7 +152,7 @@ def whole(
     results: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeat):
         for recipe in ("textbook", "best"):
-            for budget in (None, *budgets):
+            for budget in (None, *(budgets if recipe == "textbook" else ())):
                 settings = {"recipe": recipe} | ({"max_memory": budget} if budget else {})
                 name = f"roundwise {recipe}" + (f", --max-memory {budget}" if budget else "")
                 found = run("roundwise", scratch, task, settings)
@@ -193,7 +195,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="where models are written")
     args = parser.parse_args()
     if args.solver:
-        solver()
+        solver(against="gptqmodel" in args.against)
     if args.hessian:
         hessian()
     if args.forward:

@@ -120,11 +120,11 @@ def jobs(
             for seed in chosen[:1] if method == "rtn" else chosen:
                 for width in bits:
                     for sym in syms:
-                        settings = _settings(tool, options, width, sym)
+                        settings = settings_of(tool, options, width, sym)
                         yield Job(tool, method, width, sym, seed, settings)
 
 
-def _settings(tool: str, options: Settings, bits: int, sym: bool) -> Settings:
+def settings_of(tool: str, options: Settings, bits: int, sym: bool) -> Settings:
     """`options` with bits, group size and symmetry in the tool's own words."""
     group_size = GROUPS[bits]
     if tool == "llmcompressor":

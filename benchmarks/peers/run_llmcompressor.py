@@ -1,4 +1,4 @@
-"""llm-compressor: settings are `weights` (its QuantizationArgs) and those of its GPTQModifier."""
+"""llm-compressor: settings are `weights` (its QuantizationArgs), `batch_size`, and those of GPTQModifier."""
 
 import os
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def quantize(model: str, out: str, windows: list[list[int]], settings: dict[str, Any]) -> None:
     """As `measure.Quantize`."""
     settings = dict(settings)
+    batch_size = settings.pop("batch_size", 4)
     groups = {"group_0": {"targets": ["Linear"], "weights": settings.pop("weights")}}
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=settings.pop("dtype", "auto"))
     data = {"input_ids": windows, "attention_mask": [[1] * len(window) for window in windows]}
@@ -26,7 +27,7 @@ def quantize(model: str, out: str, windows: list[list[int]], settings: dict[str,
         num_calibration_samples=len(windows),
         max_seq_length=len(windows[0]),
         shuffle_calibration_samples=False,
-        batch_size=4,
+        batch_size=batch_size,
     )
     loaded.save_pretrained(out, save_compressed=True)
 

@@ -94,6 +94,11 @@ def _reordered(H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def finite(A: torch.Tensor) -> bool:
-    """No NaN or infinity in a matrix: either would make a sum one. In parts, for small temporaries."""
+    """No NaN or infinity in a matrix: either would make a sum one.
+
+    Finite numbers may overflow float32: then in float64, in parts, for small temporaries.
+    """
+    if A.dtype in (torch.float32, torch.float64) and math.isfinite(float(A.sum())):
+        return True
     parts = (A[start : start + PANEL] for start in range(0, len(A), PANEL))
     return all(math.isfinite(float(part.sum(dtype=torch.float64))) for part in parts)
