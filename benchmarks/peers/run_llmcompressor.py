@@ -1,4 +1,4 @@
-"""llm-compressor: settings are `weights` (its QuantizationArgs), `batch_size`, and those of GPTQModifier."""
+"""llm-compressor: settings are `weights` (QuantizationArgs), `batch_size`, and those of GPTQModifier."""
 
 import os
 from typing import Any
