@@ -54,8 +54,9 @@ def faults():
 return_early()
 torch.ones(5 << 20).add(1)  # whatever is loaded at first
 with keeping(sys.argv[1] == "keep"):
-    before = faults()
-    for _ in range(10):
+    for step in range(40):
+        if step == 20:  # holes have found their places by now
+            before = faults()
         x = torch.ones(5 << 20)
         y = x + 1
         del x, y
@@ -78,7 +79,7 @@ def test_freed_memory_is_kept_and_returned_in_the_end() -> None:
         )
         for how in ("return", "keep")
     )
-    assert anew > 4 * kept > 0
+    assert anew > 4 * kept
     assert nothing < 1 << 20
     assert returned > 30 << 20
 
