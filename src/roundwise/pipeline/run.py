@@ -130,7 +130,10 @@ class Run:
         if journal is None:
             self._follow(fingerprint)
         if len(done) < len(self.skeleton.blocks):
-            keeps = self.memory is not None and self.memory.keeps
+            memory = self.memory
+            # A file takes what a batch holds; what it has freed by then is given back with that.
+            parked = memory is not None and memory.parked and self.skeleton.device == HOST
+            keeps = parked or (memory is not None and memory.keeps)
             with threads(fingerprint["threads"]), keeping(keeps):
                 self._blocks(journal, done)
         with clock.phase("finish"):

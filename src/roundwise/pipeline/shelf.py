@@ -30,6 +30,7 @@ from roundwise.errors import RunError
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.writer import storage_error
 from roundwise.pipeline.budget import Memory
+from roundwise.pipeline.memory import give_back
 from roundwise.pipeline.parking import Parking
 from roundwise.pipeline.players import Player
 
@@ -48,10 +49,11 @@ class Shelf:
     Args:
         folder: where there is room for it.
         model: whatever its modules hold belongs to all batches.
+        tight: memory that a batch has left is returned to the system before the next one comes.
     """
 
-    def __init__(self, folder: Path, model: nn.Module) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, folder: Path, model: nn.Module, *, tight: bool = False) -> None:
+        self.folder, self.model, self.tight = folder, model, tight
         try:
             self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -77,6 +79,8 @@ class Shelf:
         self._of.setdefault(player.key, set()).update(self._empty(player))
         if player.twin is not None and not player.original:
             self._of.setdefault(player.twin.key, set()).update(self._empty(player.twin))
+        if self.tight:
+            give_back()
 
     def fetch(self, player: Player) -> None:
         """Fills again what a player goes on with, and what its twin holds for it."""
@@ -196,4 +200,6 @@ def parking_for(memory: Memory | None, folder: Path, skeleton: Skeleton) -> Park
     if memory is None or not memory.parked:
         return None
     on_cpu = skeleton.device == HOST
-    return Shelf(folder, skeleton.model) if on_cpu else Parking(skeleton.device)
+    if on_cpu:
+        return Shelf(folder, skeleton.model, tight=not memory.keeps)
+    return Parking(skeleton.device)
