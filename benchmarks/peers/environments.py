@@ -54,8 +54,8 @@ def _environment(name: str, sources: list[Path], installs: list[list[Any]]) -> P
         return python
     print(f"making {environment} (once)", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for what in installs:
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, *what], check=True)
     stamp.write_text(digest.hexdigest())  # last, so that a stopped installation starts anew
     return python

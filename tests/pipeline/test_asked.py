@@ -89,8 +89,9 @@ def test_a_mode_that_only_the_memory_chose(
     planned = quantize(llama, tmp_path / "wide", mode="true_sequential", **least)
     narrow = quantize(llama, tmp_path / "narrow", mode="block", **least)
     between = (planned.planned_peak_bytes + narrow.planned_peak_bytes) // 2
-    roomy = quantize(llama, tmp_path / "roomy", mode="true_sequential", **needs)
-    assert roomy.not_as_asked == []
+    for mode in ("true_sequential", "block"):
+        roomy = quantize(llama, tmp_path / f"roomy-{mode}", mode=mode, **needs)
+        assert roomy.not_as_asked == []
     with pytest.raises(StrictError, match="mode is block: true_sequential is expected to need"):
         quantize(llama, tmp_path / "out", max_memory=between, strict=True, **needs)
     quantize(llama, tmp_path / "out", max_memory=between, mode="block", strict=True, **needs)

@@ -37,6 +37,11 @@ class Memory:
     budget: int
 
     @property
+    def reuses(self) -> bool:
+        """Freed memory is kept, if only until a batch goes to the file where it waits."""
+        return self.keeps or (self.parked and self.device == "cpu")
+
+    @property
     def fits(self) -> bool:
         """The peak is within the budget."""
         return self.peak_bytes <= self.budget

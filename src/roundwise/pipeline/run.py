@@ -130,11 +130,8 @@ class Run:
         if journal is None:
             self._follow(fingerprint)
         if len(done) < len(self.skeleton.blocks):
-            memory = self.memory
-            # A file takes what a batch holds; what it has freed by then is given back with that.
-            parked = memory is not None and memory.parked and self.skeleton.device == HOST
-            keeps = parked or (memory is not None and memory.keeps)
-            with threads(fingerprint["threads"]), keeping(keeps):
+            assert self.memory is not None  # the fingerprint needed it
+            with threads(fingerprint["threads"]), keeping(self.memory.reuses):
                 self._blocks(journal, done)
         with clock.phase("finish"):
             return self.ranks.agree(

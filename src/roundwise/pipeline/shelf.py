@@ -199,7 +199,6 @@ def parking_for(memory: Memory | None, folder: Path, skeleton: Skeleton) -> Park
     """Where batches wait for which memory has no room; None: there is room."""
     if memory is None or not memory.parked:
         return None
-    on_cpu = skeleton.device == HOST
-    if on_cpu:
+    if skeleton.device == HOST:
         return Shelf(folder, skeleton.model, tight=not memory.keeps)
     return Parking(skeleton.device)
