@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from memory import SHAPES, VOCABULARY, write_model
-from peers.environments import plain_python
+from peers.environments import python_of
 
 import roundwise as rw
 
@@ -73,7 +73,7 @@ def models(work: Path) -> tuple[Path, Path]:
 def contestants(work: Path, prompt: int, new: int, llamacpp: str | None) -> dict[str, Contestant]:
     """Ours first."""
     dense, packed = models(work)
-    python, script = plain_python(), PEERS / "run_generate.py"
+    python, script = python_of("roundwise"), PEERS / "run_generate.py"
     found = {
         "roundwise 4 bit": Contestant([python, script, packed, prompt, new]),
         "transformers bfloat16": Contestant([python, script, dense, prompt, new]),

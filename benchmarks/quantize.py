@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from memory import write_model
 from parts import LENGTH, forward, hessian, seconds, solver
-from peers.environments import plain_python, python_of
+from peers.environments import python_of
 from peers.methods import settings_of
 
 from roundwise.core import native
@@ -101,9 +101,8 @@ def run(tool: str, scratch: Path, task: dict[str, Any], settings: dict[str, Any]
         request, answer = Path(folder) / "job.json", Path(folder) / "result.json"
         request.write_text(json.dumps({**task, "out": f"{folder}/out", "settings": settings}))
         script = HERE / "peers" / f"run_{tool}.py"
-        python = plain_python() if tool == "roundwise" else python_of(tool)
         done = subprocess.run(
-            [python, script, request, answer],
+            [python_of(tool), script, request, answer],
             cwd=folder, check=False, capture_output=True, text=True,  # some leave logs where they run
         )  # fmt: skip
         if done.returncode or not answer.exists():

@@ -20,13 +20,13 @@ REQUIREMENTS = {
 
 
 def python_of(tool: str) -> Path:
-    """The interpreter that has `tool`; roundwise is in our own.
+    """The interpreter that has `tool`; "roundwise" is as it is now, with nothing that it does not need.
 
     torch goes first and alone, so that no other package chooses its version or build; then the rest,
-    which the files list completely.
+    which a peer's file lists completely.
     """
     if tool == "roundwise":
-        return Path(sys.executable)
+        return _our_python()
     requirements = REQUIREMENTS.get(tool, HERE / f"requirements-{tool}.txt")
     torch = next(
         line for line in requirements.read_text().splitlines() if line.startswith("torch==")
@@ -34,8 +34,7 @@ def python_of(tool: str) -> Path:
     return _environment(tool, [requirements], [[torch], ["--no-deps", "-r", requirements]])
 
 
-def plain_python() -> Path:
-    """The interpreter that has roundwise as it is now, and nothing that it does not need."""
+def _our_python() -> Path:
     names = ["pyproject.toml", "constraints.txt", "CMakeLists.txt"]
     sources = [*(ROOT / name for name in names), *sorted((ROOT / "src").rglob("*.*"))]
     sources = [path for path in sources if path.is_file() and path.suffix != ".pyc"]
