@@ -24,6 +24,7 @@ from memory import SHAPES, write_model
 
 from roundwise.config import QuantizeConfig
 from roundwise.pipeline.forecast import REACHED, Linear, Shapes, rate, work
+from roundwise.pipeline.savepoints import PACE
 
 TOKENS = 128 * 2048
 RANKS = (1, 8, 64)
@@ -43,10 +44,12 @@ class Machine:
     """Bytes to and from ranks on others; `local` ranks are on one."""
     local: int
     disk: float
+    paced: bool = False
+    """Batches are written down at a pace, not behind every block."""
 
 
 #: 8 x H100 SXM a node: dense bfloat16 and float32 peaks, NVLink one way, 400 Gbit/s for each GPU.
-H100 = Machine("H100 (data sheet)", 989e12, 67e12, 450e9, 50e9, 8, 5e9)
+H100 = Machine("H100 (data sheet)", 989e12, 67e12, 450e9, 50e9, 8, 5e9, paced=True)
 
 
 def llama(hidden: int, intermediate: int, blocks: int, kv: int) -> Shapes:
@@ -106,7 +109,9 @@ def parts(
     found["exchange"] = sent / (machine.near if ranks <= machine.local else machine.far)
     activations = streams * tokens * shapes.hidden * shapes.itemsize / ranks
     packed = shapes.block_bytes / shapes.itemsize / 2 * 1.06
-    found["disk"] = shapes.blocks * (shapes.block_bytes + packed + activations) / machine.disk
+    found["disk"] = shapes.blocks * (shapes.block_bytes + packed) / machine.disk
+    written = shapes.blocks * activations / machine.disk
+    found["disk"] += min(written, sum(found.values()) / PACE) if machine.paced else written
     return found
 
 

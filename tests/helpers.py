@@ -218,7 +218,8 @@ def journal_blocks(out: Path) -> list[int]:
     """Blocks that the journal of an unfinished run calls finished, in the order of its lines."""
     path = out / ".roundwise" / "journal.jsonl"
     whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    return [json.loads(line)["block"] for line in whole.splitlines()[1:]]
+    lists = [json.loads(line) for line in whole.splitlines()[1:]]
+    return [block["block"] for blocks in lists for block in blocks]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,7 +19,14 @@ from roundwise.errors import CheckpointError, ConfigError
 from roundwise.models.blocks import find_blocks, set_weight, weight_of
 from roundwise.models.bundled import bundled_model
 from roundwise.models.skeleton import open_skeleton
-from tests.helpers import ARCHITECTURES, Architecture, linear_names, tensors_of
+from tests.helpers import (
+    ARCHITECTURES,
+    LLAMA,
+    Architecture,
+    linear_names,
+    random_model,
+    tensors_of,
+)
 
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -148,3 +160,38 @@ def test_linears_that_are_none_and_small_ones_stay() -> None:
         "layers.0.4": "it has fewer than 32 channels",
         "layers.0.5": "it has fewer than 32 channels",
     }
+
+
+def in_memory(file: Path) -> np.ndarray:
+    """Which pages of a file the system holds."""
+    with file.open("rb") as handle:
+        view = np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    found = np.zeros(-(-view.size // mmap.PAGESIZE), np.uint8)
+    where, size = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(view.size)
+    assert ctypes.CDLL(None).mincore(where, size, ctypes.c_void_p(found.ctypes.data)) == 0
+    return found & 1
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
+def test_a_block_is_read_before_it_is_needed(tmp_path: Path) -> None:
+    sizes = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024}
+    random_model(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    skeleton = open_skeleton(tmp_path)
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory(file).mean() > 0.5:
+        pytest.skip("needs a file system that forgets what it has read")
+    pages = []
+    for info in skeleton.block_tensors(1).values():
+        first, last = info.start // mmap.PAGESIZE, (info.start + info.nbytes - 1) // mmap.PAGESIZE
+        pages += range(first, last + 1)
+    before = in_memory(file)[pages].mean()
+    skeleton.read_ahead(1)
+    limit = time.monotonic() + 30
+    while in_memory(file)[pages].mean() < 0.99 and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert before < 0.5
+    assert in_memory(file)[pages].mean() >= 0.99
+    skeleton.read_ahead(2)  # there is none

@@ -16,7 +16,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import roundwise as rw
 from roundwise.core import native
-from tests.helpers import ARCHITECTURES, LLAMA, contents, random_model, windows
+from roundwise.pipeline.savepoints import Pace
+from tests.helpers import (
+    ARCHITECTURES,
+    LLAMA,
+    Stop,
+    contents,
+    journal_blocks,
+    random_model,
+    windows,
+)
 from tests.mixtures import MIXTURES
 from tests.toy import Backend, toy
 
@@ -53,6 +62,51 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+#: Model -> number of blocks, after how many to stop, after which it is time to write batches down, and
+#: which blocks are therefore in the journal then: all up to the last that was written down.
+STOPPED: dict[str, tuple[int, int, set[int], list[int]]] = {
+    "llama": (4, 3, {1}, [0, 1]),
+    "never": (3, 2, set(), []),
+    "t5": (4, 3, set(), [0, 1]),  # its decoder's blocks need what the last of its encoder returned
+}
+
+
+def stopped(folder: Path, name: str) -> dict[str, Any]:
+    """Stops a run on the device behind a block and goes on; what the journal had, and the outcome."""
+    blocks, count, due, _ = STOPPED[name]
+    config = transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": blocks})
+    (model("t5") if name == "t5" else random_model(config)).save_pretrained(folder / name)
+    finished: list[int] = []
+    Pace.due = lambda _: len(finished) in due  # type: ignore[method-assign]
+
+    def progress(step: Any) -> None:
+        if step.layer is None:
+            finished.append(step.block)
+            if len(finished) == count:
+                raise Stop
+
+    def run(out: Path, device: str, progress: Any = None) -> Any:
+        tokens = 16 if name == "llama" else 0  # gradients must wait for their block as well
+        settings = rw.QuantizeConfig(**TEXTBOOK, alpha=1.0, output_tokens=tokens)
+        with toy(), sdpa_kernel(SDPBackend.MATH):
+            return rw.quantize(
+                folder / name, out, settings, windows(), batch_size=2, device=device,
+                progress=progress,
+            )  # fmt: skip
+
+    out = folder / f"{name}-stopped"
+    try:
+        run(out, "toy", progress)
+    except Stop:
+        journal = journal_blocks(out)
+    resumed: list[int] = []
+    run(out, "toy", lambda step: resumed.append(step.block))
+    plain = contents(run(folder / f"{name}-plain", "cpu").output)
+    tensors = {n: digest for n, digest in plain.items() if n.endswith(".safetensors")}
+    same = all(contents(out)[n] == digest for n, digest in tensors.items())
+    return {"journal": journal, "resumed": resumed[0], "same": same and bool(tensors)}
+
+
 def main(folder: Path) -> dict[str, Any]:
     """By case, what the result says of the device, and whether all bytes are the CPU's."""
     found = {}
@@ -84,6 +138,8 @@ def main(folder: Path) -> dict[str, Any]:
             "layers": len(result.layers),
             "parked": parked,
         }
+    (folder / "stopped").mkdir()
+    found["stopped"] = {name: stopped(folder / "stopped", name) for name in STOPPED}
     try:
         with toy():
             torch.zeros(2).to("toy") + torch.zeros(2)

@@ -20,7 +20,7 @@ from roundwise.models.placement import look_up_on_host, moved
 from roundwise.models.verify import audit
 from roundwise.pipeline.ranks import Ranks
 from tests.helpers import windows
-from tests.pipeline.device_script import CASES
+from tests.pipeline.device_script import CASES, STOPPED
 from tests.toy import SETUP
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -48,6 +48,16 @@ def test_a_run_on_a_device_makes_what_the_processor_makes(ran: dict[str, Any], n
     assert found["layers"] > 0
     assert found["peak_device_bytes"] == 123456
     assert (found["parked"] > 0) == (name == "qwen3_moe")
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_stopped_run_goes_on_behind_the_last_block_written_down(
+    ran: dict[str, Any], name: str
+) -> None:
+    found, expected = ran["stopped"][name], STOPPED[name][-1]
+    assert found["journal"] == expected
+    assert found["resumed"] == len(expected)
+    assert found["same"]
 
 
 def test_the_device_refuses_what_a_gpu_refuses(ran: dict[str, Any]) -> None:

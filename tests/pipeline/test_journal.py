@@ -36,7 +36,7 @@ def test_lines_come_back_in_their_order(journal: Journal) -> None:
     journal.start({"bits": 4})
     assert journal.read() == ({"bits": 4}, [])
     for block in range(3):
-        journal.block_done(line(block), keep=set())
+        journal.blocks_done([line(block)], keep=set())
     assert journal.read() == ({"bits": 4}, [line(0), line(1), line(2)])
 
 
@@ -52,18 +52,18 @@ def test_a_line_is_on_the_disk_before_work_goes_on(
         sync(descriptor)
 
     monkeypatch.setattr("roundwise.pipeline.journal.os.fsync", record)
-    journal.block_done(line(0), keep=set())
+    journal.blocks_done([line(0)], keep=set())
     assert str(journal.path) in synced
 
 
 def test_a_torn_line_does_not_count_and_is_cut_off(journal: Journal) -> None:
     journal.start({})
-    journal.block_done(line(0), keep=set())
+    journal.blocks_done([line(0)], keep=set())
     with journal.path.open("a") as file:
         file.write('{"block": 1')
     assert journal.read()[1] == [line(0)]
     journal.trim()
-    journal.block_done(line(1), keep=set())
+    journal.blocks_done([line(1)], keep=set())
     assert journal.read()[1] == [line(0), line(1)]
 
 
@@ -120,7 +120,7 @@ def test_only_activations_that_are_needed_are_kept(journal: Journal) -> None:
     for block in range(3):
         saved = save_outputs(journal.folder.parent, block, 0, {"probe": torch.ones(2)})
         keep = {"activations-00000-0.safetensors", *saved["files"]}
-        journal.block_done(line(block, saved), keep=keep)
+        journal.blocks_done([line(block, saved)], keep=keep)
         assert {path.name for path in journal.folder.glob("activations-*")} == keep
 
 

@@ -12,6 +12,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,13 @@ class TensorInfo:
         count = self.nbytes // dtype.itemsize
         flat = torch.frombuffer(view, dtype=dtype, count=count, offset=offset)
         return flat.reshape(self.shape), view
+
+    def read_ahead(self) -> None:
+        """Has the system read its bytes while others are worked on, where it can."""
+        advise = getattr(os, "posix_fadvise", None)
+        if advise is not None:
+            with suppress(OSError), self.path.open("rb") as file:
+                advise(file.fileno(), self.start, self.nbytes, os.POSIX_FADV_WILLNEED)
 
     def rows(self, start: int, count: int) -> TensorInfo:
         """Where `count` of its rows are, from row `start` on."""

@@ -72,7 +72,7 @@ class Depth(Record):
 
 
 class FinishedBlock(Depth):
-    """A line of the journal."""
+    """One of the journal."""
 
     block: int
     shard: Name

@@ -59,6 +59,11 @@ class Skeleton:
         tensors = self.checkpoint.tensors
         return {name: tensors[name] for name, block in self._block_of.items() if block == index}
 
+    def read_ahead(self, index: int) -> None:
+        """Has the system read block `index`, if there is one, while others are worked on."""
+        for info in self.block_tensors(index).values():
+            info.read_ahead()
+
     def other_tensors(self) -> dict[str, TensorInfo]:
         """The tensors of the checkpoint outside all blocks."""
         return {n: info for n, info in self.checkpoint.tensors.items() if n not in self._block_of}

@@ -70,6 +70,10 @@ class PartInfo(TensorInfo):
             part = part[self.half * self.shape[0] :][: self.shape[0]]
         return part.clone(memory_format=torch.contiguous_format), None
 
+    def read_ahead(self) -> None:
+        """As `TensorInfo.read_ahead`, of its expert."""
+        self.whole.rows(self.expert, 1).read_ahead()
+
     def rows(self, start: int, count: int) -> TensorInfo:
         """Not to be had: a part's rows have no place of their own in the file."""
         raise CheckpointError(f"rows of a part of {self.whole_name} cannot be read alone")

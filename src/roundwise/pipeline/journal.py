@@ -1,11 +1,12 @@
 """The work folder of a run: lock, journal, activations. What makes a run resumable.
 
     OUT/.roundwise/lock            held by the process that works here
-    OUT/.roundwise/journal.jsonl   line 1: fingerprint; then one line per finished block
+    OUT/.roundwise/journal.jsonl   line 1: fingerprint; then lists of finished blocks, one after another
     OUT/.roundwise/activations-N-R.safetensors   what block N returned to the batches of rank R
 
-A block's activations and shard are on the disk before its journal line is, so a line is proof of both.
-A last line without a newline was being written when the process died: it does not count.
+A line ends with a block that a run can go on behind. Its shards and the activations of that block are on
+the disk before the line is, so a line is proof of both. A last line without a newline was being
+written when the process died: it does not count.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ WORK = ".roundwise"
 
 
 def read_journal(out: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The fingerprint of a run in a folder (None: fresh folder) and the lines of finished blocks.
+    """The fingerprint of a run in a folder (None: fresh folder) and its finished blocks.
 
     Raises:
         OutputError: it is damaged.
@@ -44,13 +45,13 @@ def read_journal(out: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]
         lines = [json.loads(line) for line in whole.splitlines()]
         if not lines:
             return None, []
-        fingerprint, done = lines[0]["fingerprint"], lines[1:]
-        wrong = damage(Fingerprint, fingerprint) or damage(list[FinishedBlock], done)
+        fingerprint, lists = lines[0]["fingerprint"], lines[1:]
+        wrong = damage(Fingerprint, fingerprint) or damage(list[list[FinishedBlock]], lists)
         if wrong:
             raise ValueError(wrong)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(f"{path} is damaged: start anew with --restart ({error})") from None
-    return fingerprint, done
+    return fingerprint, [block for blocks in lists for block in blocks]
 
 
 class Journal:
@@ -87,7 +88,7 @@ class Journal:
 
     def layers(self) -> list[dict[str, Any]]:
         """Records of all layers of finished blocks."""
-        return [layer for line in self.read()[1] for layer in line["layers"]]
+        return [layer for block in self.read()[1] for layer in block["layers"]]
 
     def start(self, fingerprint: dict[str, Any]) -> None:
         """Begins an empty journal."""
@@ -102,14 +103,14 @@ class Journal:
         for path in [*self.folder.glob("*" + PARTIAL), *self.folder.parent.glob("*" + PARTIAL)]:
             path.unlink()
 
-    def block_done(self, line: dict[str, Any], *, keep: set[str]) -> None:
-        """Records a finished block; of all activations only the files `keep` are still needed."""
-        self._append(line)
+    def blocks_done(self, blocks: list[dict[str, Any]], *, keep: set[str]) -> None:
+        """Records finished blocks; of all activations only the files `keep` are still needed."""
+        self._append(blocks)
         for path in self.folder.glob("activations-*.safetensors"):
             if path.name not in keep:
                 path.unlink()
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, line: dict[str, Any] | list[dict[str, Any]]) -> None:
         try:
             with self.path.open("ab") as file:
                 file.write(json.dumps(line).encode() + b"\n")

@@ -15,9 +15,7 @@ from typing import Any
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
-from roundwise.core.device import HOST
 from roundwise.errors import FallbackError, OutputError, RunError
-from roundwise.models.blocks import Block
 from roundwise.models.files import file_digest
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.writer import write_safetensors
@@ -29,7 +27,7 @@ from roundwise.pipeline.curvature import Curvature
 from roundwise.pipeline.damping import held_out
 from roundwise.pipeline.environment import difference, threads
 from roundwise.pipeline.finish import finish, shard_name, timings
-from roundwise.pipeline.journal import WORK, Journal, load_outputs, save_outputs
+from roundwise.pipeline.journal import WORK, Journal
 from roundwise.pipeline.memory import Mode, give_back, keeping
 from roundwise.pipeline.players import depth_error
 from roundwise.pipeline.prescale import Prescaler
@@ -37,6 +35,7 @@ from roundwise.pipeline.ranks import Ranks
 from roundwise.pipeline.record import shard_tensors
 from roundwise.pipeline.routing import Policy
 from roundwise.pipeline.saturation import watched
+from roundwise.pipeline.savepoints import Savepoints
 from roundwise.pipeline.shelf import parking_for
 from roundwise.pipeline.solving import BlockSolver
 
@@ -132,7 +131,7 @@ class Run:
         if len(done) < len(self.skeleton.blocks):
             assert self.memory is not None  # the fingerprint needed it
             with threads(fingerprint["threads"]), keeping(self.memory.reuses):
-                self._blocks(journal, done)
+                self._blocks(Savepoints(self.out, self.skeleton.blocks, done, journal, self.ranks))
         with clock.phase("finish"):
             return self.ranks.agree(
                 lambda: finish(
@@ -184,18 +183,15 @@ class Run:
             self.spent[phase] = self.spent.get(phase, 0.0) + seconds
         return taken
 
-    def _blocks(self, journal: Journal | None, done: list[dict[str, Any]]) -> None:
-        first = len(done)
+    def _blocks(self, savepoints: Savepoints) -> None:
+        first = len(savepoints.done)
         if self.texts is None:
             for index in range(first, len(self.skeleton.blocks)):
-                self._block(index, journal, done, first, None)
+                self._block(index, savepoints, first, None)
             return
         self.skeleton.load_outside_blocks()
         self._measure_gradients(first)
         give_back()
-        outputs = {
-            stack: load_outputs(self.out, saved) for stack, saved in self._activations(done).items()
-        }
         with Conductor(
             self.skeleton.model,
             self.skeleton.blocks,
@@ -203,7 +199,7 @@ class Run:
             reference=self.config.needs_reference,
             ratio=self.config.alpha / self.config.beta if self.config.beta else None,
             skip=first,
-            outputs=outputs,
+            outputs=savepoints.outputs(),
             held_out=held_out(self.config, len(self.texts.batches)),
             policy=Policy(self.config.experts, self.config.expert_tokens),
             ranks=self.ranks,
@@ -214,7 +210,7 @@ class Run:
                 conductor.enter()
                 if index == first:
                     self.skeleton.release_pages()
-                self._block(index, journal, done, first, conductor)
+                self._block(index, savepoints, first, conductor)
 
     def _measure_gradients(self, first: int) -> None:
         """What the solver weighs outputs by, where the settings ask for it."""
@@ -235,8 +231,7 @@ class Run:
     def _block(
         self,
         index: int,
-        journal: Journal | None,
-        done: list[dict[str, Any]],
+        savepoints: Savepoints,
         first: int,
         conductor: Conductor | None,
     ) -> None:
@@ -250,33 +245,31 @@ class Run:
         )  # fmt: skip
         with clock.phase("read"):
             self.skeleton.load(block.module, block.prefix)
+            self.skeleton.read_ahead(index + 1)
         played: dict[str, Any] = {
             "activations": None, "experts": {}, "depth_error": None, "saturation": None
         }  # fmt: skip
         if conductor is not None:
-            played |= self._play(index, block, conductor, solver)
+            played |= self._play(index, savepoints, conductor, solver)
         solver.rest()
         shard, digest = shard_name(index, len(self.skeleton.blocks)), ""
-        if journal is not None:
+        if savepoints.journal is not None:
             with clock.phase("write"):
                 tensors = shard_tensors(self.skeleton, index, solver.packed, solver.folded)
                 digest = write_safetensors(self.out / shard, tensors)
         self.skeleton.unload(block.module, block.prefix)
-        line = {
+        finished = {
             "block": index, "name": block.name, "shard": shard, "sha256": digest,
             "layers": solver.layers, **played, "seconds": self.lap(),
         }  # fmt: skip
-        done.append(line)
-        kept = self._activations(done).values()
-        if journal is not None:
-            journal.block_done(line, keep={name for saved in kept for name in saved["files"]})
-            self.curvature.forget(index)
+        savepoints.finished(finished, played=conductor is not None)
         self._tell(index, first, None)
 
     def _play(
-        self, index: int, block: Block, conductor: Conductor, solver: BlockSolver
+        self, index: int, savepoints: Savepoints, conductor: Conductor, solver: BlockSolver
     ) -> dict[str, Any]:
         """Plays a block with all batches; what the journal keeps of it."""
+        block = self.skeleton.blocks[index]
         groups = conductor.probe(block)
         watch = None
         if groups and self.texts and self.ranks.alone:  # a rank's part of the text says too little
@@ -291,24 +284,11 @@ class Run:
         if not block.is_head:
             with clock.phase("watch"):
                 error = depth_error(conductor.quantized, self.ranks, conductor.present)
-            with clock.phase("write"):
-                saved = save_outputs(
-                    self.out, index, self.ranks.rank, conductor.outputs(), conductor.present
-                )
-            if self.skeleton.device == HOST or conductor.parking:
-                # From here on the batches live in the file just written, not in memory.
-                conductor.replace_outputs(load_outputs(self.out, saved))
-            files = [item for each in self.ranks.each(saved) for item in each["files"].items()]
-            activations = {**saved, "files": dict(files)}
+            activations = savepoints.save(index, conductor)
         return {
             "activations": activations, "experts": routed, "depth_error": error,
             "saturation": watch.record() if watch else None,
         }  # fmt: skip
-
-    def _activations(self, done: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        """What the last finished block of each list of blocks returned: all that is needed to go on."""
-        blocks = zip(self.skeleton.blocks, done, strict=False)
-        return {block.stack: line["activations"] for block, line in blocks if line["activations"]}
 
     def _tell(self, index: int, first: int, layer: dict[str, Any] | None) -> None:
         if self.progress is not None and self.ranks.first:

@@ -1,0 +1,111 @@
+"""What a stopped run goes on from: when it is written, and when a finished block counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from roundwise.core.clock import clock
+from roundwise.core.device import HOST
+from roundwise.models.blocks import Block
+from roundwise.pipeline.conduct import Conductor
+from roundwise.pipeline.curvature import Curvature
+from roundwise.pipeline.journal import Journal, load_outputs, save_outputs
+from roundwise.pipeline.ranks import Ranks
+
+#: How many times as long as it has taken to write batches down a run works before it does so again.
+PACE = 19
+
+
+class Pace:
+    """At most a twentieth of the time goes into writing."""
+
+    def __init__(self) -> None:
+        self._last, self._cost = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        """Whether it is time again; the first time always."""
+        return time.monotonic() - self._last >= PACE * self._cost
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around the writing."""
+        begun = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._cost = self._last - begun
+
+
+class Savepoints:
+    """Those of one run.
+
+    Args:
+        out: its folder.
+        blocks: all of the model.
+        done: what is known of finished blocks, in their order; grows.
+        journal: the first rank's; None on all others.
+        ranks: with whom the work is shared.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        blocks: list[Block],
+        done: list[dict[str, Any]],
+        journal: Journal | None,
+        ranks: Ranks,
+    ) -> None:
+        self.out, self.blocks, self.done = out, blocks, done
+        self.journal, self.ranks, self.pace = journal, ranks, Pace()
+        self._unrecorded: list[dict[str, Any]] = []
+
+    def outputs(self) -> dict[int, dict[str, Any]]:
+        """What to go on from, by the stack of blocks that returned it."""
+        return {stack: load_outputs(self.out, saved) for stack, saved in self._kept().items()}
+
+    def save(self, index: int, conductor: Conductor) -> dict[str, Any] | None:
+        """Writes what block `index` returned to all batches; None: nobody needs it, or it is too early.
+
+        Batches on the CPU, and those that wait, go on from the file, which takes no memory of theirs. A
+        device would take longer to write every block than to compute it: there it is done at a `Pace`,
+        and where another stack begins, as all of its blocks need what the one before returned.
+        """
+        if index == len(self.blocks) - 1:
+            return None
+        from_file = conductor.device == HOST or conductor.parking is not None
+        ends = self.blocks[index].stack != self.blocks[index + 1].stack
+        if not (from_file or ends or self.ranks.agree(self.pace.due)):
+            return None
+        with clock.phase("write"), self.pace.writing():
+            rank, outputs = self.ranks.rank, conductor.outputs()
+            saved = save_outputs(self.out, index, rank, outputs, conductor.present)
+        if from_file:
+            conductor.replace_outputs(load_outputs(self.out, saved))
+        files = [item for each in self.ranks.each(saved) for item in each["files"].items()]
+        return {**saved, "files": dict(files)}
+
+    def finished(self, block: dict[str, Any], *, played: bool) -> None:
+        """A block is finished; recorded, with those before, once a run can go on behind it.
+
+        Args:
+            block: for the journal.
+            played: batches went through it; otherwise there is nothing to go on from but its shard.
+        """
+        self.done.append(block)
+        self._unrecorded.append(block)
+        if played and not block["activations"] and len(self.done) < len(self.blocks):
+            return
+        if self.journal is not None:
+            names = {name for saved in self._kept().values() for name in saved["files"]}
+            self.journal.blocks_done(self._unrecorded, keep=names)
+            for each in self._unrecorded:
+                Curvature(self.out).forget(each["block"])
+        self._unrecorded = []
+
+    def _kept(self) -> dict[int, dict[str, Any]]:
+        """The activations last written of each stack: all that is needed to go on."""
+        blocks = zip(self.blocks, self.done, strict=False)
+        return {block.stack: line["activations"] for block, line in blocks if line["activations"]}
