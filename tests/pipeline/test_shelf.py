@@ -13,6 +13,7 @@ from greenlet import greenlet
 from torch import nn
 
 import roundwise as rw
+from roundwise.core import pages
 from roundwise.errors import StorageError
 from roundwise.pipeline import shelf
 from roundwise.pipeline.players import ENTER, Player, stop
@@ -172,5 +173,5 @@ def test_pages_of_a_mapped_file_leave_memory_and_keep_what_was_written_to_them(t
     tensor = torch.frombuffer(view, dtype=torch.uint8)
     assert int(tensor.sum()) == 0
     tensor[5] = 7
-    shelf._advise(tensor.untyped_storage(), shelf.PAGEOUT)
+    pages.advise(tensor.data_ptr(), tensor.nbytes, pages.PAGEOUT)
     assert int(tensor.sum()) == 7

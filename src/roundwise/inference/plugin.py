@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from roundwise.errors import CheckpointError
 from roundwise.inference.attention import use_grouped_attention
-from roundwise.inference.mapped import MappedFiles
+from roundwise.inference.mapped import MappedFiles, leave_in_files
 from roundwise.inference.qlinear import QuantLinear
 from roundwise.inference.replace import replace_linears
 from roundwise.inference.streamed import stream_large
@@ -56,6 +56,7 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
             stored = [module.qweight, module.qzeros, module.scales]
             module.prepare()
             files.release(stored)
+        leave_in_files(model, files)
         stream_large(model)
         use_grouped_attention(model)
         return model

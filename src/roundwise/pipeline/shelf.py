@@ -26,6 +26,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from roundwise.core.device import HOST
+from roundwise.core.pages import HUGE, PAGEOUT, advise
 from roundwise.errors import RunError
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.writer import storage_error
@@ -38,9 +39,6 @@ from roundwise.pipeline.players import Player
 LEAST = 1 << 20
 #: Containers in containers that are looked into.
 DEPTH = 6
-#: madvise: pages of a mapped file go until they are read again (Linux 5.4), changed ones stay; memory
-#: that is filled at once comes in large pages.
-PAGEOUT, HUGE = 21, 14
 
 
 class Shelf:
@@ -114,7 +112,7 @@ class Shelf:
             if size < LEAST or not tensor.is_floating_point():
                 continue
             if not storage.resizable():  # it is mapped from a file already
-                _advise(storage, PAGEOUT)
+                advise(storage.data_ptr(), size, PAGEOUT)
                 continue
             free = self._free.get(size)
             place = free.pop() if free else self.end
@@ -131,7 +129,7 @@ class Shelf:
         if not ref.expired():  # type: ignore[no-untyped-call]
             storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
             storage.resize_(size)
-            _advise(storage, HUGE)
+            advise(storage.data_ptr(), size, HUGE)
             self._transfer(storage, size, place, out=False)
         self._free.setdefault(size, []).append(place)
 
@@ -153,16 +151,6 @@ class Shelf:
             if not moved:
                 raise RunError(f"a file in {self.folder} is shorter than what was written to it")
             done += moved
-
-
-def _advise(storage: torch.UntypedStorage, advice: int) -> None:
-    """Tells the system what to do with the whole pages of a storage, where it listens."""
-    page, start = os.sysconf("SC_PAGE_SIZE"), storage.data_ptr()
-    first = -(-start // page) * page
-    length = start + storage.nbytes() - first
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if madvise is not None and length > 0:
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -1,0 +1,49 @@
+"""What the system is told about pages of this process's memory, where it listens."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from pathlib import Path
+
+import torch
+
+#: madvise. Pages of a mapped file go until they are read again, and with them what was changed (DONTNEED);
+#: the same, but changed ones stay, and the system forgets what it has read (PAGEOUT, Linux 5.4); memory
+#: that is filled at once comes in large pages (HUGE).
+DONTNEED, PAGEOUT, HUGE = 4, 21, 14
+#: Bits of an entry of /proc/self/pagemap: the page is in memory, in the swap file, a file's.
+PRESENT, SWAPPED, OF_FILE = 63, 62, 61
+
+
+def whole_pages(start: int, nbytes: int) -> tuple[int, int]:
+    """Address and bytes of the whole pages of a range; a range of none has 0 or fewer bytes."""
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    return first, (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+
+
+def advise(start: int, nbytes: int, advice: int) -> None:
+    """madvise for the whole pages of a range of addresses."""
+    first, length = whole_pages(start, nbytes)
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is not None and length > 0:
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)
+
+
+def only_read(start: int, nbytes: int) -> bool:
+    """Whether the whole pages of a range are a file's, none of them changed; False if nobody can tell.
+
+    A private map's page is a file's until it is written to, and the process's own from then on.
+    """
+    first, length = whole_pages(start, nbytes)
+    try:
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
+            file.seek(first // mmap.PAGESIZE * 8)
+            data = bytearray(file.read(max(0, length) // mmap.PAGESIZE * 8))
+    except OSError:
+        return False
+    if len(data) != max(0, length) // mmap.PAGESIZE * 8 or not data:
+        return False
+    entries = torch.frombuffer(data, dtype=torch.int64)
+    held = (entries >> SWAPPED) & 3 != 0
+    return bool(((entries >> OF_FILE) & 1 == 1)[held].all())
