@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-#: madvise. Pages of a mapped file go until they are read again, and with them what was changed (DONTNEED);
-#: the same, but changed ones stay, and the system forgets what it has read (PAGEOUT, Linux 5.4); memory
-#: that is filled at once comes in large pages (HUGE).
+#: madvise. Pages of a mapped file go until they are read again, and what was changed is lost (DONTNEED);
+#: the same, but what was changed stays, and the system forgets what it has read (PAGEOUT, Linux 5.4);
+#: memory that is filled at once comes in large pages (HUGE).
 DONTNEED, PAGEOUT, HUGE = 4, 21, 14
 #: Bits of an entry of /proc/self/pagemap: the page is in memory, in the swap file, a file's.
 PRESENT, SWAPPED, OF_FILE = 63, 62, 61
@@ -23,7 +23,7 @@ def whole_pages(start: int, nbytes: int) -> tuple[int, int]:
 
 
 def advise(start: int, nbytes: int, advice: int) -> None:
-    """madvise for the whole pages of a range of addresses."""
+    """Tells the system (madvise) of the whole pages of a range of addresses."""
     first, length = whole_pages(start, nbytes)
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     if madvise is not None and length > 0:

@@ -88,4 +88,4 @@ def leave_in_files(model: nn.Module, files: MappedFiles) -> None:
             place = module.weight.data_ptr()
             if users[place] == 1 and files.holds(module.weight):
                 module.__class__ = MappedEmbedding
-                module.place = place
+                vars(module)["place"] = place
