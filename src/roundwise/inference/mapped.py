@@ -12,7 +12,7 @@ from torch import nn
 from roundwise.core.pages import DONTNEED, advise, only_read
 
 #: Tokens that are looked up before the pages of a table go, and bytes from which on a table is worth it.
-LOOKUPS, LARGE = 128, 16 << 20
+LOOKUPS, LARGE = 32, 16 << 20
 
 
 class MappedFiles:
