@@ -7,17 +7,14 @@ row, over enough copies of the layer that no cache holds them.
 """
 
 import copy
-import os
 import statistics
 import sys
 import time
 
-os.environ.update(CUDA_VISIBLE_DEVICES="", GPTQMODEL_CPU_WORKERS="2", HF_HUB_OFFLINE="1")
-output = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # what the library prints goes to stderr
+from quiet import output  # isort: skip  # before all others
 
-import torch  # noqa: E402
-from gptqmodel import GPTQModel  # noqa: E402
+import torch
+from gptqmodel import GPTQModel
 
 folder, name, copies = sys.argv[1], sys.argv[2], int(sys.argv[3])
 model = GPTQModel.load(folder, device="cpu", dtype=torch.bfloat16).model.eval()

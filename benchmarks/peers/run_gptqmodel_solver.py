@@ -6,18 +6,15 @@ Prints the median seconds of quantizing a square float32 weight, 4 bit, groups o
 otherwise, from a Hessian that is summed up already.
 """
 
-import os
 import statistics
 import sys
 import time
 
-os.environ.update(CUDA_VISIBLE_DEVICES="", GPTQMODEL_CPU_WORKERS="2", HF_HUB_OFFLINE="1")
-output = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # what the library prints goes to stderr
+from quiet import output  # isort: skip  # before all others
 
-import torch  # noqa: E402
-from gptqmodel.quantization import QuantizeConfig  # noqa: E402
-from gptqmodel.quantization.gptq import GPTQ  # noqa: E402
+import torch
+from gptqmodel.quantization import QuantizeConfig
+from gptqmodel.quantization.gptq import GPTQ
 
 width, repeat = int(sys.argv[1]), int(sys.argv[2])
 torch.manual_seed(0)

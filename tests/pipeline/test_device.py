@@ -14,7 +14,7 @@ from torch import nn
 
 import roundwise as rw
 from roundwise.core.device import HOST, free_memory, named, parse_device, peak_memory
-from roundwise.core.hessian import Hessian, add_product
+from roundwise.core.hessian import Hessian, add_moment
 from roundwise.errors import ConfigError
 from roundwise.models.placement import look_up_on_host, moved
 from roundwise.models.verify import audit
@@ -126,7 +126,7 @@ def test_products_of_half_precision_are_summed_up_in_float32(dtype: torch.dtype)
     exact = x.double().T @ x.double() / len(x)
     torch.testing.assert_close(hessian.mean().cpu().double(), exact, rtol=2e-5, atol=2e-5)
     total = torch.zeros(640, 640, device=cuda)
-    add_product(total, x.to(cuda), x.to(cuda))
+    add_moment(total, x.to(cuda), x.to(cuda))
     torch.testing.assert_close(total.cpu().double() / len(x), exact, rtol=2e-5, atol=2e-5)
 
 

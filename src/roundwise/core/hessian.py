@@ -39,12 +39,31 @@ def directly(x: torch.Tensor, total: torch.Tensor) -> bool:
     return x.device.type == "cuda" and half and total.dtype == torch.float32
 
 
-def add_product(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
-    """C += Aᵀ B of A [n, m] and B [n, k], both in the type of C, or such as `directly` takes."""
-    if A.dtype == C.dtype:
-        C.addmm_(A.T, B)
-    else:
-        C.add_(torch.mm(A.T, B, out_dtype=C.dtype))
+def add_moment(
+    total: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, lower: bool = False
+) -> None:
+    """`total` += Aᵀ B of A [n, m] and B [n, k], both in `type_of_products`.
+
+    Args:
+        total: [m, k], float32 or float64.
+        lower: A is B; what is above the diagonal's tiles is left out.
+    """
+    if natively(A, total):
+        native.add_moment(total, A, B, lower=lower)
+        return
+    width = TILE if lower else total.shape[1]
+    for start in range(0, total.shape[1], width):
+        columns = slice(start, start + width)
+        rows = slice(start if lower else 0, None)
+        if A.dtype == total.dtype:
+            total[rows, columns].addmm_(A[:, rows].T, B[:, columns])
+        else:
+            total[rows, columns] += torch.mm(A[:, rows].T, B[:, columns], out_dtype=total.dtype)
+
+
+def type_of_products(x: torch.Tensor, total: torch.Tensor) -> torch.dtype:
+    """In which factors of products that go into `total` are multiplied."""
+    return x.dtype if natively(x, total) or directly(x, total) else total.dtype
 
 
 class Hessian:
@@ -74,21 +93,14 @@ class Hessian:
             NumericalError: an entry of `x` that counts is NaN or infinite, or its square overflows.
         """
         rows = counted(x, mask)
-        width = rows.shape[1]
-        if natively(rows, self.sum):
-            native.add_moment(self.sum, rows, rows, lower=True)
-        else:
-            if not directly(rows, self.sum):
-                rows = rows.to(self.sum.dtype)
-            for start in range(0, width, TILE):
-                stop = min(start + TILE, width)
-                add_product(self.sum[start:, start:stop], rows[:, start:], rows[:, start:stop])
+        rows = rows.to(type_of_products(rows, self.sum))
+        add_moment(self.sum, rows, rows, lower=True)
         self.tokens += rows.shape[0]
         # A NaN or infinity in channel k reaches H[k, k] whatever the signs, so the diagonal tells all.
         bad = (~torch.isfinite(self.sum.diagonal())).nonzero().flatten()
         if len(bad):
             raise NumericalError(
-                f"NaN, infinite or overflowing input in {len(bad)} of {width} channels "
+                f"NaN, infinite or overflowing input in {len(bad)} of {rows.shape[1]} channels "
                 f"(first: channel {int(bad[0])})"
             )
 
@@ -144,15 +156,11 @@ class CrossMoment:
         y, x, original = (counted(each, mask) for each in (y, x, original))
         self.tokens += len(x)
         # A product of half precision takes the distance rounded to it: so it is computed in it.
-        half = natively(x, self.sum) or directly(x, self.sum)
-        dtype = x.dtype if half else self.sum.dtype
+        dtype = type_of_products(x, self.sum)
         distance = original.to(dtype) - y.to(dtype)
         if more is not None:
             distance += counted(more, mask)
-        if natively(x, self.sum):
-            native.add_moment(self.sum, distance, x, lower=False)
-        else:
-            add_product(self.sum, distance, x.to(dtype))
+        add_moment(self.sum, distance, x.to(dtype))
 
     def mean(self) -> torch.Tensor:
         """(Ỹ - Y)ᵀX / n, [rows, columns]. Ends the sum."""
