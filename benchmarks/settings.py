@@ -26,8 +26,7 @@ from peers.texts import parts
 
 from roundwise.inference.kernels.native import NativeKernel
 
-#: Outputs alike: settings are compared without what makes up for most of their differences.
-DEFAULT = {"bits": 4, "group_size": 128, "sym": True, "output_tokens": 0}
+DEFAULT = {"bits": 4, "group_size": 128, "sym": True}
 WIDTHS: list[dict[str, Any]] = [DEFAULT | {"bits": bits} for bits in (2, 3, 4, 8)]
 GROUPS = [DEFAULT | {"bits": b, "group_size": g} for b in (3, 4) for g in (32, 64, 128, -1)]
 LANES = [
