@@ -149,13 +149,13 @@ def beyond_budget(memory: Memory) -> str:
             if memory.mode == "block" and memory.device == "cpu"
             else ""
         ),
-        "logits and their gradient": "--output-tokens 0 needs none",
+        "logits and their gradient": "--output-tokens 0, which needs none",
         "forward of a batch": "a smaller --batch-size",
-    }.get(most, "--recipe textbook needs less" if "drift" in memory.parts else "more memory")
+    }.get(most, "--recipe textbook" if "drift" in memory.parts else "more memory")
     return (
         f"the run is expected to need {memory.peak_bytes / 1e9:.1f} GB on {memory.device}, more than "
         f"the {memory.budget / 1e9:.1f} GB there are: most of it is {most} "
-        f"({memory.parts[most] / 1e9:.1f} GB); {advice}"
+        f"({memory.parts[most] / 1e9:.1f} GB); what helps: {advice}"
     )
 
 
