@@ -77,7 +77,9 @@ class Savepoints:
             return None
         from_file = conductor.device == HOST or conductor.parking is not None
         ends = self.blocks[index].stack != self.blocks[index + 1].stack
-        if not (from_file or ends or self.ranks.agree(self.pace.due)):
+        # All ranks or none: where one has no room for its batches, the others write theirs too.
+        wanted = ends or any(self.ranks.largest(int(from_file)))
+        if not (wanted or self.ranks.agree(self.pace.due)):
             return None
         with clock.phase("write"), self.pace.writing():
             rank, outputs = self.ranks.rank, conductor.outputs()
