@@ -117,7 +117,7 @@ def jobs(
             if wanted != method and (wanted in methods or wanted not in method):
                 continue
             chosen = seeds if method in ALL_SEEDS or wanted else seeds[:1]
-            for seed in chosen[:1] if method == "rtn" else chosen:
+            for seed in [0] if method == "rtn" else chosen:
                 for width in bits:
                     for sym in syms:
                         settings = settings_of(tool, options, width, sym)
