@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from roundwise.models.blocks import weight_of
 from roundwise.models.checkpoint import OWN
 from roundwise.models.skeleton import Skeleton
-from roundwise.pipeline.conduct import Conductor, Group
+from roundwise.pipeline.conduct import Conductor
+from roundwise.pipeline.probe import Group
 from roundwise.pipeline.routing import Policy
 from roundwise.pipeline.windows import Batch
 

@@ -14,7 +14,8 @@ from roundwise.core.widen import widening
 from roundwise.errors import NumericalError, RunError
 from roundwise.models.skeleton import open_skeleton
 from roundwise.pipeline.calibration import load_calibration
-from roundwise.pipeline.conduct import Conductor, Group
+from roundwise.pipeline.conduct import Conductor
+from roundwise.pipeline.probe import Group
 from tests.helpers import ARCHITECTURES, batches, conduct, hidden, inputs, windows
 
 MODES = pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "block"])

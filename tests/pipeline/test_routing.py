@@ -15,7 +15,8 @@ from roundwise.core.correct import Drift
 from roundwise.models.experts import LinearExperts
 from roundwise.models.skeleton import Skeleton, open_skeleton
 from roundwise.pipeline.calibration import load_calibration
-from roundwise.pipeline.conduct import Conductor, Group
+from roundwise.pipeline.conduct import Conductor
+from roundwise.pipeline.probe import Group
 from roundwise.pipeline.routing import Policy
 from roundwise.pipeline.windows import Batch
 from tests.helpers import batches, conduct, hidden, inputs, random_model, windows

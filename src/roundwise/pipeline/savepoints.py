@@ -11,10 +11,10 @@ from typing import Any
 from roundwise.core.clock import clock
 from roundwise.core.device import HOST
 from roundwise.models.blocks import Block
-from roundwise.pipeline.conduct import Conductor
 from roundwise.pipeline.curvature import Curvature
 from roundwise.pipeline.journal import Journal, load_outputs, save_outputs
 from roundwise.pipeline.ranks import Ranks
+from roundwise.pipeline.stage import Stage
 
 #: How many times as long as it has taken to write batches down a run works before it does so again.
 PACE = 19
@@ -66,7 +66,7 @@ class Savepoints:
         """What to go on from, by the stack of blocks that returned it."""
         return {stack: load_outputs(self.out, saved) for stack, saved in self._kept().items()}
 
-    def save(self, index: int, conductor: Conductor) -> dict[str, Any] | None:
+    def save(self, index: int, stage: Stage) -> dict[str, Any] | None:
         """Writes what block `index` returned to all batches; None: nobody needs it, or it is too early.
 
         Batches on the CPU, and those that wait, go on from the file, which takes no memory of theirs. A
@@ -75,17 +75,17 @@ class Savepoints:
         """
         if index == len(self.blocks) - 1:
             return None
-        from_file = conductor.device == HOST or conductor.parking is not None
+        from_file = stage.device == HOST or stage.parking is not None
         ends = self.blocks[index].stack != self.blocks[index + 1].stack
         # All ranks or none: where one has no room for its batches, the others write theirs too.
         wanted = ends or any(self.ranks.largest(int(from_file)))
         if not (wanted or self.ranks.agree(self.pace.due)):
             return None
         with clock.phase("write"), self.pace.writing():
-            rank, outputs = self.ranks.rank, conductor.outputs()
-            saved = save_outputs(self.out, index, rank, outputs, conductor.present)
+            rank, outputs = self.ranks.rank, stage.outputs()
+            saved = save_outputs(self.out, index, rank, outputs, stage.present)
         if from_file:
-            conductor.replace_outputs(load_outputs(self.out, saved))
+            stage.replace_outputs(load_outputs(self.out, saved))
         files = [item for each in self.ranks.each(saved) for item in each["files"].items()]
         return {**saved, "files": dict(files)}
 
