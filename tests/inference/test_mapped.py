@@ -123,7 +123,7 @@ def test_a_page_is_a_files_until_it_is_written_to(tmp_path: Path) -> None:
     with path.open("rb") as file:
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensor = torch.frombuffer(view, dtype=torch.uint8)
-    assert only_read(tensor.data_ptr(), tensor.nbytes)  # not read at all yet
+    assert not only_read(tensor.data_ptr(), tensor.nbytes)  # not read at all yet
     assert int(tensor.sum()) == 0
     assert only_read(tensor.data_ptr(), tensor.nbytes)
     tensor[5 * mmap.PAGESIZE] = 1

@@ -31,8 +31,9 @@ def advise(start: int, nbytes: int, advice: int) -> None:
 
 
 def only_read(start: int, nbytes: int) -> bool:
-    """Whether the whole pages of a range are a file's, none of them changed; False if nobody can tell.
+    """Whether pages of a range were read from a file and none was changed; False if nobody can tell.
 
+    Of whole pages, one at least in memory: where a system tells nothing, it looks as if none were.
     A private map's page is a file's until it is written to, and the process's own from then on.
     """
     first, length = whole_pages(start, nbytes)
@@ -46,4 +47,4 @@ def only_read(start: int, nbytes: int) -> bool:
         return False
     entries = torch.frombuffer(data, dtype=torch.int64)
     held = (entries >> SWAPPED) & 3 != 0
-    return bool(((entries >> OF_FILE) & 1 == 1)[held].all())
+    return bool(held.any()) and bool(((entries >> OF_FILE) & 1 == 1)[held].all())
