@@ -47,7 +47,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 rw.quantize(
                     bundled_model(), Path(scratch) / "out",
-                    rw.QuantizeConfig(bits=bits, output_tokens=0),
+                    rw.QuantizeConfig(bits=bits),
                     calibration, samples=SAMPLES, seq_len=LENGTH,
                 )  # fmt: skip
                 seconds = time.monotonic() - begun

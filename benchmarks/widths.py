@@ -52,10 +52,10 @@ def main() -> None:
 
     for seed in args.seeds:
         for bits in args.bits:
-            size = measure(f"{bits} bit", rw.QuantizeConfig(bits=bits, output_tokens=0), seed)
-            measure(f"target {size:.3f}", rw.QuantizeConfig(target_bpw=size, output_tokens=0), seed)
+            size = measure(f"{bits} bit", rw.QuantizeConfig(bits=bits), seed)
+            measure(f"target {size:.3f}", rw.QuantizeConfig(target_bpw=size), seed)
         for target in args.target:
-            measure(f"target {target}", rw.QuantizeConfig(target_bpw=target, output_tokens=0), seed)
+            measure(f"target {target}", rw.QuantizeConfig(target_bpw=target), seed)
 
 
 if __name__ == "__main__":
