@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -358,6 +359,28 @@ class TestRefused:
         model, out = stopped
         (out / ".roundwise" / "journal.jsonl").write_text("{]\n")
         with pytest.raises(OutputError, match=r"journal.jsonl is damaged.*--restart"):
+            quantize(model, out)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"activations": None},
+            {"block": 1},
+            {"name": "model.layers.7"},
+            {"layers": [{"name": "model.layers.0.mlp.other"}]},
+        ],
+    )
+    def test_a_journal_of_something_else(
+        self, stopped: tuple[Path, Path], change: dict[str, Any]
+    ) -> None:
+        model, out = stopped
+        path = out / ".roundwise" / "journal.jsonl"
+        first, blocks = path.read_text().splitlines()
+        (block,) = json.loads(blocks)
+        if "layers" in change:
+            change = {"layers": [block["layers"][0] | change["layers"][0]]}
+        path.write_text(f"{first}\n{json.dumps([block | change])}\n")
+        with pytest.raises(OutputError, match=r"the journal in .* is damaged.*--restart"):
             quantize(model, out)
 
     def test_restart_begins_anew(self, stopped: tuple[Path, Path], tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 from roundwise.config import QuantizeConfig
 from roundwise.core.clock import clock
 from roundwise.errors import FallbackError, OutputError, RunError
-from roundwise.models.files import file_digest
 from roundwise.models.skeleton import Skeleton
 from roundwise.models.writer import write_safetensors
 from roundwise.pipeline import environment
@@ -35,7 +34,7 @@ from roundwise.pipeline.ranks import Ranks
 from roundwise.pipeline.record import shard_tensors
 from roundwise.pipeline.routing import Policy
 from roundwise.pipeline.saturation import watched
-from roundwise.pipeline.savepoints import Savepoints
+from roundwise.pipeline.savepoints import Savepoints, check_finished
 from roundwise.pipeline.shelf import parking_for
 from roundwise.pipeline.solving import BlockSolver
 
@@ -157,12 +156,7 @@ class Run:
                 "use the same settings to go on, or --restart to begin anew"
             )
         journal.trim()
-        for line in done:
-            shard = self.out / line["shard"]
-            if not shard.exists() or file_digest(shard) != line["sha256"]:
-                raise RunError(
-                    f"{shard} was changed or removed since it was written: use --restart"
-                )
+        check_finished(self.out, self.skeleton.blocks, done, played=self.texts is not None)
         journal.check_outputs()
         return fingerprint, done
 

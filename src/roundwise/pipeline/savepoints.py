@@ -10,9 +10,11 @@ from typing import Any
 
 from roundwise.core.clock import clock
 from roundwise.core.device import HOST
+from roundwise.errors import OutputError, RunError
 from roundwise.models.blocks import Block
+from roundwise.models.files import file_digest
 from roundwise.pipeline.curvature import Curvature
-from roundwise.pipeline.journal import Journal, load_outputs, save_outputs
+from roundwise.pipeline.journal import WORK, Journal, load_outputs, save_outputs
 from roundwise.pipeline.ranks import Ranks
 from roundwise.pipeline.stage import Stage
 
@@ -37,6 +39,36 @@ class Pace:
         yield
         self._last = time.monotonic()
         self._cost = self._last - begun
+
+
+def check_finished(
+    out: Path, blocks: list[Block], done: list[dict[str, Any]], *, played: bool
+) -> None:
+    """What a journal calls finished is of this model, and its shards are what was written.
+
+    Args:
+        out: folder of the run.
+        blocks: all of the model.
+        done: from the journal.
+        played: batches go through the blocks, and must have come as far.
+
+    Raises:
+        OutputError: the journal is damaged.
+        RunError: a shard is not what was written.
+    """
+    known = [
+        (line["block"], line["name"]) == (index, block.name)
+        and all(layer["name"] in block.linears for layer in line["layers"])
+        for index, (block, line) in enumerate(zip(blocks, done, strict=False))
+    ]
+    unfinished = bool(done) and len(done) < len(blocks)
+    lost = played and unfinished and not done[-1]["activations"]
+    if len(done) > len(blocks) or not all(known) or lost:
+        raise OutputError(f"the journal in {out / WORK} is damaged: start anew with --restart")
+    for line in done:
+        shard = out / line["shard"]
+        if not shard.exists() or file_digest(shard) != line["sha256"]:
+            raise RunError(f"{shard} was changed or removed since it was written: use --restart")
 
 
 class Savepoints:
