@@ -23,6 +23,7 @@ import torch
 from memory import SHAPES, write_model
 
 from roundwise.config import QuantizeConfig
+from roundwise.core.device import HOST
 from roundwise.pipeline.forecast import REACHED, Linear, Shapes, rate, work
 from roundwise.pipeline.savepoints import PACE
 
@@ -62,7 +63,7 @@ def llama(hidden: int, intermediate: int, blocks: int, kv: int) -> Shapes:
     )
     linears = [q, small, small, o, wide, wide, down]
     return Shapes(
-        linears, [q, o, wide, down], 2 * sum(x.entries for x in linears), hidden, 2, blocks
+        linears, [q, o, wide, down], 2 * sum(x.entries for x in linears), hidden, 2, blocks, HOST
     )
 
 
@@ -75,7 +76,7 @@ def deepseek() -> Shapes:
     routed = [Linear(x.rows, x.columns, part) for x in shared]
     inputs = [*attention[1:], *shared[1:], *(256 * routed[1:])]
     linears = [*attention, *shared, *(256 * routed)]
-    return Shapes(linears, inputs, 2 * sum(x.entries for x in linears), hidden, 2, 61)
+    return Shapes(linears, inputs, 2 * sum(x.entries for x in linears), hidden, 2, 61, HOST)
 
 
 MODELS = {
@@ -119,7 +120,13 @@ def print_model(config: QuantizeConfig) -> None:
     """The table of the docs."""
     torch.set_num_threads(1)
     core = Machine(
-        "one core, measured", rate(torch.bfloat16), rate(torch.float32), 2e9, 1e9, 64, 1e9
+        "one core, measured",
+        rate(torch.bfloat16, HOST),
+        rate(torch.float32, HOST),
+        2e9,
+        1e9,
+        64,
+        1e9,
     )
     print(
         f"one core: {core.model_flops / 1e9:.0f} GFLOPS bfloat16, {core.float32_flops / 1e9:.0f} float32"
