@@ -119,15 +119,8 @@ def parts(
 def print_model(config: QuantizeConfig) -> None:
     """The table of the docs."""
     torch.set_num_threads(1)
-    core = Machine(
-        "one core, measured",
-        rate(torch.bfloat16, HOST),
-        rate(torch.float32, HOST),
-        2e9,
-        1e9,
-        64,
-        1e9,
-    )
+    rates = [rate(dtype, HOST) for dtype in (torch.bfloat16, torch.float32)]
+    core = Machine("one core, measured", *rates, 2e9, 1e9, 64, 1e9)
     print(
         f"one core: {core.model_flops / 1e9:.0f} GFLOPS bfloat16, {core.float32_flops / 1e9:.0f} float32"
     )

@@ -55,10 +55,11 @@ def add_moment(
     for start in range(0, total.shape[1], width):
         columns = slice(start, start + width)
         rows = slice(start if lower else 0, None)
+        part, left, right = total[rows, columns], A[:, rows].T, B[:, columns]
         if A.dtype == total.dtype:
-            total[rows, columns].addmm_(A[:, rows].T, B[:, columns])
+            part.addmm_(left, right)
         else:
-            total[rows, columns] += torch.mm(A[:, rows].T, B[:, columns], out_dtype=total.dtype)
+            part.add_(torch.mm(left, right, out_dtype=total.dtype))
 
 
 def type_of_products(x: torch.Tensor, total: torch.Tensor) -> torch.dtype:
