@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import roundwise as rw
+from roundwise.models.blocks import Block
 from roundwise.models.skeleton import Skeleton
 from roundwise.pipeline import savepoints
-from roundwise.pipeline.savepoints import Pace
+from roundwise.pipeline.journal import Journal
+from roundwise.pipeline.ranks import Ranks
+from roundwise.pipeline.savepoints import Pace, Savepoints
 from tests.helpers import LLAMA, Stop, windows
+from tests.pipeline.test_journal import line
 
 
 def test_writing_takes_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,9 +61,7 @@ def test_the_next_block_is_read_while_one_is_played(
     assert all(later == block + 1 for block, later in found)
 
 
-def test_finished_blocks_are_recorded_together(llama: Path, tmp_path: Path) -> None:
-    """A line that was being written when the process died takes none of the others with it."""
-
+def test_a_finished_block_is_recorded(llama: Path, tmp_path: Path) -> None:
     def stop(step: rw.Progress) -> None:
         if step.layer is None:
             raise Stop
@@ -68,3 +71,19 @@ def test_finished_blocks_are_recorded_together(llama: Path, tmp_path: Path) -> N
         rw.quantize(llama, tmp_path, config, windows(), progress=stop)
     lines = (tmp_path / ".roundwise" / "journal.jsonl").read_text().splitlines()
     assert [block["block"] for block in json.loads(lines[1])] == [0]
+
+
+def test_finished_blocks_are_recorded_together(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.start({})
+    blocks = [Block(f"layers.{index}", nn.Module(), {}) for index in range(4)]
+    points = Savepoints(tmp_path, blocks, [], journal, Ranks())
+    saved = {"files": {"activations-00001-0.safetensors": "0"}, "places": None}
+    recorded = []
+    for index, activations in enumerate([None, saved, None, None]):
+        points.finished(line(index, activations), played=True)
+        recorded.append(len(journal.path.read_text().splitlines()) - 1)
+        read = [block["block"] for block in journal.read()[1]]
+        assert read == ([], [0, 1], [0, 1], [0, 1, 2, 3])[index]
+    assert recorded == [0, 1, 1, 2]  # the last needs nothing to go on from
+    journal.close()
