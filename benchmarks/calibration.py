@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import roundwise as rw
+from roundwise.calibration.sources import read_text
+from roundwise.checkpoint.hub import bundled_model
 from roundwise.evaluation.divergence import divergence
-from roundwise.models.bundled import bundled_model
-from roundwise.pipeline.texts import read_text
 
 TOKENS, SAMPLES, LENGTH, VOCABULARY = 20_480, 128, 512, 4096
 

@@ -25,11 +25,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import roundwise as rw
+from roundwise.calibration.sources import read_text
+from roundwise.checkpoint.hub import bundled_model
+from roundwise.checkpoint.reader import Checkpoint
 from roundwise.evaluation.divergence import divergence
-from roundwise.models.bundled import bundled_model
-from roundwise.models.checkpoint import Checkpoint
-from roundwise.models.scaling import scalable_norms
-from roundwise.pipeline.texts import read_text
+from roundwise.model.norm_scaling import scalable_norms
 
 TOKENS = 20_480
 VARIANTS: dict[str, dict[str, Any]] = {

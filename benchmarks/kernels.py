@@ -29,12 +29,12 @@ import torch
 from peers.environments import python_of
 
 from roundwise import QuantizeConfig
-from roundwise.core.packing import WIDTHS, pack
+from roundwise.checkpoint.gptq_format import quantization_config
+from roundwise.checkpoint.hub import bundled_model
+from roundwise.checkpoint.writer import write_json, write_safetensors
+from roundwise.core.quantized_weight import WIDTHS, pack
 from roundwise.inference.kernels.base import PackedWeight
-from roundwise.inference.kernels.native import NativeKernel
-from roundwise.models.bundled import bundled_model
-from roundwise.models.formats import quantization_config
-from roundwise.models.writer import write_json, write_safetensors
+from roundwise.inference.kernels.cpp import NativeKernel
 
 SHAPES = ((4096, 4096), (2048, 8192), (2048, 2048))
 GROUP, UNCACHED, ROUNDS = 128, 250e6, 5

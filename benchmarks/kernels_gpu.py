@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from roundwise.core.packing import WIDTHS, pack
+from roundwise.core.quantized_weight import WIDTHS, pack
 from roundwise.inference.kernels.base import PackedWeight
 from roundwise.inference.kernels.triton import TritonKernel
 

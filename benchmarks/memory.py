@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from roundwise.models.writer import write_json, write_safetensors
+from roundwise.checkpoint.writer import write_json, write_safetensors
 
 SHAPES = {
     "1.2b": {"hidden": 2048, "intermediate": 5632, "blocks": 26, "heads": 32, "kv_heads": 4},

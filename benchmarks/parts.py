@@ -17,12 +17,12 @@ from peers.environments import python_of
 from transformers import AutoModelForCausalLM
 
 import roundwise as rw
-from roundwise.core.columns import Columns
+from roundwise.checkpoint.hub import bundled_model
+from roundwise.core.act_order import columns_of
 from roundwise.core.hessian import Hessian
-from roundwise.core.order import columns_of
+from roundwise.core.rounding import Columns
 from roundwise.core.solver import prepare
-from roundwise.core.widen import multiplies, widening
-from roundwise.models.bundled import bundled_model
+from roundwise.system.half_matmul import multiplies, widening
 
 LENGTH = 512
 

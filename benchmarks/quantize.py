@@ -33,9 +33,9 @@ from parts import LENGTH, forward, hessian, seconds, solver
 from peers.environments import python_of
 from peers.methods import settings_of
 
-from roundwise.core import native
-from roundwise.core.products import product
-from roundwise.models.bundled import bundled_model
+from roundwise.checkpoint.hub import bundled_model
+from roundwise.core.backends import cpp
+from roundwise.core.linalg import product
 
 HERE = Path(__file__).parent
 #: Hidden and intermediate size, heads, and heads of keys and values.
@@ -145,7 +145,7 @@ def whole(
     print(
         f"Llama, {blocks} blocks, hidden {SHAPES[shape][0]}, intermediate {SHAPES[shape][1]}, bfloat16; "
         f"{samples} x {LENGTH} tokens; {torch.get_num_threads()} threads, "
-        f"native {native.load()[1].active}"
+        f"native {cpp.load()[1].active}"
     )
     task = job(scratch, shape, blocks, samples)
     results: dict[str, list[dict[str, Any]]] = {}

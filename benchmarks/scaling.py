@@ -23,9 +23,9 @@ import torch
 from memory import SHAPES, write_model
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.device import HOST
-from roundwise.pipeline.forecast import REACHED, Linear, Shapes, rate, work
-from roundwise.pipeline.savepoints import PACE
+from roundwise.plan.cost_model import REACHED, Linear, Shapes, rate, work
+from roundwise.run.resume import PACE
+from roundwise.system.device import HOST
 
 TOKENS = 128 * 2048
 RANKS = (1, 8, 64)
@@ -147,7 +147,7 @@ def measure(recipe: str, blocks: int) -> None:
         script = Path(scratch) / "run.py"
         script.write_text(
             "import random, sys, roundwise as rw\n"
-            "from roundwise.pipeline.ranks import joined\n"
+            "from roundwise.system.distributed import joined\n"
             "draw = random.Random(0)\n"
             "windows = [[draw.randrange(32000) for _ in range(512)] for _ in range(64)]\n"
             "with joined():\n"

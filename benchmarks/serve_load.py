@@ -31,7 +31,7 @@ import torch
 import transformers
 
 import roundwise
-from roundwise.models.bundled import bundled_model
+from roundwise.checkpoint.hub import bundled_model
 
 PROMPTS = (
     "def read_file(path):",

@@ -24,7 +24,7 @@ from peers.evaluator import LENGTH, Evaluator
 from peers.methods import Job
 from peers.texts import parts
 
-from roundwise.inference.kernels.native import NativeKernel
+from roundwise.inference.kernels.cpp import NativeKernel
 
 DEFAULT = {"bits": 4, "group_size": 128, "sym": True}
 WIDTHS: list[dict[str, Any]] = [DEFAULT | {"bits": bits} for bits in (2, 3, 4, 8)]

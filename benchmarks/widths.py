@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import roundwise as rw
+from roundwise.calibration.sources import read_text
+from roundwise.checkpoint.hub import bundled_model
 from roundwise.evaluation.divergence import divergence
-from roundwise.models.bundled import bundled_model
-from roundwise.pipeline.texts import read_text
 
 TOKENS = 20_480
 

@@ -13,7 +13,7 @@ import transformers
 from hypothesis import settings
 
 import roundwise as rw
-from roundwise.models.bundled import bundled_model
+from roundwise.checkpoint.hub import bundled_model
 from tests.helpers import ARCHITECTURES, LLAMA, Commands, random_model, windows
 from tests.mixtures import MIXTURES
 

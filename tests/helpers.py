@@ -19,13 +19,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from roundwise.models.blocks import weight_of
-from roundwise.models.checkpoint import OWN
-from roundwise.models.skeleton import Skeleton
-from roundwise.pipeline.conduct import Conductor
-from roundwise.pipeline.probe import Group
-from roundwise.pipeline.routing import Policy
-from roundwise.pipeline.windows import Batch
+from roundwise.calibration.windows import Batch
+from roundwise.checkpoint.reader import OWN
+from roundwise.forward.expert_tokens import Policy
+from roundwise.forward.input_groups import Group
+from roundwise.forward.scheduler import Conductor
+from roundwise.model.blocks import weight_of
+from roundwise.model.streamed import Skeleton
 
 VOCABULARY = 128
 #: Sizes that every small model has, under the names that most architectures use.
@@ -250,8 +250,8 @@ _NURSERY = """
 import json, os, runpy, resource, signal, sys, traceback
 import roundwise.cli, roundwise.inference.load, roundwise.evaluation.perplexity
 import matplotlib.figure, matplotlib.backends.backend_svg
-from roundwise.models.skeleton import open_skeleton
-from roundwise.pipeline.prepare import load_tokenizer
+from roundwise.model.streamed import open_skeleton
+from roundwise.run.prepare import load_tokenizer
 warm = open_skeleton(sys.argv[1])  # imports what transformers imports late
 load_tokenizer(warm.checkpoint)
 for line in sys.stdin:

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peers.reader import Dense, read_dense
+from roundwise.calibration.dataset import load_calibration
+from roundwise.calibration.sources import read_text
 from roundwise.evaluation.divergence import divergence
-from roundwise.pipeline.calibration import load_calibration
-from roundwise.pipeline.texts import read_text
 
 SAMPLES, LENGTH = 128, 512
 #: Characters that are enough for one held-out token.

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from roundwise import perplexity
-from roundwise.pipeline.texts import read_documents, read_text
+from roundwise.calibration.sources import read_documents, read_text
 
 BEGIN, END = "<s>", "</s>"
 

@@ -10,7 +10,7 @@
 namespace roundwise {
 namespace {
 
-// As in core/recursion.py: how far from its best value a column must be for its other code to be tried, in
+// As in core/backends/reference.py: how far from its best value a column must be for its other code to be tried, in
 // steps, and which part of the cost of such a step must be won.
 constexpr double REACH = 0.25, WORTH = 1e-4;
 

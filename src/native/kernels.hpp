@@ -10,7 +10,7 @@ using Index = std::int64_t;
 
 enum class Search : int { minmax = 0, weighted = 1 };
 
-// One group of columns whose grid is to be found; see core/columns.py for the maths.
+// One group of columns whose grid is to be found; see core/rounding.py for the maths.
 template <class T>
 struct Group {
     Index columns, rows;

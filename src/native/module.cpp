@@ -282,7 +282,7 @@ void bind(nb::module_ &m) {
 NB_MODULE(_native, m) {
     nb::set_leak_warnings(false); // a model that lives until the interpreter ends is no leak
     chosen = supported().front();
-    m.doc() = "The solver's inner loops in C++; core/native.py is the one who calls them.";
+    m.doc() = "The solver's inner loops in C++; core/backends/cpp.py is the one who calls them.";
     m.def("instruction_sets", &instruction_sets, "What this processor can run, the widest first.");
     m.def("active", [] { return std::string(chosen->name); });
     m.def("use", &use);

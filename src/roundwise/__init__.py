@@ -15,19 +15,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from roundwise.inference import autoload
+from roundwise.inference import import_hooks
 from roundwise.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from roundwise.config import QuantizeConfig
     from roundwise.core.hessian import Hessian
-    from roundwise.core.quantized import QuantizedWeight
+    from roundwise.core.quantized_weight import QuantizedWeight
     from roundwise.core.solver import round_to_nearest, solve
     from roundwise.errors import RoundwiseError
     from roundwise.evaluation.perplexity import perplexity
     from roundwise.evaluation.report.page import write_report
     from roundwise.inference.load import load
-    from roundwise.pipeline.quantize import QuantizeResult, quantize
+    from roundwise.run.api import QuantizeResult, quantize
 
 __all__ = [
     "Hessian",
@@ -46,18 +46,18 @@ __all__ = [
 _HOME = {
     "Hessian": "roundwise.core.hessian",
     "QuantizeConfig": "roundwise.config",
-    "QuantizeResult": "roundwise.pipeline.quantize",
-    "QuantizedWeight": "roundwise.core.quantized",
+    "QuantizeResult": "roundwise.run.api",
+    "QuantizedWeight": "roundwise.core.quantized_weight",
     "RoundwiseError": "roundwise.errors",
     "load": "roundwise.inference.load",
     "perplexity": "roundwise.evaluation.perplexity",
-    "quantize": "roundwise.pipeline.quantize",
+    "quantize": "roundwise.run.api",
     "round_to_nearest": "roundwise.core.solver",
     "solve": "roundwise.core.solver",
     "write_report": "roundwise.evaluation.report.page",
 }
 
-autoload.register()
+import_hooks.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -262,6 +262,10 @@ class QuantizeConfig(BaseModel):
         """This config with some settings replaced and no overrides of its own."""
         return QuantizeConfig(**{**self.model_dump(exclude={"dynamic"}), **changes})
 
+    def is_overridden(self, name: str) -> bool:
+        """Whether a pattern of `dynamic` decides about the module `name`."""
+        return any(re.search(pattern, name) for pattern in self.dynamic)
+
     def for_module(self, name: str) -> QuantizeConfig | None:
         """Settings for the module `name`; None: leave it as it is."""
         for pattern, changes in self.dynamic.items():

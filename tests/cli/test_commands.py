@@ -18,11 +18,11 @@ import pytest
 import transformers
 
 import roundwise as rw
+from roundwise.calibration import sources
 from roundwise.cli import main
 from roundwise.cli.commands import generate
 from roundwise.inference.prompts import encode_chat
-from roundwise.models.verify import audit
-from roundwise.pipeline import texts
+from roundwise.verify import audit
 from tests.helpers import CHAT_TEMPLATE, Commands, Ended, contents, edited_json, random_model
 from tests.mixtures import MIXTURES
 
@@ -353,10 +353,10 @@ class TestDemo:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> Iterator[Callable[..., str]]:
-        monkeypatch.setattr("roundwise.models.bundled.bundled_model", lambda: first_block)
+        monkeypatch.setattr("roundwise.checkpoint.hub.bundled_model", lambda: first_block)
         monkeypatch.setattr("roundwise.cli.commands.demo.TOKENS", 400)
-        some = {kept: list(islice(texts._stdlib(held_out=kept), 4)) for kept in (True, False)}
-        monkeypatch.setattr(texts, "_stdlib", lambda *, held_out: some[held_out])
+        some = {kept: list(islice(sources._stdlib(held_out=kept), 4)) for kept in (True, False)}
+        monkeypatch.setattr(sources, "_stdlib", lambda *, held_out: some[held_out])
         handler = signal.getsignal(signal.SIGTERM)
 
         def run(*arguments: object) -> str:

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import roundwise
-from roundwise.models.convert import convert
+from roundwise.convert import convert
 from tests.clients import reference
 from tests.clients.conftest import LENGTH, Client, Quantize
 

@@ -31,7 +31,7 @@ def test_its_command_line(ours: Quantize, tmp_path: Path) -> None:
     data.write_text(json.dumps(question) + "\n")
     (tmp_path / "choice.yaml").write_text(TASK.format(data=data))
     ended = subprocess.run(
-        [sys.executable, "-m", "roundwise.evaluation.harness", "--model", "roundwise",
+        [sys.executable, "-m", "roundwise.evaluation.lm_eval_model", "--model", "roundwise",
          "--model_args", f"pretrained={ours(bits=4, group_size=128)},dtype=float32",
          "--tasks", "own_choice", "--include_path", tmp_path, "--device", "cpu",
          "--output_path", tmp_path / "out"],

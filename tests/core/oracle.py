@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from roundwise.core.order import Order
+from roundwise.core.act_order import Order
 
 
 @dataclass

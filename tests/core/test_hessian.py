@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from roundwise import Hessian, QuantizeConfig, solve
-from roundwise.core import hessian, native
-from roundwise.core.correct import Drift
+from roundwise.core import hessian
+from roundwise.core.backends import cpp
+from roundwise.core.drift import Drift
 from roundwise.core.hessian import CrossMoment
 from roundwise.errors import NumericalError
 
@@ -57,9 +58,9 @@ def test_no_token_gives_zeros() -> None:
 
 
 needs_native = pytest.mark.skipif(
-    native.load()[0] is None, reason=f"needs the native extension: {native.load()[1].reason}"
+    cpp.load()[0] is None, reason=f"needs the native extension: {cpp.load()[1].reason}"
 )
-SETS = native.load()[0].instruction_sets() if native.load()[0] else []
+SETS = cpp.load()[0].instruction_sets() if cpp.load()[0] else []
 
 
 @needs_native
@@ -71,21 +72,21 @@ SETS = native.load()[0].instruction_sets() if native.load()[0] else []
 def test_native_sums_equal_the_plain_product(
     name: str, dtype: torch.dtype, tokens: int, m: int, n: int
 ) -> None:
-    native.load()[0].use(name)
+    cpp.load()[0].use(name)
     try:
-        if native.products(dtype) is None:
+        if cpp.products(dtype) is None:
             pytest.skip(f"needs an instruction for {dtype} in {name}")
         generator = torch.Generator().manual_seed(tokens)
         A, B = (torch.randn(tokens, k, generator=generator).to(dtype) for k in (m, n))
         C = torch.ones(m, n)
-        native.add_moment(C, A, B, lower=False)
+        cpp.add_moment(C, A, B, lower=False)
         torch.testing.assert_close(C.double(), A.double().T @ B.double() + 1, rtol=1e-5, atol=1e-4)
         H = torch.zeros(m, m)
-        native.add_moment(H, A, A, lower=True)
+        cpp.add_moment(H, A, A, lower=True)
         exact = A.double().T @ A.double()
         torch.testing.assert_close(H.tril().double(), exact.tril(), rtol=1e-5, atol=1e-4)
     finally:
-        native.load()[0].use(SETS[0])
+        cpp.load()[0].use(SETS[0])
 
 
 def test_what_the_dtype_of_the_inputs_does_to_the_loss() -> None:

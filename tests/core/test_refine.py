@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roundwise import QuantizeConfig, QuantizedWeight, solve
-from roundwise.core.recursion import REACH, WORTH
+from roundwise.core.backends.reference import REACH, WORTH
 from roundwise.core.refine import Refiner, refine
 from tests.core.test_solver import layer
 

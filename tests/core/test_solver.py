@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roundwise import QuantizeConfig, round_to_nearest, solve
+from roundwise.core.act_order import processing_order
 from roundwise.core.grid import Grid
-from roundwise.core.order import processing_order
 from roundwise.errors import ConfigError, NumericalError, SingularError
 from tests.core import oracle
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import roundwise as rw
+from roundwise.checkpoint.gptq_format import dynamic_of, quantization_config
 from roundwise.evaluation.compare import Protocol, compare
 from roundwise.evaluation.perplexity import perplexity
-from roundwise.models.formats import dynamic_of, quantization_config
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import roundwise as rw
+from roundwise.calibration.sources import read_text
 from roundwise.errors import CalibrationError, NumericalError
-from roundwise.pipeline.texts import read_text
 from tests.helpers import windows
 
 TOKENS = 2_200

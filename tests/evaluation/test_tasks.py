@@ -133,7 +133,7 @@ def test_lm_eval_knows_us_by_name(tiny: Path, folder: Path) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    import roundwise.evaluation.harness  # noqa: F401  # registers
+    import roundwise.evaluation.lm_eval_model  # noqa: F401  # registers
 
     found = lm_eval.simple_evaluate(
         model="roundwise", model_args=f"pretrained={tiny},dtype=float32", tasks=["own_choice"],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from roundwise.evaluation.verdict import TaskChange, degradation, task_changes, verdict
+from roundwise.evaluation.compare import TaskChange, degradation, task_changes, verdict
 
 
 @pytest.mark.parametrize(

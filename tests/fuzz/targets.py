@@ -17,17 +17,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import roundwise as rw
+from roundwise.calibration.dataset import load_calibration
+from roundwise.checkpoint.hub import bundled_model
+from roundwise.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from roundwise.cli.commands.inspect import describe
+from roundwise.convert import convert
 from roundwise.errors import Interrupted, RoundwiseError
-from roundwise.models.bundled import bundled_model
-from roundwise.models.checkpoint import INDEX, SINGLE, Checkpoint
-from roundwise.models.convert import convert
-from roundwise.models.skeleton import open_skeleton
-from roundwise.models.verify import audit
-from roundwise.pipeline.calibration import load_calibration
-from roundwise.pipeline.plan import plan
-from roundwise.pipeline.prepare import load_tokenizer
-from roundwise.pipeline.repeat import repeat
+from roundwise.model.streamed import open_skeleton
+from roundwise.plan.plan import plan
+from roundwise.run.prepare import load_tokenizer
+from roundwise.run.reproduce import repeat
+from roundwise.verify import audit
 from tests.helpers import CHAT_TEMPLATE, random_model
 
 transformers.logging.set_verbosity_error()

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import roundwise as rw
-from roundwise.core.device import parse_device
+from roundwise.checkpoint.hub import bundled_model
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.inference.generation import Detokenizer, Generated, Sampling, StopTexts, generate
 from roundwise.inference.prompts import encode_chat, encode_text, read_chat_template
-from roundwise.models.bundled import bundled_model
+from roundwise.system.device import parse_device
 from tests.helpers import CHAT_TEMPLATE
 
 PROMPT = "def read_file(path):"

@@ -14,10 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import roundwise as rw
+from roundwise.checkpoint.gptq_format import quantized_layers
+from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
-from roundwise.inference.qlinear import QuantLinear
-from roundwise.models.checkpoint import Checkpoint
-from roundwise.models.formats import quantized_layers
+from roundwise.inference.quant_linear import QuantLinear
 from tests.helpers import assign, edited_json, tensors_of, windows
 
 WIDTHS = pytest.mark.parametrize("bits", [2, 3, 4, 8])

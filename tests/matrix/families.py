@@ -18,8 +18,8 @@ import torch
 import transformers
 
 import roundwise as rw
-from roundwise.models.skeleton import open_skeleton
-from roundwise.pipeline.plan import plan
+from roundwise.model.streamed import open_skeleton
+from roundwise.plan.plan import plan
 
 BEGIN, END = "<!-- families -->", "<!-- end: families -->"
 VOCABULARY = 128

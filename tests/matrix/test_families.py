@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import roundwise as rw
+from roundwise.checkpoint.reader import Checkpoint
+from roundwise.convert import convert
 from roundwise.errors import ConfigError
 from roundwise.evaluation.report.facts import read_facts
 from roundwise.evaluation.report.page import write_report
-from roundwise.models.architecture import arguments
-from roundwise.models.checkpoint import Checkpoint
-from roundwise.models.convert import convert
-from roundwise.models.skeleton import open_skeleton
-from roundwise.models.verify import audit
-from roundwise.pipeline.plan import plan
+from roundwise.model.build import arguments
+from roundwise.model.streamed import open_skeleton
+from roundwise.plan.plan import plan
+from roundwise.verify import audit
 from tests.helpers import windows
 from tests.matrix.families import BEGIN, END, FAMILIES, row, settings
 

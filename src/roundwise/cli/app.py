@@ -27,7 +27,7 @@ from roundwise.cli.commands import (
     serve,
     verify,
 )
-from roundwise.cli.output import console
+from roundwise.cli.progress import console
 from roundwise.errors import Interrupted, RoundwiseError
 from roundwise.version import __version__
 

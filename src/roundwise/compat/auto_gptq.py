@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
+from roundwise.checkpoint.hub import local_folder
 from roundwise.config import QuantizeConfig
-from roundwise.core.device import parse_device
 from roundwise.errors import ConfigError, OutputError
 from roundwise.inference.load import load
-from roundwise.models.hub import local_folder
-from roundwise.pipeline.quantize import quantize
+from roundwise.run.api import quantize
+from roundwise.system.device import parse_device
 
 __all__ = ["AutoGPTQForCausalLM", "BaseQuantizeConfig"]
 

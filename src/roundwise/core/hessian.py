@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from roundwise.core import native
-from roundwise.core.device import HOST
+from roundwise.core.backends import cpp
 from roundwise.errors import NumericalError
+from roundwise.system.device import HOST
 
 #: Columns of a tile of the symmetric update. Below it one product is faster than several.
 TILE = 512
@@ -30,7 +30,7 @@ def natively(x: torch.Tensor, total: torch.Tensor) -> bool:
     them first; where the processor has an instruction for them, it takes half the time.
     """
     cpu = x.device.type == "cpu" and total.dtype == torch.float32
-    return cpu and native.products(x.dtype) is not None
+    return cpu and cpp.products(x.dtype) is not None
 
 
 def directly(x: torch.Tensor, total: torch.Tensor) -> bool:
@@ -49,7 +49,7 @@ def add_moment(
         lower: A is B; what is above the diagonal's tiles is left out.
     """
     if natively(A, total):
-        native.add_moment(total, A, B, lower=lower)
+        cpp.add_moment(total, A, B, lower=lower)
         return
     width = TILE if lower else total.shape[1]
     for start in range(0, total.shape[1], width):

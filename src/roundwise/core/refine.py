@@ -16,11 +16,11 @@ from functools import partial
 
 import torch
 
+from roundwise.core.act_order import columns_of
+from roundwise.core.backends.reference import PANEL, WINDOW, descend, exchange
 from roundwise.core.grid import MAX_SCALE, MIN_SCALE, Grid
-from roundwise.core.order import columns_of
-from roundwise.core.products import product
-from roundwise.core.quantized import QuantizedWeight
-from roundwise.core.recursion import PANEL, WINDOW, descend, exchange
+from roundwise.core.linalg import product
+from roundwise.core.quantized_weight import QuantizedWeight
 
 
 class Refiner:

@@ -9,6 +9,8 @@ recursion (Frantar et al. 2022, algorithm 1), which pushes each error forward th
 factor of Ĥ⁻¹; here past errors are looked *back* at through a panel of U, so that no inverse is
 needed and finished columns are never rewritten. Rows are independent given Ĥ. T is W, or W corrected
 for what earlier layers lost (core.correct).
+
+Settings are compared on a few rows of a weight: rows are independent, so some stand for all.
 """
 
 from __future__ import annotations
@@ -21,18 +23,26 @@ from typing import NamedTuple
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.clock import clock
-from roundwise.core.columns import Columns
-from roundwise.core.correct import corrected
-from roundwise.core.coupling import Coupling, Helpers, row_parts
-from roundwise.core.factor import Factor, factor, finite
+from roundwise.core.act_order import Order, columns_of, processing_order
+from roundwise.core.drift import corrected
 from roundwise.core.grid import Grid, decode, encode, minmax
-from roundwise.core.order import Order, columns_of, processing_order
-from roundwise.core.products import product
-from roundwise.core.quantized import QuantizedWeight
+from roundwise.core.grid_search import best_grids
+from roundwise.core.linalg import Factor, factor, finite, product
+from roundwise.core.output_weighting import Coupling, Helpers, row_parts
+from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.core.refine import refine
-from roundwise.core.search import best_grids
+from roundwise.core.rounding import Columns
 from roundwise.errors import ConfigError, NumericalError
+from roundwise.system.timer import clock
+
+#: Rows of each weight that settings are compared on.
+ROWS = 128
+
+
+def some_rows(W: torch.Tensor) -> slice:
+    """At most `ROWS` rows of a weight [out, in], evenly spaced."""
+    return slice(0, None, -(-W.shape[0] // ROWS))
+
 
 #: Rows of a weight, and columns of H, multiplied at a time for the weight's energy.
 ENERGY_ROWS, ENERGY_PANEL = 1024, 512

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from roundwise.core.widen import widening
 from roundwise.errors import CalibrationError, NumericalError
+from roundwise.system.half_matmul import widening
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from roundwise.core.widen import widening
 from roundwise.errors import CalibrationError, NumericalError
+from roundwise.system.half_matmul import widening
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from roundwise.core.device import peak_memory, wait_for
 from roundwise.errors import ConfigError
-from roundwise.inference.qlinear import QuantLinear
-from roundwise.pipeline.memory import peak_rss
+from roundwise.inference.quant_linear import QuantLinear
+from roundwise.system.device import peak_memory, wait_for
+from roundwise.system.memory import peak_rss
 
 
 @dataclass(frozen=True)

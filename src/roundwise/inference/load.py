@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import transformers
 
+from roundwise.checkpoint.gptq_format import quantization_settings
+from roundwise.checkpoint.hub import local_folder
+from roundwise.checkpoint.reader import SINGLE, Checkpoint
+from roundwise.checkpoint.untrusted import bounded_modules
 from roundwise.errors import CheckpointError, ConfigError, RoundwiseError
-from roundwise.inference import autoload
-from roundwise.models.architecture import load_config, model_class
-from roundwise.models.bounds import bounded_modules
-from roundwise.models.checkpoint import SINGLE, Checkpoint
-from roundwise.models.formats import quantization_settings
-from roundwise.models.hub import local_folder
+from roundwise.inference import import_hooks
+from roundwise.model.build import load_config, model_class
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
@@ -45,7 +45,7 @@ def load(
     Raises:
         CheckpointError: no such model, damaged files, another quantization format.
     """
-    autoload.register()  # again, should someone have taken the place
+    import_hooks.register()  # again, should someone have taken the place
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)
     if "quantization_config" in checkpoint.config:

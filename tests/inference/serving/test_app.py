@@ -15,7 +15,7 @@ import roundwise as rw
 from roundwise.inference.generation import Sampling
 from roundwise.inference.serving import queue as queue_module
 from roundwise.inference.serving.app import Limits, Server
-from roundwise.inference.serving.guard import Guard
+from roundwise.inference.serving.middleware import Guard
 from roundwise.inference.serving.protocol import ApiError
 from roundwise.inference.serving.queue import Queue
 

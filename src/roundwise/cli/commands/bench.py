@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from roundwise.cli.output import JsonOption, print_json, stdout, steps
-from roundwise.pipeline.memory import size
+from roundwise.cli.progress import JsonOption, print_json, stdout, steps
+from roundwise.system.memory import size
 
 if TYPE_CHECKING:
     from roundwise.evaluation.speed import Speed
@@ -37,9 +37,9 @@ def command(
 
     import torch
 
-    from roundwise.core.device import parse_device
     from roundwise.evaluation.speed import speed
     from roundwise.inference.load import load, parse_dtype
+    from roundwise.system.device import parse_device
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from roundwise.cli.output import JsonOption, console, print_json, stdout, steps
-from roundwise.pipeline.memory import size
+from roundwise.cli.progress import JsonOption, console, print_json, stdout, steps
+from roundwise.system.memory import size
 
 if TYPE_CHECKING:
     from roundwise.evaluation.compare import Compared
@@ -64,10 +64,10 @@ def command(
     Perplexity in sliding windows, KL divergence and top-1 agreement per token, tasks through lm-eval,
     size, speed and memory. With --max-perplexity-increase or --max-kl the exit code says pass or fail.
     """
-    from roundwise.core.device import parse_device
     from roundwise.errors import ConfigError
     from roundwise.evaluation.compare import Protocol, compare, round_to_nearest_like
     from roundwise.inference.load import parse_dtype
+    from roundwise.system.device import parse_device
 
     if baseline not in (None, "rtn"):
         raise ConfigError(f"--baseline {baseline!r} is not known: use rtn")
@@ -108,10 +108,10 @@ def command(
 
 def evaluation_tokens(model: str, text: str, most: int) -> list[int]:
     """The first tokens of a text, by the original's tokenizer."""
-    from roundwise.models.checkpoint import Checkpoint
-    from roundwise.models.hub import local_folder
-    from roundwise.pipeline.prepare import load_tokenizer
-    from roundwise.pipeline.texts import read_text
+    from roundwise.calibration.sources import read_text
+    from roundwise.checkpoint.hub import local_folder
+    from roundwise.checkpoint.reader import Checkpoint
+    from roundwise.run.prepare import load_tokenizer
 
     tokenizer = load_tokenizer(Checkpoint(local_folder(model)))
     ids = tokenizer(read_text(text), add_special_tokens=False, verbose=False)["input_ids"]
@@ -120,9 +120,9 @@ def evaluation_tokens(model: str, text: str, most: int) -> list[int]:
 
 def fitting_window(model: str, wanted: int) -> int:
     """No more than the model's context."""
-    from roundwise.models.architecture import load_config
-    from roundwise.models.checkpoint import Checkpoint
-    from roundwise.models.hub import local_folder
+    from roundwise.checkpoint.hub import local_folder
+    from roundwise.checkpoint.reader import Checkpoint
+    from roundwise.model.build import load_config
 
     config = load_config(Checkpoint(local_folder(model))).get_text_config()
     return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)

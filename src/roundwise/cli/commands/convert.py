@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from roundwise.cli.output import JsonOption, print_json, stdout
-from roundwise.pipeline.memory import size
+from roundwise.cli.progress import JsonOption, print_json, stdout
+from roundwise.system.memory import size
 
 
 def command(
@@ -26,10 +26,10 @@ def command(
     format of llm-compressor; dense is a plain checkpoint of the dequantized weights, for tools that
     read nothing else.
     """
+    from roundwise.checkpoint.hub import local_folder
+    from roundwise.checkpoint.reader import Checkpoint
+    from roundwise.convert import convert
     from roundwise.inference.load import parse_dtype
-    from roundwise.models.checkpoint import Checkpoint
-    from roundwise.models.convert import convert
-    from roundwise.models.hub import local_folder
 
     wanted = parse_dtype(dtype)
     done = convert(

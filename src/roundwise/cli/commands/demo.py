@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from roundwise.cli.output import JsonOption, console, print_json, stdout, steps
-from roundwise.pipeline.memory import size
+from roundwise.cli.progress import JsonOption, console, print_json, stdout, steps
+from roundwise.system.memory import size
 
 #: Held-out tokens that models are compared on, and the window.
 TOKENS, WINDOW = 10_240, 512
@@ -28,9 +28,9 @@ def command(
     """
     import torch
 
+    from roundwise.calibration.sources import read_text
+    from roundwise.checkpoint.hub import bundled_model
     from roundwise.inference.load import load
-    from roundwise.models.bundled import bundled_model
-    from roundwise.pipeline.texts import read_text
 
     source = bundled_model()
     base, tokenizer = load(source, dtype=torch.float32)
@@ -72,7 +72,7 @@ def command(
 def _quantize(source: Path, out: Path, bits: int, method: str, samples: int) -> dict[str, Any]:
     from roundwise.cli.commands.quantize import Reporter
     from roundwise.config import QuantizeConfig
-    from roundwise.pipeline.quantize import quantize
+    from roundwise.run.api import quantize
 
     with steps(f"{method.upper()} {bits} bit") as shown:
         result = quantize(
@@ -90,10 +90,10 @@ def _report(
     """The page about the 4 bit checkpoint, with what was just measured."""
     import torch
 
+    from roundwise.evaluation.compare import verdict
     from roundwise.evaluation.report.facts import Answers, Evaluation, Measured
     from roundwise.evaluation.report.measure import continued
     from roundwise.evaluation.report.page import write_report
-    from roundwise.evaluation.verdict import verdict
     from roundwise.inference.load import load
 
     shown = [rows[0], *(row for row in reversed(rows) if row["name"].endswith(" 4 bit"))]
@@ -118,9 +118,9 @@ def _report(
 
 def _measured(name: str, folder: Path, base: Any, quantized: Any, ids: list[int]) -> dict[str, Any]:
     """A row of the table."""
+    from roundwise.checkpoint.reader import Checkpoint
     from roundwise.evaluation.compare import by_part
     from roundwise.evaluation.divergence import divergence
-    from roundwise.models.checkpoint import Checkpoint
 
     with steps(f"evaluating {name}") as shown:
         measured = divergence(

@@ -6,8 +6,8 @@ import os
 import platform
 from typing import Any
 
-from roundwise.cli.output import JsonOption, print_json, stdout
-from roundwise.pipeline.memory import size
+from roundwise.cli.progress import JsonOption, print_json, stdout
+from roundwise.system.memory import size
 
 
 def command(as_json: JsonOption = False) -> None:
@@ -15,11 +15,11 @@ def command(as_json: JsonOption = False) -> None:
     import torch
     import transformers
 
-    from roundwise.core import gpu, native
-    from roundwise.pipeline.memory import available
+    from roundwise.core.backends import cpp, triton
+    from roundwise.system.memory import available
     from roundwise.version import __version__
 
-    status = native.load()[1]
+    status = cpp.load()[1]
     found: dict[str, Any] = {
         "roundwise": __version__,
         "python": platform.python_version(),
@@ -33,7 +33,7 @@ def command(as_json: JsonOption = False) -> None:
             "torch_uses": torch.backends.cpu.get_cpu_capability(),
         },
         "memory_available_bytes": available(),
-        "triton": gpu.available(),
+        "triton": triton.available(),
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
     if as_json:
@@ -50,6 +50,6 @@ def command(as_json: JsonOption = False) -> None:
         f"{processor['threads']} threads, torch uses {processor['torch_uses']}",
         "memory": f"{size(found['memory_available_bytes'])} available",
         "cuda": ", ".join(found["cuda"]) or "no device",
-        "solver on CUDA": "Triton" if gpu.available() else "torch alone: pip install triton",
+        "solver on CUDA": "Triton" if triton.available() else "torch alone: pip install triton",
     }.items():
         stdout.print(f"{name:13} {text}", highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from roundwise.cli.output import JsonOption, print_json, stdout, steps
+from roundwise.cli.progress import JsonOption, print_json, stdout, steps
 
 
 def command(
@@ -39,12 +39,12 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model: perplexity on a text in sliding windows, tasks through lm-eval, or both."""
-    from roundwise.core.device import parse_device
+    from roundwise.calibration.sources import read_text
     from roundwise.errors import CheckpointError, ConfigError
     from roundwise.evaluation.perplexity import perplexity
     from roundwise.evaluation.tasks import evaluate_tasks
     from roundwise.inference.load import load, parse_dtype
-    from roundwise.pipeline.texts import read_text
+    from roundwise.system.device import parse_device
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if text is None and not names:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from roundwise.cli.output import JsonOption, console, print_json
+from roundwise.cli.progress import JsonOption, console, print_json
 
 if TYPE_CHECKING:
     from roundwise.inference.generation import Generated
@@ -44,11 +44,11 @@ def command(
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Go on with a prompt, or answer a message; the text appears as it is generated."""
-    from roundwise.core.device import parse_device
     from roundwise.errors import CheckpointError, ConfigError
     from roundwise.inference.generation import Sampling, generate
     from roundwise.inference.load import load, parse_dtype
     from roundwise.inference.prompts import encode_chat, encode_text, read_chat_template
+    from roundwise.system.device import parse_device
 
     if not chat and (system is not None or chat_template is not None):
         raise ConfigError("--system and --chat-template are for a chat: add --chat")

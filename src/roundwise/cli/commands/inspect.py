@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from roundwise.cli.output import JsonOption, print_json, stdout
-from roundwise.pipeline.memory import size
+from roundwise.cli.progress import JsonOption, print_json, stdout
+from roundwise.system.memory import size
 
 
 def command(
@@ -45,13 +45,9 @@ def describe(name: str) -> dict[str, Any]:
     """Layers, widths and sizes of a checkpoint, from its headers and g_idx alone."""
     import torch
 
-    from roundwise.models.checkpoint import Checkpoint
-    from roundwise.models.formats import (
-        SUFFIXES,
-        quantization_settings,
-        quantized_layers,
-    )
-    from roundwise.models.hub import local_folder
+    from roundwise.checkpoint.gptq_format import SUFFIXES, quantization_settings, quantized_layers
+    from roundwise.checkpoint.hub import local_folder
+    from roundwise.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint(local_folder(name))
     layers = []

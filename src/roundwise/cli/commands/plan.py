@@ -10,11 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from roundwise.cli.commands.quantize import number, parse_dynamic
-from roundwise.cli.output import JsonOption, console, print_json, stdout
-from roundwise.pipeline.memory import size
+from roundwise.cli.progress import JsonOption, console, print_json, stdout
+from roundwise.system.memory import size
 
 if TYPE_CHECKING:
-    from roundwise.pipeline.plan import Module, Plan
+    from roundwise.plan.plan import Module, Plan
 
 
 def command(
@@ -61,12 +61,12 @@ def command(
 
     Reads config.json and the headers of the weights only. Exit code 1: a run would be refused.
     """
+    from roundwise.checkpoint.hub import local_folder
     from roundwise.config import QuantizeConfig
-    from roundwise.core.device import parse_device
-    from roundwise.models.hub import local_folder
-    from roundwise.models.skeleton import open_skeleton
-    from roundwise.pipeline.memory import parse_mode, parse_size
-    from roundwise.pipeline.plan import plan
+    from roundwise.model.streamed import open_skeleton
+    from roundwise.plan.plan import plan
+    from roundwise.system.device import parse_device
+    from roundwise.system.memory import parse_mode, parse_size
 
     config = QuantizeConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, recipe=recipe, method=method,

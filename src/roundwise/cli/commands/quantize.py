@@ -1,4 +1,7 @@
-"""`roundwise quantize`."""
+"""`roundwise quantize`.
+
+`roundwise quantize --from-manifest`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from roundwise.cli.commands import repeat, report
-from roundwise.cli.output import JsonOption, Steps, print_json, stdout, steps
+from roundwise.cli.commands import report
+from roundwise.cli.progress import JsonOption, Steps, print_json, stdout, steps
 from roundwise.errors import ConfigError
-from roundwise.pipeline.memory import size
+from roundwise.system.memory import size
 
 if TYPE_CHECKING:
-    from roundwise.pipeline.quantize import Progress, QuantizeResult
+    from roundwise.run.api import Progress, QuantizeResult
 
 
 def command(
@@ -149,7 +152,7 @@ def command(
     """
     out = _one_folder(out, output)
     if from_manifest is not None:
-        repeat.command(
+        repeat_run(
             context, from_manifest, out, model=model, calibration=calibration,
             max_memory=max_memory, restart=restart, strict=strict, as_json=as_json,
         )  # fmt: skip
@@ -157,9 +160,9 @@ def command(
     if model is None:
         raise ConfigError("which model? roundwise quantize MODEL OUT")
     from roundwise.config import QuantizeConfig
-    from roundwise.pipeline.memory import parse_mode
-    from roundwise.pipeline.quantize import quantize
-    from roundwise.pipeline.ranks import joined
+    from roundwise.run.api import quantize
+    from roundwise.system.distributed import joined
+    from roundwise.system.memory import parse_mode
 
     given = {
         "order": order, "grid": grid, "grid_candidates": grid_candidates, "alpha": alpha,
@@ -255,7 +258,7 @@ class Reporter:
 
 def print_result(result: QuantizeResult, page: Path | None = None) -> None:
     """What a run did, in words; last, what did not go as asked."""
-    from roundwise.pipeline.record import widths
+    from roundwise.run.block_solver import widths
 
     solved = [layer for layer in result.layers if layer["fallback"] is None]
     stdout.print(
@@ -299,3 +302,61 @@ def coverage(experts: list[dict[str, Any]]) -> str:
         f"{len(counts)} experts in {len(experts)} layers: {counts[0]} to {counts[-1]} calibration "
         f"tokens each, half of them {counts[len(counts) // 2]} or more"
     )
+
+
+#: What may be given beside --from-manifest; all else is in the manifest.
+ALLOWED = {
+    "model", "out", "output", "from_manifest", "calibration", "max_memory", "restart", "strict",
+    "as_json",
+}  # fmt: skip
+
+
+def repeat_run(
+    context: typer.Context,
+    manifest: Path,
+    out: Path,
+    *,
+    model: str | None,
+    calibration: str | None,
+    max_memory: str | None,
+    restart: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Does a run again and compares; exit code 1 if a file differs."""
+    from roundwise.run.reproduce import repeat
+
+    others = sorted(
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        if name not in ALLOWED and _given(context, name)
+    )
+    if others:
+        raise ConfigError(
+            f"{', '.join(others)}: the settings are those of the manifest, leave them out"
+        )
+    with steps("quantizing") as shown:
+        found = repeat(
+            manifest, out, model=model, calibration=calibration, max_memory=max_memory,
+            restart=restart, strict=strict, progress=Reporter(shown),
+        )  # fmt: skip
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print_result(found.result)
+        for name, same in found.files.items():
+            stdout.print(
+                f"{name}: {'equal' if same else 'different'}", highlight=False, soft_wrap=True
+            )
+        verdict = "the same bytes" if found.same else "not the same bytes"
+        differs = f"; the machines differ in {found.platform}" if found.platform else ""
+        stdout.print(f"{verdict} as {manifest}{differs}", highlight=False, soft_wrap=True)
+    if not found.same:
+        raise typer.Exit(1)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """The option stands on the repeat_run line."""
+    source = context.get_parameter_source(name)
+    # By name: newer versions of typer bring a click of their own.
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from roundwise.cli.output import JsonOption, console, print_json, stdout, steps
-from roundwise.pipeline.memory import size
+from roundwise.cli.progress import JsonOption, console, print_json, stdout, steps
+from roundwise.system.memory import size
 
 
 def command(
@@ -42,13 +42,13 @@ def command(
     `quantize` writes it too; with --against, --text and --prompt it also says what was lost.
     """
     from roundwise.cli.commands.compare import evaluation_tokens, fitting_window
-    from roundwise.core.device import parse_device
     from roundwise.errors import ConfigError
     from roundwise.evaluation.compare import Protocol
     from roundwise.evaluation.report.facts import read_facts
     from roundwise.evaluation.report.measure import answers, evaluate
     from roundwise.evaluation.report.page import write_report
     from roundwise.inference.load import parse_dtype
+    from roundwise.system.device import parse_device
 
     prompts, evaluation, found = prompt or [], None, []
     if (text is not None or prompts) and against is None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from roundwise.cli.output import JsonOption, console, print_json
+from roundwise.cli.progress import JsonOption, console, print_json
 
 
 def command(
@@ -55,11 +55,11 @@ def command(
     """Serve a model over HTTP with OpenAI's API, on this machine only unless told otherwise."""
     import torch
 
+    from roundwise.checkpoint.hub import local_folder
+    from roundwise.checkpoint.reader import Checkpoint
     from roundwise.errors import ConfigError
     from roundwise.inference.load import parse_dtype
-    from roundwise.inference.serving import run, vllm
-    from roundwise.models.checkpoint import Checkpoint
-    from roundwise.models.hub import local_folder
+    from roundwise.inference.serving import launch, vllm
 
     parse_dtype(dtype)  # refuses other names
     folder = local_folder(model)
@@ -68,7 +68,9 @@ def command(
     limits = {"max_tokens": max_tokens, "max_requests": max_requests, "max_bytes": max_bytes,
               "timeout": timeout}  # fmt: skip
     limits = {key: value for key, value in limits.items() if value is not None}
-    found, why = run.choose(backend, checkpoint.config, dtype=dtype, gpu=torch.cuda.is_available())
+    found, why = launch.choose(
+        backend, checkpoint.config, dtype=dtype, gpu=torch.cuda.is_available()
+    )
     if found is not None:
         if limits:
             raise ConfigError(
@@ -111,17 +113,17 @@ def _serve_here(
     limits: dict[str, Any],
 ) -> None:
     """Loads the model and serves it in this process."""
-    from roundwise.inference.serving import run
+    from roundwise.inference.serving import launch
 
-    run.check_installed()
+    launch.check_installed()
 
-    from roundwise.core.device import parse_device
     from roundwise.errors import CheckpointError, ConfigError
     from roundwise.inference.load import load, parse_dtype
     from roundwise.inference.prompts import read_chat_template
     from roundwise.inference.serving.app import LOCAL_NAMES, Limits, Server
+    from roundwise.system.device import parse_device
 
-    with run.bound_socket(host, port) as sock:
+    with launch.bound_socket(host, port) as sock:
         loaded, tokenizer = load(folder, dtype=parse_dtype(dtype), device=parse_device(device))
         if tokenizer is None:
             raise CheckpointError(f"{folder} has no tokenizer")
@@ -130,7 +132,7 @@ def _serve_here(
         own = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and own is not None and context > own:
             raise ConfigError(f"--max-model-len {context}: the model was made for {own} tokens")
-        local = run.is_local(sock)
+        local = launch.is_local(sock)
         server = Server(
             loaded, tokenizer, name, Limits(context or own or 2048, **limits), api_key=api_key,
             hosts=[host, *LOCAL_NAMES] if local and not api_key else None,
@@ -139,7 +141,7 @@ def _serve_here(
             console.print("note: everyone who reaches this address can use it: set --api-key")
         sock.listen(128)
         _announce(as_json, "transformers", why, name, host, sock.getsockname()[1])
-        run.run(server.app, sock)
+        launch.run(server.app, sock)
     console.print("stopped")
 
 

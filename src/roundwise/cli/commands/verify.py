@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from roundwise.cli.output import JsonOption, console, print_json, stdout
+from roundwise.cli.progress import JsonOption, console, print_json, stdout
 
 
 def command(
@@ -15,9 +15,9 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Read a finished checkpoint back and check all that can be checked. Exit code 1 if it fails."""
-    from roundwise.models.checkpoint import Checkpoint
-    from roundwise.models.hub import local_folder
-    from roundwise.models.verify import audit
+    from roundwise.checkpoint.hub import local_folder
+    from roundwise.checkpoint.reader import Checkpoint
+    from roundwise.verify import audit
 
     source = Checkpoint(local_folder(against)) if against else None
     folder = local_folder(checkpoint)

@@ -12,12 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from roundwise.checkpoint.gptq_format import SUFFIXES
+from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
-from roundwise.models.checkpoint import Checkpoint
-from roundwise.models.formats import SUFFIXES
-from roundwise.models.verify import read_manifest, read_run
-from roundwise.pipeline.asked import of_layers
-from roundwise.pipeline.record import widths
+from roundwise.run.block_solver import widths
+from roundwise.run.strict import of_layers
+from roundwise.verify import read_manifest, read_run
 
 #: A layer stands out when its error, in decades from the median of its kind, is more than so many times
 #: the usual deviation (1.4826 of the median one, as for a normal distribution), and the error doubled.

@@ -9,11 +9,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from roundwise.checkpoint.reader import OWN
+from roundwise.checkpoint.writer import replacing
 from roundwise.evaluation.report.charts import charts
 from roundwise.evaluation.report.facts import Answers, Evaluation, Facts, read_facts
-from roundwise.models.checkpoint import OWN
-from roundwise.models.writer import replacing
-from roundwise.pipeline.memory import size
+from roundwise.system.memory import size
 
 #: The page's name in the folder of its checkpoint.
 PAGE = OWN[2]

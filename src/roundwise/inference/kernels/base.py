@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from roundwise.core.packing import unpack
+from roundwise.core.quantized_weight import unpack
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ import os
 
 from roundwise.errors import ConfigError
 from roundwise.inference.kernels.base import Kernel, PackedWeight
-from roundwise.inference.kernels.native import NativeKernel
+from roundwise.inference.kernels.cpp import NativeKernel
 from roundwise.inference.kernels.reference import ReferenceKernel
-from roundwise.inference.kernels.triton import TritonKernel
-from roundwise.inference.kernels.triton_op import simulated
+from roundwise.inference.kernels.triton import TritonKernel, simulated
 
 #: The best first.
 KERNELS: tuple[type[Kernel], ...] = (TritonKernel, NativeKernel, ReferenceKernel)

@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from roundwise.errors import UsageError
 from roundwise.inference.generation import Generated
 from roundwise.inference.prompts import encode_chat, encode_text
-from roundwise.inference.serving.guard import (
+from roundwise.inference.serving.middleware import (
     Guard,
     answer_api_error,
     answer_http_error,

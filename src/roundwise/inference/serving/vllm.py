@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from roundwise.models import runtimes
+from roundwise.checkpoint import engines
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _refused(settings: Mapping[str, Any], dtype: str, gpu: bool) -> str | None:
         return "it computes GPTQ layers in float16 or bfloat16, not in float32"
     rules = settings.get("dynamic") or {}
     layers = [settings, *({**settings, **rule} for rule in rules.values() if rule)]
-    return next((reason for layer in layers if (reason := runtimes.vllm(layer, gpu=gpu))), None)
+    return next((reason for layer in layers if (reason := engines.vllm(layer, gpu=gpu))), None)
 
 
 def computes_on_this_cpu() -> bool:

@@ -1,0 +1,317 @@
+"""Reading a Hugging Face checkpoint tensor by tensor, each through a memory map of its own bytes.
+
+Only safetensors are read: nothing is unpickled, no model code runs. A tensor's pages belong to the
+process only while the tensor lives, so a block's weights cost memory only while they are in use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from roundwise.checkpoint.untrusted import (
+    check_config,
+    check_links,
+    file_digest,
+    read_json,
+    state_of,
+)
+from roundwise.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+#: What a run says about itself: manifest, times, report.
+OWN = ("roundwise.json", "roundwise-run.json", "roundwise-report.html")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: Bytes copied or hashed at a time.
+CHUNK = 8 << 20
+#: Of a tensor in memory; torch's own allocations have it too.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor's bytes are."""
+
+    path: Path
+    dtype: str
+    """safetensors code, such as BF16."""
+    shape: tuple[int, ...]
+    start: int
+    """Offset of the first byte in the file."""
+    nbytes: int
+
+    def read(self) -> torch.Tensor:
+        """The tensor, as a private memory map: writable, and writing changes only this copy."""
+        return self.mapped(aligned=True)[0]
+
+    def mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
+        """The tensor, and the private map that it lives in, so that its memory can be given back.
+
+        Args:
+            aligned: a tensor that is not aligned for fast kernels in its file is copied (no map).
+        """
+        if self.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.path.name} holds a tensor of unsupported type {self.dtype}"
+            )
+        dtype = DTYPES[self.dtype]
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=dtype), None
+        page = self.start - self.start % mmap.ALLOCATIONGRANULARITY
+        try:
+            with self.path.open("rb") as file:
+                view = mmap.mmap(
+                    file.fileno(), self.start - page + self.nbytes,
+                    access=mmap.ACCESS_COPY, offset=page,
+                )  # fmt: skip
+        except (OSError, ValueError) as error:  # the latter: the file is too short for it
+            raise CheckpointError(
+                f"{self.path} cannot be read any more, it was changed since it was opened: {error}"
+            ) from None
+        offset = self.start - page
+        if offset % (ALIGNMENT if aligned else dtype.itemsize):
+            # Kernels may sum up unaligned data in another order: copied, so that equal weights give
+            # equal results wherever they stand in their file.
+            copy = torch.empty(self.shape, dtype=dtype)
+            copy.view(-1).view(torch.uint8).numpy()[:] = memoryview(view)[
+                offset : offset + self.nbytes
+            ]
+            return copy, None
+        count = self.nbytes // dtype.itemsize
+        flat = torch.frombuffer(view, dtype=dtype, count=count, offset=offset)
+        return flat.reshape(self.shape), view
+
+    def read_ahead(self) -> None:
+        """Has the system read its bytes while others are worked on, where it can."""
+        advise = getattr(os, "posix_fadvise", None)
+        if advise is not None:
+            with suppress(OSError), self.path.open("rb") as file:
+                advise(file.fileno(), self.start, self.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def rows(self, start: int, count: int) -> TensorInfo:
+        """Where `count` of its rows are, from row `start` on."""
+        size = self.nbytes // self.shape[0]
+        return replace(
+            self,
+            shape=(count, *self.shape[1:]),
+            start=self.start + start * size,
+            nbytes=count * size,
+        )
+
+    def chunks(self) -> Iterator[bytes]:
+        """The raw bytes, a few MB at a time."""
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read any more: {error.strerror}"
+            ) from None
+        with file:
+            file.seek(self.start)
+            left = self.nbytes
+            while left:
+                chunk = file.read(min(CHUNK, left))
+                if not chunk:
+                    raise CheckpointError(f"{self.path} ends in the middle of a tensor")
+                left -= len(chunk)
+                yield chunk
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors: names, shapes and bytes, nothing loaded.
+
+    Args:
+        folder: a local folder.
+        config_file: name of its config; only a run that is not finished uses another one.
+
+    Raises:
+        CheckpointError: no folder, no config.json, no safetensors, a damaged or missing shard, an
+            index or a link that points outside the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, config_file: str = "config.json") -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is not a folder with a model in it")
+        self.config = read_json(self.folder / config_file)
+        check_config(self.config)
+        #: What the model's config is to say instead of config.json.
+        self.overrides: dict[str, Any] = {}
+        self.files = self._weight_files()
+        check_links(self.folder, [self.folder / config_file, *self.files, *self.side_files()])
+        self._states = {file: state_of(file) for file in self.files}
+        self._identity: dict[str, Any] | None = None
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for name, info in read_header(file).items():
+                if name in self.tensors:
+                    raise CheckpointError(
+                        f"tensor {name} is both in {self.tensors[name].path.name} and {file.name}"
+                    )
+                self.tensors[name] = info
+        if not self.tensors:
+            raise CheckpointError(f"{self.folder} has no tensors in its safetensors files")
+
+    def _weight_files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if index.is_file():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+                raise CheckpointError(f"{index} has no weight_map from tensor to file names")
+            files = sorted({self._inside(name) for name in names.values()})
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise CheckpointError(
+                    f"{self.folder} lacks {', '.join(missing)}, named in its index"
+                )
+            return files
+        if (self.folder / SINGLE).is_file():
+            return [self.folder / SINGLE]
+        found = sorted(file for file in self.folder.glob("*.safetensors") if file.is_file())
+        if len(found) == 1:  # names of older tools, such as gptq_model-4bit-128g.safetensors
+            return found
+        if found:
+            raise CheckpointError(
+                f"{self.folder} has {len(found)} safetensors files and no {INDEX}"
+            )
+        pickles = sorted([*self.folder.glob("*.bin"), *self.folder.glob("*.pt")])
+        if pickles:
+            raise CheckpointError(
+                f"{self.folder} has only pickled weights ({pickles[0].name}), which can run code when "
+                "opened: convert it with transformers, from_pretrained(...) then save_pretrained(...)"
+            )
+        raise CheckpointError(f"{self.folder} has no safetensors files")
+
+    def _inside(self, name: str) -> Path:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"the index of {self.folder} names {name!r}, outside the folder")
+        return self.folder / name
+
+    def side_files(self) -> list[Path]:
+        """Everything beside the weights that makes the checkpoint complete: tokenizer, licence …
+
+        Left out: other copies of the weights, config.json (it is rewritten), hidden files, and what an
+        earlier run of roundwise says about itself.
+        """
+        weights = (
+            ".safetensors",
+            ".bin",
+            ".pt",
+            ".pth",
+            ".ckpt",
+            ".h5",
+            ".msgpack",
+            ".gguf",
+            ".onnx",
+        )
+        ours = {"config.json", "quantize_config.json", *OWN}
+        return [
+            path
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and not path.name.startswith(".")
+            and not path.name.endswith((*weights, ".index.json"))
+            and path.name not in ours
+        ]
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the folder."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from a changed one: hashes of config.json and all weights.
+
+        Every byte is read, once for each checkpoint that is opened, several files at a time.
+        """
+        if self._identity is None:
+            config = json.dumps(self.config, sort_keys=True).encode()
+            with ThreadPoolExecutor(min(len(self.files), os.cpu_count() or 1)) as pool:
+                digests = list(pool.map(file_digest, self.files))
+            files = {file.name: digest for file, digest in zip(self.files, digests, strict=True)}
+            self._identity = {"config": hashlib.sha256(config).hexdigest(), "files": files}
+        return self._identity
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError when a file with weights is not the one that was opened."""
+        for file, before in self._states.items():
+            if state_of(file) != before:
+                raise CheckpointError(f"{file} was changed while it was being read")
+
+
+class CheckpointView(Checkpoint):
+    """Another checkpoint, some of whose tensors or settings look otherwise.
+
+    Args:
+        source: the checkpoint as it is on the disk, or another view.
+        tensors: all tensors of the view.
+        config: its config.json.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        tensors: dict[str, TensorInfo],
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.source, self.folder, self.files = source, source.folder, source.files
+        self.config = source.config if config is None else config
+        self.overrides = source.overrides
+        self.tensors = tensors
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the folder."""
+        return self.source.nbytes()
+
+    def identity(self) -> dict[str, Any]:
+        """That of the source: what looks otherwise, and how, follows from it and the settings."""
+        return self.source.identity()
+
+    def check_unchanged(self) -> None:
+        """That of the source."""
+        self.source.check_unchanged()
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Tensor names and places of one safetensors file, validated by the safetensors library."""
+    try:
+        with safe_open(file, framework="pt"):
+            header = _header_bytes(file)
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last: no room to map it
+        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from None
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    base = 8 + len(header)
+    return {
+        name: TensorInfo(
+            path=file,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=base + entry["data_offsets"][0],
+            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in entries.items()
+    }
+
+
+def _header_bytes(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(int.from_bytes(stream.read(8), "little"))

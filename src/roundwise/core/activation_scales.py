@@ -1,0 +1,111 @@
+"""Activation-aware scales: input channels that carry much are made larger before they are rounded.
+
+Scaling column j of W by s_j and dividing what feeds it by s_j leaves the layer as it is, but channel
+j is then rounded with a step s_j times finer, at the cost of its group's others (AWQ, Lin et al. 2023,
+arXiv 2306.00978). With a_j the size of the activations of channel j,
+
+    s = a^r / √(max a^r · min a^r),    r of a few ratios whose loss tr(E H Eᵀ) is least
+
+a_j = √H_jj, the root mean square, stands for the paper's mean
+of |X_j|: it is known already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from roundwise.config import QuantizeConfig
+from roundwise.core.quantized_weight import QuantizedWeight
+from roundwise.core.solver import round_to_nearest, solve, some_rows
+from roundwise.errors import SingularError
+
+RATIOS = [i / 20 for i in range(20)]
+#: What is left out while ratios are compared.
+QUICK: dict[str, dict[str, Any]] = {
+    "awq": {"grid": "minmax"},
+    "gptq": {"grid_candidates": 1, "refine": 0},
+}
+#: Smallest activation size that counts, as a part of their mean: a channel may be silent.
+FLOOR = 1e-4
+
+
+class Scales(NamedTuple):
+    """The best scales found for the weights that read one input."""
+
+    s: torch.Tensor
+    """float32 [in], positive."""
+    ratio: float
+    """0: no scaling was better."""
+    gain: float
+    """Loss with the scales over loss without, on the rows compared."""
+
+
+def channel_scales(H: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The s [in] of one ratio, from the Hessian [in, in]."""
+    size = H.diagonal().clamp(min=0.0).sqrt()
+    size = size.clamp(min=FLOOR * float(size.mean())).pow(ratio)
+    return size / (size.max() * size.min()).sqrt()
+
+
+def search_scales(
+    weights: Sequence[tuple[torch.Tensor, QuantizeConfig]], H: torch.Tensor
+) -> Scales:
+    """The scales with the least loss, summed over weights of one input.
+
+    Each ratio is tried on a few rows with the method that the weights are to be quantized with: what
+    GPTQ makes up for anyway is not worth a scale.
+
+    Args:
+        weights: W [out, in] and its settings, each; their relative losses count alike.
+        H: Hessian [in, in] of their input.
+
+    Raises:
+        SingularError: H is zero: no calibration token reached the layer.
+    """
+    if not float(H.diagonal().sum()) > 0.0:
+        raise SingularError("the Hessian is zero: no calibration input reached this layer")
+    H = H.to(torch.float32)
+    parts = [(W[some_rows(W)].to(torch.float32), settings) for W, settings in weights]
+    losses = []
+    for ratio in RATIOS:
+        s = channel_scales(H, ratio)
+        scaled = H / s / s[:, None]
+        losses.append(sum(_loss(W * s, scaled, settings) for W, settings in parts))
+    best = min(range(len(RATIOS)), key=losses.__getitem__)
+    gain = losses[best] / losses[0] if losses[0] > 0 else 1.0
+    return Scales(channel_scales(H, RATIOS[best]), RATIOS[best], gain)
+
+
+def _loss(W: torch.Tensor, H: torch.Tensor, settings: QuantizeConfig) -> float:
+    """tr(E H Eᵀ) / tr(W H Wᵀ) of some rows of a scaled weight, on its scaled input."""
+    quick = settings.merged(QUICK[settings.method])
+    q = round_searched(W, H, quick) if settings.method == "awq" else solve(W, H, quick)
+    assert q.relative_error is not None
+    return q.relative_error
+
+
+def round_searched(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> QuantizedWeight:
+    """Rounds to nearest on grids whose squared errors, weighed by H_jj, are least.
+
+    Args:
+        W: weight [out, in].
+        H: Hessian [in, in] of its input.
+        config: `bits`, `group_size`, `sym`, `format` and `grid` matter; minmax searches nothing.
+
+    Raises:
+        SingularError: H is zero.
+    """
+    mean = float(H.diagonal().mean())
+    if not mean > 0.0:
+        raise SingularError("the Hessian is zero: no calibration input reached this layer")
+    W, H = W.to(torch.float32), H.to(torch.float32)
+    pivots = H.diagonal().clamp(min=1e-6 * mean)
+    weights = {"minmax": None, "mse": torch.ones_like(pivots), "pivot": pivots}[config.grid]
+    q = round_to_nearest(W, config, weights=weights)
+    loss, energy = (float(((X @ H) * X).sum()) for X in (W - q.dequantize(), W))
+    error = max(loss, 0.0) / energy if energy > 0 else 0.0
+    return replace(q, relative_error=error, energy=energy)

@@ -1,0 +1,1 @@
+"""The solver's inner loops on each kind of machine."""

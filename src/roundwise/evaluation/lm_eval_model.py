@@ -1,0 +1,43 @@
+"""lm-eval's own command line with `--model roundwise`:
+
+    python -m roundwise.evaluation.lm_eval_model --model roundwise --model_args pretrained=DIR --tasks …
+
+lm-eval has no entry points through which an installed package could add a model by itself, so this
+module registers ours with lm-eval's registry and then runs lm-eval's command line as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lm_eval.models  # noqa: F401  # fills the registry, which would else hold nothing but ours
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from roundwise.inference.load import load, parse_dtype
+from roundwise.system.device import parse_device
+
+
+@register_model("roundwise")
+class RoundwiseLM(HFLM):  # type: ignore[misc]  # untyped there
+    """HFLM around a checkpoint opened by `roundwise.load`.
+
+    Args:
+        pretrained: folder or hub id.
+        dtype: auto, float32, bfloat16 or float16.
+        device: auto, cpu or cuda.
+        options: of HFLM.
+    """
+
+    def __init__(
+        self, pretrained: str, dtype: str = "auto", device: str | None = None, **options: Any
+    ) -> None:
+        model, tokenizer = load(
+            pretrained, dtype=parse_dtype(dtype), device=parse_device(device or "auto")
+        )
+        super().__init__(pretrained=model, tokenizer=tokenizer, device=str(model.device), **options)
+
+
+if __name__ == "__main__":
+    cli_evaluate()

@@ -1,0 +1,1 @@
+"""The paused forward of the model."""

@@ -1,0 +1,1 @@
+"""Parts of inference for the CPU alone."""

@@ -1,0 +1,1 @@
+"""A transformers model on the meta device."""

@@ -1,0 +1,140 @@
+"""Scales moved from a norm's gains into the columns of the linears that it feeds, exactly.
+
+The norm's gain g becomes g / s, its readers' weights W diag(s). What is stored is g / s rounded to the
+checkpoint's type, and s is taken to be the quotient of both gains as stored: so nothing is lost by
+that rounding, and whoever has both checkpoints can tell s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from roundwise.checkpoint.reader import Checkpoint
+from roundwise.checkpoint.transformed_view import Change, FoldedCheckpoint
+from roundwise.errors import CheckpointError, ConfigError
+from roundwise.model.residual_trace import trace
+from roundwise.model.rotate import check_unchanged
+from roundwise.model.streamed import Skeleton, open_skeleton
+
+
+@dataclass(frozen=True)
+class ScalableNorm:
+    """A norm whose gains can take scales, by the names of tensors in the checkpoint."""
+
+    weight: str
+    bias: str | None
+    offset: float
+    """Its gains are weight + offset."""
+    readers: dict[str, tuple[str, int]]
+    """Module name of each linear it feeds -> weight tensor, axis of the input channels."""
+
+    def changes(self, s: torch.Tensor) -> dict[str, Change]:
+        """What becomes of the norm's own tensors, for s float64 [in]."""
+        found = {self.weight: Change(gain=1.0 / s, offset=self.offset)}
+        return found | ({self.bias: Change(gain=1.0 / s)} if self.bias else {})
+
+    def storable(self, weight: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """The scales, float64 [in], nearest to `s` that the type of the norm's `weight` can hold.
+
+        A channel whose gain is zero, or would become zero or infinite, is not scaled.
+        """
+        gain = weight.to(torch.float64) + self.offset
+        stored = (gain / s.to(torch.float64) - self.offset).to(weight.dtype)
+        after = stored.to(torch.float64) + self.offset
+        sound = torch.isfinite(after) & (gain * after > 0)
+        return torch.where(sound, gain / torch.where(sound, after, 1.0), 1.0)
+
+
+def scalable_norms(source: Checkpoint) -> list[ScalableNorm]:
+    """The norms in the blocks that feed linears and nothing else.
+
+    Found by a trace, and checked: with random scales on all of them, every block returns the same.
+
+    Raises:
+        ConfigError: the model has none, or a block reads a norm's output in another way as well.
+    """
+    try:
+        skeleton = open_skeleton(source, dtype=torch.float32)
+        found = trace(skeleton)
+        norms = [
+            _by_tensors(skeleton, norm.name, norm.readers, norm.offset)
+            for passed in found.blocks
+            for norm in passed.norms
+        ]
+        if not norms:
+            raise ConfigError("it has no norms in front of linear layers")
+        generator = torch.Generator().manual_seed(0)
+        changes: dict[str, Change] = {}
+        for norm in norms:
+            width = source.tensors[norm.weight].shape[0]
+            s = torch.rand(width, generator=generator, dtype=torch.float64) + 0.5
+            changes |= norm.changes(s)
+            changes |= {name: Change(axis, gain=s) for name, axis in norm.readers.values()}
+        check_unchanged(found, FoldedCheckpoint(source, changes, exact=True))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{source.folder} cannot be prescaled: {error}; leave --prescale out"
+        ) from None
+    return norms
+
+
+def _by_tensors(
+    skeleton: Skeleton, norm: str, readers: tuple[str, ...], offset: float
+) -> ScalableNorm:
+    names = skeleton.source_of
+    axes = {
+        reader: 0 if isinstance(skeleton.model.get_submodule(reader), Conv1D) else -1
+        for reader in readers
+    }
+    return ScalableNorm(
+        weight=names[f"{norm}.weight"],
+        bias=names.get(f"{norm}.bias"),
+        offset=offset,
+        readers={reader: (names[f"{reader}.weight"], axis) for reader, axis in axes.items()},
+    )
+
+
+def as_prescaled(
+    source: Checkpoint, quantized: Checkpoint, layers: list[dict[str, Any]]
+) -> Checkpoint:
+    """The original with the scales that a quantized checkpoint's norms show.
+
+    Args:
+        source: the original.
+        quantized: the checkpoint made from it.
+        layers: of its manifest; `prescale` of each says which norm it shares scales with.
+
+    Raises:
+        CheckpointError: the manifest names tensors that are not there.
+    """
+    norms: dict[str, Change] = {}
+    weights: dict[str, Change] = {}
+    for line in layers:
+        record = line.get("prescale")
+        if record is None:
+            continue
+        try:
+            norm = ScalableNorm(record["norm"], record["bias"], float(record["offset"]), {})
+            before, after = (
+                c.tensors[norm.weight].read().to(torch.float64) + norm.offset
+                for c in (source, quantized)
+            )
+            # A gain of zero stays as it is: nothing passes.
+            s = torch.where(before == after, 1.0, before / after)
+            weights[record["weight"]] = Change(int(record["axis"]), gain=s)
+            norms |= norm.changes(s)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"roundwise.json of {quantized.folder} describes the scales of {line['name']} in a "
+                f"way that cannot be followed: {error}"
+            ) from None
+    if not weights:
+        return source
+    try:
+        return FoldedCheckpoint(FoldedCheckpoint(source, weights, exact=True), norms)
+    except KeyError as error:
+        raise CheckpointError(f"{source.folder} lacks {error}, which was scaled") from None

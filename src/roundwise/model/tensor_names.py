@@ -1,0 +1,60 @@
+"""Which tensor of the files is which of the model's."""
+
+from __future__ import annotations
+
+import transformers
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from roundwise.checkpoint.reader import Checkpoint
+from roundwise.errors import CheckpointError
+
+
+def map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Model tensor name -> checkpoint tensor name.
+
+    Old names and missing base prefixes (GPT-2's `h.0…` for `transformer.h.0…`) are translated by
+    transformers; tied parameters may be stored under any of their names.
+
+    Raises:
+        CheckpointError: a tensor that the model needs is missing, or has another shape.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    computed = {name for name, _ in model.named_non_persistent_buffers()}
+    names = dict(model.named_parameters(remove_duplicate=False))
+    names |= {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in computed}
+    stored: dict[str, str] = {}
+    for key in checkpoint.tensors:
+        name, converter = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, names
+        )
+        if converter is not None:  # experts that were split need no conversion
+            name = rename_source_key(key, renamings, [], model.base_model_prefix, names)[0]
+        stored[name] = key
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    partners: dict[str, list[str]] = {}
+    for left, right in ties.items():
+        partners.setdefault(left, []).append(right)
+        partners.setdefault(right, []).append(left)
+    found: dict[str, str] = {}
+    missing = []
+    for name in names:
+        match = next((stored[n] for n in [name, *partners.get(name, [])] if n in stored), None)
+        if match is None:
+            missing.append(name)
+            continue
+        found[name] = match
+        has, wants = checkpoint.tensors[match].shape, tuple(names[name].shape)
+        if has != wants:
+            raise CheckpointError(
+                f"tensor {match} has shape {list(has)}; the model's config asks for {list(wants)}"
+            )
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"{checkpoint.folder} lacks {', '.join(missing[:3])}{more}, which "
+            f"{type(model).__name__} of transformers {transformers.__version__} needs"
+        )
+    return found

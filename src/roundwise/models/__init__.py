@@ -1,1 +1,0 @@
-"""What a checkpoint is: opening, mapping names to modules, formats, writing, auditing."""

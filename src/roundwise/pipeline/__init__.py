@@ -1,1 +1,0 @@
-"""The run: calibration text in, paused forward through the blocks, shards and journal out."""

@@ -1,0 +1,223 @@
+"""What a run would do, from config.json and the headers of the weights alone: nothing is loaded.
+
+`quantize` asks the same forecast which mode the memory allows, so what is planned is what is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from roundwise.checkpoint import engines
+from roundwise.checkpoint.engines import split_joints
+from roundwise.checkpoint.gptq_format import check_shape
+from roundwise.config import QuantizeConfig
+from roundwise.errors import ConfigError
+from roundwise.forward.expert_tokens import check_experts
+from roundwise.model.blocks import is_tied, weight_of
+from roundwise.model.expert_weights import PartInfo
+from roundwise.model.fake_forward import leave_uncalled
+from roundwise.model.streamed import Skeleton
+from roundwise.plan import cost_model
+from roundwise.plan.memory import Memory, beyond_budget, bytes_after, plan_disk, plan_memory
+from roundwise.system.memory import Mode
+
+#: Part of all parameters below which a quantized model is hardly smaller: said as a warning.
+ADVISED_PART = 0.8
+
+
+@dataclass(frozen=True)
+class Module:
+    """A linear layer and what becomes of it."""
+
+    name: str
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
+    bits: int | None
+    """None: it stays as it is."""
+    group_size: int | None
+    shares: str | None
+    """The first layer that reads the same input, whose Hessian serves both; None: not known."""
+    why_not: str | None
+    """Why it stays as it is, or cannot be stored with these settings."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; `as_dict` is what `roundwise plan --json` prints."""
+
+    modules: list[Module]
+    quantized_part: float
+    """Of all parameters of the model, 0 … 1."""
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    tied_embeddings: bool
+    memory: Memory
+    disk: dict[str, int]
+    """Bytes that a run needs in its output folder, by what they are for."""
+    phases: dict[str, float]
+    """Estimated seconds."""
+    served_by: dict[str, str | None]
+    """Engine -> why not; None: it serves the result."""
+    tensor_parallel: list[int]
+    problems: list[str]
+    """What a run would refuse."""
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        memory = asdict(self.memory) | {"fits": self.memory.fits}
+        seconds = sum(self.phases.values())
+        return {**asdict(self), "memory": memory, "seconds": seconds}
+
+
+def plan(
+    skeleton: Skeleton,
+    config: QuantizeConfig,
+    *,
+    samples: int = 128,
+    seq_len: int = 2048,
+    batch_size: int = 8,
+    mode: Mode | None = None,
+    budget: int | None = None,
+) -> Plan:
+    """Plans a run; takes seconds whatever the size of the model.
+
+    Args:
+        skeleton: of the model.
+        config: settings.
+        samples, seq_len, batch_size: calibration windows, as for `quantize`.
+        mode, budget: as for `plan_memory`.
+    """
+    text = skeleton.model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or seq_len
+    warnings = [*skeleton.notes]
+    if seq_len > limit:
+        seq_len = limit
+        warnings.append(f"seq_len is {limit}, the longest text the model takes")
+    tokens = 0 if config.method == "rtn" else samples * seq_len
+    modules, sharing = _modules(skeleton, config)
+    if not sharing:
+        warnings.append("which layers share an input is found out when the run reaches them")
+    total = sum(weight.numel() for weight in skeleton.model.parameters())
+    part = sum(m.shape[0] * m.shape[1] for m in modules if m.bits) / total
+    if part < ADVISED_PART:
+        warnings.append(f"only {part:.0%} of the parameters are quantized: {_rest(skeleton)}")
+    problems = [m.why_not for m in modules if m.bits and m.why_not]
+    for block in skeleton.blocks:
+        try:
+            check_experts(block, config)
+        except ConfigError as error:
+            problems.append(str(error))
+    open_ = [
+        m for m in modules if m.bits and config.target_bpw and not config.is_overridden(m.name)
+    ]
+    if open_:
+        warnings.append(
+            f"bits and groups of {len(open_)} layers are chosen when the run begins: those shown are "
+            f"not final, the size is that of {config.target_bpw:g} bits per weight"
+        )
+    memory = plan_memory(
+        skeleton, config, tokens=tokens, batch=batch_size * seq_len, mode=mode, budget=budget
+    )
+    if not memory.fits:
+        warnings.append(beyond_budget(memory))
+    shapes = cost_model.shapes_of(skeleton, config)
+    flops: dict[str, float] = {}
+    for each in shapes if tokens else []:
+        work = cost_model.work(each, config, tokens=tokens, mode=memory.mode)
+        work |= cost_model.survey(each, config, tokens=tokens) if open_ else {}
+        flops = {phase: flops.get(phase, 0.0) + flop for phase, flop in work.items()}
+    after, stored = bytes_after(skeleton, config, {m.name for m in open_})
+    heads = int(getattr(text, "num_attention_heads", 1) or 1)
+    return Plan(
+        modules=modules,
+        quantized_part=part,
+        bytes_before=skeleton.checkpoint.nbytes(),
+        bytes_after=after,
+        bits_per_weight=8 * stored / max(1, sum(m.shape[0] * m.shape[1] for m in modules if m.bits)),
+        tied_embeddings=(
+            is_tied(skeleton.model.config) and skeleton.model.get_output_embeddings() is not None
+        ),
+        memory=memory,
+        disk=plan_disk(skeleton, config, memory, tokens=tokens),
+        phases=cost_model.seconds(flops, skeleton.dtype, skeleton.device) if flops else {},
+        served_by=engines.served_by(_served(skeleton, config)),
+        tensor_parallel=engines.tensor_parallel(
+            [(*m.shape, m.group_size or -1) for m in modules if m.bits],
+            hidden=int(text.hidden_size), heads=heads,
+            kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        ),
+        problems=problems,
+        warnings=warnings,
+    )  # fmt: skip
+
+
+def _served(skeleton: Skeleton, config: QuantizeConfig) -> Iterator[dict[str, Any]]:
+    """What engines go by: the settings of each quantized layer, and what kind of expert it is."""
+    for block in skeleton.blocks:
+        mixed = {path: set[str]() for path in block.experts}
+        layers = []
+        for name in block.linears:
+            settings = config.for_module(name)
+            if settings is None:
+                continue
+            layer = settings.model_dump(include={"bits", "group_size", "sym", "desc_act", "format"})
+            path = next((path for path in mixed if name.startswith(f"{path}.")), None)
+            if path is not None:
+                mixed[path].add(repr(layer))
+                info = skeleton.checkpoint.tensors[skeleton.source_of[f"{name}.weight"]]
+                together = isinstance(info, PartInfo)
+                layer["experts"] = engines.kind(name.rpartition(".")[2], together=together)
+            layers.append(layer)
+            if config.target_bpw and not block.is_head and not config.is_overridden(name):
+                # Each width that may be chosen; groups are such as everyone takes.
+                layers += [{**layer, "bits": bits} for bits in config.target_widths]
+        yield from layers
+        yield from ({**layers[-1], "split": joint} for joint in split_joints(config, block.linears))
+        yield from (
+            {**layers[-1], "experts": "mixed"} for found in mixed.values() if len(found) > 1
+        )
+
+
+def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], bool]:
+    """All linears of the blocks, and whether it is known which share an input."""
+    leaders = leave_uncalled(skeleton, config).first
+    found = []
+    for block in skeleton.blocks:
+        for name, linear in block.linears.items():
+            rows, columns = (int(size) for size in weight_of(linear).shape)
+            settings, why_not = config.for_module(name), None
+            if settings is None:
+                why_not = "left out with --skip"
+            else:
+                try:
+                    check_shape(name, rows, columns, settings)
+                except ConfigError as error:
+                    why_not = str(error)
+            found.append(
+                Module(
+                    name, (rows, columns),
+                    settings.bits if settings else None, settings.group_size if settings else None,
+                    leaders.get(name), why_not,
+                )
+            )  # fmt: skip
+    for block in [*skeleton.blocks, *skeleton.aside]:
+        for name, reason in block.left.items():
+            rows, columns = weight_of(skeleton.model.get_submodule(name)).shape
+            found.append(Module(name, (rows, columns), None, None, None, reason))
+    return found, bool(leaders)
+
+
+def _rest(skeleton: Skeleton) -> str:
+    """The largest tensors outside the blocks' linears, by name."""
+    linears = {id(x.weight) for block in skeleton.blocks for x in block.linears.values()}
+    others = [
+        (weight.numel(), name)
+        for name, weight in skeleton.model.named_parameters()
+        if id(weight) not in linears
+    ]
+    largest = sorted(others, reverse=True)[:2]
+    return "the largest others are " + ", ".join(f"{n} ({size:,})" for size, n in largest)

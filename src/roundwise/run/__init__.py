@@ -1,0 +1,1 @@
+"""The run: from prepared plan to finished checkpoint."""

@@ -1,0 +1,173 @@
+"""Of chats, only the assistant's turns count: which tokens those are, and that no others do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import roundwise as rw
+from roundwise.calibration.dataset import load_calibration
+from roundwise.calibration.windows import assistant_tokens
+from roundwise.checkpoint.gptq_format import quantized_layers
+from roundwise.checkpoint.reader import Checkpoint
+from roundwise.errors import CalibrationError
+
+CHAT = [
+    {"role": "system", "content": "You write Python."},
+    {"role": "user", "content": "A class?"},
+    {"role": "assistant", "content": "class A:\n    pass"},
+    {"role": "user", "content": "A function?"},
+    {"role": "assistant", "content": "def f(x):\n    return x"},
+]
+ANSWERS = "class A:\n    pass<end>\ndef f(x):\n    return x<end>\n"
+TURN = "<{{ m.role }}>\n{{ m.content }}<end>\n"
+PLAIN = (
+    "{% for m in messages %}" + TURN + "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>\n{% generation %}{{ m.content }}"
+    "<end>\n{% endgeneration %}{% else %}" + TURN + "{% endif %}{% endfor %}"
+)
+# Earlier answers lose what is long ago: as templates do that drop reasoning.
+FORGETFUL = (
+    "{% for m in messages %}{% if loop.last %}"
+    + TURN
+    + "{% else %}{{ m.role }}{% endif %}{% endfor %}"
+)
+SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 2, "seed": 0}
+
+
+@pytest.fixture
+def tokenizer(tiny: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(tiny)
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": CHAT}) for _ in range(6)))
+    return file
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
+def test_the_answers_count(template: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = template
+    tokens, counted = assistant_tokens(CHAT, tokenizer)
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
+    assert tokens == list(whole)
+    assert len(counted) == len(tokens)
+    answers = [token for token, count in zip(tokens, counted, strict=True) if count]
+    assert tokenizer.decode(answers) == ANSWERS
+
+
+def test_a_template_that_forgets_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = FORGETFUL
+    with pytest.raises(CalibrationError, match=r"turn 3 of a chat .* cannot be told"):
+        assistant_tokens(CHAT, tokenizer)
+
+
+def test_batches_know_what_counts(tokenizer: Any, chats: Path) -> None:
+    tokenizer.chat_template = PLAIN
+    found = load_calibration(str(chats), tokenizer, **SETTINGS, only="assistant")
+    every = load_calibration(str(chats), tokenizer, **SETTINGS)
+    assert found.digest != every.digest
+    assert found.describe()["only"] == "assistant"
+    assert "only" not in every.describe()
+    assert all(batch.counted is None for batch in every.batches)
+    counting = [batch.counting for batch in found.batches]
+    assert (
+        found.tokens == sum(int(mask.sum()) for mask in counting if mask is not None) < every.tokens
+    )
+    for batch in found.batches:
+        assert batch.counted is not None
+        assert bool(batch.counted.any(-1).all())  # no window without an answer
+        text = tokenizer.decode(batch.input_ids[batch.counted])
+        assert "Python" not in text
+        assert "function?" not in text
+
+
+def test_windows_without_an_answer_are_not_drawn(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = PLAIN
+    user = {"role": "user", "content": "x = 1\n" * 400}
+    chat = [user, {"role": "assistant", "content": "y = 2"}, user]
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"messages": chat}))
+    found = load_calibration(str(file), tokenizer, **SETTINGS, only="assistant")
+    assert found.samples <= 2
+    assert any("gives only" in line for line in found.not_as_asked)
+    file.write_text(json.dumps({"messages": chat[:1]}))
+    with pytest.raises(CalibrationError, match="no tokens by the assistant"):
+        load_calibration(str(file), tokenizer, **SETTINGS, only="assistant")
+
+
+@pytest.mark.parametrize(
+    ("source", "only", "why"),
+    [
+        ("text", "assistant", "is for chats, and the calibration holds a plain text"),
+        ("chats", "user", "use assistant"),
+        ("list", "assistant", "a list holds no chats"),
+    ],
+)
+def test_refusals(
+    source: str, only: str, why: str, tokenizer: Any, chats: Path, text: Path
+) -> None:
+    tokenizer.chat_template = PLAIN
+    given: Any = {"text": str(text), "chats": str(chats), "list": [[1, 2, 3]]}[source]
+    with pytest.raises(CalibrationError, match=why):
+        load_calibration(given, tokenizer, **SETTINGS, only=only)
+
+
+def test_only_the_answers_are_fitted(
+    tokenizer: Any, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    """What the first layers read depends on the token alone: the answers by themselves give the same."""
+    tokenizer.chat_template = PLAIN
+    tokenizer.save_pretrained(tiny)
+    config = rw.QuantizeConfig(
+        recipe="textbook", damp_percent=0.01, dynamic={r"layers\.[^0]": None}
+    )
+    found = load_calibration(str(chats), tokenizer, **SETTINGS, only="assistant")
+    answers = [ids for b in found.batches for ids in b.input_ids[b.counted].tolist()]
+    options = {"samples": 4, "seq_len": 32, "batch_size": 2}
+    made = rw.quantize(tiny, tmp_path / "a", config, str(chats), **options, only="assistant")
+    same = rw.quantize(
+        tiny, tmp_path / "b", config, [answers], samples=1, seq_len=len(answers), batch_size=1
+    )
+    every = rw.quantize(tiny, tmp_path / "c", config, str(chats), **options)
+    assert made.layers[0]["tokens"] == len(answers) == found.tokens
+    errors = [result.layers[0]["relative_error"] for result in (made, same, every)]
+    # The model computes in bfloat16, and batches of other shapes are rounded otherwise.
+    assert errors[0] == pytest.approx(errors[1], rel=2e-3)
+    assert errors[0] != pytest.approx(errors[2], rel=1e-2)
+    name = made.layers[0]["name"]
+    codes = [
+        next(x for x in quantized_layers(Checkpoint(tmp_path / n)) if x.name == name)
+        .read("gptq")
+        .codes
+        for n in "ab"
+    ]
+    assert (codes[0] == codes[1]).float().mean() > 0.999
+    assert torch.equal(codes[0], codes[0].clamp(0, 15))
+
+
+def test_as_a_command_and_again_from_the_manifest(
+    tokenizer: Any, tiny: Path, chats: Path, tmp_path: Path, commands: Any
+) -> None:
+    tokenizer.chat_template = PLAIN
+    tokenizer.save_pretrained(tiny)
+    made = commands.run(
+        "quantize", tiny, tmp_path / "out", "--calibration", chats, "--only", "assistant",
+        "--samples", 4, "--seq-len", 32, "--recipe", "textbook",
+    )  # fmt: skip
+    assert made.code == 0, made.stderr
+    again = commands.run(
+        "quantize", "--from-manifest", tmp_path / "out", "--output", tmp_path / "again", "--json"
+    )
+    assert again.code == 0, again.stderr
+    assert again.json["same"] is True

@@ -1,0 +1,206 @@
+"""compressed-tensors: that library reads what we write and we what it writes; nothing is lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import load_file, save_file
+
+import roundwise as rw
+from roundwise.checkpoint.compressed_tensors import SUFFIXES, packed_layers
+from roundwise.checkpoint.gptq_format import quantization_settings, quantized_layers
+from roundwise.checkpoint.reader import Checkpoint
+from roundwise.convert import convert
+from roundwise.errors import CheckpointError, ConfigError
+from roundwise.verify import audit
+from tests.helpers import edited_json, raw, tensors_of, windows
+
+LIBRARY = BaseCompressor.get_value_from_registry("pack-quantized")
+
+
+def decoded(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint(folder)
+    if "config_groups" in checkpoint.config["quantization_config"]:
+        return {name: x.read().dequantize() for name, x in packed_layers(checkpoint).items()}
+    version = quantization_settings(checkpoint)["checkpoint_format"]
+    return {layer.name: layer.read(version).dequantize() for layer in quantized_layers(checkpoint)}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def settings_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def scheme(bits: int, size: int, sym: bool) -> QuantizationScheme:
+    group = {"strategy": "group", "group_size": size} if size > 0 else {"strategy": "channel"}
+    return QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(num_bits=bits, symmetric=sym, **group)
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_there_and_back_is_exact(bits, sym, group_size, quantized, tmp_path):
+    source = quantized(
+        "llama", bits=bits, sym=sym, group_size=group_size, format="gptq_v2", recipe="textbook"
+    )
+    convert(source, tmp_path / "packed", "compressed-tensors")
+    assert same(decoded(source), decoded(tmp_path / "packed"))
+    weights = settings_of(tmp_path / "packed")["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["symmetric"]) == (bits, sym)
+    # Each layer as the library itself decodes it.
+    tensors = tensors_of(tmp_path / "packed")
+    for name, W in decoded(source).items():
+        state = {
+            part: tensors[f"{name}.{part}"] for part in SUFFIXES if f"{name}.{part}" in tensors
+        }
+        state["weight_scale"] = state["weight_scale"].float()
+        theirs = LIBRARY.decompress(state, scheme(bits, group_size, sym))["weight"]
+        assert torch.equal(theirs, W)
+    convert(tmp_path / "packed", tmp_path / "back", "gptq_v2")
+    old, new = tensors_of(source), tensors_of(tmp_path / "back")
+    assert old.keys() == new.keys()
+    assert all(raw(old[name]) == raw(new[name]) for name in old)
+    assert not audit(tmp_path / "back").failures
+    found = settings_of(tmp_path / "back")
+    assert (found["bits"], found["group_size"], found["sym"]) == (bits, group_size, sym)
+    convert(tmp_path / "packed", tmp_path / "dense", "dense", dtype=torch.float32)
+    dense = tensors_of(tmp_path / "dense")
+    assert all(torch.equal(dense[f"{name}.weight"], W) for name, W in decoded(source).items())
+
+
+# Not asymmetric ones: of those, transformers with this release of the library loads nobody's, not even
+# the library's own, because it expects zero points that are not packed.
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transformers_loads_it(bits, quantized, tmp_path):
+    source = quantized("llama", bits=bits, group_size=32, format="gptq_v2", recipe="textbook")
+    convert(source, tmp_path / "packed", "compressed-tensors")
+    ids = torch.tensor(windows(seed=5))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", dtype=torch.float32
+    ).eval()
+    ours, _ = rw.load(source, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_layers_of_several_kinds(quantized, tmp_path):
+    source = quantized(
+        "llama", group_size=32, recipe="textbook", format="gptq_v2",
+        dynamic={"down_proj": {"bits": 8}, r"0\.self_attn\.o_proj": None},
+    )  # fmt: skip
+    convert(source, tmp_path / "packed", "compressed-tensors")
+    found = settings_of(tmp_path / "packed")
+    assert found["ignore"] == ["lm_head", "model.layers.0.self_attn.o_proj"]
+    usual, other = found["config_groups"].values()
+    assert (usual["weights"]["num_bits"], other["weights"]["num_bits"]) == (4, 8)
+    assert other["targets"] == [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
+    convert(tmp_path / "packed", tmp_path / "back", "gptq_v2")
+    assert same(decoded(source), decoded(tmp_path / "back"))
+    ids = torch.tensor(windows(seed=5))
+    with torch.no_grad():
+        one, two = (
+            rw.load(folder)[0](input_ids=ids).logits for folder in (source, tmp_path / "back")
+        )
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("g_idx", [False, True])
+def test_what_the_library_writes_is_read(g_idx, llama, tmp_path):
+    """A folder as llm-compressor leaves it, its tensors made by the library, bfloat16 scales and all."""
+    tensors = load_file(llama / "model.safetensors")
+    expected = {}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        W, stem = tensors.pop(name).float(), name.removesuffix(".weight")
+        groups = W.reshape(len(W), -1, 32)
+        scale = ((groups.amax(-1) - groups.amin(-1)) / 15).to(torch.bfloat16).float()
+        zero = (-8 - groups.amin(-1) / scale).round().clamp(-8, 7).to(torch.int8)
+        state = {"weight": W, "weight_scale": scale, "weight_zero_point": zero}
+        packed = LIBRARY.compress(state, scheme(4, 32, False))
+        expected[stem] = LIBRARY.decompress(packed, scheme(4, 32, False))["weight"]
+        packed["weight_scale"] = scale.to(torch.bfloat16)
+        if g_idx:
+            packed["weight_g_idx"] = torch.arange(W.shape[1], dtype=torch.int32) // 32
+        tensors |= {f"{stem}.{key}": value.contiguous() for key, value in packed.items()}
+    (tmp_path / "packed").mkdir()
+    save_file(tensors, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    weights = scheme(4, 32, False).model_dump(mode="json")
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": weights}, "quantization_status": "compressed",
+    }  # fmt: skip
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "packed", tmp_path / "out", "gptq_v2")
+    assert same(decoded(tmp_path / "out"), expected)
+    rw.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"bits": 3, "group_size": 32}, "3 bits are packed in different ways"),
+        ({"desc_act": True, "group_size": 32}, "desc_act=True"),
+    ],
+)
+def test_what_cannot_be_said(settings, why, quantized, tmp_path):
+    source = quantized("llama", recipe="textbook", **settings)
+    with pytest.raises(ConfigError, match=why):
+        convert(source, tmp_path / "packed", "compressed-tensors")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_conv1d_is_refused(quantized, tmp_path):
+    with pytest.raises(ConfigError, match="is a Conv1D"):
+        convert(quantized("gpt2", recipe="textbook"), tmp_path / "packed", "compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"format": "nvfp4-pack-quantized"}, "only pack-quantized is read"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "more than weights"),
+        (
+            {"config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}},
+            "more than weights",
+        ),
+    ],
+)
+def test_other_kinds_are_refused(changes, why, quantized, tmp_path):
+    source = quantized("llama", group_size=32, recipe="textbook")
+    convert(source, tmp_path / "packed", "compressed-tensors")
+    with edited_json(tmp_path / "packed" / "config.json") as config:
+        config["quantization_config"] |= changes
+    with pytest.raises(ConfigError, match=why):
+        convert(tmp_path / "packed", tmp_path / "out", "gptq")
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_shape"])
+def test_tensors_that_do_not_fit_together(part, quantized, tmp_path):
+    source = quantized("llama", group_size=32, recipe="textbook")
+    convert(source, tmp_path / "packed", "compressed-tensors")
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.layers.0.mlp.up_proj.{part}"
+    tensors[name] = tensors[name][:-1].clone() if part != "weight_shape" else torch.tensor([7, 7])
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="fit together"):
+        convert(tmp_path / "packed", tmp_path / "out", "gptq")
+
+
+def test_other_commands_name_the_way(quantized, tmp_path, commands):
+    source = quantized("llama", group_size=32, recipe="textbook")
+    ended = commands.run("convert", source, tmp_path / "packed", "--to", "compressed-tensors")
+    assert ended.code == 0, ended.stderr
+    ended = commands.run("verify", tmp_path / "packed")
+    assert "roundwise convert --to gptq" in ended.stdout + ended.stderr

@@ -1,0 +1,163 @@
+"""The four tensors of a quantized weight: written and read back, to the bit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import roundwise as rw
+from roundwise.checkpoint.gptq_format import check_shape, decode, encode, quantization_config
+from roundwise.errors import CheckpointError, ConfigError
+
+OUT, IN = 32, 96
+
+
+def solved(seed: int, config: rw.QuantizeConfig) -> rw.QuantizedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(2 * IN, IN, generator=generator) * torch.rand(IN, generator=generator)
+    return rw.solve(torch.randn(OUT, IN, generator=generator), X.T @ X, config)
+
+
+def code(words: torch.Tensor, index: int, bits: int) -> int:
+    """Code `index` of packed words, from the bit stream that FORMAT.md describes."""
+    stream = b"".join((int(word) & 0xFFFFFFFF).to_bytes(4, "little") for word in words)
+    return int.from_bytes(stream, "little") >> (bits * index) & (2**bits - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    sym=st.booleans(),
+    version=st.sampled_from(["gptq", "gptq_v2"]),
+    group_size=st.sampled_from([-1, 16, 32]),
+    desc_act=st.booleans(),
+)
+def test_what_is_written_is_read(seed: int, **options: Any) -> None:
+    config = rw.QuantizeConfig(**{"format": options.pop("version"), **options})
+    q = solved(seed, config)
+    back = decode(encode(q, config), config.format, "layer")
+    assert back.bits == config.bits
+    for field in ("codes", "scales", "zeros", "g_idx"):
+        assert torch.equal(getattr(back, field), getattr(q, field))
+    assert torch.equal(back.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_the_bits_are_where_the_format_says(bits: int, version: str) -> None:
+    config = rw.QuantizeConfig(bits=bits, group_size=32, sym=False, format=version)
+    q = solved(1, config)
+    tensors = encode(q, config)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
+        "qweight": (torch.int32, (IN * bits // 32, OUT)),
+        "qzeros": (torch.int32, (3, OUT * bits // 32)),
+        "scales": (torch.float16, (3, OUT)),
+        "g_idx": (torch.int32, (IN,)),
+    }
+    offset = 1 if version == "gptq" else 0
+    for n in (0, 7, OUT - 1):
+        for k in (0, 10, 21, 31, 32, IN - 1):
+            assert code(tensors["qweight"][:, n], k, bits) == int(q.codes[n, k])
+        for g in range(3):
+            assert code(tensors["qzeros"][g], n, bits) == (int(q.zeros[n, g]) - offset) % 2**bits
+            assert tensors["scales"][g, n] == q.scales[n, g]
+
+
+def test_symmetric_4_bit_v1_zeros_are_all_sevens() -> None:
+    config = rw.QuantizeConfig(group_size=32)
+    assert set(encode(solved(2, config), config)["qzeros"].flatten().tolist()) == {0x77777777}
+
+
+def test_asymmetric_v1_never_stores_a_zero_point_of_zero() -> None:
+    # Readers that add 1 without wrapping would read 2^bits.
+    config = rw.QuantizeConfig(group_size=32, sym=False, format="gptq")
+    X = torch.randn(2 * IN, IN)
+    q = rw.solve(torch.rand(OUT, IN) + 0.5, X.T @ X, config)
+    assert int(q.zeros.min()) >= 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "says"),
+    [
+        ((64, 80), {"group_size": 32}, "group_size=32 does not divide: use 16 or -1"),
+        ((64, 33), {"group_size": 32}, "use -1"),
+        ((64, 48), {"bits": 3, "group_size": 16}, "48 input channels; 3-bit .* multiples of 32"),
+        ((40, 64), {"bits": 3, "group_size": 32}, "40 output channels; 3-bit .* multiples of 32"),
+        ((12, 64), {"group_size": 32}, "12 output channels; 4-bit .* multiples of 8"),
+    ],
+)
+def test_sizes_that_cannot_be_stored(
+    shape: tuple[int, int], options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"a.layer has .*{says}"):
+        check_shape("a.layer", *shape, rw.QuantizeConfig(**options))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((64, 96), {"group_size": 32}),
+        ((8, 8), {"group_size": -1}),
+        ((32, 32), {"bits": 3, "group_size": 16}),
+        ((4, 16), {"bits": 8, "group_size": 8}),
+    ],
+)
+def test_sizes_that_can(shape: tuple[int, int], options: dict[str, Any]) -> None:
+    check_shape("a.layer", *shape, rw.QuantizeConfig(**options))
+
+
+def test_g_idx_is_optional_and_checked() -> None:
+    config = rw.QuantizeConfig(group_size=32)
+    q = solved(3, config)
+    tensors = encode(q, config)
+    without = {name: tensor for name, tensor in tensors.items() if name != "g_idx"}
+    assert torch.equal(decode(without, "gptq", "layer").g_idx, q.g_idx)
+    for wrong in (tensors["g_idx"][:-1], tensors["g_idx"] + 1, tensors["g_idx"] - 1):
+        with pytest.raises(CheckpointError, match="g_idx does not assign 96 channels to 3 groups"):
+            decode({**tensors, "g_idx": wrong}, "gptq", "layer")
+
+
+def test_overrides_are_written_as_readers_match_them() -> None:
+    config = rw.QuantizeConfig(dynamic={"k_proj|v_proj": {"bits": 8}, r"layers\.0\.": None})
+    dynamic = quantization_config(config, true_sequential=True)["dynamic"]
+    assert dynamic == {"+:.*(?:k_proj|v_proj)": {"bits": 8}, r"-:.*(?:layers\.0\.)": {}}
+    import re
+
+    for pattern in dynamic:
+        assert re.match(pattern[2:], "model.layers.0.self_attn.v_proj")
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "expected"),
+    [
+        ({r"attn\.(q|k|v)_proj": {"group_size": 32}}, 32),
+        ({r"attn\.(q|k|v)_proj": None}, None),
+        ({r"attn\.v_proj": {"group_size": 32}}, 128),  # nobody can join these
+        ({"o_proj": {"group_size": 32}}, 128),
+        ({}, 128),
+    ],
+)
+def test_joined_layers_are_found_by_their_joint_name(
+    dynamic: dict[str, Any], expected: int | None
+) -> None:
+    """As vLLM looks them up: the first rule that matches from the start of the joint name."""
+    names = [f"model.layers.{i}.attn.{p}_proj" for i in range(2) for p in "qkvo"]
+    config = rw.QuantizeConfig(group_size=128, dynamic=dynamic)
+    settings = quantization_config(config, true_sequential=True, names=names)
+
+    def looked_up(name: str) -> int | None:
+        for rule, changes in settings.get("dynamic", {}).items():
+            if re.match(rule[2:], name):
+                return None if rule.startswith("-:") else int(changes["group_size"])
+        return 128
+
+    assert {looked_up(f"model.layers.{i}.attn.qkv_proj") for i in range(2)} == {expected}
+    for name in names:
+        own = config.for_module(name)
+        assert looked_up(name) == (None if own is None else own.group_size)

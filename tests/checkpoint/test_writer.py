@@ -1,0 +1,139 @@
+"""A file is whole under its name, or not there; its bytes depend on its tensors alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from roundwise.checkpoint import writer
+from roundwise.checkpoint.reader import DTYPES, read_header
+from roundwise.checkpoint.untrusted import file_digest
+from roundwise.checkpoint.writer import copy_file, replacing, write_json, write_safetensors
+from roundwise.errors import StorageError
+from tests.helpers import Stop, raw
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    return {
+        "turned": torch.arange(12.0).reshape(3, 4).T,
+        "none": torch.empty(0, 5),
+        "one": torch.tensor(3),
+        **{name: (torch.arange(7) % 2).to(dtype) for name, dtype in DTYPES.items()},
+    }
+
+
+def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    digest = write_safetensors(path, some_tensors())
+    assert digest == file_digest(path)
+    read = load_file(path)
+    for name, tensor in some_tensors().items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert raw(read[name]) == raw(tensor)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_tensors_on_the_disk_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "a.safetensors", some_tensors())
+    write_safetensors(tmp_path / "b.safetensors", read_header(tmp_path / "a.safetensors"))
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_data_begin_at_a_multiple_of_8(tmp_path: Path) -> None:
+    for length in range(1, 9):
+        path = tmp_path / "x.safetensors"
+        write_safetensors(path, {"n" * length: torch.ones(2)})
+        assert next(iter(read_header(path).values())).start % 8 == 0
+
+
+@pytest.mark.parametrize("error", [Stop(), KeyboardInterrupt(), OSError(errno.EIO, "bad disk")])
+def test_an_error_leaves_the_old_file(error: BaseException, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+    kind = StorageError if isinstance(error, OSError) else type(error)
+    with pytest.raises(kind), replacing(path) as file:
+        file.write(b"new")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_rename_that_is_not_durable_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> None:
+        raise OSError(errno.EIO, "bad disk")
+
+    monkeypatch.setattr(writer, "sync_folder", fail)
+    with pytest.raises(StorageError, match=r"cannot write .*: bad disk"):
+        write_json(tmp_path / "x.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_error_is_told_even_if_nothing_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def keep(_: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(Path, "unlink", keep)
+    with pytest.raises(StorageError, match="the disk is full"):
+        write_json(tmp_path / "x.json", {})
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "the disk is full while writing .*x.json: free some space"),
+        (errno.EDQUOT, "the disk is full"),
+        (errno.EROFS, "cannot write .*x.json: Read-only file system"),
+    ],
+)
+def test_a_failed_write_is_one_sentence(
+    number: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(writer.os, "fsync", fail)
+    with pytest.raises(StorageError, match=says):
+        write_json(tmp_path / "x.json", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append("sync folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "sync file")  # noqa: PTH112
+        sync(descriptor)
+
+    def renamed(*paths: Path) -> None:
+        calls.append("rename")
+        rename(*paths)
+
+    monkeypatch.setattr(writer.os, "fsync", synced)
+    monkeypatch.setattr(writer.os, "replace", renamed)
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert calls == ["sync file", "rename", "sync folder"]
+
+
+def test_copies_keep_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 1000)
+    copy_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()

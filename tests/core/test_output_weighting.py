@@ -1,0 +1,104 @@
+"""Rows that make up for each other: the loss weighed by B falls, and without B nothing changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import roundwise as rw
+from roundwise.core.output_weighting import DAMP, Coupling
+from roundwise.core.solver import prepare, solve
+from roundwise.errors import NumericalError, SingularError
+
+
+def problem(out: int = 96, width: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """W, H and B of a layer whose inputs, and whose outputs' gradients, are correlated."""
+    X = torch.randn(512, width, dtype=torch.float64) @ torch.randn(width, width).double()
+    g = torch.randn(512, out, dtype=torch.float64) @ torch.randn(out, out).double()
+    W = torch.randn(out, width, dtype=torch.float64)
+    return W, X.T @ X / 512, g.T @ g / 512
+
+
+def weighed(E: torch.Tensor, H: torch.Tensor, B: torch.Tensor) -> float:
+    """tr(B E H Eᵀ)."""
+    return float(((B @ E) * (E @ H)).sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "settings", [{}, {"sym": False}, {"desc_act": True}, {"recipe": "textbook"}]
+)
+def test_errors_that_count_together_are_fewer(bits, settings):
+    W, H, B = problem()
+    config = rw.QuantizeConfig(bits=bits, group_size=32, **settings)
+    alone, coupled = solve(W, H, config), solve(W, H, config, outputs=B)
+    lost = [weighed(W - q.dequantize(torch.float64), H, B) for q in (alone, coupled)]
+    assert lost[1] < 0.8 * lost[0]
+    assert coupled.relative_error > alone.relative_error  # of the output, each row by itself
+
+
+def test_a_factor_changes_nothing():
+    W, H, B = problem()
+    config = rw.QuantizeConfig(bits=3, group_size=32)
+    one, other = solve(W, H, config, outputs=B), solve(W, H, config, outputs=1024 * B)
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.scales, other.scales)
+
+
+def test_outputs_that_are_alike_are_solved_each_for_itself():
+    W, H, _ = problem()
+    config = rw.QuantizeConfig(bits=3, group_size=32)
+    alone = solve(W, H, config)
+    coupled = solve(W, H, config, outputs=torch.eye(len(W), dtype=torch.float64))
+    assert torch.equal(alone.codes, coupled.codes)
+    assert torch.equal(alone.scales, coupled.scales)
+    assert coupled.relative_error == pytest.approx(alone.relative_error)
+
+
+def test_each_part_makes_up_for_those_before():
+    W, H, B = problem()
+    config = rw.QuantizeConfig(bits=3, group_size=32)
+    H = prepare(H, config)
+    coupling = Coupling(B, W.shape[1])
+    T, codes = W.clone(), torch.empty_like(W, dtype=torch.uint8)
+    damped = B + DAMP * B.diagonal().mean() * torch.eye(len(B), dtype=torch.float64)
+    before: list[int] = []
+    for rows in coupling.parts(len(W)):
+        if before:
+            # The best that all later rows r together can answer: B_rr⁻¹ B_rb (T_b - Q_b).
+            later = [r for r in coupling.perm.tolist() if r not in before]
+            answer = torch.linalg.solve(
+                damped[later][:, later], damped[later][:, before] @ T[before]
+            )
+            assert torch.allclose(coupling.asked(), answer[: len(rows)], rtol=1e-6, atol=1e-9)
+        q = solve(W[rows] + coupling.asked(), H, config)
+        codes[rows] = q.codes
+        T[rows] = W[rows] - q.dequantize(torch.float64)  # from here on their error
+        coupling.done(T[rows])
+        before += rows.tolist()
+    assert torch.equal(codes, solve(W, H, config, outputs=B).codes)
+
+
+def test_what_earlier_layers_lost_is_made_up_for_too():
+    W, H, B = problem()
+    config = rw.QuantizeConfig(bits=3, group_size=32)
+    lost = 0.05 * torch.randn_like(W) @ H
+    T = (
+        W
+        + torch.linalg.solve(
+            H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64), lost.T
+        ).T
+    )
+    aimed, aside = (
+        weighed(T - solve(W, H, config, lost=y, outputs=B).dequantize(torch.float64), H, B)
+        for y in (lost, None)
+    )
+    assert aimed < aside
+
+
+def test_gradients_that_say_nothing_are_an_error():
+    W, H, B = problem()
+    with pytest.raises(SingularError):
+        solve(W, H, outputs=0 * B)
+    with pytest.raises(NumericalError):
+        solve(W, H, outputs=B * float("nan"))

@@ -1,0 +1,268 @@
+"""Calibration tokens in front of experts: the model stays what it is, and each expert gets its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from roundwise.calibration.dataset import load_calibration
+from roundwise.calibration.windows import Batch
+from roundwise.core.drift import Drift
+from roundwise.forward.expert_tokens import Policy
+from roundwise.forward.input_groups import Group
+from roundwise.forward.scheduler import Conductor
+from roundwise.model.moe import LinearExperts
+from roundwise.model.streamed import Skeleton, open_skeleton
+from tests.helpers import batches, conduct, hidden, inputs, random_model, windows
+from tests.mixtures import MIXTURES
+
+MODES = pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "block"])
+POLICIES = pytest.mark.parametrize(
+    "policy",
+    [Policy("routed"), Policy("routed", 1000), Policy("all")],
+    ids=["routed", "few", "all"],
+)
+NAMES = pytest.mark.parametrize("name", MIXTURES)
+
+#: Of each linear that was called: which tokens' rows it was fed with.
+Inputs = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def save(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            random_model(MIXTURES[name].config()).save_pretrained(made[name])
+        return made[name]
+
+    return save
+
+
+def whole(folder: Path) -> Skeleton:
+    """The model with experts as linears, completely loaded."""
+    skeleton = open_skeleton(folder)
+    skeleton.load(skeleton.model, "")
+    return skeleton
+
+
+@torch.no_grad()
+def inputs_of(folder: Path, rows: list[list[int]]) -> Inputs:
+    """What each linear of the blocks is fed with as the model runs by itself."""
+    skeleton, seen = whole(folder), defaultdict(list)
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _, args: seen[name].append(args[0].reshape(-1, args[0].shape[-1]))
+
+    for block in skeleton.blocks:
+        for name, linear in block.linears.items():
+            linear.register_forward_pre_hook(hook(name))
+    for row in rows:
+        skeleton.model(input_ids=torch.tensor([row]), use_cache=False)
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def collected(folder: Path, played: list[Batch], policy: Policy, **options: Any) -> list[Group]:
+    found: list[Group] = []
+
+    def keep(group: Group) -> None:
+        found.append(Group(group.names, group.hessian, fallback=group.fallback))
+
+    for _ in conduct(open_skeleton(folder), played, keep, policy=policy, **options):
+        pass
+    return found
+
+
+@NAMES
+def test_experts_as_linears_compute_what_transformers_computes(
+    name: str, folder: Callable[[str], Path]
+) -> None:
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        folder(name), experts_implementation="eager"
+    ).eval()
+    ids = torch.tensor(windows())
+    skeleton = whole(folder(name))
+    assert any(isinstance(module, LinearExperts) for module in skeleton.model.modules())
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (skeleton.model, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["alone", "with reference"])
+@MODES
+@POLICIES
+@NAMES
+def test_what_the_model_computes_stays(
+    name: str, policy: Policy, sequential: bool, reference: bool, folder: Callable[[str], Path]
+) -> None:
+    skeleton, played = whole(folder(name)), batches(windows())
+    expected = defaultdict(list)
+    for block in skeleton.blocks:
+        block.module.register_forward_hook(
+            lambda _m, _a, out, key=block.name: expected[key].append(hidden(out))
+        )
+    with torch.no_grad():
+        for batch in played:
+            skeleton.model(**inputs(batch), use_cache=False)
+    fresh = open_skeleton(folder(name))
+    behind = conduct(fresh, played, policy=policy, sequential=sequential, reference=reference)
+    for block, (_, conductor) in zip(fresh.blocks, behind, strict=False):
+        for player in [*conductor.quantized, *conductor.originals]:
+            torch.testing.assert_close(
+                hidden(player.output), expected[block.name][player.number], rtol=1e-4, atol=1e-5
+            )
+
+
+@MODES
+@NAMES
+def test_an_experts_hessian_is_that_of_the_tokens_routed_to_it(
+    name: str, sequential: bool, folder: Callable[[str], Path]
+) -> None:
+    rows = windows()
+    seen = inputs_of(folder(name), rows)
+    groups = collected(folder(name), batches(rows), Policy(), sequential=sequential)
+    experts = [group for group in groups if ".experts." in group.names[0]]
+    gated = "w1" if name == "mixtral" else "gate_proj"
+    for group in experts:
+        X = seen[group.names[0]].double()
+        assert len(X) < 4 * 32
+        assert group.hessian is not None
+        assert group.hessian.tokens == len(X)
+        torch.testing.assert_close(
+            group.hessian.mean().double(), X.T @ X / len(X), rtol=1e-3, atol=1e-5
+        )
+        assert group.fallback is None
+        # Gate and up of one expert share theirs.
+        assert len(group.names) == (2 if group.names[0].endswith(gated) else 1)
+    layers = sum(len(block.experts) for block in open_skeleton(folder(name)).blocks)
+    assert len(experts) == layers * 4 * 2
+
+
+@MODES
+@NAMES
+def test_with_all_tokens_experts_share_one_hessian(
+    name: str, sequential: bool, folder: Callable[[str], Path]
+) -> None:
+    groups = collected(folder(name), batches(windows()), Policy("all"), sequential=sequential)
+    experts = [group for group in groups if any(".experts." in n for n in group.names)]
+    assert {group.hessian.tokens for group in experts if group.hessian} == {4 * 32}
+    layers = sum(len(block.experts) for block in open_skeleton(folder(name)).blocks)
+    assert len(experts) == layers * (1 + 4)  # what gates and ups read, and each down
+    assert not any(group.fallback for group in experts)
+
+
+@MODES
+def test_an_expert_with_too_few_tokens_is_given_all_and_named(
+    sequential: bool, folder: Callable[[str], Path]
+) -> None:
+    path = folder("qwen3_moe")
+    counts = {}
+    for groups, conductor in conduct(open_skeleton(path), batches(windows()), policy=Policy()):
+        del groups, conductor
+    tokens = [
+        len(inputs_of(path, windows())[f"model.layers.0.mlp.experts.{e}.up_proj"]) for e in range(4)
+    ]
+    least = sorted(tokens)[1]  # one expert has fewer
+    groups = collected(path, batches(windows()), Policy("routed", least), sequential=sequential)
+    for group in groups:
+        if group.names[0].startswith("model.layers.0.mlp.experts."):
+            expert = int(group.names[0].split(".")[5])
+            counts[expert] = group
+            assert group.hessian is not None
+            few = tokens[expert] < least
+            assert group.hessian.tokens == (4 * 32 if few else tokens[expert])
+            assert (group.fallback is not None) == few
+            if few:
+                assert f"{tokens[expert]} of 128 calibration tokens" in str(group.fallback)
+    assert len(counts) == 4
+
+
+@MODES
+@POLICIES
+def test_padding_does_not_count(
+    policy: Policy, sequential: bool, folder: Callable[[str], Path]
+) -> None:
+    rows = [row[:length] for row, length in zip(windows(), (32, 21, 30, 9), strict=True)]
+
+    def with_batches_of(size: int) -> list[Group]:
+        texts = load_calibration(rows, None, samples=4, seq_len=32, batch_size=size, seed=0)
+        return collected(folder("mixtral"), texts.batches, policy, sequential=sequential)
+
+    together, alone = with_batches_of(4), with_batches_of(1)
+    assert [group.names for group in together] == [group.names for group in alone]
+    for padded, exact in zip(together, alone, strict=True):
+        assert padded.hessian and exact.hessian
+        assert padded.hessian.tokens == exact.hessian.tokens
+        torch.testing.assert_close(
+            padded.hessian.mean(), exact.hessian.mean(), rtol=1e-3, atol=1e-4
+        )
+
+
+@MODES
+@POLICIES
+def test_drift_compares_the_same_tokens_of_both_models(
+    policy: Policy, sequential: bool, folder: Callable[[str], Path]
+) -> None:
+    # What the attention adds is made larger, so that the routers of both models choose otherwise.
+    skeleton, played = open_skeleton(folder("mixtral")), batches(windows())
+    block, path = skeleton.blocks[0], MIXTURES["mixtral"].experts
+    calls: dict[tuple[bool, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    found: dict[int, tuple[int, Drift]] = {}
+
+    def solve(group: Group) -> None:
+        if group.names == [f"{block.name}.self_attn.o_proj"]:
+            linear = block.linears[group.names[0]]
+            linear.weight = torch.nn.Parameter(4 * linear.weight, requires_grad=False)
+        gates = [name for name in group.names if name.startswith(path) and name.endswith("w1")]
+        if gates:
+            assert group.hessian is not None
+            both = group.hessian.tokens, group.drift(group.hessian.mean(keep=True))
+            found.update({int(name.split(".")[5]): both for name in gates})
+
+    skeleton.load_outside_blocks()
+    with Conductor(
+        skeleton.model, skeleton.blocks, played, reference=True, policy=policy
+    ) as conductor:
+        conductor.enter()
+        skeleton.load(block.module, block.name)
+        groups = conductor.probe(block)
+
+        def note(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            player = conductor.gatherer._current()
+            calls.setdefault((player.original, player.number), (args[0], args[1]))
+
+        block.experts[path].register_forward_pre_hook(note)
+        conductor.play(block, groups, solve, sequential=sequential)
+    differ = False
+    for expert, (tokens, drift) in found.items():
+        total, count = torch.zeros(64, 64, dtype=torch.float64), 0
+        for number in range(len(played)):
+            (x, chosen), (original, other) = calls[False, number], calls[True, number]
+            differ |= not torch.equal(chosen, other)
+            rows = (chosen == expert).any(-1)
+            if policy.gather == "all" or policy.minimum:
+                rows = torch.ones_like(rows)
+            total += (original - x)[rows].double().T @ x[rows].double()
+            count += int(rows.sum())
+        assert tokens == count
+        assert drift.input is not None
+        torch.testing.assert_close(drift.input.double(), total / count, rtol=1e-3, atol=1e-5)
+    assert len(found) == 4
+    assert differ == sequential  # in block mode both see the same weights while gathering
+
+
+@NAMES
+def test_routers_and_gates_stay(name: str, folder: Callable[[str], Path]) -> None:
+    for block in open_skeleton(folder(name)).blocks:
+        assert not any(n.endswith((".gate", "router", "shared_expert_gate")) for n in block.linears)
+        assert not any("router" in n for n in block.linears)
+        if name == "qwen2_moe":
+            assert [*block.left] == [f"{block.name}.mlp.shared_expert_gate"]

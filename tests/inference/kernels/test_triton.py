@@ -1,0 +1,452 @@
+"""The Triton kernel computes with exactly the weights that the file stands for.
+
+Where there is no CUDA device, its programs run in Triton's interpreter: slow, but the same programs.
+That they are machine code for a GPU too is tested by compiling them for one.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from roundwise.core.quantized_weight import pack, unpack
+from roundwise.errors import ConfigError
+from roundwise.inference.kernels.base import PackedWeight
+from roundwise.inference.kernels.dispatch import choose
+from roundwise.inference.kernels.reference import ReferenceKernel
+from roundwise.inference.kernels.triton import Device, TritonKernel, tiling
+from roundwise.inference.quant_linear import QuantLinear
+from tests.hopper import compiles
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+
+FILE = ("qweight", "qzeros", "scales", "g_idx")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+H100 = Device(processors=132, shared=232448)
+
+
+def weight(
+    channels: int,
+    outputs: int,
+    bits: int,
+    group_size: int,
+    *,
+    sym: bool = False,
+    zero_offset: int = 1,
+    act_order: bool = False,
+    stored_g_idx: bool = True,
+    scales: torch.dtype = torch.float16,
+    seed: int = 0,
+    device: str = DEVICE,
+) -> PackedWeight:
+    """A random weight, as a file holds it."""
+    generator = torch.Generator().manual_seed(seed)
+    size = channels if group_size == -1 else group_size
+    groups = -(-channels // size)
+    codes = torch.randint(0, 2**bits, (channels, outputs), generator=generator)
+    zeros = torch.randint(zero_offset, 2**bits, (groups, outputs), generator=generator)
+    if sym:
+        zeros = torch.full_like(zeros, 2 ** (bits - 1))
+    g_idx = torch.arange(channels, dtype=torch.int32) // size
+    if act_order:
+        g_idx = g_idx[torch.randperm(channels, generator=generator)]
+    return PackedWeight(
+        pack(codes, bits).to(device),
+        pack((zeros - zero_offset).T, bits).T.contiguous().to(device),
+        (torch.rand(groups, outputs, generator=generator) / 50 + 0.01).to(scales).to(device),
+        g_idx.to(device) if stored_g_idx else None,
+        bits,
+        zero_offset,
+    )
+
+
+def rows(count: int, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, channels, generator=generator).to(dtype).to(DEVICE)
+
+
+def error(y: torch.Tensor, x: torch.Tensor, packed: PackedWeight) -> float:
+    """Relative error of y against float64, beyond what its dtype costs to round the true result."""
+    true = x.double() @ packed.dequantize(torch.float64)
+    rounding = (true.to(y.dtype).double() - true).norm()
+    return float(((y.double() - true).norm() - rounding) / true.norm())
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 20, 32, 64])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_multiplies_like_float64(bits: int, group_size: int, act_order: bool) -> None:
+    for sym, version in ((True, 1), (False, 0)):
+        packed = weight(
+            160, 96, bits, group_size, sym=sym, zero_offset=version, act_order=act_order
+        )
+        kernel = TritonKernel(packed)
+        for dtype, count in zip(FLOATS, (3, 16, 1) if sym else (1, 17, 16), strict=True):
+            x = rows(count, 160, dtype)
+            y = kernel(x)
+            assert y.dtype == dtype
+            assert y.shape == (count, 96)
+            assert error(y, x, packed) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("count", [17, 33, 64, 130])
+def test_multiplies_prompts(dtype: torch.dtype, count: int) -> None:
+    packed = weight(128, 160, 4, 64)
+    x = rows(count, 128, dtype)
+    assert error(TritonKernel(packed)(x), x, packed) < 2e-5
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    group_size=st.sampled_from([-1, 1, 7, 8, 16, 24, 32, 48, 64, 96, 128]),
+    blocks=st.integers(1, 9),
+    columns=st.integers(1, 4),
+    count=st.sampled_from([1, 2, 5, 16, 18]),
+    sym=st.booleans(),
+    zero_offset=st.integers(0, 1),
+    act_order=st.booleans(),
+    scales=st.sampled_from(FLOATS),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_any_layer_the_format_allows(
+    seed: int, bits: int, group_size: int, blocks: int, columns: int, count: int, sym: bool,
+    zero_offset: int, act_order: bool, scales: torch.dtype, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    least = 32 if bits == 3 else 32 // bits
+    channels = blocks * least
+    packed = weight(
+        channels, columns * least, bits, min(group_size, channels), sym=sym,
+        zero_offset=zero_offset, act_order=act_order, scales=scales, seed=seed,
+    )  # fmt: skip
+    kernel = TritonKernel(packed)
+    x = rows(count, channels, dtype, seed)
+    assert error(kernel(x), x, packed) < 2e-5
+    assert_same_file(kernel.packed(), packed)
+
+
+def assert_same_file(one: PackedWeight, other: PackedWeight) -> None:
+    assert (one.bits, one.zero_offset) == (other.bits, other.zero_offset)
+    for name in FILE:
+        a, b = getattr(one, name), getattr(other, name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("stored_g_idx", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("zero_offset", [0, 1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gives_back_the_file(
+    bits: int, zero_offset: int, act_order: bool, stored_g_idx: bool
+) -> None:
+    packed = weight(
+        192, 64, bits, 64, zero_offset=zero_offset, act_order=act_order,
+        stored_g_idx=stored_g_idx or act_order,
+    )  # fmt: skip
+    kernel = TritonKernel(packed)
+    assert_same_file(kernel.packed(), packed)
+    assert kernel.words.shape == packed.qweight.shape  # no more memory
+    if bits != 3 and not act_order:
+        assert kernel.words is packed.qweight
+
+
+def test_groups_of_unequal_sizes() -> None:
+    packed = weight(96, 64, 4, 32)
+    g_idx = torch.cat([torch.full((n,), g, dtype=torch.int32) for g, n in enumerate((64, 3, 29))])
+    for order in (torch.arange(96), torch.randperm(96, generator=torch.Generator().manual_seed(0))):
+        uneven = PackedWeight(**{**vars(packed), "g_idx": g_idx[order].to(DEVICE)})
+        x = rows(2, 96)
+        assert error(TritonKernel(uneven)(x), x, uneven) < 2e-5
+
+
+def test_the_same_bits_every_time() -> None:
+    for bits, act_order in ((4, False), (3, True)):
+        packed = weight(1024, 64, bits, 128, act_order=act_order)
+        x = rows(4, 1024, torch.bfloat16)
+        kernel = TritonKernel(packed)
+        first = kernel(x)
+        for other in (kernel, TritonKernel(packed)):
+            assert torch.equal(first.view(torch.int16), other(x).view(torch.int16))
+
+
+def test_a_row_does_not_depend_on_the_others_while_decoding() -> None:
+    kernel = TritonKernel(weight(1024, 64, 4, 128))
+    x = rows(16, 1024, torch.float16)
+    together = kernel(x)
+    for count in (1, 2, 7):
+        assert torch.equal(kernel(x[:count]), together[:count])
+
+
+def test_takes_any_shape_and_strides() -> None:
+    kernel = TritonKernel(weight(128, 64, 4, 32))
+    wide = rows(6, 256)
+    for x in (
+        wide[:, :128],
+        wide[::2, 128:],
+        wide[:, ::2],
+        wide[:1, :128].expand(3, 128),
+        wide.view(2, 3, 2, 128),
+        wide[0, :128],
+        wide[:0, :128],
+    ):
+        y = kernel(x)
+        assert y.shape == (*x.shape[:-1], 64)
+        flat = kernel(x.reshape(-1, 128).contiguous())
+        assert torch.equal(y.reshape(-1, 64), flat)
+
+
+def test_another_width_of_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="x has 120 channels, and the weight takes 128"):
+        TritonKernel(weight(128, 64, 4, 32))(rows(1, 120))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("group_size", [20, 32])
+def test_what_is_not_finite_stays_so(value: float, group_size: int) -> None:
+    packed = weight(160, 64, 4, group_size)
+    kernel = TritonKernel(packed)
+    for dtype in FLOATS:
+        x = rows(3, 160, dtype)
+        clean = kernel(x)
+        x[1, 100] = value
+        y = kernel(x)
+        assert not y[1].isfinite().any()
+        assert torch.equal(y[[0, 2]], clean[[0, 2]])
+
+
+def test_extreme_scales_cost_nothing() -> None:
+    packed = weight(64, 64, 8, 32, scales=torch.float32)
+    for factor in (1e-30, 1e30):
+        far = PackedWeight(**{**vars(packed), "scales": packed.scales * factor})
+        x = rows(2, 64)
+        assert error(TritonKernel(far)(x), x, far) < 2e-5
+
+
+def layer(packed: PackedWeight, bias: bool = True) -> QuantLinear:
+    channels, outputs = packed.in_features, packed.out_features
+    linear = QuantLinear(
+        channels, outputs, bits=packed.bits, groups=packed.groups, bias=bias,
+        stored_g_idx=packed.g_idx is not None, zero_offset=packed.zero_offset, dtype=torch.float32,
+    )  # fmt: skip
+    tensors = {name: getattr(packed, name) for name in FILE if getattr(packed, name) is not None}
+    if bias:
+        tensors["bias"] = torch.arange(outputs) / 8
+    linear.load_state_dict(tensors)
+    return linear.to(DEVICE)
+
+
+def test_a_layer_is_prepared_by_name() -> None:
+    packed = weight(128, 96, 4, 32, act_order=True)
+    linear = layer(packed)
+    assert isinstance(linear.prepare("triton"), TritonKernel)
+    assert "kernel=triton" in repr(linear)
+    x = rows(6, 128).view(2, 3, 128)
+    expected = functional.linear(x, packed.dequantize().T, linear.bias)
+    torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
+    saved = linear.state_dict()
+    for name in FILE:
+        assert torch.equal(saved[name], getattr(packed, name))
+    other = layer(weight(128, 96, 4, 32, act_order=True, seed=1))
+    other.load_state_dict(saved)
+    other.prepare("triton")
+    assert torch.equal(other(x), linear(x))
+
+
+def test_copies_compute_the_same() -> None:
+    linear = layer(weight(64, 64, 3, 32))
+    linear.prepare("triton")
+    x = rows(2, 64)
+    for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert twin.kernel.name == "triton"
+        assert torch.equal(twin(x), linear(x))
+
+
+def test_gradients_reach_the_input() -> None:
+    packed = weight(128, 64, 4, 32, act_order=True)
+    linear = layer(packed)
+    linear.prepare("triton")
+    x = rows(3, 128).requires_grad_()
+    linear(x).square().sum().backward()
+    same = x.detach().clone().requires_grad_()
+    functional.linear(same, packed.dequantize().T, linear.bias).square().sum().backward()
+    torch.testing.assert_close(x.grad, same.grad, rtol=1e-4, atol=1e-3)
+
+
+def arguments(kernel: TritonKernel) -> tuple[Any, ...]:
+    return (
+        kernel.words, kernel.scales, kernel.zeros, kernel.order, kernel.groups, kernel.bits,
+        kernel.zero, kernel.group_size,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("group_size", "act_order", "sym"), [(32, False, True), (32, True, False), (20, True, False)]
+)
+def test_the_op_is_what_torch_expects_of_one(group_size: int, act_order: bool, sym: bool) -> None:
+    kernel = TritonKernel(weight(160, 64, 4, group_size, act_order=act_order, sym=sym))
+    for count in (1, 3):
+        torch.library.opcheck(
+            torch.ops.roundwise.triton_linear.default,
+            (rows(count, 160, torch.bfloat16), *arguments(kernel)),
+        )
+
+
+# torch's compiler instantiates autograd functions, and torch warns of it.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_into_one_graph() -> None:
+    linear = layer(weight(128, 64, 4, 32))
+    linear.prepare("triton")
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True, dynamic=True)
+    for count in (2, 5):
+        x = rows(count, 128)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), linear(x))
+    x, same = (rows(5, 128).requires_grad_() for _ in range(2))
+    compiled(x).sum().backward()
+    linear(same).sum().backward()
+    torch.testing.assert_close(x.grad, same.grad)
+
+
+def test_chosen_on_cuda_and_in_the_interpreter_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = weight(64, 64, 4, 32, device="cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose(packed) is not TritonKernel
+    assert choose(packed, "triton") is TritonKernel
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert choose(packed) is not TritonKernel
+    with pytest.raises(ConfigError, match="runs on CUDA devices, and the weight is on cpu"):
+        choose(packed, "triton")
+    with pytest.raises(ConfigError, match="not on cpu"):
+        torch.ops.roundwise.triton_linear(rows(1, 64).cpu(), *arguments(TritonKernel(packed)))
+
+
+def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roundwise.inference.kernels.triton._installed", lambda: False)
+    packed = weight(64, 64, 4, 32)
+    assert choose(packed) is ReferenceKernel or DEVICE == "cpu"
+    with pytest.raises(ConfigError, match=r"triton is not installed: pip install .*roundwise\[tri"):
+        choose(packed, "triton")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_tilings_fit_small_devices(bits: int, size: int) -> None:
+    small = Device(processors=46, shared=101376)  # compute capability 8.6, 8.9 and 12.0
+    for count in (1, 16, 17, 64, 65, 4096):
+        for run in (0, 32, 96, 128, 4096):
+            for device in (small, H100):
+                cut = tiling(count, 4096, run, bits, size, device)
+                assert cut.shared(bits, size) <= device.shared
+                assert run % cut.BK == 0
+                splits = cut.splits(count, 4096, 4096, device)
+                assert splits == 1 or 4096 // splits >= 4 * cut.BK
+
+
+COMPILED = """
+import roundwise.inference.kernels.triton_kernels as programs
+from roundwise.inference.kernels.triton import Device, tiling
+
+def aligned(name):
+    return name.endswith("_ptr") or name in ("N", "K", "x_stride")
+
+scalars = dict.fromkeys(
+    "M N K x_stride tiles_per_group tiles_per_split magic size".split(), "i32")
+pointers = dict(words_ptr="*i32", scales_ptr="*fp16", zeros_ptr="*u8", groups_ptr="*i32")
+for x, size, bits, count, run in (
+    ("*bf16", 2, 4, 1, 128), ("*fp16", 2, 3, 512, 32), ("*fp32", 4, 8, 64, 128), ("*bf16", 2, 2, 1, 0)
+):
+    cut = tiling(count, 4096, run, bits, size, Device(132, 232448))
+    built = build(
+        programs.tiles, {**scalars, **pointers, "x_ptr": x, "y_ptr": x},
+        dict(BITS=bits, ZERO=-1 if run == 32 else 2, SCATTERED=run == 0, BM=cut.BM, BN=cut.BN,
+             BK=cut.BK, STAGES=cut.stages), cut.warps, aligned)
+    assert "wgmma" in built.asm["ptx"], "no tensor cores"
+    if run:
+        assert built.metadata.shared <= cut.shared(bits, size), (built.metadata.shared, cut)
+build(programs.total, {**scalars, "parts_ptr": "*fp32", "y_ptr": "*bf16"},
+      dict(SPLITS=4, BLOCK=1024), 4, aligned)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+def test_is_machine_code_for_hopper(tmp_path: Path) -> None:
+    compiles(COMPILED, tmp_path)
+
+
+def test_packs_on_the_device_of_the_codes() -> None:
+    for bits in (2, 3, 4, 8):
+        codes = torch.randint(0, 2**bits, (64, 8), dtype=torch.uint8, device=DEVICE)
+        words = pack(codes, bits)
+        assert words.device == codes.device
+        assert torch.equal(unpack(words, bits), codes)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(4096, 4096), (8192, 2048), (4096, 14336)])
+def test_large_layers(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> None:
+    packed = weight(*shape, bits, 128)
+    kernel = TritonKernel(packed)
+    for count in (1, 16, 40, 512):
+        x = rows(count, shape[0], dtype)
+        assert error(kernel(x), x, packed) < 1e-4
+
+
+@on_cuda
+@pytest.mark.parametrize("count", [1, 64])
+def test_is_captured_in_a_graph(count: int) -> None:
+    linear = layer(weight(2048, 1024, 4, 128, act_order=True))
+    x = rows(count, 2048, torch.bfloat16)
+    with torch.no_grad():
+        linear(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear(x)
+        for seed in (1, 2):
+            x.copy_(rows(count, 2048, torch.bfloat16, seed))
+            graph.replay()
+            assert torch.equal(y, linear(x))
+
+
+@on_cuda
+def test_compiles_with_inductor_and_graphs() -> None:
+    linear = layer(weight(1024, 512, 4, 128))
+    linear.prepare()
+    compiled = torch.compile(linear, mode="reduce-overhead", fullgraph=True)
+    x = rows(1, 1024, torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(4):
+            y = compiled(x).clone()
+        torch.testing.assert_close(y, linear(x))
+
+
+@on_cuda
+def test_decodes_faster_than_bfloat16() -> None:
+    from triton.testing import do_bench_cudagraph
+
+    packed = weight(8192, 8192, 4, 128, sym=True)
+    kernel = TritonKernel(packed)
+    dense = packed.dequantize(torch.bfloat16).T.contiguous()
+    x = rows(1, 8192, torch.bfloat16)
+    quick = do_bench_cudagraph(lambda: kernel(x), return_mode="median")
+    slow = do_bench_cudagraph(lambda: functional.linear(x, dense), return_mode="median")
+    assert quick < slow

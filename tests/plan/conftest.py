@@ -1,0 +1,5 @@
+"""See tests/exact.py."""
+
+from tests.exact import exact
+
+__all__ = ["exact"]

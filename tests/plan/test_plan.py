@@ -1,0 +1,291 @@
+"""`roundwise plan`: what is said beforehand, against what then happens."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import roundwise as rw
+from roundwise.errors import OutputError
+from roundwise.model.streamed import open_skeleton
+from roundwise.plan.plan import plan
+from tests.helpers import ARCHITECTURES, windows
+
+#: Runs in a process of its own, whose peak is the run's.
+RUN = """
+import json, sys, torch, roundwise as rw
+torch.set_num_threads(1)
+model, out, settings, mode, rows, length, budget = json.loads(sys.argv[1])
+draw = torch.Generator().manual_seed(0)
+windows = torch.randint(500, (rows, length), generator=draw).tolist()
+result = rw.quantize(model, out, rw.QuantizeConfig(**settings), windows, samples=rows,
+                     seq_len=length, mode=mode, max_memory=budget)
+print(json.dumps(result.as_dict()))
+"""
+SHAPES = {
+    "llama": transformers.LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, vocab_size=512, max_position_embeddings=256,
+    ),
+    "gpt2": transformers.GPT2Config(
+        n_embd=1024, n_layer=2, n_head=8, vocab_size=512, n_positions=256
+    ),
+    "qwen3": transformers.Qwen3Config(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128, vocab_size=4096, max_position_embeddings=256,
+        tie_word_embeddings=True,
+    ),
+    "mixture": transformers.Qwen3MoeConfig(
+        hidden_size=768, moe_intermediate_size=768, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128, vocab_size=512, max_position_embeddings=256,
+        num_experts=16, num_experts_per_tok=4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "mode"),
+    [
+        ("llama", {"recipe": "textbook"}, "true_sequential"),
+        ("gpt2", {"recipe": "textbook", "bits": 3}, "true_sequential"),
+        ("qwen3", {"refine": 0}, "block"),
+        ("mixture", {"refine": 0}, "true_sequential"),
+        ("mixture", {"refine": 0}, "block"),
+    ],
+)
+def test_peak_and_size_are_as_planned(name, settings, mode, tmp_path):
+    config = SHAPES[name]
+    transformers.set_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    rows, length = 16, 128
+    result = run(tmp_path / "model", tmp_path / "out", settings, mode, rows, length, None)
+    assert result["planned_peak_bytes"] == pytest.approx(result["peak_rss_bytes"], rel=0.15)
+    planned = plan(
+        open_skeleton(tmp_path / "model"), rw.QuantizeConfig(**settings),
+        samples=rows, seq_len=length, mode=mode,
+    )  # fmt: skip
+    assert planned.bytes_after == pytest.approx(result["bytes_after"], rel=0.01)
+    assert planned.bits_per_weight == pytest.approx(result["bits_per_weight"], rel=0.01)
+    assert planned.memory.mode == result["mode"]
+    assert planned.tied_embeddings == (name in ("gpt2", "qwen3"))
+
+
+def run(model, out, settings, mode, rows, length, budget):
+    """A run in a process of its own, as the result says of it."""
+    order = [str(model), str(out), settings, mode, rows, length, budget]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(order)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_batches_that_wait_in_a_file_are_not_in_memory(tmp_path):
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, vocab_size=512, max_position_embeddings=256,
+    )  # fmt: skip
+    transformers.set_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    rows, length = 128, 256
+    found = [
+        run(tmp_path / "model", tmp_path / str(budget), {"refine": 0}, "true_sequential", rows,
+            length, budget)
+        for budget in (None, 1)
+    ]  # fmt: skip
+    for result in found:
+        assert result["planned_peak_bytes"] == pytest.approx(result["peak_rss_bytes"], rel=0.15)
+    # Two streams: residual, and the inputs of the widest layer, of all batches but one of 16.
+    saved = 2 * rows * length * (256 + 1024) * 2 * 15 / 16
+    peaks = [result["peak_rss_bytes"] for result in found]
+    assert peaks[0] - peaks[1] > 0.7 * saved
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sizes_are_exact_and_sharing_is_what_the_probe_finds(name, folder_of, quantized):
+    config = rw.QuantizeConfig(group_size=32, recipe="textbook")
+    planned = plan(open_skeleton(folder_of(name)), config, samples=4, seq_len=32)
+    manifest = json.loads((quantized(name, recipe="textbook") / "roundwise.json").read_text())
+    assert planned.bytes_after == manifest["bytes_after"]
+    assert planned.bits_per_weight == pytest.approx(manifest["bits_per_weight"])
+    assert {m.name for m in planned.modules} >= {layer["name"] for layer in manifest["layers"]}
+    assert not planned.problems
+    assert (
+        "which layers share an input is found out when the run reaches them" not in planned.warnings
+    )
+    shared = {m.name: m.shares for m in planned.modules}
+    assert all(leader is not None for leader in shared.values())
+    if name == "llama":
+        block = "model.layers.0"
+        assert shared[f"{block}.self_attn.v_proj"] == f"{block}.self_attn.q_proj"
+        assert shared[f"{block}.mlp.up_proj"] == f"{block}.mlp.gate_proj"
+        assert shared[f"{block}.mlp.down_proj"] == f"{block}.mlp.down_proj"
+
+
+def test_the_mode_follows_the_budget_in_plan_and_run(llama, tmp_path):
+    skeleton, config = open_skeleton(llama), rw.QuantizeConfig(group_size=32, recipe="textbook")
+    free = plan(skeleton, config, samples=4, seq_len=32)
+    assert free.memory.mode == "true_sequential"
+    assert free.memory.fits
+    tight = plan(skeleton, config, samples=4, seq_len=32, budget=1000)
+    least = min(
+        plan(skeleton, config, samples=4, seq_len=32, budget=1000, mode=mode).memory.peak_bytes
+        for mode in ("block", "true_sequential")
+    )
+    # What this process holds may grow between two plans.
+    assert tight.memory.peak_bytes == pytest.approx(least, rel=0.05)
+    assert "expected to need" in tight.warnings[-1]
+    result = rw.quantize(llama, tmp_path, config, windows(), samples=4, seq_len=32, max_memory=1000)
+    assert result.mode == tight.memory.mode
+    assert "expected to need" in result.not_as_asked[-1]
+
+
+def test_a_run_for_which_the_disk_has_no_room_is_refused_before_it_begins(
+    llama, tmp_path, monkeypatch
+):
+    config = rw.QuantizeConfig(group_size=32)
+    planned = plan(open_skeleton(llama), config, samples=4, seq_len=32)
+    assert set(planned.disk) == {"result", "activations", "gradients"}
+    needed = sum(planned.disk.values())
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed - 1))
+    with pytest.raises(OutputError, match=r"has room for .* needs .*gradients.*--output-tokens 0"):
+        rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32)
+    assert not (tmp_path / "out" / "model-00001-of-00003.safetensors").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed))
+    rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32)
+
+
+def test_what_is_kept_on_the_disk_is_as_planned(llama, tmp_path):
+    """Of a run that waits in front of its last block: all but the last shard, and what it needs."""
+    config = rw.QuantizeConfig(group_size=32)
+    seen = []
+
+    def look(progress):
+        if progress.layer is None and not seen:
+            seen.append(
+                sum(f.stat().st_size for f in (tmp_path / "out" / ".roundwise").glob("*-*"))
+            )
+
+    rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32, progress=look)
+    planned = plan(open_skeleton(llama), config, samples=4, seq_len=32).disk
+    # Behind the first of two blocks: half of the gradients, and one block's activations of two.
+    expected = (planned["gradients"] + planned["activations"]) / 2
+    assert seen[0] == pytest.approx(expected, rel=0.2)
+
+
+def test_advice_names_what_weighs_most(llama):
+    config = rw.QuantizeConfig(group_size=32)
+    many = plan(open_skeleton(llama), config, samples=1_000_000, seq_len=64, mode="block")
+    assert max(many.memory.parts, key=many.memory.parts.__getitem__) == "paused activations"
+    assert "fewer --samples" in many.warnings[-1]
+    assert "--mode true_sequential" in many.warnings[-1]  # where batches wait in a file
+    waits = plan(
+        open_skeleton(llama), config, samples=1 << 20, seq_len=64, batch_size=1 << 20,
+        mode="true_sequential", budget=1 << 30,
+    )  # fmt: skip
+    assert waits.memory.parked and "a smaller --batch-size" in waits.warnings[-1]
+
+
+def test_settings_that_do_not_fit_are_all_named(llama):
+    planned = plan(open_skeleton(llama), rw.QuantizeConfig(group_size=64))  # 96 is no multiple
+    downs = [m for m in planned.modules if m.name.endswith("down_proj")]
+    assert len(planned.problems) == len(downs)
+    assert all("group_size=64 does not divide" in problem for problem in planned.problems)
+
+
+def huge(folder: Path) -> Path:
+    """A checkpoint of a Llama of 405B parameters: headers, and a hole where the weights would be."""
+    config = transformers.LlamaConfig(
+        hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
+        num_key_value_heads=8, vocab_size=128256, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    places = {}
+    for number, (name, weight) in enumerate(model.state_dict().items()):
+        places[name] = f"model-{number:05d}.safetensors"
+        size = weight.numel() * 2
+        entry = {"dtype": "BF16", "shape": [*weight.shape], "data_offsets": [0, size]}
+        text = json.dumps({name: entry}).encode()
+        with (folder / places[name]).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + size)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
+def test_a_model_of_405_billion_parameters_takes_seconds_and_no_memory(tmp_path):
+    folder = huge(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.monotonic()
+    planned = plan(open_skeleton(folder), rw.QuantizeConfig())
+    seconds = time.monotonic() - begun
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert planned.bytes_before > 800e9
+    assert 200e9 < planned.bytes_after < 230e9
+    assert len(planned.modules) == 126 * 7
+    assert planned.tensor_parallel == [1, 2, 4, 8, 16, 32]
+    assert seconds < 60
+    assert grown < 500e6
+
+
+def test_as_a_command(commands, text_model):
+    ended = commands.run("plan", text_model, "--group-size", 32, "--samples", 8, "--json")
+    assert ended.code == 0, ended.stderr
+    assert ended.json["served_by"]["vLLM, CPU"] is None
+    assert ended.json["seconds"] > 0
+    shown = commands.run("plan", text_model, "--group-size", 32, "--samples", 8, "--asym")
+    assert shown.code == 0
+    assert "symmetric weights only" in shown.stdout
+    refused = commands.run("plan", text_model, "--group-size", 1024)
+    assert refused.code == 1
+    assert "does not divide" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "split"),
+    [
+        ({r"q_proj": {"bits": 8}}, "model.layers.0.self_attn.qkv_proj"),
+        ({r"layers\.1.*up_proj": None}, "model.layers.1.mlp.gate_up_proj"),
+        ({r"gate_proj|up_proj": {"group_size": 64}, "o_proj": None}, None),
+    ],
+)
+def test_layers_that_vllm_joins_must_agree(override, split, text_model):
+    config = rw.QuantizeConfig(group_size=32, dynamic=override)
+    found = plan(open_skeleton(text_model), config, samples=4, seq_len=32)
+    for engine in ("vLLM, CPU", "vLLM, GPU (Marlin)"):
+        why_not = found.served_by[engine]
+        if split is None or (engine == "vLLM, CPU" and "q_proj" in override):
+            assert (why_not is None) == (split is None)  # there, 8 bits are the first reason
+        else:
+            assert why_not == f"it computes {split} as one, and its layers have different settings"
+    assert found.served_by["GPTQModel"] is None
+
+
+def test_the_size_of_a_target_is_that_of_the_run(tiny, tmp_path):
+    config = rw.QuantizeConfig(target_bpw=3.5, target_widths=(2, 4))
+    found = plan(open_skeleton(tiny), config, samples=4, seq_len=32)
+    result = rw.quantize(tiny, tmp_path / "out", config, windows(4), samples=4, seq_len=32)
+    # No more than the target, and less by what is too little for one more layer.
+    assert 0.97 * found.bytes_after < result.bytes_after <= found.bytes_after
+    assert found.bits_per_weight == pytest.approx(3.5)
+    assert found.phases["survey"] > 0
+    assert "42 layers are chosen when the run begins" in " ".join(found.warnings)
+    assert found.served_by["vLLM, GPU (Marlin)"] == "it has no kernel for 2 bits (4, and 8 on GPUs)"
+    wide = plan(open_skeleton(tiny), config.merged({"target_widths": (4, 8), "target_bpw": 5.0}))
+    assert wide.served_by["vLLM, GPU (Marlin)"] is None

@@ -1,0 +1,502 @@
+"""`roundwise.quantize` equals a plain implementation that holds the whole model; and its promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import roundwise as rw
+from roundwise.checkpoint.gptq_format import quantized_layers
+from roundwise.checkpoint.reader import Checkpoint
+from roundwise.core.drift import Drift
+from roundwise.errors import CalibrationError, ConfigError, NumericalError, RunError
+from roundwise.model.blocks import weight_of
+from tests.conftest import BEST, QUICK
+from tests.helpers import (
+    ARCHITECTURES,
+    Stop,
+    assign,
+    contents,
+    edited_json,
+    linear_names,
+    raw,
+    stop_after,
+    tensors_of,
+    windows,
+)
+
+NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+#: Modules whose input is the residual stream that a linear adds to.
+STREAMS: dict[str, dict[str, str]] = {
+    "llama": {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"},
+    "gpt2": {"attn.c_proj": "ln_1", "mlp.c_proj": "ln_2"},
+    # A norm stands between the linears and the stream.
+    "gemma3": {},
+    # The attention's output is added to the MLP's in place, and both together to the stream.
+    "falcon": {"mlp.dense_4h_to_h": "input_layernorm"},
+}
+
+
+class Plain:
+    """GPTQ as a textbook has it: whole models in memory, one forward per group, float64 sums."""
+
+    def __init__(self, folder: Path, name: str, rows: list[list[int]]) -> None:
+        self.model, self.original = (
+            transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2)
+        )
+        self.name, self.rows = name, rows
+
+    @torch.no_grad()
+    def inputs(self, model: Any, module: str) -> torch.Tensor:
+        """Everything that a module reads, [tokens, channels]."""
+        seen: list[torch.Tensor] = []
+        hook = model.get_submodule(module).register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]).double())
+        )
+        for row in self.rows:
+            model(input_ids=torch.tensor([row]), use_cache=False)
+        hook.remove()
+        return torch.cat(seen)
+
+    def moments(self, prefix: str, linear: str, *, best: bool) -> tuple[torch.Tensor, Drift | None]:
+        """Hessian of a linear's input, and how far the input is from the original model's."""
+        X = self.inputs(self.model, prefix + linear)
+        H = (X.T @ X / len(X)).float()
+        if not best:
+            return H, None
+        drift = [(self.inputs(self.original, prefix + linear) - X).T @ X / len(X)]
+        if stream := STREAMS[self.name].get(linear):
+            R, before = (self.inputs(m, prefix + stream) for m in (self.model, self.original))
+            drift.append((before - R).T @ X / len(X))
+        return H, Drift(*(moment.float() for moment in drift))
+
+    def run(
+        self, ours: dict[str, rw.QuantizedWeight], config: rw.QuantizeConfig, *, sequential: bool
+    ) -> dict[str, rw.QuantizedWeight]:
+        """Solves every group; goes on with `ours`, so that a rounding tie is seen only once."""
+        architecture = ARCHITECTURES[self.name]
+        solved: dict[str, rw.QuantizedWeight] = {}
+        best = config.needs_reference
+        for index in range(len(self.model.get_submodule(architecture.blocks))):
+            prefix = f"{architecture.blocks}.{index}."
+            leaders = [group[0] for group in architecture.groups]
+            before = {leader: self.moments(prefix, leader, best=best) for leader in leaders}
+            for group in architecture.groups:
+                now = self.moments(prefix, group[0], best=best) if sequential else before[group[0]]
+                for linear in group:
+                    name = prefix + linear
+                    W = weight_of(self.model.get_submodule(name)).detach()
+                    lost = now[1] and now[1].lost(W, config.alpha, config.beta)
+                    solved[name] = rw.solve(W.clone(), now[0], config, lost=lost)
+                    assign(self.model, name, ours[name].dequantize())
+        return solved
+
+
+@pytest.mark.parametrize("mode", ["true_sequential", "block"])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *(pytest.param(name, QUICK, id=f"{name}-textbook") for name in ARCHITECTURES),
+        # Gradients have a test of their own (test_curvature.py).
+        *(
+            pytest.param(name, BEST.merged({"output_tokens": 0}), id=f"{name}-best")
+            for name in STREAMS
+        ),
+    ],
+)
+def test_streaming_equals_the_plain_implementation(
+    name: str,
+    mode: Any,
+    config: rw.QuantizeConfig,
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    rows = windows(16)
+    result = rw.quantize(
+        folder_of(name), tmp_path / "out", config, rows,
+        samples=16, seq_len=32, batch_size=5, mode=mode,
+    )  # fmt: skip
+    assert result.mode == mode
+    errors = {layer["name"]: layer["relative_error"] for layer in result.layers}
+    ours = {layer.name: layer.read("gptq") for layer in quantized_layers(Checkpoint(result.output))}
+    sequential = mode == "true_sequential"
+    expected = Plain(folder_of(name), name, rows).run(ours, config, sequential=sequential)
+    assert errors.keys() == expected.keys()
+    same = total = 0
+    for linear, theirs in expected.items():
+        same += int((ours[linear].codes == theirs.codes).sum())
+        total += theirs.codes.numel()
+        assert errors[linear] == pytest.approx(theirs.relative_error, rel=0.03, abs=1e-7)
+    # A code that sits on a rounding tie may fall either way, and moves those behind it.
+    assert same / total > 0.99
+
+
+def test_the_two_modes_differ_as_they_should(llama: Path, tmp_path: Path) -> None:
+    # The first group of the first block sees the same inputs; what follows it does not.
+    results = [
+        rw.quantize(llama, tmp_path / mode, QUICK, windows(), samples=4, seq_len=32, mode=mode)
+        for mode in ("true_sequential", "block")
+    ]
+    sequential, block = ({x["name"]: x["relative_error"] for x in r.layers} for r in results)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert sequential[f"model.layers.0.self_attn.{name}"] == pytest.approx(
+            block[f"model.layers.0.self_attn.{name}"], rel=1e-5
+        )
+    assert sequential["model.layers.1.mlp.down_proj"] != block["model.layers.1.mlp.down_proj"]
+
+
+def test_gptq_loses_less_than_rounding_to_nearest(llama: Path, tmp_path: Path) -> None:
+    # Both measured by the same yardstick: logits on the calibration windows themselves.
+    rows = windows(16)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+    losses = {}
+    with torch.no_grad():
+        expected = plain(input_ids=torch.tensor(rows)).logits
+        for method in ("gptq", "rtn"):
+            config = rw.QuantizeConfig(group_size=32, bits=3, method=method)
+            rw.quantize(llama, tmp_path / method, config, rows, samples=16, seq_len=32)
+            model, _ = rw.load(tmp_path / method)
+            losses[method] = float((model(input_ids=torch.tensor(rows)).logits - expected).norm())
+    assert losses["gptq"] < 0.8 * losses["rtn"]
+
+
+@NAMES
+def test_what_is_not_quantized_is_carried_over_byte_for_byte(
+    name: str, folder_of: Callable[[str], Path], quantized: Callable[..., Path]
+) -> None:
+    before, after = tensors_of(folder_of(name)), tensors_of(quantized(name))
+    replaced = {f"{layer.name}.weight" for layer in quantized_layers(Checkpoint(quantized(name)))}
+    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name].config())
+    assert replaced == {f"{n}.weight" for n in linear_names(model, ARCHITECTURES[name])}
+    for tensor, value in before.items():
+        if tensor in replaced:
+            assert tensor not in after
+        else:
+            assert after[tensor].dtype == value.dtype
+            assert raw(after[tensor]) == raw(value)
+    added = {f"{t.removesuffix('weight')}{s}" for t in replaced for s in PARTS}
+    assert after.keys() == (before.keys() - replaced) | added
+
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@NAMES
+def test_the_checkpoint_computes_what_dense_dequantized_weights_compute(
+    name: str, folder_of: Callable[[str], Path], quantized: Callable[..., Path]
+) -> None:
+    dense = transformers.AutoModelForCausalLM.from_pretrained(folder_of(name)).eval()
+    for layer in quantized_layers(Checkpoint(quantized(name))):
+        assign(dense, layer.name, layer.read("gptq").dequantize())
+    model, tokenizer = rw.load(quantized(name))
+    ids = torch.tensor(windows(seed=5))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+        )
+    assert tokenizer is None
+
+
+class TestSources:
+    """Single and sharded files, with and without the prefix of the causal model, half precision."""
+
+    def quantize(self, model: Path, out: Path) -> dict[str, torch.Tensor]:
+        rw.quantize(model, out, QUICK, windows(), samples=4, seq_len=32)
+        return tensors_of(out)
+
+    def test_sharded(self, llama: Path, quantized: Callable[..., Path], tmp_path: Path) -> None:
+        plain = transformers.AutoModelForCausalLM.from_pretrained(llama)
+        plain.save_pretrained(tmp_path / "model", max_shard_size="100kB")
+        assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+        ours = self.quantize(tmp_path / "model", tmp_path / "out")
+        single = tensors_of(quantized("llama", recipe="textbook"))
+        assert ours.keys() == single.keys()
+        assert all(raw(ours[name]) == raw(single[name]) for name in single)
+
+    @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom"])
+    @pytest.mark.parametrize("named", ["base", "causal"])
+    def test_a_base_model_without_prefix(
+        self, name: str, named: str, folder_of: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        base = transformers.AutoModel.from_pretrained(folder_of(name))
+        base.save_pretrained(tmp_path / "model")
+        before = tensors_of(tmp_path / "model")
+        assert not any(n.startswith(("transformer.", "model.")) for n in before)
+        if named == "causal":  # as the published GPT-2: the tensors are those of the base model
+            causal = transformers.AutoModelForCausalLM.from_config(base.config)
+            with edited_json(tmp_path / "model" / "config.json") as config:
+                config["architectures"] = [type(causal).__name__]
+            if name == "llama":
+                # Its head is a tensor of its own, which a base model does not have.
+                with pytest.raises(rw.RoundwiseError, match=r"lacks lm_head\.weight"):
+                    self.quantize(tmp_path / "model", tmp_path / "out")
+                return
+        after = self.quantize(tmp_path / "model", tmp_path / "out")
+        kept = [n for n in before if n in after]
+        assert kept
+        assert all(raw(before[n]) == raw(after[n]) for n in kept)
+        auto = transformers.AutoModel if named == "base" else transformers.AutoModelForCausalLM
+        dense = auto.from_pretrained(tmp_path / "model").eval()
+        prefix = "" if named == "base" else f"{dense.base_model_prefix}."
+        for layer in quantized_layers(Checkpoint(tmp_path / "out")):
+            assign(dense, prefix + layer.name, layer.read("gptq").dequantize())
+        model, _ = rw.load(tmp_path / "out")
+        ids = torch.tensor(windows(seed=5))
+        with torch.no_grad():
+            ours, theirs = model(input_ids=ids)[0], dense(input_ids=ids)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, dtype: torch.dtype, llama: Path, tmp_path: Path) -> None:
+        plain = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=dtype)
+        plain.save_pretrained(tmp_path / "model")
+        after = self.quantize(tmp_path / "model", tmp_path / "out")
+        before = tensors_of(tmp_path / "model")
+        assert raw(after["lm_head.weight"]) == raw(before["lm_head.weight"])
+        assert after["model.layers.0.self_attn.q_proj.bias"].dtype == dtype
+        model, _ = rw.load(tmp_path / "out")
+        assert model.dtype == dtype
+
+
+class TestOutputFolder:
+    """A complete checkpoint and nothing else."""
+
+    @pytest.fixture
+    def model(self, copy_of: Callable[[str], Path]) -> Path:
+        folder = copy_of("llama")
+        (folder / "LICENSE").write_text("all yours\n")
+        (folder / "tokenizer.model").write_bytes(bytes(range(256)))
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / ".secret").write_text("stays")
+        (folder / "pytorch_model.bin").write_bytes(b"other weights")
+        return folder
+
+    def test_side_files_come_along(self, model: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        rw.quantize(model, out, QUICK, windows(), samples=4, seq_len=32)
+        before, after = contents(model), contents(out)
+        for name in ("LICENSE", "tokenizer.model", "chat_template.jinja", "generation_config.json"):
+            assert after[name] == before[name]
+        assert ".secret" not in after
+        assert "pytorch_model.bin" not in after
+        assert {n for n in after if n.endswith(".safetensors")} == {
+            f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
+        }
+
+    def test_the_model_is_not_touched(self, model: Path, tmp_path: Path) -> None:
+        before = contents(model)
+        rw.quantize(model, tmp_path / "out", QUICK, windows(), samples=4, seq_len=32)
+        assert contents(model) == before
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(
+    text_model: Path, text: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        rw.quantize(
+            text_model, tmp_path / name, BEST, str(text), samples=2, seq_len=64, seed=seed
+        )  # fmt: skip
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    assert a == b
+    shards = [name for name in a if name.endswith(".safetensors")]
+    assert [name for name in shards if a[name] != c[name]] == sorted(shards)[:-1]  # all blocks
+
+
+def test_the_result_says_what_was_done(llama: Path, tmp_path: Path) -> None:
+    result = rw.quantize(llama, tmp_path / "out", QUICK, windows(), samples=4, seq_len=32)
+    assert result.output == tmp_path / "out"
+    assert result.seconds > 0
+    assert result.peak_rss_bytes > 10**6
+    # 4 bits, a float16 scale and a 4-bit zero per 32 weights, and 32 bits of g_idx per input channel.
+    stored = sum(
+        8 * info.nbytes
+        for layer in quantized_layers(Checkpoint(result.output))
+        for info in layer.parts.values()
+    )
+    weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+    assert result.bits_per_weight == pytest.approx(stored / weights)
+    for folder, size in ((llama, result.bytes_before), (result.output, result.bytes_after)):
+        assert size == sum(t.numel() * t.element_size() for t in tensors_of(folder).values())
+    for layer in result.layers:
+        assert layer["tokens"] == 128
+        assert layer["damp_percent"] == 0.01
+        assert layer["fallback"] is None
+        assert 0 < layer["relative_error"] < 0.1
+
+
+class TestOverrides:
+    """Some modules otherwise than the rest."""
+
+    def test_another_width_and_a_module_left_alone(self, llama: Path, tmp_path: Path) -> None:
+        dynamic = {r"down_proj$": {"bits": 8, "group_size": -1}, r"layers\.1\.self_attn": None}
+        config = rw.QuantizeConfig(group_size=32, dynamic=dynamic)
+        result = rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32)
+        widths = {layer["name"]: layer["bits"] for layer in result.layers}
+        assert {n for n, bits in widths.items() if bits == 8} == {
+            f"model.layers.{i}.mlp.down_proj" for i in (0, 1)
+        }
+        assert not any("layers.1.self_attn" in name for name in widths)
+        assert any("4 of 14 linear layers are left as they are" in w for w in result.warnings)
+        before, after = tensors_of(llama), tensors_of(tmp_path / "out")
+        kept = "model.layers.1.self_attn.q_proj.weight"
+        assert raw(after[kept]) == raw(before[kept])
+        assert after["model.layers.0.mlp.down_proj.scales"].shape == (1, 64)
+        dense = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+        for layer in quantized_layers(Checkpoint(tmp_path / "out")):
+            assign(dense, layer.name, layer.read("gptq").dequantize())
+        model, _ = rw.load(tmp_path / "out")
+        ids = torch.tensor(windows())
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+
+    def test_leaving_all_alone_is_refused(self, llama: Path, tmp_path: Path) -> None:
+        config = rw.QuantizeConfig(dynamic={"layers": None})
+        with pytest.raises(ConfigError, match="every linear layer is skipped"):
+            rw.quantize(llama, tmp_path / "out", config, windows())
+        assert not (tmp_path / "out").exists()
+
+
+class TestRefusedBeforeAnyWork:
+    """Input that cannot work leaves no trace."""
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            (
+                {"config": rw.QuantizeConfig(group_size=128)},
+                r"q_proj has 64 input channels, which group_size=128 does not divide: "
+                r"use 16 or 32 or 64 or -1.*--override",
+            ),
+            ({"calibration": None}, "gptq needs calibration text"),
+            ({"calibration": []}, "no tokens"),
+            ({"calibration": [[]]}, "no tokens"),
+            ({"calibration": [[3, 128]]}, "token id 128, but the model knows 128"),
+            ({"calibration": [[3, -1]]}, "token id -1"),
+            ({"calibration": [[0.5, 1.5]]}, "strings or token ids, not fractions"),
+            ({"samples": 0}, "samples=0"),
+            ({"seq_len": 0}, "seq_len=0"),
+            ({"batch_size": -1}, "batch_size=-1"),
+            ({"max_memory": "lots"}, "'lots' is no size"),
+        ],
+    )
+    def test_settings(
+        self, changes: dict[str, Any], says: str, llama: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(rw.RoundwiseError, match=says) as caught:
+            rw.quantize(
+                llama, tmp_path / "out",
+                **{"config": QUICK, "calibration": windows(), "samples": 4, "seq_len": 32, **changes},
+            )  # fmt: skip
+        assert caught.value.exit_code == 2
+        assert not (tmp_path / "out").exists()
+
+    def test_text_for_a_model_without_tokenizer(self, llama: Path, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match="has no usable tokenizer"):
+            rw.quantize(llama, tmp_path / "out", QUICK, ["some text"])
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("bits", [1, 5, 16])
+    def test_widths(self, bits: int) -> None:
+        with pytest.raises(ConfigError, match=f"bits={bits} is not supported: use 2, 3, 4 or 8"):
+            rw.QuantizeConfig(bits=bits)
+
+
+class TestFailuresOnTheWay:
+    """What only shows while the work is done."""
+
+    def damage(self, folder: Path, tensor: str, value: float) -> None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            model.get_parameter(tensor)[3, 5] = value
+        model.save_pretrained(folder)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("method", ["gptq", "rtn"])
+    def test_a_weight_that_is_not_finite_names_its_layer(
+        self, value: float, method: str, copy_of: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        folder = copy_of("llama")
+        self.damage(folder, "model.layers.1.mlp.up_proj.weight", value)
+        config = QUICK.merged({"method": method})
+        with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj: NaN or infinity"):
+            rw.quantize(folder, tmp_path / "out", config, windows(), samples=4, seq_len=32)
+        assert not (tmp_path / "out" / "config.json").exists()
+
+    def test_an_embedding_that_is_not_finite_names_the_batch(
+        self, copy_of: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        folder = copy_of("llama")
+        self.damage(folder, "model.embed_tokens.weight", float("inf"))
+        rows = [[7] * 32, [8] * 32, [9] * 31 + [3]]
+        with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj.* batch 2"):
+            rw.quantize(
+                folder, tmp_path / "out", QUICK, rows, samples=3, seq_len=32, batch_size=1
+            )  # fmt: skip
+
+    def test_a_layer_that_no_token_reached_falls_back(
+        self, copy_of: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        # A norm of zeros: the MLP reads nothing but zeros.
+        folder = copy_of("llama")
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            model.model.layers[1].post_attention_layernorm.weight.zero_()
+        model.save_pretrained(folder)
+        settings: dict[str, Any] = {"samples": 4, "seq_len": 32}
+        result = rw.quantize(folder, tmp_path / "out", QUICK, windows(), **settings)
+        reasons = {layer["name"]: layer["fallback"] for layer in result.layers}
+        fallen = {name for name, reason in reasons.items() if reason}
+        assert fallen == {f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")}
+        assert "Hessian is zero" in str(reasons["model.layers.1.mlp.up_proj"])
+        assert result.not_as_asked[0].startswith(
+            "model.layers.1.mlp.gate_proj: rounded to nearest: the Hessian is zero"
+        )
+
+    def test_what_was_computed_is_read_back_before_success(
+        self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Packing that swaps two rows of every weight: the audit at the end must notice.
+        from roundwise.checkpoint import gptq_format
+
+        real = gptq_format.pack
+        monkeypatch.setattr(gptq_format, "pack", lambda codes, bits: real(codes.flip(0), bits))
+        with pytest.raises(RunError, match=r"failed verification.*weight error"):
+            rw.quantize(llama, tmp_path / "out", QUICK, windows(), samples=4, seq_len=32)
+        assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_config_json_describes_the_format(llama: Path, tmp_path: Path) -> None:
+    config = rw.QuantizeConfig(
+        bits=8, group_size=32, sym=False, format="gptq_v2", damp_percent=0.05,
+        dynamic={"k_proj": None, "v_proj": {"bits": 4}},
+    )  # fmt: skip
+    rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32, mode="block")
+    with edited_json(tmp_path / "out" / "config.json") as settings:
+        found = settings["quantization_config"]
+    meta = found.pop("meta")
+    assert meta["quantizer"] == [f"roundwise:{rw.__version__}"]
+    assert found.pop("dynamic").keys() == {"-:.*(?:k_proj)", "+:.*(?:v_proj)"}
+    assert found == {
+        "quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": False, "sym": False,
+        "lm_head": False, "checkpoint_format": "gptq_v2", "true_sequential": False,
+        "damp_percent": 0.05,
+    }  # fmt: skip
+    with edited_json(tmp_path / "out" / "quantize_config.json") as older:
+        older.pop("meta")
+        older.pop("dynamic")
+        assert older == found
+    with edited_json(llama / "config.json") as original:
+        settings.pop("quantization_config")
+        assert settings == original
+
+
+def test_an_exception_of_a_callback_is_not_swallowed(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        rw.quantize(llama, tmp_path / "out", QUICK, windows(), progress=stop_after(1))

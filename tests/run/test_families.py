@@ -1,0 +1,118 @@
+"""What is not a plain decoder: two lists of blocks, towers, blocks that text does not reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import roundwise as rw
+from roundwise.model.build import arguments, model_class
+from roundwise.model.streamed import open_skeleton
+from tests.helpers import (
+    Stop,
+    batches,
+    conduct,
+    contents,
+    hidden,
+    raw,
+    stop_after,
+    tensors_of,
+    windows,
+)
+from tests.matrix.families import FAMILIES
+
+CONFIG = rw.QuantizeConfig(group_size=32)
+MODES = pytest.mark.parametrize("mode", ["true_sequential", "block"])
+
+
+def quantize(model: Path, out: Path, **changes: Any) -> rw.QuantizeResult:
+    settings = {"config": CONFIG, "calibration": windows(), "samples": 4, "seq_len": 32}
+    return rw.quantize(model, out, **{**settings, "batch_size": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def save(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            FAMILIES[name].make().save_pretrained(made[name])
+        return made[name]
+
+    return save
+
+
+@MODES
+@pytest.mark.parametrize("name", ["T5", "Bart", "Bert", "ModernBert", "Gemma3", "FalconH1"])
+def test_hidden_states_are_those_of_the_plain_model(
+    name: str, mode: str, folder: Callable[[str], Path]
+) -> None:
+    skeleton, played = open_skeleton(folder(name)), batches(windows())
+    plain = model_class(skeleton.model.config).from_pretrained(folder(name)).eval()
+    seen: dict[str, list[torch.Tensor]] = {block.name: [] for block in skeleton.blocks}
+    for block in skeleton.blocks:
+        plain.get_submodule(block.name).register_forward_hook(
+            lambda _m, _a, output, key=block.name: seen[key].append(hidden(output))
+        )
+    with torch.no_grad():
+        for batch in played:
+            plain(**arguments(plain, batch.input_ids))
+    names = iter([block.name for block in skeleton.blocks])
+    sequential = mode == "true_sequential"
+    for _, conductor in conduct(skeleton, played, sequential=sequential, reference=True):
+        name = next(names)
+        for player in [*conductor.quantized, *conductor.originals]:
+            assert torch.equal(hidden(player.output), seen[name][player.number])
+
+
+@MODES
+@pytest.mark.parametrize("count", range(9, 34, 4))
+def test_an_encoder_decoder_goes_on_where_it_was(
+    count: int, mode: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # In the decoder, what the encoder made of the text is needed as well.
+    quantize(folder("Bart"), tmp_path / "whole", mode=mode)
+    with pytest.raises(Stop):
+        quantize(folder("Bart"), tmp_path / "out", mode=mode, progress=stop_after(count))
+    quantize(folder("Bart"), tmp_path / "out", mode=mode)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_towers_stay_byte_for_byte(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    result = quantize(folder("Gemma3"), tmp_path)
+    assert all("language_model" in layer["name"] for layer in result.layers)
+    before, after = tensors_of(folder("Gemma3")), tensors_of(tmp_path)
+    tower = [key for key in before if "vision" in key]
+    assert len(tower) > 20
+    assert all(raw(before[key]) == raw(after[key]) for key in tower)
+
+
+def test_blocks_that_text_does_not_reach_stay_and_are_named(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    result = quantize(folder("Mllama"), tmp_path)
+    assert not any(".layers.1." in layer["name"] for layer in result.layers)
+    assert any("the model does not call its block for text alone" in w for w in result.not_as_asked)
+
+
+def test_linears_whose_weight_is_read_without_a_call_stay_and_are_named(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    result = quantize(folder("Mamba"), tmp_path)
+    assert not any("dt_proj" in layer["name"] for layer in result.layers)
+    assert any(
+        "dt_proj and 1 more stay: the model never calls it" in w for w in result.not_as_asked
+    )
+
+
+def test_layers_that_are_called_several_times_are_named(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    result = quantize(folder("Albert"), tmp_path)
+    assert any("called several times in a forward" in warning for warning in result.not_as_asked)
+    assert not any("called several" in w for w in quantize(folder("Bert"), tmp_path / "b").warnings)

@@ -1,0 +1,149 @@
+"""The work folder: a line in the journal is proof of what came before it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from roundwise.errors import OutputError, RunError
+from roundwise.run.journal import Journal, load_outputs, save_outputs
+from tests.helpers import raw
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    journal = Journal(tmp_path / "out")
+    yield journal
+    journal.close()
+
+
+def line(block: int, activations: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {
+        "block": block, "shard": f"{block}.safetensors", "sha256": "0", "activations": activations,
+        "layers": [], "experts": {}, "seconds": {"solve": 1.5}, "name": "layers.0",
+        "depth_error": None, "saturation": None,
+    }  # fmt: skip
+
+
+def test_lines_come_back_in_their_order(journal: Journal) -> None:
+    assert journal.read() == (None, [])
+    journal.start({"bits": 4})
+    assert journal.read() == ({"bits": 4}, [])
+    for block in range(3):
+        journal.blocks_done([line(block)], keep=set())
+    assert journal.read() == ({"bits": 4}, [line(0), line(1), line(2)])
+
+
+def test_a_line_is_on_the_disk_before_work_goes_on(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.start({})
+    synced: list[str] = []
+    sync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+        sync(descriptor)
+
+    monkeypatch.setattr("roundwise.run.journal.os.fsync", record)
+    journal.blocks_done([line(0)], keep=set())
+    assert str(journal.path) in synced
+
+
+def test_a_torn_line_does_not_count_and_is_cut_off(journal: Journal) -> None:
+    journal.start({})
+    journal.blocks_done([line(0)], keep=set())
+    with journal.path.open("a") as file:
+        file.write('{"block": 1')
+    assert journal.read()[1] == [line(0)]
+    journal.trim()
+    journal.blocks_done([line(1)], keep=set())
+    assert journal.read()[1] == [line(0), line(1)]
+
+
+def test_a_torn_first_line_is_a_fresh_folder(journal: Journal) -> None:
+    journal.path.write_text('{"fingerpr')
+    assert journal.read() == (None, [])
+
+
+def test_files_that_were_being_written_are_removed(journal: Journal) -> None:
+    journal.start({})
+    out = journal.folder.parent
+    for path in (out / "model-00001.safetensors.partial", journal.folder / "x.partial"):
+        path.touch()
+    journal.trim()
+    assert not list(out.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        [torch.randn(1, 8, 4), torch.randn(2, 5, 4)],
+        [(torch.randn(1, 8, 4),), (torch.randn(2, 5, 4),)],
+        [(torch.randn(2, 3), None, torch.randn(4)), (torch.randn(2, 2), None, torch.randn(1))],
+        [torch.randn(3, 4).bfloat16().T, torch.randn(3, 4).bfloat16()],
+    ],
+    ids=["tensors", "tuples", "with none", "turned"],
+)
+def test_what_blocks_return_comes_back_bit_for_bit(journal: Journal, outputs: list[Any]) -> None:
+    out = journal.folder.parent
+    # Of two ranks, each writes what its players have; either reads what both wrote.
+    given = [{f"player-{i}": outputs[i]} for i in range(2)]
+    saved = [save_outputs(out, 3, rank, given[rank]) for rank in range(2)]
+    loaded = load_outputs(out, {**saved[0], "files": {**saved[0]["files"], **saved[1]["files"]}})
+    assert loaded.keys() == {"player-0", "player-1"}
+    for before, after in zip(outputs, loaded.values(), strict=True):
+        assert isinstance(after, tuple) == isinstance(before, tuple)
+        pairs = (
+            [(before, after)]
+            if isinstance(before, torch.Tensor)
+            else zip(before, after, strict=True)
+        )
+        for old, new in pairs:
+            assert (old is None) == (new is None)
+            assert old is None or (raw(old) == raw(new) and old.shape == new.shape)
+
+
+def test_a_block_that_returns_something_else_is_refused(journal: Journal) -> None:
+    with pytest.raises(RunError, match="block 2 returns a dict, not a tensor"):
+        save_outputs(journal.folder.parent, 2, 0, {"probe": {"hidden": torch.ones(1)}})
+
+
+def test_only_activations_that_are_needed_are_kept(journal: Journal) -> None:
+    journal.start({})
+    for block in range(3):
+        saved = save_outputs(journal.folder.parent, block, 0, {"probe": torch.ones(2)})
+        keep = {"activations-00000-0.safetensors", *saved["files"]}
+        journal.blocks_done([line(block, saved)], keep=keep)
+        assert {path.name for path in journal.folder.glob("activations-*")} == keep
+
+
+def test_one_at_a_time(journal: Journal) -> None:
+    out = journal.folder.parent
+    with pytest.raises(OutputError, match="another roundwise process is working in"):
+        Journal(out)
+    journal.close()
+    Journal(out).close()
+
+
+def test_a_lock_that_cannot_be_had_is_not_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("roundwise.run.journal.fcntl.flock", refuse)
+    with pytest.raises(OutputError, match=r"cannot lock .*lock: No locks available"):
+        Journal(tmp_path / "out")
+
+
+def test_finishing_removes_the_work_folder_only(journal: Journal) -> None:
+    (journal.folder.parent / "config.json").touch()
+    journal.finish()
+    assert [path.name for path in journal.folder.parent.iterdir()] == ["config.json"]

@@ -1,0 +1,520 @@
+"""A run that was stopped, however it was stopped, ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import roundwise as rw
+from roundwise import QuantizeConfig
+from roundwise.checkpoint import writer
+from roundwise.errors import CheckpointError, Interrupted, OutputError, RunError
+from roundwise.verify import audit
+from tests.conftest import BEST, QUICK
+from tests.helpers import Commands, Stop, contents, journal_blocks, stop_after, windows
+
+KILLS = 20
+#: Layers and blocks of the small Llama: as many times is `progress` called.
+EVENTS = 2 * (7 + 1)
+
+
+def quantize(model: Path, out: Path, **changes: Any) -> rw.QuantizeResult:
+    settings = {"config": QUICK, "calibration": windows(), "samples": 4, "seq_len": 32}
+    return rw.quantize(model, out, **{**settings, **changes})
+
+
+def finished_shards(out: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of the shard of each block that the journal calls finished."""
+    blocks = journal_blocks(out)
+    shards = sorted(out.glob("model-*.safetensors"))[: len(blocks)]
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards}
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of a run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    quantize(llama, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def best(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the default recipe, which plays the original model too."""
+    out = tmp_path_factory.mktemp("best") / "out"
+    quantize(llama, out, config=BEST)
+    return out
+
+
+@pytest.mark.parametrize("count", range(1, EVENTS + 1))
+def test_stopped_after_any_layer_or_block(
+    count: int, llama: Path, best: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Stop):
+        quantize(llama, tmp_path / "out", config=BEST, progress=stop_after(count))
+    assert not (tmp_path / "out" / "config.json").exists()
+    steps: list[int] = []
+    quantize(llama, tmp_path / "out", config=BEST, progress=lambda step: steps.append(step.block))
+    finished = count // 8
+    assert set(steps) == set(range(finished, 2))
+    assert contents(tmp_path / "out") == contents(best)
+
+
+def test_stopped_at_any_write(
+    llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every file appears by one rename; the run is cut off right before and right after each of them.
+    real = writer.os.replace
+    stops = 0
+
+    def cut_off(number: int, *, after: bool) -> Callable[..., None]:
+        calls = iter(range(number + 1))
+
+        def replace(*paths: Any) -> None:
+            last = next(calls) == number
+            if last and not after:
+                raise Stop
+            real(*paths)
+            if last:
+                raise Stop
+
+        return replace
+
+    for number in range(100):
+        for after in (False, True):
+            out = tmp_path / f"{number}-{after}"
+            with monkeypatch.context() as patched:
+                patched.setattr(writer.os, "replace", cut_off(number, after=after))
+                try:
+                    quantize(llama, out)
+                    break
+                except Stop:
+                    stops += 1
+            before = finished_shards(out)
+            if (out / "config.json").exists():  # the last rename of all: only cleaning up was left
+                assert after
+                assert audit(out).failures == []
+            quantize(llama, out)
+            assert contents(out) == contents(whole)
+            kept = {path: (out / path).stat() for path in before}
+            assert {p: (s.st_ino, s.st_mtime_ns) for p, s in kept.items()} == before
+            shutil.rmtree(out)
+        else:
+            continue
+        break
+    assert stops > 2 * len(contents(whole)) - 4
+
+
+@pytest.mark.parametrize("mode", ["true_sequential", "block"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "opt", "gpt_neox", "falcon", "bloom"])
+def test_every_architecture_goes_on_from_its_saved_activations(
+    name: str, mode: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = folder_of(name)
+    # Windows of several lengths: a padded batch must come back as it was.
+    texts = [row[:length] for row, length in zip(windows(), (32, 20, 32, 9), strict=True)]
+    quantize(model, tmp_path / "whole", config=BEST, calibration=texts, batch_size=2, mode=mode)
+
+    def after_first_block(step: Any) -> None:
+        if step.layer is None:
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize(
+            model, tmp_path / "out", config=BEST, calibration=texts, batch_size=2, mode=mode,
+            progress=after_first_block,
+        )  # fmt: skip
+    assert journal_blocks(tmp_path / "out") == [0]
+    quantize(model, tmp_path / "out", config=BEST, calibration=texts, batch_size=2, mode=mode)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_rtn_goes_on_too(llama: Path, tmp_path: Path) -> None:
+    config = QUICK.merged({"method": "rtn"})
+    quantize(llama, tmp_path / "whole", config=config, calibration=None)
+    with pytest.raises(Stop):
+        quantize(
+            llama, tmp_path / "out", config=config, calibration=None, progress=stop_after(9)
+        )  # fmt: skip
+    quantize(llama, tmp_path / "out", config=config, calibration=None)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+class TestKilled:
+    """The command, on the trained model, killed with SIGKILL at random moments."""
+
+    def test_same_bytes_and_no_block_twice(
+        self, commands: Commands, tiny: Path, text: Path, tmp_path: Path
+    ) -> None:
+        def command(out: Path) -> tuple[object, ...]:
+            return (
+                "quantize", tiny, out, "--calibration", text, "--group-size", 64,
+                "--samples", 2, "--seq-len", 32, "--recipe", "textbook",
+            )  # fmt: skip
+
+        assert commands.run(*command(tmp_path / "whole")).code == 0
+        begun = time.monotonic()
+        assert commands.run(*command(tmp_path / "whole"), "--restart").code == 0
+        duration = time.monotonic() - begun
+        expected = contents(tmp_path / "whole")
+        moments = random.Random(20)
+        kills, folders, out = 0, 0, tmp_path / "out"
+        seen: dict[str, tuple[int, int]] = {}
+        while kills < KILLS or out.exists():
+            running = commands.start(*command(out))
+            if kills < KILLS:
+                time.sleep(moments.uniform(0, duration))
+                ended = running.stop(signal.SIGKILL)
+            else:
+                ended = running.wait()
+            assert ended.code in (0, -signal.SIGKILL), ended.stderr
+            kills += ended.code == -signal.SIGKILL
+            if ended.code:
+                if not (out / "config.json").exists():
+                    blocks = journal_blocks(out)
+                    assert blocks == list(range(len(blocks)))  # each once
+                    now = finished_shards(out)
+                    assert {name: now[name] for name in seen} == seen  # none written again
+                    seen = now
+                continue
+            assert contents(out) == expected
+            shutil.rmtree(out)
+            folders, seen = folders + 1, {}
+        assert kills == KILLS
+        assert folders > 1
+
+
+class TestInterrupted:
+    """Ctrl-C and SIGTERM end a run with everything that is finished kept."""
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_leaves_a_folder_that_goes_on(
+        self,
+        number: signal.Signals,
+        commands: Commands,
+        tiny: Path,
+        text: Path,
+        tmp_path: Path,
+    ) -> None:
+        out = tmp_path / "out"
+        command = (
+            "quantize", tiny, out, "--calibration", text, "--group-size", 64,
+            "--samples", 2, "--seq-len", 32, "--recipe", "textbook",
+        )  # fmt: skip
+        running = commands.start(*command)
+        running.reach(lambda: bool(journal_blocks(out)))
+        ended = running.stop(number)
+        assert ended.code == 1
+        assert re.search(r"\d of \d+ blocks are finished and kept", ended.sentence)
+        assert str(out) in ended.sentence
+        assert "run the same command again" in ended.stderr
+        assert f"resume with: roundwise quantize {tiny} {out}" in ended.stderr
+        assert not (out / "config.json").exists()
+        kept = finished_shards(out)
+        assert kept
+        assert commands.run(*command).code == 0
+        assert {
+            name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in kept
+        } == kept
+
+    def test_is_an_error_of_its_own_in_python(self, llama: Path, tmp_path: Path) -> None:
+        def press(step: Any) -> None:
+            if step.layer is None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(Interrupted, match="1 of 2 blocks are finished"):
+            quantize(llama, tmp_path / "out", progress=press)
+
+
+class TestRefused:
+    """A run is not continued with something else."""
+
+    @pytest.fixture
+    def stopped(self, copy_of: Callable[[str], Path], tmp_path: Path) -> tuple[Path, Path]:
+        """A model and the folder of a run that was stopped behind the first block."""
+        model, out = copy_of("llama"), tmp_path / "out"
+        with pytest.raises(Stop):
+            quantize(model, out, progress=stop_after(8))
+        return model, out
+
+    @pytest.mark.parametrize(
+        ("changes", "differs"),
+        [
+            ({"config": QUICK.merged({"bits": 8})}, r"config.bits \(4 -> 8\)"),
+            ({"config": QUICK.merged({"sym": False})}, r"config.sym \(True -> False\)"),
+            (
+                {"config": QuantizeConfig(**{**QUICK.model_dump(), "dynamic": {"k_proj": None}})},
+                "dynamic",
+            ),
+            ({"calibration": windows(seed=1)}, "calibration.sha256"),
+            ({"samples": 3}, r"calibration.samples \(4 -> 3\)"),
+            ({"seed": 1}, r"calibration.seed \(0 -> 1\)"),
+            ({"config": BEST}, r"config.recipe \(textbook -> best\)"),
+            ({"mode": "block"}, r"mode \(true_sequential -> block\)"),
+        ],
+    )
+    def test_other_settings(
+        self, changes: dict[str, Any], differs: str, stopped: tuple[Path, Path]
+    ) -> None:
+        model, out = stopped
+        before = contents(out)
+        with pytest.raises(OutputError, match=f"differs in .*{differs}.*--restart"):
+            quantize(model, out, **changes)
+        assert contents(out) == before
+        quantize(model, out)
+
+    def test_overrides_in_another_order(self, llama: Path, tmp_path: Path) -> None:
+        # The first pattern that matches wins, so their order is a setting.
+        pairs: list[tuple[str, Any]] = [("k_proj", None), ("self_attn", {"bits": 8})]
+        there, back = (
+            rw.QuantizeConfig(group_size=32, dynamic=dict(order)) for order in (pairs, pairs[::-1])
+        )
+        with pytest.raises(Stop):
+            quantize(llama, tmp_path / "out", config=there, progress=stop_after(7))
+        with pytest.raises(OutputError, match=r"differs in config\.dynamic"):
+            quantize(llama, tmp_path / "out", config=back)
+
+    def test_another_model(self, stopped: tuple[Path, Path]) -> None:
+        model, out = stopped
+        data = bytearray((model / "model.safetensors").read_bytes())
+        data[-5] ^= 1
+        (model / "model.safetensors").write_bytes(data)
+        with pytest.raises(OutputError, match=r"differs in model.files.model.safetensors"):
+            quantize(model, out)
+
+    def test_another_model_of_the_same_age(self, stopped: tuple[Path, Path]) -> None:
+        model, out = stopped
+        file = model / "model.safetensors"
+        data, times = bytearray(file.read_bytes()), file.stat()
+        data[-5] ^= 1
+        file.write_bytes(data)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(OutputError, match=r"differs in model.files.model.safetensors"):
+            quantize(model, out)
+
+    def test_a_model_that_is_only_newer_is_the_same(self, stopped: tuple[Path, Path]) -> None:
+        model, out = stopped
+        (model / "model.safetensors").touch()
+        quantize(model, out)
+
+    def test_a_model_that_changes_while_it_is_read(
+        self, stopped: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        model, _ = stopped
+
+        def change(step: Any) -> None:
+            if step.layer is None and step.block == 1:
+                (model / "model.safetensors").touch()
+
+        with pytest.raises(CheckpointError, match="was changed while it was being read"):
+            quantize(model, tmp_path / "new", progress=change)
+        assert not (tmp_path / "new" / "config.json").exists()
+
+    @pytest.mark.parametrize("change", ["flip", "cut", "remove"])
+    def test_activations_that_were_changed(self, change: str, stopped: tuple[Path, Path]) -> None:
+        model, out = stopped
+        (file,) = (out / ".roundwise").glob("activations-*")
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.unlink()
+        if change != "remove":
+            file.write_bytes(data if change == "flip" else data[:-1])
+        with pytest.raises(RunError, match=r"activations-.* was changed or removed.*--restart"):
+            quantize(model, out)
+
+    def test_another_version(
+        self, stopped: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, out = stopped
+        monkeypatch.setattr("roundwise.run.environment.__version__", "99")
+        with pytest.raises(OutputError, match=r"differs in versions.roundwise \(.* -> 99\)"):
+            quantize(model, out)
+
+    def test_a_finished_shard_that_was_changed(self, stopped: tuple[Path, Path]) -> None:
+        model, out = stopped
+        shard = next(out.glob("model-00001-*"))
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(RunError, match=r"model-00001.* was changed.*--restart"):
+            quantize(model, out)
+
+    def test_a_finished_shard_that_is_gone(self, stopped: tuple[Path, Path]) -> None:
+        model, out = stopped
+        next(out.glob("model-00001-*")).unlink()
+        with pytest.raises(RunError, match=r"model-00001.*--restart"):
+            quantize(model, out)
+
+    def test_a_damaged_journal(self, stopped: tuple[Path, Path]) -> None:
+        model, out = stopped
+        (out / ".roundwise" / "journal.jsonl").write_text("{]\n")
+        with pytest.raises(OutputError, match=r"journal.jsonl is damaged.*--restart"):
+            quantize(model, out)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"activations": None},
+            {"block": 1},
+            {"name": "model.layers.7"},
+            {"layers": [{"name": "model.layers.0.mlp.other"}]},
+        ],
+    )
+    def test_a_journal_of_something_else(
+        self, stopped: tuple[Path, Path], change: dict[str, Any]
+    ) -> None:
+        model, out = stopped
+        path = out / ".roundwise" / "journal.jsonl"
+        first, blocks = path.read_text().splitlines()
+        (block,) = json.loads(blocks)
+        if "layers" in change:
+            change = {"layers": [block["layers"][0] | change["layers"][0]]}
+        path.write_text(f"{first}\n{json.dumps([block | change])}\n")
+        with pytest.raises(OutputError, match=r"the journal in .* is damaged.*--restart"):
+            quantize(model, out)
+
+    def test_restart_begins_anew(self, stopped: tuple[Path, Path], tmp_path: Path) -> None:
+        model, out = stopped
+        config = QUICK.merged({"bits": 8})
+        quantize(model, out, config=config, restart=True)
+        quantize(model, tmp_path / "fresh", config=config)
+        assert contents(out) == contents(tmp_path / "fresh")
+
+    def test_a_torn_last_line_does_not_count(
+        self, stopped: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        model, out = stopped
+        with (out / ".roundwise" / "journal.jsonl").open("a") as journal:
+            journal.write('{"block": 1, "shard": "mod')
+        # What is appended behind it must be readable too: stop again after the next block.
+        with pytest.raises(Stop):
+            quantize(model, out, progress=stop_after(8))
+        assert journal_blocks(out) == [0, 1]
+        quantize(model, out)
+        quantize(model, tmp_path / "fresh")
+        assert contents(out) == contents(tmp_path / "fresh")
+
+    def test_the_mode_of_the_first_run_is_kept_when_memory_has_changed(
+        self, llama: Path, tmp_path: Path
+    ) -> None:
+        # Chosen by memory, not by the user: less free memory now is no reason to refuse.
+        out = tmp_path / "out"
+        with pytest.raises(Stop):
+            quantize(llama, out, max_memory="100GB", progress=stop_after(8))
+        quantize(llama, out, max_memory="1kB")
+        quantize(llama, tmp_path / "fresh", mode="true_sequential")
+        assert contents(out) == contents(tmp_path / "fresh")
+
+
+class TestLock:
+    """One process at a time works in a folder."""
+
+    def test_a_second_run_is_refused(self, llama: Path, tmp_path: Path) -> None:
+        refusals = []
+
+        def second(_: Any) -> None:
+            if not refusals:
+                with pytest.raises(OutputError, match="another roundwise process is working in"):
+                    quantize(llama, tmp_path / "out")
+                refusals.append(True)
+
+        quantize(llama, tmp_path / "out", progress=second)
+        assert refusals
+
+    def test_a_second_process_is_refused_restart_or_not(
+        self, commands: Commands, text_model: Path, text: Path, tmp_path: Path
+    ) -> None:
+        command = (
+            "quantize", text_model, tmp_path / "out", "--calibration", text, "--group-size", 32,
+            "--samples", 2, "--seq-len", 32, "--recipe", "textbook",
+        )  # fmt: skip
+        ended = []
+
+        def second(_: Any) -> None:
+            if not ended:
+                ended.extend([commands.run(*command), commands.run(*command, "--restart")])
+
+        quantize(text_model, tmp_path / "out", progress=second)
+        for each in ended:
+            assert each.code == 2
+            assert "another roundwise process is working in" in each.sentence
+
+    def test_the_lock_goes_with_its_process(self, llama: Path, tmp_path: Path) -> None:
+        with pytest.raises(Stop):
+            quantize(llama, tmp_path / "out", progress=stop_after(1))
+        quantize(llama, tmp_path / "out")
+
+
+class TestFinished:
+    """A folder that holds a finished checkpoint."""
+
+    @pytest.fixture
+    def done(self, llama: Path, tmp_path: Path) -> Path:
+        quantize(llama, tmp_path / "out")
+        return tmp_path / "out"
+
+    def test_the_same_command_returns_its_result_without_work(
+        self, llama: Path, done: Path
+    ) -> None:
+        before = contents(done)
+        steps: list[Any] = []
+        result = quantize(llama, done, progress=steps.append)
+        assert not steps
+        assert len(result.layers) == 14
+        assert contents(done) == before
+
+    def test_other_settings_are_refused(self, llama: Path, done: Path) -> None:
+        before = contents(done)
+        with pytest.raises(OutputError, match=r"finished checkpoint made otherwise.*--restart"):
+            quantize(llama, done, config=QUICK.merged({"bits": 3}))
+        assert contents(done) == before, "something was left behind"
+
+    def test_a_shard_that_was_changed_since(self, llama: Path, done: Path) -> None:
+        shard = next(done.glob("model-00001-*"))
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(OutputError, match=r"model-00001.* was changed since.*--restart"):
+            quantize(llama, done)
+        quantize(llama, done, restart=True)
+        assert audit(done).failures == []
+
+    def test_other_weights_of_the_same_age(
+        self, copy_of: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        model, out = copy_of("llama"), tmp_path / "out"
+        quantize(model, out)
+        file = model / "model.safetensors"
+        data, times = bytearray(file.read_bytes()), file.stat()
+        data[-5] ^= 1
+        file.write_bytes(data)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(OutputError, match=r"made otherwise \(model.files.model.safetensors"):
+            quantize(model, out)
+
+    def test_restart_replaces_it(self, llama: Path, done: Path) -> None:
+        result = quantize(llama, done, config=QUICK.merged({"bits": 8}), restart=True)
+        assert {layer["bits"] for layer in result.layers} == {8}
+
+    def test_nothing_of_the_work_is_left(self, done: Path) -> None:
+        assert not list(done.rglob("*.partial"))
+        assert not list(done.rglob("*.draft"))
+        assert not (done / ".roundwise").exists()
+
+    def test_killed_between_the_last_rename_and_cleaning_up(self, llama: Path, done: Path) -> None:
+        before = contents(done)
+        (done / ".roundwise").mkdir()
+        (done / ".roundwise" / "lock").touch()
+        (done / ".roundwise" / "journal.jsonl").write_text("{}\n")
+        quantize(llama, done)
+        assert contents(done) == before

@@ -1,0 +1,140 @@
+"""Products of half precision in float32: the same to the last bit of the result's type, or nearly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from roundwise.system.half_matmul import PRODUCTS, Widening, filled, multiplies, widening
+
+HALF = frozenset((torch.bfloat16, torch.float16))
+half = pytest.mark.parametrize("dtype", sorted(HALF, key=str))
+
+
+#: How many kilobytes products of an expert with 300 numbers of tokens leave behind.
+GROWTH = """
+import torch
+from contextlib import nullcontext
+from roundwise.system.half_matmul import widening
+torch.set_num_threads(1)
+def size():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmRSS" in line)
+W = torch.randn(768, 768).bfloat16()
+torch.nn.functional.linear(torch.randn(900, 768).bfloat16(), W)
+before = size()
+with {mode}:
+    for rows in range(500, 800):
+        torch.nn.functional.linear(torch.randn(rows, 768).bfloat16(), W)
+print(size() - before)
+"""
+
+
+class Seen(TorchFunctionMode):
+    """Types of the first operands of all products that are really computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in PRODUCTS:
+            self.types.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def near(y: torch.Tensor, exact: torch.Tensor) -> bool:
+    """As near as one rounding of the result, and the noise of a sum in float32, allow."""
+    step = torch.finfo(y.dtype).eps * exact.abs().clamp(min=1)
+    return bool(((y.double() - exact).abs() <= step).all())
+
+
+@half
+@pytest.mark.parametrize("rows", [16, 1024, 2500])
+def test_a_linear_layer_is_computed_in_float32_and_rounded_once(dtype, rows):
+    x, W, b = (
+        torch.randn(rows, 96).to(dtype),
+        torch.randn(40, 96).to(dtype),
+        torch.randn(40).to(dtype),
+    )
+    with Seen() as seen, Widening(HALF):
+        y = functional.linear(x.view(-1, 2, 96), W, b)
+    assert y.dtype == dtype and y.shape == (rows // 2, 2, 40)
+    assert set(seen.types) == {torch.float32}
+    assert near(y.view(rows, 40), x.double() @ W.double().T + b.double())
+
+
+@half
+def test_products_and_attention(dtype):
+    a, b = torch.randn(3, 32, 64).to(dtype), torch.randn(3, 64, 48).to(dtype)
+    exact = a.double() @ b.double()
+    bias = torch.randn(48).to(dtype)
+    with Seen() as seen, Widening(HALF):
+        found = [a @ b, torch.matmul(a, b), a.matmul(b), torch.bmm(a, b)]
+        added = torch.addmm(bias, a[0], b[0])
+        attended = functional.scaled_dot_product_attention(
+            a[None], a[None], a[None], is_causal=True
+        )
+    assert set(seen.types) == {torch.float32}
+    assert all(y.dtype == dtype and near(y, exact) for y in found)
+    assert near(added, exact[0] + bias.double())
+    exact = functional.scaled_dot_product_attention(*[a[None].double()] * 3, is_causal=True)
+    assert attended.dtype == dtype and near(attended[0], exact[0])
+
+
+def test_few_rows_other_types_and_results_with_a_place_are_left_alone():
+    W = torch.randn(40, 96).bfloat16()
+    with Seen() as seen, Widening(frozenset({torch.bfloat16})):
+        functional.linear(torch.randn(2, 96).bfloat16(), W)
+        functional.linear(torch.randn(64, 96), W.float())
+        functional.linear(torch.randn(64, 96).half(), W.half())
+        out = torch.empty(64, 40, dtype=torch.bfloat16)
+        torch.mm(torch.randn(64, 96).bfloat16(), W.T, out=out)
+    assert seen.types == [torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8, 9, 100, 1000, 4095, 4096])
+def test_tokens_of_an_expert_are_filled_up_to_one_of_few_numbers(rows):
+    x, W, b = (torch.randn(*n).bfloat16() for n in ((rows, 96), (40, 96), (40,)))
+    sizes = []
+
+    class Sizes(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is functional.linear:
+                sizes.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with Sizes(), Widening(frozenset()):
+        y = functional.linear(x, W, bias=b)
+        functional.linear(x[None], W)
+    assert near(y, x.double() @ W.double().T + b.double()) and y.shape == (rows, 40)
+    assert sizes == [filled(rows), 1]
+    assert rows <= filled(rows) <= max(rows + 7, 1.125 * rows)
+
+
+def test_there_are_few_numbers_and_each_stays_what_it_is():
+    sizes = {filled(rows) for rows in range(1, 4097)}
+    assert len(sizes) < 60
+    assert all(filled(size) == size for size in sizes)
+
+
+@pytest.mark.skipif(
+    not multiplies(torch.bfloat16), reason="needs a processor with bfloat16 products"
+)
+def test_memory_does_not_grow_with_the_numbers_of_tokens():
+    """Each shape that oneDNN has met costs a megabyte, and for thousands of them gigabytes."""
+    grown = {}
+    for mode in ("nullcontext()", "widening()"):
+        done = subprocess.run(
+            [sys.executable, "-c", GROWTH.format(mode=mode)], capture_output=True, text=True
+        )
+        grown[mode] = int(done.stdout)
+    assert grown["widening()"] < grown["nullcontext()"] / 4
+
+
+def test_what_is_multiplied_in_float32_is_what_the_processor_does_not_multiply():
+    assert widening().narrow == {dtype for dtype in HALF if not multiplies(dtype)}

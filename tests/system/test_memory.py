@@ -1,0 +1,90 @@
+"""Sizes in words, and the mode that fits a budget."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from roundwise.errors import ConfigError
+from roundwise.system.memory import available, parse_mode, parse_size, peak_rss, resident
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GB", 8 * 10**9), ("8G", 8 * 10**9), ("8 gb", 8 * 10**9), ("1.5GB", 1_500_000_000),
+        ("512MiB", 512 << 20), ("512mib", 512 << 20), ("2Ki", 2048), ("1TB", 10**12),
+        ("900", 900), ("900B", 900), (12345, 12345), (None, None),
+    ],
+)  # fmt: skip
+def test_sizes(text: str | int | None, size: int | None) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "8XB", "8 G B", "eight", "1e9", "i"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no size: write it as 8GB"):
+        parse_size(text)
+
+
+def test_what_this_machine_has() -> None:
+    assert 10**6 < peak_rss() < 10**12
+    assert 10**6 < available() < 10**14
+    assert 10**6 < resident() < 1.1 * peak_rss()
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    filled = bytearray(b"1" * (300 << 20))
+    code = "from roundwise.system.memory import peak_rss; print(peak_rss())"
+    small = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert peak_rss() > len(filled)
+    code = f"filled = bytearray(b'1' * {300 << 20}); {code}"
+    large = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(large.stdout) - int(small.stdout) > 290 << 20
+
+
+FAULTS = """
+import resource, sys, torch
+from roundwise.system.memory import keeping, resident, return_early
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+return_early()
+torch.ones(5 << 20).add(1)  # whatever is loaded at first
+with keeping(sys.argv[1] == "keep"):
+    for step in range(40):
+        if step == 20:  # holes have found their places by now
+            before = faults()
+        x = torch.ones(5 << 20)
+        y = x + 1
+        del x, y
+    found = faults() - before
+    held = resident()
+print(found, held - resident())
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="needs glibc, whose settings these are"
+)
+def test_freed_memory_is_kept_and_returned_in_the_end() -> None:
+    (anew, nothing), (kept, returned) = (
+        map(
+            int,
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True
+            ).stdout.split(),
+        )
+        for how in ("return", "keep")
+    )
+    assert anew > 4 * kept
+    assert nothing < 1 << 20
+    assert returned > 30 << 20
+
+
+def test_modes() -> None:
+    assert [parse_mode(name) for name in (None, "block")] == [None, "block"]
+    with pytest.raises(ConfigError, match="use true_sequential or block"):
+        parse_mode("fast")
