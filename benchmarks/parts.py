@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import roundwise as rw
 from roundwise.checkpoint.hub import bundled_model
-from roundwise.core.act_order import columns_of
+from roundwise.core.act_order import permuted_columns
 from roundwise.core.hessian import Hessian
-from roundwise.core.rounding import Columns
-from roundwise.core.solver import prepare
-from roundwise.system.half_matmul import multiplies, widening
+from roundwise.core.rounding import ColumnSweep
+from roundwise.core.solver import prepare_hessian
+from roundwise.system.half_matmul import cpu_half_matmul, has_native_matmul
 
 LENGTH = 512
 
@@ -61,11 +61,11 @@ def published(W: torch.Tensor, H: torch.Tensor, bits: int, group: int) -> torch.
     return Q
 
 
-def rounded(W: torch.Tensor, H: torch.Tensor, config: rw.QuantizeConfig) -> Columns:
+def rounded(W: torch.Tensor, H: torch.Tensor, config: rw.QuantizeConfig) -> ColumnSweep:
     """What the published loop does: damping, factor, codes and scales, and the loss."""
-    prepared = prepare(H, config)
-    columns = Columns(
-        columns_of(W, prepared.order.perm), prepared.factor, prepared.order, config, None
+    prepared = prepare_hessian(H, config)
+    columns = ColumnSweep(
+        permuted_columns(W, prepared.order.perm), prepared.factor, prepared.order, config, None
     )
     columns.round_all()
     return columns
@@ -145,7 +145,10 @@ def forward() -> None:
         for dtype in (torch.float16, torch.bfloat16):
             model.to(dtype)
             plain = seconds(hidden, 3)
-            with widening():
+            with cpu_half_matmul():
                 ours = seconds(hidden, 3)
-            name, there = str(dtype).removeprefix("torch."), "yes" if multiplies(dtype) else "no"
+            name, there = (
+                str(dtype).removeprefix("torch."),
+                "yes" if has_native_matmul(dtype) else "no",
+            )
             print(f"| {name} | {there} | {plain:.2f} s | {ours:.2f} s | **{plain / ours:.1f}x** |")

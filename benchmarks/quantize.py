@@ -35,7 +35,7 @@ from peers.methods import settings_of
 
 from roundwise.checkpoint.hub import bundled_model
 from roundwise.core.backends import cpp
-from roundwise.core.linalg import product
+from roundwise.core.linalg import matmul
 
 HERE = Path(__file__).parent
 #: Hidden and intermediate size, heads, and heads of keys and values.
@@ -53,7 +53,7 @@ def limits() -> dict[str, float]:
     for dtype in (torch.float32, torch.bfloat16):
         A, B = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
         name = str(dtype).removeprefix("torch.")
-        found[name] = 2 * 2048**3 / seconds(lambda A=A, B=B: product(A, B)) / 1e9
+        found[name] = 2 * 2048**3 / seconds(lambda A=A, B=B: matmul(A, B)) / 1e9
     return found
 
 

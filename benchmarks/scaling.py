@@ -23,7 +23,7 @@ import torch
 from memory import SHAPES, write_model
 
 from roundwise.config import QuantizeConfig
-from roundwise.plan.cost_model import REACHED, Linear, Shapes, rate, work
+from roundwise.plan.cost_model import EFFICIENCY, BlockShapes, LinearShape, rate, work
 from roundwise.run.resume import PACE
 from roundwise.system.device import HOST
 
@@ -53,30 +53,30 @@ class Machine:
 H100 = Machine("H100 (data sheet)", 989e12, 67e12, 450e9, 50e9, 8, 5e9, paced=True)
 
 
-def llama(hidden: int, intermediate: int, blocks: int, kv: int) -> Shapes:
+def llama(hidden: int, intermediate: int, blocks: int, kv: int) -> BlockShapes:
     """A block of a dense Llama in bfloat16."""
-    q, o = Linear(hidden, hidden), Linear(hidden, hidden)
+    q, o = LinearShape(hidden, hidden), LinearShape(hidden, hidden)
     small, wide, down = (
-        Linear(kv, hidden),
-        Linear(intermediate, hidden),
-        Linear(hidden, intermediate),
+        LinearShape(kv, hidden),
+        LinearShape(intermediate, hidden),
+        LinearShape(hidden, intermediate),
     )
     linears = [q, small, small, o, wide, wide, down]
-    return Shapes(
+    return BlockShapes(
         linears, [q, o, wide, down], 2 * sum(x.entries for x in linears), hidden, 2, blocks, HOST
     )
 
 
-def deepseek() -> Shapes:
+def deepseek() -> BlockShapes:
     """A block of DeepSeek-V3: 256 experts of which a token passes 8, one shared, MLA."""
     hidden, expert, part = 7168, 2048, 8 / 256
-    attention = [Linear(1536, hidden), Linear(24576, 1536), Linear(576, hidden), Linear(32768, 512),
-                 Linear(hidden, 16384)]  # fmt: skip
-    shared = [Linear(expert, hidden), Linear(expert, hidden), Linear(hidden, expert)]
-    routed = [Linear(x.rows, x.columns, part) for x in shared]
+    attention = [LinearShape(1536, hidden), LinearShape(24576, 1536), LinearShape(576, hidden), LinearShape(32768, 512),
+                 LinearShape(hidden, 16384)]  # fmt: skip
+    shared = [LinearShape(expert, hidden), LinearShape(expert, hidden), LinearShape(hidden, expert)]
+    routed = [LinearShape(x.rows, x.columns, part) for x in shared]
     inputs = [*attention[1:], *shared[1:], *(256 * routed[1:])]
     linears = [*attention, *shared, *(256 * routed)]
-    return Shapes(linears, inputs, 2 * sum(x.entries for x in linears), hidden, 2, 61, HOST)
+    return BlockShapes(linears, inputs, 2 * sum(x.entries for x in linears), hidden, 2, 61, HOST)
 
 
 MODELS = {
@@ -88,7 +88,7 @@ MODELS = {
 
 
 def parts(
-    shapes: Shapes, config: QuantizeConfig, machine: Machine, ranks: int, tokens: int
+    shapes: BlockShapes, config: QuantizeConfig, machine: Machine, ranks: int, tokens: int
 ) -> dict[str, float]:
     """Seconds of each part of a run, as its slowest rank spends them."""
     found: dict[str, float] = {}
@@ -100,7 +100,7 @@ def parts(
         )
         # All ranks factor the same Hessians; all else is shared.
         share = 1 if phase == "factor" else ranks
-        found[phase] = flop / (REACHED[phase] * peak) / share
+        found[phase] = flop / (EFFICIENCY[phase] * peak) / share
     streams = 2 if config.needs_reference else 1
     sums = sum(x.columns**2 for x in shapes.inputs)
     if config.needs_reference:
@@ -147,10 +147,10 @@ def measure(recipe: str, blocks: int) -> None:
         script = Path(scratch) / "run.py"
         script.write_text(
             "import random, sys, roundwise as rw\n"
-            "from roundwise.system.distributed import joined\n"
+            "from roundwise.system.distributed import join_process_group\n"
             "draw = random.Random(0)\n"
             "windows = [[draw.randrange(32000) for _ in range(512)] for _ in range(64)]\n"
-            "with joined():\n"
+            "with join_process_group():\n"
             f"    rw.quantize({str(source)!r}, sys.argv[1], rw.QuantizeConfig(recipe={recipe!r}),\n"
             "        windows, samples=64, seq_len=512, batch_size=8)\n"
         )

@@ -46,7 +46,7 @@ class Seen:
     """What the clients have seen."""
 
     done: int = 0
-    left: int = 0
+    skipped_linears: int = 0
     full: int = 0
     tokens: int = 0
     failures: Counter[str] = field(default_factory=Counter)
@@ -65,7 +65,7 @@ async def client(
             async with asyncio.timeout(random_numbers.uniform(0, 3) if goes else None):
                 await ask(api, model, seen, random_numbers)
         except TimeoutError:
-            seen.left += 1
+            seen.skipped_linears += 1
         except openai.RateLimitError:
             seen.full += 1
             await asyncio.sleep(0.5)
@@ -165,7 +165,7 @@ def measure(
     after = rss(server.pid)
     print(f"{options.clients} clients, {options.seconds:.0f} s, {options.leave:.0%} told to leave")
     print(f"requests answered: {seen.done}  ({seen.tokens} tokens)")
-    print(f"left before the end: {seen.left}  refused, server full: {seen.full}")
+    print(f"left before the end: {seen.skipped_linears}  refused, server full: {seen.full}")
     print(f"failed: {sum(seen.failures.values())}  {dict(seen.failures) or ''}")
     print(f"latency, waiting included: {percentiles(seen.seconds)}")
     print(f"to the first text, streamed: {percentiles(seen.first)}")

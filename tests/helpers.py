@@ -20,12 +20,12 @@ import transformers
 from safetensors.torch import load_file
 
 from roundwise.calibration.windows import Batch
-from roundwise.checkpoint.reader import OWN
-from roundwise.forward.expert_tokens import Policy
-from roundwise.forward.input_groups import Group
-from roundwise.forward.scheduler import Conductor
+from roundwise.checkpoint.reader import OWN_FILES
+from roundwise.forward.expert_tokens import ExpertCalibration
+from roundwise.forward.input_groups import InputGroup
+from roundwise.forward.scheduler import ForwardScheduler
 from roundwise.model.blocks import weight_of
-from roundwise.model.streamed import Skeleton
+from roundwise.model.streamed import StreamedModel
 
 VOCABULARY = 128
 #: Sizes that every small model has, under the names that most architectures use.
@@ -144,31 +144,31 @@ def inputs(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def conduct(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     played: list[Batch],
-    solve: Callable[[Group], None] = lambda group: None,
+    solve: Callable[[InputGroup], None] = lambda group: None,
     *,
     sequential: bool = True,
     reference: bool = False,
     held_out: frozenset[int] = frozenset(),
-    policy: Policy | None = None,
-) -> Iterator[tuple[list[Group], Conductor]]:
+    policy: ExpertCalibration | None = None,
+) -> Iterator[tuple[list[InputGroup], ForwardScheduler]]:
     """Leads batches through all blocks; yields the groups of each, all players standing behind it."""
-    skeleton.load_outside_blocks()
-    with Conductor(
-        skeleton.model,
-        skeleton.blocks,
+    streamed.load_outside_blocks()
+    with ForwardScheduler(
+        streamed.model,
+        streamed.blocks,
         played,
         reference=reference,
         held_out=held_out,
         policy=policy,
-    ) as conductor:
-        for block in skeleton.blocks:
-            conductor.enter()
-            skeleton.load(block.module, block.name)
-            groups = conductor.probe(block)
-            conductor.play(block, groups, solve, sequential=sequential)
-            yield groups, conductor
+    ) as scheduler:
+        for block in streamed.blocks:
+            scheduler.advance_to_block()
+            streamed.load(block.module, block.name)
+            groups = scheduler.discover_groups(block)
+            scheduler.run_block(block, groups, solve, sequential=sequential)
+            yield groups, scheduler
 
 
 def hidden(output: Any) -> torch.Tensor:
@@ -199,7 +199,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in OWN[1:]
+        if path.is_file() and path.name not in OWN_FILES[1:]
     }
 
 
@@ -250,9 +250,9 @@ _NURSERY = """
 import json, os, runpy, resource, signal, sys, traceback
 import roundwise.cli, roundwise.inference.load, roundwise.evaluation.perplexity
 import matplotlib.figure, matplotlib.backends.backend_svg
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from roundwise.run.prepare import load_tokenizer
-warm = open_skeleton(sys.argv[1])  # imports what transformers imports late
+warm = open_streamed_model(sys.argv[1])  # imports what transformers imports late
 load_tokenizer(warm.checkpoint)
 for line in sys.stdin:
     order = json.loads(line)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import roundwise as rw
 from roundwise import convert as module
-from roundwise.checkpoint.gptq_format import quantization_settings, quantized_layers
+from roundwise.checkpoint.gptq_format import quantized_layers, read_quantization_config
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.convert import convert
 from roundwise.errors import ConfigError, OutputError
@@ -20,7 +20,7 @@ from tests.helpers import raw, tensors_of
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint(folder)
-    version = quantization_settings(checkpoint)["checkpoint_format"]
+    version = read_quantization_config(checkpoint)["checkpoint_format"]
     return {layer.name: layer.read(version).dequantize() for layer in quantized_layers(checkpoint)}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from roundwise.checkpoint.reader import OWN, Checkpoint
+from roundwise.checkpoint.reader import OWN_FILES, Checkpoint
 from roundwise.errors import VerificationError
 from roundwise.verify import Audit, audit
 from tests.helpers import ARCHITECTURES, contents, edited_json
@@ -94,7 +94,7 @@ def test_every_deleted_file_is_found(out: Path) -> None:
 
 def test_every_changed_file_is_found(out: Path) -> None:
     for path in out.iterdir():
-        if path.name in OWN:
+        if path.name in OWN_FILES:
             continue
         data = path.read_bytes()
         path.write_bytes(data + b" ")

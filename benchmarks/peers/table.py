@@ -7,7 +7,7 @@ from typing import Any
 from peers.methods import ABLATION, GROUPS, MAIN, PEERS
 
 Record = dict[str, Any]
-Group = dict[str, list[Record]]
+InputGroup = dict[str, list[Record]]
 #: KL of the default recipe over that of rounding and of textbook GPTQ: at most this is wanted.
 TARGETS = {2: (0.10, 0.27), 3: (0.125, 0.36), 4: (0.145, 0.43)}
 ORDER = [
@@ -44,7 +44,7 @@ def ingredients(records: list[Record]) -> str:
 def report(records: list[Record]) -> str:
     """All tables of one model and text but that of single ingredients."""
     records = [r for r in records if r["key"]["method"] not in ABLATION]
-    groups: dict[tuple[int, bool], Group] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[int, bool], InputGroup] = defaultdict(lambda: defaultdict(list))
     for record in records:
         key = record["key"]
         groups[key["bits"], key["sym"]][f"{key['tool']} {key['method']}"].append(record)
@@ -61,12 +61,12 @@ def _title(bits: int, sym: bool) -> str:
     return f"{bits} bit, g{GROUPS[bits]}, {'symmetric' if sym else 'asymmetric'}"
 
 
-def _kl(group: Group, row: str) -> float | None:
+def _kl(group: InputGroup, row: str) -> float | None:
     values = [record["kl"] for record in group.get(row, []) if "kl" in record]
     return fmean(values) if values else None
 
 
-def _best_peer(group: Group) -> tuple[str, float] | None:
+def _best_peer(group: InputGroup) -> tuple[str, float] | None:
     found = [
         (row, kl)
         for row in group
@@ -75,7 +75,7 @@ def _best_peer(group: Group) -> tuple[str, float] | None:
     return min(found, key=lambda item: item[1], default=None)
 
 
-def _summary(groups: dict[tuple[int, bool], Group]) -> list[str]:
+def _summary(groups: dict[tuple[int, bool], InputGroup]) -> list[str]:
     """One row per bits and symmetry: the default recipe against the baselines and the best peer."""
     lines = [
         "| | KL of roundwise | over RTN's (wanted) | over textbook GPTQ's (wanted) "
@@ -96,7 +96,7 @@ def _summary(groups: dict[tuple[int, bool], Group]) -> list[str]:
     return lines
 
 
-def _details(group: Group) -> list[str]:
+def _details(group: InputGroup) -> list[str]:
     """One row per method."""
     base = next(r["base_perplexity"] for records in group.values() for r in records if "kl" in r)
     lines = [

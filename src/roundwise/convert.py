@@ -23,20 +23,20 @@ from roundwise.checkpoint.gptq_format import (
     SUFFIXES,
     QuantizedLayer,
     check_shape,
+    config_from_settings,
     encode,
-    foreign_config,
-    kind_of,
-    quantization_settings,
     quantized_layers,
+    read_quantization_config,
+    settings_from_weight,
 )
-from roundwise.checkpoint.reader import INDEX, SINGLE, Checkpoint, TensorInfo
-from roundwise.checkpoint.untrusted import bounded_modules
+from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
+from roundwise.checkpoint.untrusted import limit_module_count
 from roundwise.checkpoint.writer import copy_file, write_json, write_safetensors
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import QuantizedWeight, pack
 from roundwise.errors import ConfigError, OutputError
 from roundwise.model.build import build, dtype_of, load_config
-from roundwise.model.expert_weights import Joint, joints
+from roundwise.model.expert_weights import FusedExperts, fused_experts
 
 Target = Literal["gptq", "gptq_v2", "compressed-tensors", "dense"]
 TARGETS: tuple[Target, ...] = ("gptq", "gptq_v2", "compressed-tensors", "dense")
@@ -99,11 +99,11 @@ def convert(source: Path, out: Path, to: Target, *, dtype: torch.dtype | None = 
 
 
 def _model(checkpoint: Checkpoint) -> PreTrainedModel:
-    with bounded_modules(len(checkpoint.tensors)):
+    with limit_module_count(len(checkpoint.tensors)):
         return build(load_config(checkpoint), torch.float32)
 
 
-def _turned(model: PreTrainedModel) -> tuple[str, ...]:
+def _transposed_layers(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the layers whose weights are stored the other way around."""
     return tuple(name for name, module in model.named_modules() if isinstance(module, Conv1D))
 
@@ -137,10 +137,10 @@ def _encoded(
 def _as_compressed(checkpoint: Checkpoint, source: Source) -> tuple[list[Piece], dict[str, Any]]:
     """The tensors of a compressed-tensors checkpoint, and its settings."""
     model = _model(checkpoint)
-    turned = _turned(model)
+    transposed = _transposed_layers(model)
     schemes: dict[str, compressed_tensors.Scheme] = {}
     for name in source.layers:
-        if any(path.endswith(name) for path in turned):
+        if any(path.endswith(name) for path in transposed):
             raise ConfigError(f"{name} is a Conv1D, which compressed-tensors does not know")
         schemes[name] = compressed_tensors.scheme_of(name, source.read(name))
 
@@ -164,7 +164,7 @@ def _as_gptq(
     kinds: dict[str, dict[str, Any]] = {}
     for name in source.layers:
         q = source.read(name)
-        kinds[name] = kind_of(q)
+        kinds[name] = settings_from_weight(q)
         settings = QuantizeConfig(bits=q.bits, group_size=kinds[name]["group_size"])
         check_shape(name, *source.shape(name), settings)
         _check_zeros(name, q, to)
@@ -176,7 +176,7 @@ def _as_gptq(
     model = _model(checkpoint)
     head = "lm_head"
     left = [name for name in _left(model, source) if name != head]
-    settings_of = foreign_config(kinds, to, left, lm_head=head in source.layers)
+    settings_of = config_from_settings(kinds, to, left, lm_head=head in source.layers)
     return list(source.replaced(checkpoint, pieces)), settings_of
 
 
@@ -196,7 +196,7 @@ def _dense(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> Iterat
     """
     model = _model(checkpoint)
     pieces = {piece.name: piece for piece in _apart(model, checkpoint, source, dtype)}
-    for joint in joints(model, checkpoint, {*source.layers}):
+    for joint in fused_experts(model, checkpoint, {*source.layers}):
         members = {name: pieces.pop(name) for names in joint.members for name in names}
 
         nbytes = sum(member.nbytes for member in members.values())
@@ -204,7 +204,7 @@ def _dense(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> Iterat
     yield from pieces.values()
 
 
-def _join(joint: Joint, members: dict[str, Piece]) -> torch.Tensor:
+def _join(joint: FusedExperts, members: dict[str, Piece]) -> torch.Tensor:
     return joint.make(lambda name: members[name].read())
 
 
@@ -212,14 +212,14 @@ def _apart(
     model: PreTrainedModel, checkpoint: Checkpoint, source: Source, dtype: torch.dtype
 ) -> Iterator[Piece]:
     """The tensors of a dense checkpoint, experts one by one."""
-    turned = _turned(model)
+    transposed = _transposed_layers(model)
 
     def pieces(name: str) -> Iterator[Piece]:
         rows, columns = source.shape(name)
 
         def dequantized() -> torch.Tensor:
             W = source.read(name).dequantize(dtype)
-            return W.T.contiguous() if any(path.endswith(name) for path in turned) else W
+            return W.T.contiguous() if any(path.endswith(name) for path in transposed) else W
 
         yield Piece(f"{name}.weight", rows * columns * dtype.itemsize, dequantized)
 
@@ -253,13 +253,13 @@ def _write(out: Path, pieces: list[Piece]) -> None:
     weight_map: dict[str, str] = {}
     shards = groupby(zip(numbers, pieces, strict=True), key=lambda pair: pair[0])
     for index, (_, shard) in enumerate(shards):
-        file = SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+        file = SINGLE_FILE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
         tensors = {piece.name: piece.make() for _, piece in shard}
         write_safetensors(out / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if count > 1:
-        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 @dataclass(frozen=True)
@@ -333,6 +333,6 @@ def open_source(checkpoint: Checkpoint) -> Source:
     settings = checkpoint.config.get("quantization_config")
     if isinstance(settings, dict) and settings.get("quant_method") == compressed_tensors.METHOD:
         return Source(settings, None, {**compressed_tensors.packed_layers(checkpoint)})
-    settings = quantization_settings(checkpoint)
+    settings = read_quantization_config(checkpoint)
     layers = {layer.name: layer for layer in quantized_layers(checkpoint)}
     return Source(settings, settings.get("checkpoint_format", "gptq"), {**layers})

@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.gptq_format import quantization_settings, quantized_layers
-from roundwise.checkpoint.manifest import Manifest, Ran, damage
-from roundwise.checkpoint.reader import OWN, Checkpoint
+from roundwise.checkpoint.gptq_format import quantized_layers, read_quantization_config
+from roundwise.checkpoint.manifest import Manifest, RunRecord, validation_error
+from roundwise.checkpoint.reader import OWN_FILES, Checkpoint
 from roundwise.checkpoint.untrusted import file_digest, read_json
 from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.errors import CheckpointError, RoundwiseError, VerificationError
-from roundwise.model.dequantized_view import as_dense
-from roundwise.model.expert_weights import carried
+from roundwise.model.dequantized_view import dequantized_checkpoint
+from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.norm_scaling import as_prescaled
 from roundwise.model.rotate import as_quantized
-from roundwise.model.streamed import as_linears
+from roundwise.model.streamed import split_into_linears
 
 #: The second says how the run went: equal runs have equal manifests, but other times.
-MANIFEST, RUN = OWN[:2]
+MANIFEST, RUN = OWN_FILES[:2]
 #: Recorded and recomputed weight errors may differ by summation order only.
 TOLERANCE = 1e-3
 #: Mean error in steps of the grid beyond which the zero points must have been misread.
@@ -76,11 +76,11 @@ def audit(
         if not report.failures:
             checkpoint = Checkpoint(folder, config_file=config_file)
             if against is not None:
-                against = as_linears(
-                    as_dense(against)[0], {layer.name for layer in quantized_layers(checkpoint)},
-                    lm_head=bool(quantization_settings(checkpoint).get("lm_head")),
+                against = split_into_linears(
+                    dequantized_checkpoint(against)[0], {layer.name for layer in quantized_layers(checkpoint)},
+                    lm_head=bool(read_quantization_config(checkpoint).get("lm_head")),
                 )  # fmt: skip
-                against = as_quantized(against, quantization_settings(checkpoint))
+                against = as_quantized(against, read_quantization_config(checkpoint))
                 against = as_prescaled(against, checkpoint, (manifest or {}).get("layers", []))
             _check_layers(report, checkpoint, against, manifest)
             if against is not None:
@@ -104,14 +104,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def read_run(folder: Path) -> dict[str, Any] | None:
     """roundwise-run.json of a checkpoint, as `read_manifest`."""
-    return _record(folder / RUN, Ran)
+    return _record(folder / RUN, RunRecord)
 
 
 def _record(file: Path, kind: Any) -> dict[str, Any] | None:
     if not file.exists():
         return None
     found = read_json(file)
-    wrong = damage(kind, found)
+    wrong = validation_error(kind, found)
     if wrong:
         raise CheckpointError(f"{file} is damaged: {wrong}")
     return found
@@ -143,7 +143,7 @@ def _check_layers(
     against: Checkpoint | None,
     manifest: dict[str, Any] | None,
 ) -> None:
-    settings = quantization_settings(checkpoint)
+    settings = read_quantization_config(checkpoint)
     recorded = {layer["name"]: layer for layer in (manifest or {}).get("layers", [])}
     layers = list(quantized_layers(checkpoint))
     report.check("readable", None if layers else "no quantized layers")
@@ -204,7 +204,7 @@ def _wrong_error(
 def _check_rest(report: Audit, checkpoint: Checkpoint, against: Checkpoint) -> None:
     """Tensors that were not quantized, and side files, equal the original's byte for byte."""
     stems = {layer.name for layer in quantized_layers(checkpoint)}
-    for name, original in carried(against.tensors, stems).items():
+    for name, original in unquantized_tensors(against.tensors, stems).items():
         copy = checkpoint.tensors.get(name)
         wrong = None
         if copy is None:

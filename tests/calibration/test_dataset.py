@@ -271,8 +271,8 @@ def test_the_description_tells_calibrations_apart(counted: Path) -> None:
 
 def test_the_place_of_the_file_does_not_matter(counted: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    moved = counted.rename(tmp_path / "elsewhere" / counted.name)
-    before: Callable[[], dict[str, Any]] = load(str(moved)).describe
+    to_device = counted.rename(tmp_path / "elsewhere" / counted.name)
+    before: Callable[[], dict[str, Any]] = load(str(to_device)).describe
     assert str(tmp_path) not in json.dumps(before())
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from roundwise.calibration.overlap import GRAM, KEPT, overlap, sketch
+from roundwise.calibration.overlap import GRAM, KEPT, minhash, overlap
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -12,32 +12,32 @@ def tokens(count: int, seed: int) -> list[int]:
 
 def test_the_same_text_overlaps_wholly_and_another_not_at_all():
     text = tokens(20_000, 0)
-    assert overlap(sketch([text]), text) == 1.0
-    assert overlap(sketch([text]), tokens(20_000, 1)) == 0.0
+    assert overlap(minhash([text]), text) == 1.0
+    assert overlap(minhash([text]), tokens(20_000, 1)) == 0.0
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5])
 def test_a_part_is_estimated(part):
     text, other = tokens(40_000, 0), tokens(40_000, 1)
     mixed = text[: int(part * 40_000)] + other[int(part * 40_000) :]
-    assert overlap(sketch([text]), mixed) == pytest.approx(part, abs=0.05)
+    assert overlap(minhash([text]), mixed) == pytest.approx(part, abs=0.05)
 
 
 def test_windows_cut_the_same_text_elsewhere():
     text = tokens(20_000, 0)
     windows = [text[i : i + 500] for i in range(7, 19_500, 500)]
-    assert overlap(sketch(windows), text) > 0.9
+    assert overlap(minhash(windows), text) > 0.9
 
 
 def test_small_texts_and_none():
-    assert sketch([]) == []
-    assert sketch([list(range(GRAM - 1))]) == []
+    assert minhash([]) == []
+    assert minhash([list(range(GRAM - 1))]) == []
     assert overlap([], tokens(100, 0)) == 0.0
-    assert overlap(sketch([tokens(100, 0)]), []) == 0.0
+    assert overlap(minhash([tokens(100, 0)]), []) == 0.0
 
 
 def test_a_sketch_is_small_sorted_and_exact_in_json():
-    found = sketch([tokens(100_000, 0)])
+    found = minhash([tokens(100_000, 0)])
     assert len(found) == KEPT
     assert found == sorted(set(found))
     assert all(0 <= value < 2**53 for value in found)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import roundwise as rw
 from roundwise.checkpoint.compressed_tensors import SUFFIXES, packed_layers
-from roundwise.checkpoint.gptq_format import quantization_settings, quantized_layers
+from roundwise.checkpoint.gptq_format import quantized_layers, read_quantization_config
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.convert import convert
 from roundwise.errors import CheckpointError, ConfigError
@@ -26,7 +26,7 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint(folder)
     if "config_groups" in checkpoint.config["quantization_config"]:
         return {name: x.read().dequantize() for name, x in packed_layers(checkpoint).items()}
-    version = quantization_settings(checkpoint)["checkpoint_format"]
+    version = read_quantization_config(checkpoint)["checkpoint_format"]
     return {layer.name: layer.read(version).dequantize() for layer in quantized_layers(checkpoint)}
 
 

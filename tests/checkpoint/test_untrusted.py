@@ -12,9 +12,9 @@ import transformers
 
 from roundwise.checkpoint import untrusted
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.checkpoint.untrusted import check_config, dtype_named
+from roundwise.checkpoint.untrusted import check_config, parse_model_dtype
 from roundwise.errors import CheckpointError
-from roundwise.model.streamed import build, open_skeleton
+from roundwise.model.streamed import build, open_streamed_model
 from tests.helpers import ARCHITECTURES, edited_json
 
 
@@ -66,7 +66,7 @@ def test_more_modules_than_the_files_could_fill(copy_of: Callable[[str], Path]) 
     with pytest.raises(
         CheckpointError, match=r"more than \d+ modules, but the files hold \d+ tensors"
     ):
-        open_skeleton(folder)
+        open_streamed_model(folder)
 
 
 def test_computed_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +83,9 @@ def test_computed_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["float99", "zeros", "int64", "complex64", 7, {"a": 1}])
 def test_what_is_no_floating_point_type(name: object) -> None:
     with pytest.raises(CheckpointError, match="must be a floating point type"):
-        dtype_named(name)
+        parse_model_dtype(name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_floating_point_types(dtype: torch.dtype) -> None:
-    assert dtype_named(dtype) == dtype_named(str(dtype).removeprefix("torch.")) == dtype
+    assert parse_model_dtype(dtype) == parse_model_dtype(str(dtype).removeprefix("torch.")) == dtype

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from roundwise.checkpoint import writer
 from roundwise.checkpoint.reader import DTYPES, read_header
 from roundwise.checkpoint.untrusted import file_digest
-from roundwise.checkpoint.writer import copy_file, replacing, write_json, write_safetensors
+from roundwise.checkpoint.writer import atomic_write, copy_file, write_json, write_safetensors
 from roundwise.errors import StorageError
 from tests.helpers import Stop, raw
 
@@ -58,7 +58,7 @@ def test_an_error_leaves_the_old_file(error: BaseException, tmp_path: Path) -> N
     path = tmp_path / "x"
     path.write_text("old")
     kind = StorageError if isinstance(error, OSError) else type(error)
-    with pytest.raises(kind), replacing(path) as file:
+    with pytest.raises(kind), atomic_write(path) as file:
         file.write(b"new")
         raise error
     assert path.read_text() == "old"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import Commands, Ended, contents, edited_json
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ class TestModel:
         refused(quantize(), "config.json cannot be read as JSON")
 
     def test_no_weights(self, quantize: Callable[..., Ended], model: Path) -> None:
-        (model / SINGLE).unlink()
+        (model / SINGLE_FILE).unlink()
         refused(quantize(), "has no safetensors files")
 
     def test_only_pickled_weights(self, quantize: Callable[..., Ended], model: Path) -> None:
-        (model / SINGLE).unlink()
+        (model / SINGLE_FILE).unlink()
         torch.save({"weight": torch.ones(2)}, model / "pytorch_model.bin")
         refused(quantize(), "only pickled weights", "pytorch_model.bin", "save_pretrained")
 
@@ -88,14 +88,14 @@ class TestModel:
         ids=["empty", "short", "huge header", "header is no JSON"],
     )
     def test_corrupt_header(self, data: bytes, quantize: Callable[..., Ended], model: Path) -> None:
-        (model / SINGLE).write_bytes(data)
-        refused(quantize(), SINGLE, "is damaged or no safetensors file")
+        (model / SINGLE_FILE).write_bytes(data)
+        refused(quantize(), SINGLE_FILE, "is damaged or no safetensors file")
 
     @pytest.mark.parametrize("kept", [0.5, 0.999])
     def test_truncated_file(self, kept: float, quantize: Callable[..., Ended], model: Path) -> None:
-        data = (model / SINGLE).read_bytes()
-        (model / SINGLE).write_bytes(data[: int(kept * len(data))])
-        refused(quantize(), SINGLE, "is damaged or no safetensors file")
+        data = (model / SINGLE_FILE).read_bytes()
+        (model / SINGLE_FILE).write_bytes(data[: int(kept * len(data))])
+        refused(quantize(), SINGLE_FILE, "is damaged or no safetensors file")
 
     def test_truncated_shard(self, quantize: Callable[..., Ended], model: Path) -> None:
         self.shard(model)
@@ -104,15 +104,15 @@ class TestModel:
         refused(quantize(), last.name, "is damaged")
 
     def shard(self, model: Path) -> None:
-        tensors = load_file(model / SINGLE)
-        (model / SINGLE).unlink()
+        tensors = load_file(model / SINGLE_FILE)
+        (model / SINGLE_FILE).unlink()
         half = len(tensors) // 2
         weight_map = {}
         for number, names in enumerate((list(tensors)[:half], list(tensors)[half:]), start=1):
             shard = f"model-0000{number}-of-00002.safetensors"
             save_file({name: tensors[name] for name in names}, model / shard)
             weight_map |= dict.fromkeys(names, shard)
-        (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (model / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
     def test_the_index_names_a_missing_file(
         self, quantize: Callable[..., Ended], model: Path
@@ -126,24 +126,24 @@ class TestModel:
         self, name: str, quantize: Callable[..., Ended], model: Path
     ) -> None:
         self.shard(model)
-        with edited_json(model / INDEX) as index:
+        with edited_json(model / INDEX_FILE) as index:
             index["weight_map"]["lm_head.weight"] = name
         refused(quantize(), f"names {name!r}, outside the folder")
 
     def test_the_index_has_no_map(self, quantize: Callable[..., Ended], model: Path) -> None:
-        (model / INDEX).write_text('{"weight_map": ["model.safetensors"]}')
+        (model / INDEX_FILE).write_text('{"weight_map": ["model.safetensors"]}')
         refused(quantize(), "has no weight_map")
 
     def test_a_tensor_is_missing(self, quantize: Callable[..., Ended], model: Path) -> None:
-        tensors = load_file(model / SINGLE)
+        tensors = load_file(model / SINGLE_FILE)
         del tensors["model.layers.1.mlp.up_proj.weight"]
-        save_file(tensors, model / SINGLE)
+        save_file(tensors, model / SINGLE_FILE)
         refused(quantize(), "lacks model.layers.1.mlp.up_proj.weight, which LlamaForCausalLM")
 
     def test_a_tensor_has_another_shape(self, quantize: Callable[..., Ended], model: Path) -> None:
-        tensors = load_file(model / SINGLE)
+        tensors = load_file(model / SINGLE_FILE)
         tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(64, 64)
-        save_file(tensors, model / SINGLE)
+        save_file(tensors, model / SINGLE_FILE)
         refused(
             quantize(), "model.layers.1.mlp.up_proj.weight has shape [64, 64]", "asks for [96, 64]"
         )
@@ -288,10 +288,10 @@ class TestCalibrationText:
     def test_a_tokenizer_of_another_model(
         self, quantize: Callable[..., Ended], model: Path, tmp_path: Path
     ) -> None:
-        tensors = load_file(model / SINGLE)
+        tensors = load_file(model / SINGLE_FILE)
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensors[name] = tensors[name][:100].clone()
-        save_file(tensors, model / SINGLE, metadata={"format": "pt"})
+        save_file(tensors, model / SINGLE_FILE, metadata={"format": "pt"})
         with edited_json(model / "config.json") as config:
             config["vocab_size"] = 100
         refused(quantize(), "the model knows 100: is it another model's tokenizer?")
@@ -403,18 +403,18 @@ class TestNumbers:
     """NaN is a failed run that names the layer."""
 
     def test_in_a_weight(self, quantize: Callable[..., Ended], model: Path, tmp_path: Path) -> None:
-        tensors = load_file(model / SINGLE)
+        tensors = load_file(model / SINGLE_FILE)
         tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
-        save_file(tensors, model / SINGLE, metadata={"format": "pt"})
+        save_file(tensors, model / SINGLE_FILE, metadata={"format": "pt"})
         refused(quantize(), "model.layers.1.mlp.up_proj: NaN or infinity in the weight", code=1)
         assert not (tmp_path / "out" / "config.json").exists()
 
     def test_in_the_activations(
         self, quantize: Callable[..., Ended], model: Path, tmp_path: Path
     ) -> None:
-        tensors = load_file(model / SINGLE)
+        tensors = load_file(model / SINGLE_FILE)
         tensors["model.embed_tokens.weight"][:] = torch.inf
-        save_file(tensors, model / SINGLE, metadata={"format": "pt"})
+        save_file(tensors, model / SINGLE_FILE, metadata={"format": "pt"})
         refused(quantize(), "model.layers.0.self_attn.q_proj", "batch 0", code=1)
         assert not (tmp_path / "out" / "config.json").exists()
 

@@ -71,11 +71,11 @@ def test_sentences_stay_as_alike_as_they_were(
     rw.quantize(model, tmp_path / "rounded", config.merged({"method": "rtn"}))
     assert audit(tmp_path / "out").failures == []
     before, after, rounded = map(similarities, (model, tmp_path / "out", tmp_path / "rounded"))
-    moved = float((after - before).abs().mean())
+    to_device = float((after - before).abs().mean())
     spearman = float(torch.corrcoef(torch.stack([order(before), order(after)]))[0, 1])
-    print(f"\n{bits} bit: cosines moved by {moved:.4f} (rounded to nearest: ", end="")
+    print(f"\n{bits} bit: cosines moved by {to_device:.4f} (rounded to nearest: ", end="")
     print(f"{float((rounded - before).abs().mean()):.4f}), rank correlation {spearman:.4f}")
-    assert moved < apart
+    assert to_device < apart
     assert spearman > alike
     if bits == 4:
-        assert moved < 0.7 * float((rounded - before).abs().mean())
+        assert to_device < 0.7 * float((rounded - before).abs().mean())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from roundwise.core.act_order import Order
+from roundwise.core.act_order import ColumnOrder
 
 
 @dataclass
@@ -50,7 +50,7 @@ def damped(H: torch.Tensor, damp: float) -> torch.Tensor:
 def gptq(
     W: torch.Tensor,
     H: torch.Tensor,
-    order: Order,
+    order: ColumnOrder,
     *,
     bits: int,
     sym: bool,

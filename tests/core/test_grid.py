@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from roundwise.core.grid import MIN_SCALE, decode, encode, minmax, storable
+from roundwise.core.grid import MIN_SCALE, decode, encode, minmax, round_to_float16
 from roundwise.errors import NumericalError
 
 
@@ -45,7 +45,7 @@ def test_a_group_of_zeros_has_a_scale() -> None:
 
 
 def test_scales_fit_float16() -> None:
-    assert storable(torch.tensor([1e-12])).item() == MIN_SCALE
+    assert round_to_float16(torch.tensor([1e-12])).item() == MIN_SCALE
     for value in (1e6, float("nan"), float("inf")):
         with pytest.raises(NumericalError, match="does not fit float16"):
-            storable(torch.tensor([value]))
+            round_to_float16(torch.tensor([value]))

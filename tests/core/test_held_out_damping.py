@@ -56,15 +56,15 @@ def test_with_drift_the_output_aimed_at_is_the_original_models() -> None:
     constant = (held @ W.T - wanted).square().sum() / (held @ W.T).square().sum()
     for damping, loss in losses.items():
         fit = moments(X, original)
-        lost = fit.drift.lost(W, 1.0, 1.0)
-        q = solve(W, fit.H, BEST.merged({"damp_percent": damping}), lost=lost)
+        target_shift = fit.drift.target_shift(W, 1.0, 1.0)
+        q = solve(W, fit.H, BEST.merged({"damp_percent": damping}), target_shift=target_shift)
         expected = (held @ q.dequantize().T - wanted).square().sum()
         expected = expected / (held @ W.T).square().sum() - constant
         assert loss == pytest.approx(float(expected), rel=1e-2, abs=1e-4)
 
 
 def test_the_moments_stay_as_they_are() -> None:
-    # They are needed afterwards, and `Drift.lost` ends and overwrites what it is given.
+    # They are needed afterwards, and `Drift.target_shift` ends and overwrites what it is given.
     def made() -> list[Moments]:
         parts = [moments(*inputs(200, 0)), moments(*inputs(300, 1))]
         for part in parts:

@@ -128,8 +128,8 @@ def test_a_drift_may_be_summed_up_as_it_reaches_the_output() -> None:
     apart[1].add(r0, r, x, None)
     together = CrossMoment(16, 24)
     together.add(r0, r, x, None, (x0 - x) @ W.T * (0.5 / 0.8))
-    wanted = Drift(*(moment.mean() for moment in apart)).lost(W, 0.5, 0.8)
-    found = Drift(None, together.mean()).lost(W, 0.5, 0.8)
+    wanted = Drift(*(moment.mean() for moment in apart)).target_shift(W, 0.5, 0.8)
+    found = Drift(None, together.mean()).target_shift(W, 0.5, 0.8)
     torch.testing.assert_close(found, wanted)
     # And of (X̃ - X)Wᵀ, X̃Wᵀ with the batch and XWᵀ in the end.
     outputs, H = CrossMoment(16, 24), Hessian(24)
@@ -137,4 +137,4 @@ def test_a_drift_may_be_summed_up_as_it_reaches_the_output() -> None:
     H.add(x)
     drift = Drift(None, outputs.mean())
     drift.subtract_output(W, H.mean(), 0.5 / 0.8)
-    torch.testing.assert_close(drift.lost(W, 0.5, 0.8), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drift.target_shift(W, 0.5, 0.8), wanted, rtol=1e-4, atol=1e-5)

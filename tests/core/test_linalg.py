@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from roundwise.core import linalg
-from roundwise.core.linalg import PANEL, product, reverse_cholesky, solve_triangular
+from roundwise.core.linalg import PANEL, matmul, reverse_cholesky, solve_triangular
 from tests.core.backends.test_cpp import SETS, using
 
 #: None: plain torch.
@@ -33,7 +33,7 @@ def test_a_product_is_that_of_the_matrices(
     monkeypatch.setattr(linalg, "WORTH", 0)
     A, B = matrix(m, k, turned=turned[0]), matrix(k, n, turned=turned[1])
     with using(way):
-        found = product(A, B)
+        found = matmul(A, B)
     torch.testing.assert_close(found.double(), A.double() @ B.double(), rtol=1e-5, atol=2e-4)
 
 
@@ -41,7 +41,7 @@ def test_a_product_is_that_of_the_matrices(
 def test_a_product_of_doubles_is_one(way: str | None) -> None:
     A, B = matrix(200, 300).double(), matrix(300, 100).double()
     with using(way):
-        torch.testing.assert_close(product(A, B), A @ B, rtol=1e-13, atol=1e-12)
+        torch.testing.assert_close(matmul(A, B), A @ B, rtol=1e-13, atol=1e-12)
 
 
 WIDTHS = pytest.mark.parametrize("width", [1, PANEL, PANEL + 1, 5 * PANEL - 3])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import roundwise as rw
-from roundwise.core.output_weighting import DAMP, Coupling
-from roundwise.core.solver import prepare, solve
+from roundwise.core.output_weighting import DAMP, OutputWeighting
+from roundwise.core.solver import prepare_hessian, solve
 from roundwise.errors import NumericalError, SingularError
 
 
@@ -32,8 +32,8 @@ def test_errors_that_count_together_are_fewer(bits, settings):
     W, H, B = problem()
     config = rw.QuantizeConfig(bits=bits, group_size=32, **settings)
     alone, coupled = solve(W, H, config), solve(W, H, config, outputs=B)
-    lost = [weighed(W - q.dequantize(torch.float64), H, B) for q in (alone, coupled)]
-    assert lost[1] < 0.8 * lost[0]
+    target_shift = [weighed(W - q.dequantize(torch.float64), H, B) for q in (alone, coupled)]
+    assert target_shift[1] < 0.8 * target_shift[0]
     assert coupled.relative_error > alone.relative_error  # of the output, each row by itself
 
 
@@ -58,23 +58,23 @@ def test_outputs_that_are_alike_are_solved_each_for_itself():
 def test_each_part_makes_up_for_those_before():
     W, H, B = problem()
     config = rw.QuantizeConfig(bits=3, group_size=32)
-    H = prepare(H, config)
-    coupling = Coupling(B, W.shape[1])
+    H = prepare_hessian(H, config)
+    coupling = OutputWeighting(B, W.shape[1])
     T, codes = W.clone(), torch.empty_like(W, dtype=torch.uint8)
     damped = B + DAMP * B.diagonal().mean() * torch.eye(len(B), dtype=torch.float64)
     before: list[int] = []
-    for rows in coupling.parts(len(W)):
+    for rows in coupling.row_blocks(len(W)):
         if before:
             # The best that all later rows r together can answer: B_rr⁻¹ B_rb (T_b - Q_b).
             later = [r for r in coupling.perm.tolist() if r not in before]
             answer = torch.linalg.solve(
                 damped[later][:, later], damped[later][:, before] @ T[before]
             )
-            assert torch.allclose(coupling.asked(), answer[: len(rows)], rtol=1e-6, atol=1e-9)
-        q = solve(W[rows] + coupling.asked(), H, config)
+            assert torch.allclose(coupling.feedback(), answer[: len(rows)], rtol=1e-6, atol=1e-9)
+        q = solve(W[rows] + coupling.feedback(), H, config)
         codes[rows] = q.codes
         T[rows] = W[rows] - q.dequantize(torch.float64)  # from here on their error
-        coupling.done(T[rows])
+        coupling.record_errors(T[rows])
         before += rows.tolist()
     assert torch.equal(codes, solve(W, H, config, outputs=B).codes)
 
@@ -82,16 +82,16 @@ def test_each_part_makes_up_for_those_before():
 def test_what_earlier_layers_lost_is_made_up_for_too():
     W, H, B = problem()
     config = rw.QuantizeConfig(bits=3, group_size=32)
-    lost = 0.05 * torch.randn_like(W) @ H
+    target_shift = 0.05 * torch.randn_like(W) @ H
     T = (
         W
         + torch.linalg.solve(
-            H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64), lost.T
+            H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64), target_shift.T
         ).T
     )
     aimed, aside = (
-        weighed(T - solve(W, H, config, lost=y, outputs=B).dequantize(torch.float64), H, B)
-        for y in (lost, None)
+        weighed(T - solve(W, H, config, target_shift=y, outputs=B).dequantize(torch.float64), H, B)
+        for y in (target_shift, None)
     )
     assert aimed < aside
 

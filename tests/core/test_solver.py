@@ -28,7 +28,7 @@ def textbook(**kwargs: object) -> QuantizeConfig:
     return QuantizeConfig(recipe="textbook", **kwargs)
 
 
-def agree(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> None:
+def broadcast_object(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> None:
     """Codes equal the oracle's in each row, up to the first column that is a rounding tie."""
     q = solve(W, H, config)
     order = processing_order(H.diagonal(), config)
@@ -55,7 +55,7 @@ def agree(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> None:
 def test_codes_equal_the_oracle(bits: int, sym: bool, group_size: int, order: str) -> None:
     W, H = layer(bits, rows=24, width=256)
     ordering = {"desc_act": True} if order == "desc_act" else {"order": order}
-    agree(W, H, textbook(bits=bits, sym=sym, group_size=group_size, **ordering))
+    broadcast_object(W, H, textbook(bits=bits, sym=sym, group_size=group_size, **ordering))
 
 
 @settings(max_examples=25, deadline=None)
@@ -73,7 +73,7 @@ def test_codes_equal_the_oracle_for_any_shape(
     seed: int, rows: int, width: int, bits: int, sym: bool, group_size: int, order: str, damp: float
 ) -> None:
     W, H = layer(seed, rows, width)
-    agree(
+    broadcast_object(
         W, H,
         textbook(bits=bits, sym=sym, group_size=group_size, order=order, damp_percent=damp),
     )  # fmt: skip

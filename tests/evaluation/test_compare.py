@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import roundwise as rw
-from roundwise.checkpoint.gptq_format import dynamic_of, quantization_config
+from roundwise.checkpoint.gptq_format import parse_dynamic_rules, quantization_config
 from roundwise.evaluation.compare import Protocol, compare
 from roundwise.evaluation.perplexity import perplexity
 
@@ -33,15 +33,15 @@ def test_figures_are_those_of_a_direct_computation(text_model, quantized_text_mo
     ids = tokenizer(other_text.read_text())["input_ids"][:256]
     protocol = Protocol(ids, window=64, stride=32, speed=False, dtype=torch.float32)
     [found] = compare(text_model, [quantized_text_model], protocol)
-    kl, agree = [], []
+    kl, broadcast_object = [], []
     with torch.no_grad():
         for start in range(0, 256, 64):
             window = torch.tensor([ids[start : start + 64]])
             p, q = (m(window).logits[0].double().log_softmax(-1) for m in (base, quantized))
             kl.append((p.exp() * (p - q)).sum(-1))
-            agree.append((p.argmax(-1) == q.argmax(-1)).double())
+            broadcast_object.append((p.argmax(-1) == q.argmax(-1)).double())
     assert found.kl_divergence == pytest.approx(float(torch.cat(kl).mean()), rel=1e-3)
-    assert found.top1_agreement == pytest.approx(float(torch.cat(agree).mean()))
+    assert found.top1_agreement == pytest.approx(float(torch.cat(broadcast_object).mean()))
     by_position = torch.stack(kl).mean(0).view(8, 8).mean(1)
     assert [at for at, _ in found.kl_by_position] == list(range(0, 64, 8))
     assert [v for _, v in found.kl_by_position] == pytest.approx(by_position.tolist(), rel=1e-3)
@@ -152,6 +152,6 @@ def test_another_vocabulary_is_refused(commands, llama, quantized_text_model, te
 def test_overrides_come_back_from_a_checkpoint():
     config = rw.QuantizeConfig(dynamic={"mlp": {"bits": 8}, "o_proj": None})
     settings = quantization_config(config, true_sequential=True)
-    assert dynamic_of(settings) == config.dynamic
+    assert parse_dynamic_rules(settings) == config.dynamic
     foreign = {"dynamic": {"+:model\\.layers\\.0": {"bits": 8}, "-:lm": {}}}
-    assert dynamic_of(foreign) == {"^(?:model\\.layers\\.0)": {"bits": 8}, "^(?:lm)": None}
+    assert parse_dynamic_rules(foreign) == {"^(?:model\\.layers\\.0)": {"bits": 8}, "^(?:lm)": None}

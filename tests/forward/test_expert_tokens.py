@@ -14,24 +14,24 @@ import transformers
 from roundwise.calibration.dataset import load_calibration
 from roundwise.calibration.windows import Batch
 from roundwise.core.drift import Drift
-from roundwise.forward.expert_tokens import Policy
-from roundwise.forward.input_groups import Group
-from roundwise.forward.scheduler import Conductor
+from roundwise.forward.expert_tokens import ExpertCalibration
+from roundwise.forward.input_groups import InputGroup
+from roundwise.forward.scheduler import ForwardScheduler
 from roundwise.model.moe import LinearExperts
-from roundwise.model.streamed import Skeleton, open_skeleton
+from roundwise.model.streamed import StreamedModel, open_streamed_model
 from tests.helpers import batches, conduct, hidden, inputs, random_model, windows
 from tests.mixtures import MIXTURES
 
 MODES = pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "block"])
 POLICIES = pytest.mark.parametrize(
     "policy",
-    [Policy("routed"), Policy("routed", 1000), Policy("all")],
+    [ExpertCalibration("routed"), ExpertCalibration("routed", 1000), ExpertCalibration("all")],
     ids=["routed", "few", "all"],
 )
 NAMES = pytest.mark.parametrize("name", MIXTURES)
 
 #: Of each linear that was called: which tokens' rows it was fed with.
-Inputs = dict[str, torch.Tensor]
+GroupStatistics = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -47,36 +47,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return save
 
 
-def whole(folder: Path) -> Skeleton:
+def whole(folder: Path) -> StreamedModel:
     """The model with experts as linears, completely loaded."""
-    skeleton = open_skeleton(folder)
-    skeleton.load(skeleton.model, "")
-    return skeleton
+    streamed = open_streamed_model(folder)
+    streamed.load(streamed.model, "")
+    return streamed
 
 
 @torch.no_grad()
-def inputs_of(folder: Path, rows: list[list[int]]) -> Inputs:
+def inputs_of(folder: Path, rows: list[list[int]]) -> GroupStatistics:
     """What each linear of the blocks is fed with as the model runs by itself."""
-    skeleton, seen = whole(folder), defaultdict(list)
+    streamed, seen = whole(folder), defaultdict(list)
 
     def hook(name: str) -> Callable[..., None]:
         return lambda _, args: seen[name].append(args[0].reshape(-1, args[0].shape[-1]))
 
-    for block in skeleton.blocks:
+    for block in streamed.blocks:
         for name, linear in block.linears.items():
             linear.register_forward_pre_hook(hook(name))
     for row in rows:
-        skeleton.model(input_ids=torch.tensor([row]), use_cache=False)
+        streamed.model(input_ids=torch.tensor([row]), use_cache=False)
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
-def collected(folder: Path, played: list[Batch], policy: Policy, **options: Any) -> list[Group]:
-    found: list[Group] = []
+def collected(
+    folder: Path, played: list[Batch], policy: ExpertCalibration, **options: Any
+) -> list[InputGroup]:
+    found: list[InputGroup] = []
 
-    def keep(group: Group) -> None:
-        found.append(Group(group.names, group.hessian, fallback=group.fallback))
+    def keep(group: InputGroup) -> None:
+        found.append(InputGroup(group.names, group.hessian, fallback=group.fallback))
 
-    for _ in conduct(open_skeleton(folder), played, keep, policy=policy, **options):
+    for _ in conduct(open_streamed_model(folder), played, keep, policy=policy, **options):
         pass
     return found
 
@@ -89,10 +91,10 @@ def test_experts_as_linears_compute_what_transformers_computes(
         folder(name), experts_implementation="eager"
     ).eval()
     ids = torch.tensor(windows())
-    skeleton = whole(folder(name))
-    assert any(isinstance(module, LinearExperts) for module in skeleton.model.modules())
+    streamed = whole(folder(name))
+    assert any(isinstance(module, LinearExperts) for module in streamed.model.modules())
     with torch.no_grad():
-        ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (skeleton.model, plain))
+        ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (streamed.model, plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -101,21 +103,25 @@ def test_experts_as_linears_compute_what_transformers_computes(
 @POLICIES
 @NAMES
 def test_what_the_model_computes_stays(
-    name: str, policy: Policy, sequential: bool, reference: bool, folder: Callable[[str], Path]
+    name: str,
+    policy: ExpertCalibration,
+    sequential: bool,
+    reference: bool,
+    folder: Callable[[str], Path],
 ) -> None:
-    skeleton, played = whole(folder(name)), batches(windows())
+    streamed, played = whole(folder(name)), batches(windows())
     expected = defaultdict(list)
-    for block in skeleton.blocks:
+    for block in streamed.blocks:
         block.module.register_forward_hook(
             lambda _m, _a, out, key=block.name: expected[key].append(hidden(out))
         )
     with torch.no_grad():
         for batch in played:
-            skeleton.model(**inputs(batch), use_cache=False)
-    fresh = open_skeleton(folder(name))
+            streamed.model(**inputs(batch), use_cache=False)
+    fresh = open_streamed_model(folder(name))
     behind = conduct(fresh, played, policy=policy, sequential=sequential, reference=reference)
-    for block, (_, conductor) in zip(fresh.blocks, behind, strict=False):
-        for player in [*conductor.quantized, *conductor.originals]:
+    for block, (_, scheduler) in zip(fresh.blocks, behind, strict=False):
+        for player in [*scheduler.quantized, *scheduler.originals]:
             torch.testing.assert_close(
                 hidden(player.output), expected[block.name][player.number], rtol=1e-4, atol=1e-5
             )
@@ -128,7 +134,7 @@ def test_an_experts_hessian_is_that_of_the_tokens_routed_to_it(
 ) -> None:
     rows = windows()
     seen = inputs_of(folder(name), rows)
-    groups = collected(folder(name), batches(rows), Policy(), sequential=sequential)
+    groups = collected(folder(name), batches(rows), ExpertCalibration(), sequential=sequential)
     experts = [group for group in groups if ".experts." in group.names[0]]
     gated = "w1" if name == "mixtral" else "gate_proj"
     for group in experts:
@@ -142,7 +148,7 @@ def test_an_experts_hessian_is_that_of_the_tokens_routed_to_it(
         assert group.fallback is None
         # Gate and up of one expert share theirs.
         assert len(group.names) == (2 if group.names[0].endswith(gated) else 1)
-    layers = sum(len(block.experts) for block in open_skeleton(folder(name)).blocks)
+    layers = sum(len(block.experts) for block in open_streamed_model(folder(name)).blocks)
     assert len(experts) == layers * 4 * 2
 
 
@@ -151,10 +157,12 @@ def test_an_experts_hessian_is_that_of_the_tokens_routed_to_it(
 def test_with_all_tokens_experts_share_one_hessian(
     name: str, sequential: bool, folder: Callable[[str], Path]
 ) -> None:
-    groups = collected(folder(name), batches(windows()), Policy("all"), sequential=sequential)
+    groups = collected(
+        folder(name), batches(windows()), ExpertCalibration("all"), sequential=sequential
+    )
     experts = [group for group in groups if any(".experts." in n for n in group.names)]
     assert {group.hessian.tokens for group in experts if group.hessian} == {4 * 32}
-    layers = sum(len(block.experts) for block in open_skeleton(folder(name)).blocks)
+    layers = sum(len(block.experts) for block in open_streamed_model(folder(name)).blocks)
     assert len(experts) == layers * (1 + 4)  # what gates and ups read, and each down
     assert not any(group.fallback for group in experts)
 
@@ -165,13 +173,17 @@ def test_an_expert_with_too_few_tokens_is_given_all_and_named(
 ) -> None:
     path = folder("qwen3_moe")
     counts = {}
-    for groups, conductor in conduct(open_skeleton(path), batches(windows()), policy=Policy()):
-        del groups, conductor
+    for groups, scheduler in conduct(
+        open_streamed_model(path), batches(windows()), policy=ExpertCalibration()
+    ):
+        del groups, scheduler
     tokens = [
         len(inputs_of(path, windows())[f"model.layers.0.mlp.experts.{e}.up_proj"]) for e in range(4)
     ]
     least = sorted(tokens)[1]  # one expert has fewer
-    groups = collected(path, batches(windows()), Policy("routed", least), sequential=sequential)
+    groups = collected(
+        path, batches(windows()), ExpertCalibration("routed", least), sequential=sequential
+    )
     for group in groups:
         if group.names[0].startswith("model.layers.0.mlp.experts."):
             expert = int(group.names[0].split(".")[5])
@@ -188,11 +200,11 @@ def test_an_expert_with_too_few_tokens_is_given_all_and_named(
 @MODES
 @POLICIES
 def test_padding_does_not_count(
-    policy: Policy, sequential: bool, folder: Callable[[str], Path]
+    policy: ExpertCalibration, sequential: bool, folder: Callable[[str], Path]
 ) -> None:
     rows = [row[:length] for row, length in zip(windows(), (32, 21, 30, 9), strict=True)]
 
-    def with_batches_of(size: int) -> list[Group]:
+    def with_batches_of(size: int) -> list[InputGroup]:
         texts = load_calibration(rows, None, samples=4, seq_len=32, batch_size=size, seed=0)
         return collected(folder("mixtral"), texts.batches, policy, sequential=sequential)
 
@@ -209,15 +221,15 @@ def test_padding_does_not_count(
 @MODES
 @POLICIES
 def test_drift_compares_the_same_tokens_of_both_models(
-    policy: Policy, sequential: bool, folder: Callable[[str], Path]
+    policy: ExpertCalibration, sequential: bool, folder: Callable[[str], Path]
 ) -> None:
     # What the attention adds is made larger, so that the routers of both models choose otherwise.
-    skeleton, played = open_skeleton(folder("mixtral")), batches(windows())
-    block, path = skeleton.blocks[0], MIXTURES["mixtral"].experts
+    streamed, played = open_streamed_model(folder("mixtral")), batches(windows())
+    block, path = streamed.blocks[0], MIXTURES["mixtral"].experts
     calls: dict[tuple[bool, int], tuple[torch.Tensor, torch.Tensor]] = {}
     found: dict[int, tuple[int, Drift]] = {}
 
-    def solve(group: Group) -> None:
+    def solve(group: InputGroup) -> None:
         if group.names == [f"{block.name}.self_attn.o_proj"]:
             linear = block.linears[group.names[0]]
             linear.weight = torch.nn.Parameter(4 * linear.weight, requires_grad=False)
@@ -227,20 +239,20 @@ def test_drift_compares_the_same_tokens_of_both_models(
             both = group.hessian.tokens, group.drift(group.hessian.mean(keep=True))
             found.update({int(name.split(".")[5]): both for name in gates})
 
-    skeleton.load_outside_blocks()
-    with Conductor(
-        skeleton.model, skeleton.blocks, played, reference=True, policy=policy
-    ) as conductor:
-        conductor.enter()
-        skeleton.load(block.module, block.name)
-        groups = conductor.probe(block)
+    streamed.load_outside_blocks()
+    with ForwardScheduler(
+        streamed.model, streamed.blocks, played, reference=True, policy=policy
+    ) as scheduler:
+        scheduler.advance_to_block()
+        streamed.load(block.module, block.name)
+        groups = scheduler.discover_groups(block)
 
         def note(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            player = conductor.gatherer._current()
-            calls.setdefault((player.original, player.number), (args[0], args[1]))
+            player = scheduler.hooks._current()
+            calls.setdefault((player.is_reference, player.number), (args[0], args[1]))
 
         block.experts[path].register_forward_pre_hook(note)
-        conductor.play(block, groups, solve, sequential=sequential)
+        scheduler.run_block(block, groups, solve, sequential=sequential)
     differ = False
     for expert, (tokens, drift) in found.items():
         total, count = torch.zeros(64, 64, dtype=torch.float64), 0
@@ -261,8 +273,8 @@ def test_drift_compares_the_same_tokens_of_both_models(
 
 @NAMES
 def test_routers_and_gates_stay(name: str, folder: Callable[[str], Path]) -> None:
-    for block in open_skeleton(folder(name)).blocks:
+    for block in open_streamed_model(folder(name)).blocks:
         assert not any(n.endswith((".gate", "router", "shared_expert_gate")) for n in block.linears)
         assert not any("router" in n for n in block.linears)
         if name == "qwen2_moe":
-            assert [*block.left] == [f"{block.name}.mlp.shared_expert_gate"]
+            assert [*block.skipped_linears] == [f"{block.name}.mlp.shared_expert_gate"]

@@ -16,27 +16,29 @@ from roundwise.calibration.windows import Batch
 from roundwise.checkpoint.manifest import WORK
 from roundwise.errors import FallbackError
 from roundwise.forward import output_gradients
-from roundwise.forward.output_gradients import Curvature
+from roundwise.forward.output_gradients import OutputGradients
 from roundwise.model.blocks import Block
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from tests.helpers import ARCHITECTURES, batches, contents, windows
 
 QUICK: dict[str, Any] = {"group_size": 32, "recipe": "textbook", "output_tokens": 64}
 
 
-def measured(folder: Path, out: Path, played: list[Batch], tokens: int = 1 << 20) -> Curvature:
+def measured(
+    folder: Path, out: Path, played: list[Batch], tokens: int = 1 << 20
+) -> OutputGradients:
     """What is measured of a model's blocks."""
     (out / WORK).mkdir(parents=True)
-    skeleton = open_skeleton(folder)
-    skeleton.load_outside_blocks()
-    found = Curvature(out)
-    assert found.measure(skeleton, played, tokens=tokens, first=0) is None
-    assert all(p.is_meta for block in skeleton.blocks for p in block.module.parameters())
+    streamed = open_streamed_model(folder)
+    streamed.load_outside_blocks()
+    found = OutputGradients(out)
+    assert found.measure(streamed, played, tokens=tokens, first=0) is None
+    assert all(p.is_meta for block in streamed.blocks for p in block.module.parameters())
     return found
 
 
 def plainly(folder: Path, names: list[str], played: list[Batch]) -> dict[str, torch.Tensor]:
-    """gᵀg / n of plain autograd; the same tokens are drawn as `Curvature` draws them."""
+    """gᵀg / n of plain autograd; the same tokens are drawn as `OutputGradients` draws them."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     generator = torch.Generator().manual_seed(0)
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in names}
@@ -77,10 +79,10 @@ def test_they_are_those_of_the_whole_model(
 ) -> None:
     played = batches(windows())
     found = measured(folder_of(name), tmp_path, played)
-    blocks = open_skeleton(folder_of(name)).blocks
+    blocks = open_streamed_model(folder_of(name)).blocks
     expected = plainly(folder_of(name), [n for block in blocks for n in block.linears], played)
     for index, block in enumerate(blocks):
-        outputs = found.of_block(index)
+        outputs = found.weights_of_block(index)
         for linear in block.linears:
             B, tokens = outputs(linear)
             assert tokens == sum(batch.input_ids.numel() for batch in played)
@@ -95,14 +97,14 @@ def test_as_many_tokens_as_asked_for_in_parts_that_fit(
     length = played[0].input_ids.shape[1]
     found = measured(folder, tmp_path / "few", played, tokens=3 * length)
     name = "model.layers.0.mlp.down_proj"
-    assert found.of_block(0)(name)[1] == 3 * length
-    whole = measured(folder, tmp_path / "whole", played).of_block(0)(name)
+    assert found.weights_of_block(0)(name)[1] == 3 * length
+    whole = measured(folder, tmp_path / "whole", played).weights_of_block(0)(name)
     monkeypatch.setattr(output_gradients, "LOGITS", 128 * length)  # a window at a time
     monkeypatch.setattr(output_gradients, "FEWEST", 1)
     monkeypatch.setattr(output_gradients, "CONTEXT", 1)
     parted = measured(folder, tmp_path / "parted", played)
     assert len([*(tmp_path / "parted" / WORK).glob("gradients-00000-*")]) == 8
-    assert parted.of_block(0)(name)[1] == whole[1]
+    assert parted.weights_of_block(0)(name)[1] == whole[1]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -126,7 +128,7 @@ def test_padding_counts_for_nothing(folder_of: Callable[[str], Path], tmp_path: 
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, 20:] = False
     name = "model.layers.1.mlp.down_proj"
-    B, tokens = measured(folder_of("llama"), tmp_path, [Batch(ids, mask)]).of_block(1)(name)
+    B, tokens = measured(folder_of("llama"), tmp_path, [Batch(ids, mask)]).weights_of_block(1)(name)
     # The last block's down_proj has no gradient where there is none at the output.
     (file,) = (tmp_path / WORK).glob("gradients-00001-*")
     g = output_gradients.read_header(file)[name].read()
@@ -152,8 +154,8 @@ def test_what_was_written_by_a_stopped_run_is_read_unless_it_changed(
 ) -> None:
     played = batches(windows())
     found = measured(folder_of("llama"), tmp_path, played)
-    skeleton = open_skeleton(folder_of("llama"))
-    skeleton.load_outside_blocks()
+    streamed = open_streamed_model(folder_of("llama"))
+    streamed.load_outside_blocks()
     passes: list[int] = []
     plain = output_gradients._forth_and_back
     monkeypatch.setattr(
@@ -162,7 +164,7 @@ def test_what_was_written_by_a_stopped_run_is_read_unless_it_changed(
 
     def again(first: int) -> int:
         passes.clear()
-        assert found.measure(skeleton, played, tokens=1 << 20, first=first) is None
+        assert found.measure(streamed, played, tokens=1 << 20, first=first) is None
         return len(passes)
 
     assert again(first=0) == 0
@@ -181,8 +183,8 @@ def test_a_model_that_cannot_be_differentiated(
 ) -> None:
     plain = output_gradients._gate
 
-    def broken(skeleton: Any, block: Block, *args: Any) -> Any:
-        forward = plain(skeleton, block, *args)
+    def broken(streamed: Any, block: Block, *args: Any) -> Any:
+        forward = plain(streamed, block, *args)
         return lambda x, *a, **k: forward(x, *a, **k).detach()
 
     monkeypatch.setattr(output_gradients, "_gate", broken)

@@ -12,10 +12,10 @@ import transformers
 
 from roundwise.calibration.dataset import load_calibration
 from roundwise.errors import NumericalError, RunError
-from roundwise.forward.input_groups import Group
-from roundwise.forward.scheduler import Conductor
-from roundwise.model.streamed import open_skeleton
-from roundwise.system.half_matmul import widening
+from roundwise.forward.input_groups import InputGroup
+from roundwise.forward.scheduler import ForwardScheduler
+from roundwise.model.streamed import open_streamed_model
+from roundwise.system.half_matmul import cpu_half_matmul
 from tests.helpers import ARCHITECTURES, batches, conduct, hidden, inputs, windows
 
 MODES = pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "block"])
@@ -33,17 +33,19 @@ def block_outputs(folder: Path, blocks: str, inputs: dict[str, torch.Tensor]) ->
     return seen
 
 
-def collected(folder: Path, rows: list[list[int]], size: int, *, sequential: bool) -> list[Group]:
+def collected(
+    folder: Path, rows: list[list[int]], size: int, *, sequential: bool
+) -> list[InputGroup]:
     """All groups with their Hessians, nothing replaced. The rows may differ in length."""
     calibration = load_calibration(
         rows, None, samples=len(rows), seq_len=32, batch_size=size, seed=0
     )  # fmt: skip
-    found: list[Group] = []
+    found: list[InputGroup] = []
 
-    def keep(group: Group) -> None:
-        found.append(Group(group.names, group.hessian))
+    def keep(group: InputGroup) -> None:
+        found.append(InputGroup(group.names, group.hessian))
 
-    for _ in conduct(open_skeleton(folder), calibration.batches, keep, sequential=sequential):
+    for _ in conduct(open_streamed_model(folder), calibration.batches, keep, sequential=sequential):
         pass
     return found
 
@@ -56,22 +58,24 @@ def test_hidden_states_are_those_of_the_plain_model_bit_for_bit(
 ) -> None:
     folder, played = folder_of(name), batches(windows())
     expected = [block_outputs(folder, ARCHITECTURES[name].blocks, inputs(b)) for b in played]
-    skeleton = open_skeleton(folder)
-    behind = conduct(skeleton, played, sequential=sequential, reference=reference)
-    for index, (_, conductor) in enumerate(behind):
-        assert len(conductor.originals) == (len(played) if reference else 0)
-        for player in [*conductor.quantized, *conductor.originals]:
+    streamed = open_streamed_model(folder)
+    behind = conduct(streamed, played, sequential=sequential, reference=reference)
+    for index, (_, scheduler) in enumerate(behind):
+        assert len(scheduler.originals) == (len(played) if reference else 0)
+        for player in [*scheduler.quantized, *scheduler.originals]:
             assert torch.equal(hidden(player.output), expected[player.number][index])
-    assert index == len(skeleton.blocks) - 1
+    assert index == len(streamed.blocks) - 1
 
 
 def test_hidden_states_of_the_trained_model_in_bfloat16(tiny: Path) -> None:
     played = batches(windows(length=200), size=4)
-    with widening():  # as a run does where the processor has no bfloat16: equal to the last bit
+    with (
+        cpu_half_matmul()
+    ):  # as a run does where the processor has no bfloat16: equal to the last bit
         expected = block_outputs(tiny, "model.layers", inputs(played[0]))
     assert expected[0].dtype == torch.bfloat16
-    for index, (_, conductor) in enumerate(conduct(open_skeleton(tiny), played)):
-        assert torch.equal(hidden(conductor.quantized[0].output), expected[index])
+    for index, (_, scheduler) in enumerate(conduct(open_streamed_model(tiny), played)):
+        assert torch.equal(hidden(scheduler.quantized[0].output), expected[index])
 
 
 @MODES
@@ -81,18 +85,18 @@ def test_the_reference_stays_the_original_whatever_is_replaced(
 ) -> None:
     folder, played = folder_of(name), batches(windows())
     expected = [block_outputs(folder, ARCHITECTURES[name].blocks, inputs(b)) for b in played]
-    skeleton = open_skeleton(folder)
+    streamed = open_streamed_model(folder)
 
-    def double(group: Group) -> None:
-        for block in skeleton.blocks:
+    def double(group: InputGroup) -> None:
+        for block in streamed.blocks:
             for linear in [block.linears[n] for n in group.names if n in block.linears]:
                 linear.weight = torch.nn.Parameter(2 * linear.weight, requires_grad=False)
 
-    behind = conduct(skeleton, played, double, sequential=sequential, reference=True)
-    for index, (_, conductor) in enumerate(behind):
-        for player in conductor.originals:
+    behind = conduct(streamed, played, double, sequential=sequential, reference=True)
+    for index, (_, scheduler) in enumerate(behind):
+        for player in scheduler.originals:
             assert torch.equal(hidden(player.output), expected[player.number][index])
-        for player in conductor.quantized:
+        for player in scheduler.quantized:
             assert not torch.equal(hidden(player.output), expected[player.number][index])
 
 
@@ -101,7 +105,7 @@ def test_linears_that_read_the_same_input_form_a_group(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:
     architecture = ARCHITECTURES[name]
-    behind = conduct(open_skeleton(folder_of(name)), batches(windows()))
+    behind = conduct(open_streamed_model(folder_of(name)), batches(windows()))
     for index, (groups, _) in enumerate(behind):
         prefix = f"{architecture.blocks}.{index}."
         found = [tuple(n.removeprefix(prefix) for n in group.names) for group in groups]
@@ -157,10 +161,10 @@ def test_a_group_is_solved_before_the_next_one_is_reached_in_sequence_only(llama
     # Doubling v doubles what o reads, in true_sequential mode; block mode reads before it solves.
     traces = {}
     for sequential in (True, False):
-        skeleton = open_skeleton(llama)
-        linears = skeleton.blocks[0].linears
+        streamed = open_streamed_model(llama)
+        linears = streamed.blocks[0].linears
 
-        def double(group: Group, linears: Any = linears) -> None:
+        def double(group: InputGroup, linears: Any = linears) -> None:
             assert group.hessian is not None
             key = (sequential, group.names[0].rpartition(".")[2])  # noqa: B023
             traces.setdefault(key, float(group.hessian.mean().diagonal().sum()))
@@ -169,7 +173,7 @@ def test_a_group_is_solved_before_the_next_one_is_reached_in_sequence_only(llama
                     linears[name].weight.mul_(2)
                     linears[name].bias.mul_(2)
 
-        for _ in conduct(skeleton, batches(windows()), double, sequential=sequential):
+        for _ in conduct(streamed, batches(windows()), double, sequential=sequential):
             break
     assert traces[True, "q_proj"] == traces[False, "q_proj"]
     assert traces[True, "o_proj"] == pytest.approx(4 * traces[False, "o_proj"], rel=1e-5)
@@ -178,29 +182,29 @@ def test_a_group_is_solved_before_the_next_one_is_reached_in_sequence_only(llama
 @MODES
 def test_every_batch_sees_the_replaced_weights(llama: Path, sequential: bool) -> None:
     # With all linears of block 0 at zero, the block returns its input plus the biases.
-    skeleton = open_skeleton(llama)
+    streamed = open_streamed_model(llama)
 
-    def clear(group: Group) -> None:
+    def clear(group: InputGroup) -> None:
         for name in group.names:
-            if name in skeleton.blocks[0].linears:
-                for parameter in skeleton.blocks[0].linears[name].parameters():
+            if name in streamed.blocks[0].linears:
+                for parameter in streamed.blocks[0].linears[name].parameters():
                     parameter.zero_()
 
     played = batches(windows())
-    behind = conduct(skeleton, played, clear, sequential=sequential)
-    _, conductor = next(behind)
-    embedding = skeleton.model.get_input_embeddings()
-    for player in conductor.quantized:
+    behind = conduct(streamed, played, clear, sequential=sequential)
+    _, scheduler = next(behind)
+    embedding = streamed.model.get_input_embeddings()
+    for player in scheduler.quantized:
         assert torch.equal(hidden(player.output), embedding(player.batch.input_ids))
     behind.close()
 
 
 def test_the_model_is_left_as_it_was(llama: Path) -> None:
-    skeleton = open_skeleton(llama)
-    before = {name: type(module).forward for name, module in skeleton.model.named_modules()}
-    for _ in conduct(skeleton, batches(windows())):
+    streamed = open_streamed_model(llama)
+    before = {name: type(module).forward for name, module in streamed.model.named_modules()}
+    for _ in conduct(streamed, batches(windows())):
         break
-    for name, module in skeleton.model.named_modules():
+    for name, module in streamed.model.named_modules():
         assert "forward" not in vars(module)
         assert type(module).forward is before[name]
         assert not module._forward_pre_hooks
@@ -211,10 +215,10 @@ def test_the_model_is_left_as_it_was(llama: Path) -> None:
 def test_grad_mode_is_left_as_it_was(enabled: bool, blocks: int, llama: Path) -> None:
     # It belongs to the thread, which all players share: each leaving its own would mix them up.
     with torch.set_grad_enabled(enabled):
-        behind = conduct(open_skeleton(llama), batches(windows(6)))
+        behind = conduct(open_streamed_model(llama), batches(windows(6)))
         for _ in range(blocks):
-            _, conductor = next(behind)
-            assert not hidden(conductor.quantized[0].output).requires_grad
+            _, scheduler = next(behind)
+            assert not hidden(scheduler.quantized[0].output).requires_grad
         for _ in behind if blocks == 2 else ():
             pass
         behind.close()
@@ -222,32 +226,32 @@ def test_grad_mode_is_left_as_it_was(enabled: bool, blocks: int, llama: Path) ->
 
 
 def test_infinite_activations_name_the_layer_and_the_batch(llama: Path) -> None:
-    skeleton = open_skeleton(llama)
+    streamed = open_streamed_model(llama)
     played = batches(windows(6))
-    skeleton.load_outside_blocks()
+    streamed.load_outside_blocks()
     with torch.no_grad():
-        skeleton.model.get_input_embeddings().weight[2] = torch.inf
+        streamed.model.get_input_embeddings().weight[2] = torch.inf
     played[1].input_ids[0, 3] = 2
     with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj, calibration batch 1:"):
-        list(conduct(skeleton, played))
+        list(conduct(streamed, played))
 
 
 def test_a_linear_that_is_called_twice_is_refused_by_name(llama: Path) -> None:
-    skeleton = open_skeleton(llama)
-    mlp = skeleton.blocks[0].module.mlp
+    streamed = open_streamed_model(llama)
+    mlp = streamed.blocks[0].module.mlp
     plain = mlp.forward
     mlp.forward = lambda x: plain(x) + plain(x)
     with pytest.raises(RunError, match=r"layers\.0\.mlp\.gate_proj is called more than once"):
-        list(conduct(skeleton, batches(windows())))
+        list(conduct(streamed, batches(windows())))
 
 
 def test_blocks_that_are_not_called_in_their_order_are_refused(llama: Path) -> None:
-    skeleton = open_skeleton(llama)
-    skeleton.model.model.layers[0].forward = lambda x, **_: x
-    skeleton.blocks.append(skeleton.blocks[0])
-    skeleton.load_outside_blocks()
-    with Conductor(skeleton.model, skeleton.blocks[:2], batches(windows())) as conductor:
-        conductor.enter()
+    streamed = open_streamed_model(llama)
+    streamed.model.model.layers[0].forward = lambda x, **_: x
+    streamed.blocks.append(streamed.blocks[0])
+    streamed.load_outside_blocks()
+    with ForwardScheduler(streamed.model, streamed.blocks[:2], batches(windows())) as scheduler:
+        scheduler.advance_to_block()
         with pytest.raises(RunError, match="one after another"):
             for _ in range(3):
-                conductor.enter()
+                scheduler.advance_to_block()

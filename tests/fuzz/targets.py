@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 import roundwise as rw
 from roundwise.calibration.dataset import load_calibration
 from roundwise.checkpoint.hub import bundled_model
-from roundwise.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from roundwise.cli.commands.inspect import describe
 from roundwise.convert import convert
 from roundwise.errors import Interrupted, RoundwiseError
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.plan import plan
 from roundwise.run.prepare import load_tokenizer
-from roundwise.run.reproduce import repeat
+from roundwise.run.reproduce import reproduce
 from roundwise.verify import audit
 from tests.helpers import CHAT_TEMPLATE, random_model
 
@@ -50,13 +50,15 @@ class Targets:
         self.speaker.chat_template = CHAT_TEMPLATE
         random_model(SMALL).save_pretrained(self.dense)
         self.sharded = Path(shutil.copytree(self.dense, scratch / "sharded"))
-        tensors = load_file(self.sharded / SINGLE)
-        (self.sharded / SINGLE).unlink()
+        tensors = load_file(self.sharded / SINGLE_FILE)
+        (self.sharded / SINGLE_FILE).unlink()
         weight_map = {name: f"{int('layers.1' in name)}.safetensors" for name in tensors}
         for shard in set(weight_map.values()):
             part = {name: tensors[name] for name, file in weight_map.items() if file == shard}
             save_file(part, self.sharded / shard)
-        (self.sharded / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (self.sharded / INDEX_FILE).write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
         self.quantized = scratch / "quantized"
         rw.quantize(self.dense, self.quantized, RTN)
         # Without hashes of its files, so that what is changed is looked at.
@@ -104,7 +106,7 @@ class Targets:
             "config": self.dense / "config.json",
             "quantized_config": self.foreign / "config.json",
             "quantize_config": self.old / "quantize_config.json",
-            "index": self.sharded / INDEX,
+            "index": self.sharded / INDEX_FILE,
             "journal": self.unfinished / ".roundwise" / "journal.jsonl",
             "manifest": self.quantized / "roundwise.json",
         }
@@ -112,7 +114,7 @@ class Targets:
             return self.kept[files[target]]
         folders = {"header": self.dense, "quantized_header": self.foreign}
         if target in folders:
-            return _split(self.kept[folders[target] / SINGLE])[0]
+            return _split(self.kept[folders[target] / SINGLE_FILE])[0]
         texts = {
             "file": (2).to_bytes(8, "little") + b"{}",
             "tokenizer": b'{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", '
@@ -140,31 +142,31 @@ class Targets:
 
     def config(self, data: bytes) -> None:
         (self.dense / "config.json").write_bytes(data)
-        plan(open_skeleton(self.dense), RTN)
+        plan(open_streamed_model(self.dense), RTN)
 
     def index(self, data: bytes) -> None:
-        (self.sharded / INDEX).write_bytes(data)
+        (self.sharded / INDEX_FILE).write_bytes(data)
         checkpoint = Checkpoint(self.sharded)
         assert all(file.parent == self.sharded for file in checkpoint.files)
-        open_skeleton(checkpoint)
+        open_streamed_model(checkpoint)
 
     def header(self, data: bytes) -> None:
-        self._opened(self.dense, _joined(data, _split(self.kept[self.dense / SINGLE])[1]))
+        self._opened(self.dense, _joined(data, _split(self.kept[self.dense / SINGLE_FILE])[1]))
 
     def file(self, data: bytes) -> None:
         self._opened(self.dense, data)
 
     def _opened(self, folder: Path, data: bytes) -> None:
-        (folder / SINGLE).write_bytes(data)
+        (folder / SINGLE_FILE).write_bytes(data)
         checkpoint = Checkpoint(folder)
         for info in checkpoint.tensors.values():
             if len(b"".join(info.chunks())) != info.nbytes:
                 raise AssertionError("a tensor's bytes are not those of its place")
             info.read()
-        skeleton = open_skeleton(checkpoint)
-        plan(skeleton, RTN)
-        for block in skeleton.blocks:
-            skeleton.load(block.module, block.name)
+        streamed = open_streamed_model(checkpoint)
+        plan(streamed, RTN)
+        for block in streamed.blocks:
+            streamed.load(block.module, block.name)
 
     def quantized_config(self, data: bytes) -> None:
         (self.foreign / "config.json").write_bytes(data)
@@ -175,7 +177,7 @@ class Targets:
         self._all_of(self.old)
 
     def quantized_header(self, data: bytes) -> None:
-        path = self.foreign / SINGLE
+        path = self.foreign / SINGLE_FILE
         path.write_bytes(_joined(data, _split(self.kept[path])[1]))
         self._all_of(self.foreign)
 
@@ -204,7 +206,7 @@ class Targets:
             rw.quantize(self.dense, self.quantized, RTN)
         except RoundwiseError as error:
             assert str(error).strip(), "an error without a word"
-        repeat(self.quantized, self.out, model=str(self.dense))
+        reproduce(self.quantized, self.out, model=str(self.dense))
 
     def tokenizer(self, data: bytes) -> None:
         (self.dense / "tokenizer.json").write_bytes(data)

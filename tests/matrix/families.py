@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import roundwise as rw
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.plan import plan
 
 BEGIN, END = "<!-- families -->", "<!-- end: families -->"
@@ -341,9 +341,9 @@ def settings(family: Family) -> rw.QuantizeConfig:
 
 def row(name: str, family: Family, folder: Path) -> str:
     """A line of the table, from a plan."""
-    skeleton = open_skeleton(folder)
-    planned = plan(skeleton, settings(family), samples=4, seq_len=32)
-    blocks = [block.module for block in [*skeleton.blocks, *skeleton.aside]]
+    streamed = open_streamed_model(folder)
+    planned = plan(streamed, settings(family), samples=4, seq_len=32)
+    blocks = [block.module for block in [*streamed.blocks, *streamed.skipped_blocks]]
     weights = {f"{n}": w for block in blocks for n, w in block.named_parameters()}
     total = sum(w.numel() for block in blocks for w in block.parameters())
     linears = [module for module in planned.modules if module.bits]

@@ -15,7 +15,7 @@ from roundwise.errors import ConfigError
 from roundwise.evaluation.report.facts import read_facts
 from roundwise.evaluation.report.page import write_report
 from roundwise.model.build import arguments
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.plan import plan
 from roundwise.verify import audit
 from tests.helpers import windows
@@ -49,7 +49,7 @@ def test_family(name: str, tmp_path: Path) -> None:
     config = settings(family)
     model, out, dense = tmp_path / "model", tmp_path / "out", tmp_path / "dense"
     family.make().save_pretrained(model)
-    planned = plan(open_skeleton(model), config, samples=4, seq_len=32)
+    planned = plan(open_streamed_model(model), config, samples=4, seq_len=32)
     assert planned.problems == []
     texts = {"calibration": windows(), "samples": 4, "seq_len": 32, "batch_size": 2}
     if family.why_not:

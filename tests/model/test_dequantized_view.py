@@ -16,7 +16,7 @@ import roundwise as rw
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.convert import convert
 from roundwise.errors import CheckpointError, ConfigError
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.plan import plan
 from roundwise.verify import audit
 from tests.helpers import (
@@ -88,7 +88,7 @@ def test_fp8_is_quantized_as_the_weights_it_stands_for(
 ) -> None:
     config = transformers.LlamaConfig(**LLAMA) if name == "llama" else MIXTURES[name].config()
     fp8, dense = pair(config, tmp_path, rows, columns)
-    planned = plan(open_skeleton(fp8), CONFIG, samples=4, seq_len=32)
+    planned = plan(open_streamed_model(fp8), CONFIG, samples=4, seq_len=32)
     result = quantize(fp8, tmp_path / "a")
     other = quantize(dense, tmp_path / "b")
     assert tensors_equal(tmp_path / "a", tmp_path / "b")
@@ -137,11 +137,11 @@ def test_fp8_without_what_it_needs(tmp_path: Path) -> None:
     with edited_json(fp8 / "config.json") as config:
         config["quantization_config"]["weight_block_size"] = [64, 64]
     with pytest.raises(CheckpointError, match=r"blocks of 64 x 64 ask for"):
-        open_skeleton(fp8)
+        open_streamed_model(fp8)
     with edited_json(fp8 / "config.json") as config:
         del config["quantization_config"]["weight_block_size"]
     with pytest.raises(ConfigError, match="only those with a scale per block"):
-        open_skeleton(fp8)
+        open_streamed_model(fp8)
     tensors = tensors_of(fp8)
     del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
     (fp8 / "model.safetensors").unlink()
@@ -149,7 +149,7 @@ def test_fp8_without_what_it_needs(tmp_path: Path) -> None:
     with edited_json(fp8 / "config.json") as config:
         config["quantization_config"]["weight_block_size"] = [32, 32]
     with pytest.raises(CheckpointError, match=r"up_proj\.weight_scale_inv is missing"):
-        open_skeleton(fp8)
+        open_streamed_model(fp8)
 
 
 @pytest.mark.parametrize("settings", [{}, {"sym": False}, {"bits": 3, "desc_act": True}], ids=str)
@@ -170,9 +170,12 @@ def test_gptq_is_quantized_again_from_what_it_stands_for(
     assert tensors_equal(tmp_path / "twice", tmp_path / "expected")
     assert any("quantized already, to" in warning for warning in result.warnings)
     assert audit(tmp_path / "twice", against=Checkpoint(tmp_path / "once")).failures == []
-    assert not any("quantized already" in w for w in plan(open_skeleton(dense), again).warnings)
+    assert not any(
+        "quantized already" in w for w in plan(open_streamed_model(dense), again).warnings
+    )
     assert any(
-        "quantized already" in w for w in plan(open_skeleton(tmp_path / "once"), again).warnings
+        "quantized already" in w
+        for w in plan(open_streamed_model(tmp_path / "once"), again).warnings
     )
 
 
@@ -181,4 +184,4 @@ def test_other_formats_are_refused_by_name(llama: Path, copy_of: Any) -> None:
     with edited_json(folder / "config.json") as config:
         config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     with pytest.raises(ConfigError, match=r"is quantized already \(awq\)"):
-        open_skeleton(folder)
+        open_streamed_model(folder)

@@ -12,10 +12,10 @@ import transformers
 from torch import nn
 
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.checkpoint.transformed_view import Change, FoldedCheckpoint
+from roundwise.checkpoint.transformed_view import TensorTransform, TransformedCheckpoint
 from roundwise.errors import ConfigError
 from roundwise.model.norm_scaling import ScalableNorm, scalable_norms
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from tests.helpers import ARCHITECTURES, windows
 from tests.model.test_rotate import whole
 
@@ -30,26 +30,26 @@ FED = {
 @NAMES
 def test_every_group_behind_a_norm_is_found(name: str, folder_of: Callable[[str], Path]) -> None:
     norms = scalable_norms(Checkpoint(folder_of(name)))
-    skeleton = open_skeleton(folder_of(name))
+    streamed = open_streamed_model(folder_of(name))
     groups = {
         frozenset(f"{block.name}.{linear}" for linear in group)
-        for block in skeleton.blocks
+        for block in streamed.blocks
         for group in ARCHITECTURES[name].groups
     }
     found = {frozenset(norm.readers) for norm in norms}
     assert found <= groups
-    assert len(found) == len(norms) == FED[name] * len(skeleton.blocks)
+    assert len(found) == len(norms) == FED[name] * len(streamed.blocks)
 
 
 @NAMES
 def test_logits_are_unchanged(name: str, folder_of: Callable[[str], Path]) -> None:
     source = Checkpoint(folder_of(name))
-    changes: dict[str, Change] = {}
+    changes: dict[str, TensorTransform] = {}
     for norm in scalable_norms(source):
         s = torch.rand(64, dtype=torch.float64) * 3 + 0.1
         changes |= norm.changes(s)
-        changes |= {weight: Change(axis, gain=s) for weight, axis in norm.readers.values()}
-    after = whole(FoldedCheckpoint(source, changes))
+        changes |= {weight: TensorTransform(axis, gain=s) for weight, axis in norm.readers.values()}
+    after = whole(TransformedCheckpoint(source, changes))
     ids = torch.tensor(windows())
     with torch.no_grad():
         torch.testing.assert_close(

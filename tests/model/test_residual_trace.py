@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from roundwise.model.residual_trace import gain_kind, trace
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from tests.helpers import LLAMA_GROUPS, QKV
 
 #: Per architecture: norm -> linears behind it; linears that write.
@@ -47,11 +47,11 @@ ROLES: dict[str, tuple[dict[str, tuple[str, ...]], list[str]]] = {
 
 @pytest.mark.parametrize("name", ROLES)
 def test_roles(name: str, folder_of: Callable[[str], Path]) -> None:
-    skeleton = open_skeleton(folder_of(name), dtype=torch.float32)
+    streamed = open_streamed_model(folder_of(name), dtype=torch.float32)
     norms, writers = ROLES[name]
-    found = trace(skeleton)
-    assert len(found.blocks) == len(skeleton.blocks)
-    for block, passed in zip(skeleton.blocks, found.blocks, strict=True):
+    found = trace(streamed)
+    assert len(found.blocks) == len(streamed.blocks)
+    for block, passed in zip(streamed.blocks, found.blocks, strict=True):
         readers = {norm.name: norm.readers for norm in passed.norms if norm.of_stream}
         expected = {
             f"{block.name}.{norm}": tuple(f"{block.name}.{x}" for x in linears)
@@ -90,8 +90,8 @@ def test_a_norm_is_what_does_what_a_norm_does(
 
 
 def test_the_forward_leaves_one_block_in_memory(llama: Path) -> None:
-    skeleton = open_skeleton(llama, dtype=torch.float32)
-    trace(skeleton)
-    for block in skeleton.blocks:
+    streamed = open_streamed_model(llama, dtype=torch.float32)
+    trace(streamed)
+    for block in streamed.blocks:
         assert all(p.device.type == "meta" for p in block.module.parameters())
-    assert len(skeleton.model.lm_head.weight) == 8
+    assert len(streamed.model.lm_head.weight) == 8

@@ -13,13 +13,13 @@ import transformers
 from torch import nn
 
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.checkpoint.transformed_view import Change, FoldedInfo
+from roundwise.checkpoint.transformed_view import TensorTransform, TransformedInfo
 from roundwise.checkpoint.writer import write_safetensors
 from roundwise.core.hadamard import Rotation
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.model.residual_trace import trace
-from roundwise.model.rotate import as_quantized, rotated
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.rotate import as_quantized, rotated_checkpoint
+from roundwise.model.streamed import open_streamed_model
 from tests.helpers import ARCHITECTURES, LLAMA, random_model, tensors_of, windows
 
 #: Norms, embeddings and blocks of these commute with a rotation; the mean is kept for layer norms.
@@ -37,10 +37,10 @@ def test_every_architecture_is_one_or_the_other() -> None:
 
 def whole(checkpoint: Checkpoint) -> Any:
     """The model of a checkpoint with all its weights."""
-    skeleton = open_skeleton(checkpoint)
-    for name, module in skeleton.model.named_modules():
-        skeleton.load(module, name, recurse=False)
-    return skeleton.model
+    streamed = open_streamed_model(checkpoint)
+    for name, module in streamed.model.named_modules():
+        streamed.load(module, name, recurse=False)
+    return streamed.model
 
 
 @pytest.mark.parametrize("name", [*RMS, *LAYER])
@@ -49,7 +49,9 @@ def test_logits_are_unchanged(name: str, seed: int, folder_of: Callable[[str], P
     source = Checkpoint(folder_of(name))
     ids = torch.tensor(windows())
     with torch.no_grad():
-        before, after = (whole(c)(input_ids=ids).logits for c in (source, rotated(source, seed)))
+        before, after = (
+            whole(c)(input_ids=ids).logits for c in (source, rotated_checkpoint(source, seed))
+        )
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
@@ -59,19 +61,20 @@ def test_the_stream_is_turned_and_gains_are_gone(
 ) -> None:
     source = Checkpoint(folder_of(name))
     before, after = (
-        trace(open_skeleton(c, dtype=torch.float32)) for c in (source, rotated(source, 7))
+        trace(open_streamed_model(c, dtype=torch.float32))
+        for c in (source, rotated_checkpoint(source, 7))
     )
     turn = Rotation(64, 7, keeps_mean=name in LAYER)
     for old, new in zip(before.blocks, after.blocks, strict=True):
         assert float((new.x - old.x).norm()) > 0.5 * float(old.x.norm())
         for a, b in ((old.x, new.x), (old.y, new.y)):
             torch.testing.assert_close(b, turn.rows(a).float(), rtol=1e-4, atol=1e-4)
-    view = rotated(source, 7)
-    skeleton = open_skeleton(view)
+    view = rotated_checkpoint(source, 7)
+    streamed = open_streamed_model(view)
     norms = [n for block in before.blocks for n in block.norms if n.of_stream] + [before.last]
     for norm in norms:
         assert norm is not None
-        gains = view.tensors[skeleton.source_of[f"{norm.name}.weight"]].read()
+        gains = view.tensors[streamed.checkpoint_name_of[f"{norm.name}.weight"]].read()
         assert torch.equal(gains, torch.ones(64))
 
 
@@ -80,7 +83,7 @@ def test_refusals_say_what_stands_in_the_way(name: str, folder_of: Callable[[str
     with pytest.raises(
         ConfigError, match=f"cannot be rotated: {REFUSED[name]}.*leave --rotate out"
     ):
-        rotated(Checkpoint(folder_of(name)), 0)
+        rotated_checkpoint(Checkpoint(folder_of(name)), 0)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_other_families_are_exact_or_refused(config: Any, tmp_path: Path) -> Non
     model = random_model(config())
     model.save_pretrained(tmp_path)
     try:
-        view = rotated(Checkpoint(tmp_path), 0)
+        view = rotated_checkpoint(Checkpoint(tmp_path), 0)
     except ConfigError as error:
         assert "cannot be rotated" in str(error)
         assert config().model_type in ("olmo2", "gemma2")
@@ -126,7 +129,7 @@ class TestTied:
     def test_head_is_added(self, model: Path) -> None:
         source = Checkpoint(model)
         assert "lm_head.weight" not in source.tensors
-        view = rotated(source, 0)
+        view = rotated_checkpoint(source, 0)
         assert view.config["tie_word_embeddings"] is False
         assert view.tensors.keys() == {*source.tensors, "lm_head.weight"}
         Q = Rotation(64, 0)
@@ -144,7 +147,9 @@ class TestTied:
         source = Checkpoint(model)
         ids = torch.tensor(windows())
         with torch.no_grad():
-            before, after = (whole(c)(input_ids=ids).logits for c in (source, rotated(source, 0)))
+            before, after = (
+                whole(c)(input_ids=ids).logits for c in (source, rotated_checkpoint(source, 0))
+            )
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
@@ -162,7 +167,7 @@ class TestSharp:
 
         monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", routed)
         with pytest.raises(ConfigError, match=r"model\.layers\.0 adds to the residual stream"):
-            rotated(Checkpoint(llama), 0)
+            rotated_checkpoint(Checkpoint(llama), 0)
 
     def test_a_reader_that_is_no_module(self, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         original = transformers.models.llama.modeling_llama.LlamaMLP.forward
@@ -175,7 +180,7 @@ class TestSharp:
         monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", routed)
         # gate_proj is never called as a module, so its weight is not folded.
         with pytest.raises(ConfigError, match=r"model\.layers\.0 reads or writes the stream"):
-            rotated(Checkpoint(llama), 0)
+            rotated_checkpoint(Checkpoint(llama), 0)
 
     def test_a_bias_with_a_gain_of_zero(self, copy_of: Callable[[str], Path]) -> None:
         folder = copy_of("gpt2")
@@ -183,7 +188,7 @@ class TestSharp:
         tensors["transformer.h.1.ln_1.weight"][3] = 0.0
         write_safetensors(folder / "model.safetensors", tensors)
         with pytest.raises(ConfigError, match=r"h\.1\.ln_1 has a bias and a gain of zero"):
-            rotated(Checkpoint(folder), 0)
+            rotated_checkpoint(Checkpoint(folder), 0)
 
 
 class TestFoldedInfo:
@@ -200,7 +205,7 @@ class TestFoldedInfo:
         source = Checkpoint(tmp_path).tensors["T"]
         gain = torch.rand(48, dtype=torch.float64) + 0.5
         rotation = Rotation(48, 0)
-        info = FoldedInfo.of(source, Change(axis, gain, rotation))
+        info = TransformedInfo.of(source, TensorTransform(axis, gain, rotation))
         expected = rotation.rows((T.T if axis == 0 else T).double() * gain)
         expected = (expected.T if axis == 0 else expected).to(dtype)
         assert torch.equal(info.read(), expected)
@@ -212,7 +217,7 @@ class TestFoldedInfo:
             assert {len(piece) for piece in pieces[:-1]} <= {size}
 
     def test_some_rows(self, llama: Path) -> None:
-        view = rotated(Checkpoint(llama), 0)
+        view = rotated_checkpoint(Checkpoint(llama), 0)
         info = view.tensors["lm_head.weight"]
         assert torch.equal(info.rows(5, 3).read(), info.read()[5:8])
         with pytest.raises(CheckpointError, match="do not stand alone"):
@@ -222,7 +227,7 @@ class TestFoldedInfo:
         write_safetensors(tmp_path / "model.safetensors", {"T": torch.ones(4, dtype=torch.int8)})
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(CheckpointError, match="holds weights as I8, which cannot be folded"):
-            FoldedInfo.of(Checkpoint(tmp_path).tensors["T"], Change(fill=1.0))
+            TransformedInfo.of(Checkpoint(tmp_path).tensors["T"], TensorTransform(fill=1.0))
 
 
 def test_as_quantized_takes_the_seed_from_the_settings(llama: Path) -> None:
@@ -230,7 +235,9 @@ def test_as_quantized_takes_the_seed_from_the_settings(llama: Path) -> None:
     assert as_quantized(source, {"meta": {"quantizer": ["other:1"]}}) is source
     view = as_quantized(source, {"meta": {"rotate": {"seed": 4}}})
     name = "model.layers.1.mlp.down_proj.weight"
-    assert torch.equal(view.tensors[name].read(), rotated(source, 4).tensors[name].read())
+    assert torch.equal(
+        view.tensors[name].read(), rotated_checkpoint(source, 4).tensors[name].read()
+    )
     assert as_quantized(view, {"meta": {"rotate": {"seed": 4}}}) is view
     with pytest.raises(
         CheckpointError, match=r"meta\.rotate of the quantization config is damaged"

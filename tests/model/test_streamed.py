@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from roundwise.checkpoint.hub import bundled_model
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.model.blocks import find_blocks, set_weight, weight_of
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from tests.helpers import ARCHITECTURES, LLAMA, Architecture, linear_names, random_model, tensors_of
 
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -27,16 +27,16 @@ NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
 @NAMES
 def test_blocks_and_linears(name: str, folder_of: Callable[[str], Path]) -> None:
     architecture: Architecture = ARCHITECTURES[name]
-    skeleton = open_skeleton(folder_of(name))
-    count = len(skeleton.model.get_submodule(architecture.blocks))
-    assert [b.name for b in skeleton.blocks] == [f"{architecture.blocks}.{i}" for i in range(count)]
-    found = {linear for block in skeleton.blocks for linear in block.linears}
-    assert found == set(linear_names(skeleton.model, architecture))
+    streamed = open_streamed_model(folder_of(name))
+    count = len(streamed.model.get_submodule(architecture.blocks))
+    assert [b.name for b in streamed.blocks] == [f"{architecture.blocks}.{i}" for i in range(count)]
+    found = {linear for block in streamed.blocks for linear in block.linears}
+    assert found == set(linear_names(streamed.model, architecture))
 
 
 @NAMES
 def test_nothing_is_loaded_before_it_is_needed(name: str, folder_of: Callable[[str], Path]) -> None:
-    model = open_skeleton(folder_of(name)).model
+    model = open_streamed_model(folder_of(name)).model
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder_of(name))
     computed = dict(model.named_non_persistent_buffers())
@@ -48,9 +48,9 @@ def test_nothing_is_loaded_before_it_is_needed(name: str, folder_of: Callable[[s
 def test_every_tensor_of_the_checkpoint_is_somewhere(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:
-    skeleton = open_skeleton(folder_of(name))
-    parts = [skeleton.block_tensors(i) for i in range(len(skeleton.blocks))]
-    parts.append(skeleton.other_tensors())
+    streamed = open_streamed_model(folder_of(name))
+    parts = [streamed.block_tensors(i) for i in range(len(streamed.blocks))]
+    parts.append(streamed.other_tensors())
     names = [tensor for part in parts for tensor in part]
     assert len(names) == len(set(names))
     assert set(names) == set(tensors_of(folder_of(name)))
@@ -60,20 +60,20 @@ def test_every_tensor_of_the_checkpoint_is_somewhere(
 def test_loading_gives_the_values_and_unloading_takes_them_back(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:
-    skeleton = open_skeleton(folder_of(name))
+    streamed = open_streamed_model(folder_of(name))
     plain = dict(
         transformers.AutoModelForCausalLM.from_pretrained(folder_of(name)).named_parameters()
     )
-    block = skeleton.blocks[1]
-    skeleton.load(block.module, block.name)
+    block = streamed.blocks[1]
+    streamed.load(block.module, block.name)
     loaded = {f"{block.name}.{n}": p for n, p in block.module.named_parameters()}
     assert loaded
     assert all(torch.equal(value, plain[key]) for key, value in loaded.items())
-    skeleton.unload(block.module, block.name)
+    streamed.unload(block.module, block.name)
     assert all(parameter.device.type == "meta" for parameter in block.module.parameters())
-    skeleton.load_outside_blocks()
-    head = skeleton.model.get_output_embeddings().weight
-    for key, parameter in skeleton.model.named_parameters():
+    streamed.load_outside_blocks()
+    head = streamed.model.get_output_embeddings().weight
+    for key, parameter in streamed.model.named_parameters():
         inside = key.startswith(f"{ARCHITECTURES[name].blocks}.")
         if not inside and parameter is not head:
             assert torch.equal(parameter, plain[key])
@@ -111,9 +111,9 @@ def test_of_several_lists_the_heaviest_counts() -> None:
 
 
 def test_the_bundled_model_is_there() -> None:
-    skeleton = open_skeleton(bundled_model())
-    assert skeleton.dtype == torch.bfloat16
-    assert len(skeleton.blocks) > 1
+    streamed = open_streamed_model(bundled_model())
+    assert streamed.dtype == torch.bfloat16
+    assert len(streamed.blocks) > 1
 
 
 def test_another_shape_than_the_config_asks_for(copy_of: Callable[[str], Path]) -> None:
@@ -121,7 +121,7 @@ def test_another_shape_than_the_config_asks_for(copy_of: Callable[[str], Path]) 
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"vocab_size": 128', '"vocab_size": 96'))
     with pytest.raises(CheckpointError, match=r"has shape \[128, 64\].*asks for \[96, 64\]"):
-        open_skeleton(folder).load_outside_blocks()
+        open_streamed_model(folder).load_outside_blocks()
 
 
 class Doubling(torch.nn.Linear):
@@ -147,7 +147,7 @@ def test_linears_that_are_none_and_small_ones_stay() -> None:
     model.layers = torch.nn.ModuleList([torch.nn.ModuleList([*kinds, *small])])
     (block,) = find_blocks(model)
     assert list(block.linears) == ["layers.0.0", "layers.0.1"]
-    assert block.left == {
+    assert block.skipped_linears == {
         "layers.0.2": "Doubling computes more than a product",
         "layers.0.3": "Chooser computes more than a product",
         "layers.0.4": "it has fewer than 32 channels",
@@ -170,21 +170,21 @@ def test_a_block_is_read_before_it_is_needed(tmp_path: Path) -> None:
     sizes = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024}
     random_model(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    skeleton = open_skeleton(tmp_path)
+    streamed = open_streamed_model(tmp_path)
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if in_memory(file).mean() > 0.5:
         pytest.skip("needs a file system that forgets what it has read")
     pages = []
-    for info in skeleton.block_tensors(1).values():
+    for info in streamed.block_tensors(1).values():
         first, last = info.start // mmap.PAGESIZE, (info.start + info.nbytes - 1) // mmap.PAGESIZE
         pages += range(first, last + 1)
     before = in_memory(file)[pages].mean()
-    skeleton.read_ahead(1)
+    streamed.prefetch(1)
     limit = time.monotonic() + 30
     while in_memory(file)[pages].mean() < 0.99 and time.monotonic() < limit:
         time.sleep(0.05)
     assert before < 0.5
     assert in_memory(file)[pages].mean() >= 0.99
-    skeleton.read_ahead(2)  # there is none
+    streamed.prefetch(2)  # there is none

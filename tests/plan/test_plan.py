@@ -17,7 +17,7 @@ import transformers
 
 import roundwise as rw
 from roundwise.errors import OutputError
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.plan import plan
 from tests.helpers import ARCHITECTURES, windows
 
@@ -72,7 +72,7 @@ def test_peak_and_size_are_as_planned(name, settings, mode, tmp_path):
     result = run(tmp_path / "model", tmp_path / "out", settings, mode, rows, length, None)
     assert result["planned_peak_bytes"] == pytest.approx(result["peak_rss_bytes"], rel=0.15)
     planned = plan(
-        open_skeleton(tmp_path / "model"), rw.QuantizeConfig(**settings),
+        open_streamed_model(tmp_path / "model"), rw.QuantizeConfig(**settings),
         samples=rows, seq_len=length, mode=mode,
     )  # fmt: skip
     assert planned.bytes_after == pytest.approx(result["bytes_after"], rel=0.01)
@@ -116,7 +116,7 @@ def test_batches_that_wait_in_a_file_are_not_in_memory(tmp_path):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sizes_are_exact_and_sharing_is_what_the_probe_finds(name, folder_of, quantized):
     config = rw.QuantizeConfig(group_size=32, recipe="textbook")
-    planned = plan(open_skeleton(folder_of(name)), config, samples=4, seq_len=32)
+    planned = plan(open_streamed_model(folder_of(name)), config, samples=4, seq_len=32)
     manifest = json.loads((quantized(name, recipe="textbook") / "roundwise.json").read_text())
     assert planned.bytes_after == manifest["bytes_after"]
     assert planned.bits_per_weight == pytest.approx(manifest["bits_per_weight"])
@@ -135,13 +135,16 @@ def test_sizes_are_exact_and_sharing_is_what_the_probe_finds(name, folder_of, qu
 
 
 def test_the_mode_follows_the_budget_in_plan_and_run(llama, tmp_path):
-    skeleton, config = open_skeleton(llama), rw.QuantizeConfig(group_size=32, recipe="textbook")
-    free = plan(skeleton, config, samples=4, seq_len=32)
+    streamed, config = (
+        open_streamed_model(llama),
+        rw.QuantizeConfig(group_size=32, recipe="textbook"),
+    )
+    free = plan(streamed, config, samples=4, seq_len=32)
     assert free.memory.mode == "true_sequential"
     assert free.memory.fits
-    tight = plan(skeleton, config, samples=4, seq_len=32, budget=1000)
+    tight = plan(streamed, config, samples=4, seq_len=32, budget=1000)
     least = min(
-        plan(skeleton, config, samples=4, seq_len=32, budget=1000, mode=mode).memory.peak_bytes
+        plan(streamed, config, samples=4, seq_len=32, budget=1000, mode=mode).memory.peak_bytes
         for mode in ("block", "true_sequential")
     )
     # What this process holds may grow between two plans.
@@ -156,7 +159,7 @@ def test_a_run_for_which_the_disk_has_no_room_is_refused_before_it_begins(
     llama, tmp_path, monkeypatch
 ):
     config = rw.QuantizeConfig(group_size=32)
-    planned = plan(open_skeleton(llama), config, samples=4, seq_len=32)
+    planned = plan(open_streamed_model(llama), config, samples=4, seq_len=32)
     assert set(planned.disk) == {"result", "activations", "gradients"}
     needed = sum(planned.disk.values())
     free = shutil.disk_usage(tmp_path)
@@ -180,7 +183,7 @@ def test_what_is_kept_on_the_disk_is_as_planned(llama, tmp_path):
             )
 
     rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32, progress=look)
-    planned = plan(open_skeleton(llama), config, samples=4, seq_len=32).disk
+    planned = plan(open_streamed_model(llama), config, samples=4, seq_len=32).disk
     # Behind the first of two blocks: half of the gradients, and one block's activations of two.
     expected = (planned["gradients"] + planned["activations"]) / 2
     assert seen[0] == pytest.approx(expected, rel=0.2)
@@ -188,19 +191,21 @@ def test_what_is_kept_on_the_disk_is_as_planned(llama, tmp_path):
 
 def test_advice_names_what_weighs_most(llama):
     config = rw.QuantizeConfig(group_size=32)
-    many = plan(open_skeleton(llama), config, samples=1_000_000, seq_len=64, mode="block")
+    many = plan(open_streamed_model(llama), config, samples=1_000_000, seq_len=64, mode="block")
     assert max(many.memory.parts, key=many.memory.parts.__getitem__) == "paused activations"
     assert "fewer --samples" in many.warnings[-1]
     assert "--mode true_sequential" in many.warnings[-1]  # where batches wait in a file
     waits = plan(
-        open_skeleton(llama), config, samples=1 << 20, seq_len=64, batch_size=1 << 20,
+        open_streamed_model(llama), config, samples=1 << 20, seq_len=64, batch_size=1 << 20,
         mode="true_sequential", budget=1 << 30,
     )  # fmt: skip
-    assert waits.memory.parked and "a smaller --batch-size" in waits.warnings[-1]
+    assert waits.memory.offloaded and "a smaller --batch-size" in waits.warnings[-1]
 
 
 def test_settings_that_do_not_fit_are_all_named(llama):
-    planned = plan(open_skeleton(llama), rw.QuantizeConfig(group_size=64))  # 96 is no multiple
+    planned = plan(
+        open_streamed_model(llama), rw.QuantizeConfig(group_size=64)
+    )  # 96 is no multiple
     downs = [m for m in planned.modules if m.name.endswith("down_proj")]
     assert len(planned.problems) == len(downs)
     assert all("group_size=64 does not divide" in problem for problem in planned.problems)
@@ -233,7 +238,7 @@ def test_a_model_of_405_billion_parameters_takes_seconds_and_no_memory(tmp_path)
     folder = huge(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.monotonic()
-    planned = plan(open_skeleton(folder), rw.QuantizeConfig())
+    planned = plan(open_streamed_model(folder), rw.QuantizeConfig())
     seconds = time.monotonic() - begun
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert planned.bytes_before > 800e9
@@ -267,7 +272,7 @@ def test_as_a_command(commands, text_model):
 )
 def test_layers_that_vllm_joins_must_agree(override, split, text_model):
     config = rw.QuantizeConfig(group_size=32, dynamic=override)
-    found = plan(open_skeleton(text_model), config, samples=4, seq_len=32)
+    found = plan(open_streamed_model(text_model), config, samples=4, seq_len=32)
     for engine in ("vLLM, CPU", "vLLM, GPU (Marlin)"):
         why_not = found.served_by[engine]
         if split is None or (engine == "vLLM, CPU" and "q_proj" in override):
@@ -279,7 +284,7 @@ def test_layers_that_vllm_joins_must_agree(override, split, text_model):
 
 def test_the_size_of_a_target_is_that_of_the_run(tiny, tmp_path):
     config = rw.QuantizeConfig(target_bpw=3.5, target_widths=(2, 4))
-    found = plan(open_skeleton(tiny), config, samples=4, seq_len=32)
+    found = plan(open_streamed_model(tiny), config, samples=4, seq_len=32)
     result = rw.quantize(tiny, tmp_path / "out", config, windows(4), samples=4, seq_len=32)
     # No more than the target, and less by what is too little for one more layer.
     assert 0.97 * found.bytes_after < result.bytes_after <= found.bytes_after
@@ -287,5 +292,7 @@ def test_the_size_of_a_target_is_that_of_the_run(tiny, tmp_path):
     assert found.phases["survey"] > 0
     assert "42 layers are chosen when the run begins" in " ".join(found.warnings)
     assert found.served_by["vLLM, GPU (Marlin)"] == "it has no kernel for 2 bits (4, and 8 on GPUs)"
-    wide = plan(open_skeleton(tiny), config.merged({"target_widths": (4, 8), "target_bpw": 5.0}))
+    wide = plan(
+        open_streamed_model(tiny), config.merged({"target_widths": (4, 8), "target_bpw": 5.0})
+    )
     assert wide.served_by["vLLM, GPU (Marlin)"] is None

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import roundwise as rw
 from roundwise.core.backends import cpp
-from roundwise.run.resume import Pace
+from roundwise.run.resume import WritePace
 from tests.helpers import (
     ARCHITECTURES,
     LLAMA,
@@ -77,7 +77,7 @@ def stopped(folder: Path, name: str) -> dict[str, Any]:
     config = transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": blocks})
     (model("t5") if name == "t5" else random_model(config)).save_pretrained(folder / name)
     finished: list[int] = []
-    Pace.due = lambda _: len(finished) in due  # type: ignore[method-assign]
+    WritePace.due = lambda _: len(finished) in due  # type: ignore[method-assign]
 
     def progress(step: Any) -> None:
         if step.layer is None:

@@ -19,7 +19,7 @@ import torch
 
 import roundwise as rw
 from roundwise.core.hessian import CrossMoment, Hessian
-from roundwise.system.distributed import joined
+from roundwise.system.distributed import join_process_group
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def quantize(model: str, out: str, settings: dict[str, Any], options: dict[str, 
 
 def main() -> None:
     cases, found = json.loads(Path(sys.argv[1]).read_text()), []
-    with joined() as ranks:
+    with join_process_group() as ranks:
         for case in cases:
             try:
                 result = quantize(**case)
@@ -58,13 +58,13 @@ def main() -> None:
         few = torch.ones(1, 2, dtype=torch.uint8)[ranks.rows(1)]
         tools = {
             "rank": int(os.environ["RANK"]),
-            "agree": ranks.agree(lambda: ["of", ranks.rank]),
-            "each": ranks.each({"rank": ranks.rank, "long": "x" * 100 * ranks.rank}),
-            "largest": ranks.largest(ranks.rank, -ranks.rank),
+            "agree": ranks.broadcast_object(lambda: ["of", ranks.rank]),
+            "each": ranks.all_gather_object({"rank": ranks.rank, "long": "x" * 100 * ranks.rank}),
+            "largest": ranks.all_reduce_max(ranks.rank, -ranks.rank),
             "sum": ranks.sum(torch.tensor([1.0, ranks.rank])).tolist(),
-            "rows": ranks.join_rows(uneven, 5).tolist(),
-            "few": ranks.join_rows(few, 1).tolist(),
-            "share": list(ranks.share("abcde").items()),
+            "rows": ranks.all_gather_rows(uneven, 5).tolist(),
+            "few": ranks.all_gather_rows(few, 1).tolist(),
+            "share": list(ranks.shard("abcde").items()),
         }
     Path(f"{sys.argv[1]}.{ranks.rank}").write_text(json.dumps({"cases": found, "tools": tools}))
 

@@ -93,8 +93,8 @@ class Plain:
                 for linear in group:
                     name = prefix + linear
                     W = weight_of(self.model.get_submodule(name)).detach()
-                    lost = now[1] and now[1].lost(W, config.alpha, config.beta)
-                    solved[name] = rw.solve(W.clone(), now[0], config, lost=lost)
+                    target_shift = now[1] and now[1].target_shift(W, config.alpha, config.beta)
+                    solved[name] = rw.solve(W.clone(), now[0], config, target_shift=target_shift)
                     assign(self.model, name, ours[name].dequantize())
         return solved
 
@@ -411,7 +411,7 @@ class TestRefusedBeforeAnyWork:
 class TestFailuresOnTheWay:
     """What only shows while the work is done."""
 
-    def damage(self, folder: Path, tensor: str, value: float) -> None:
+    def validation_error(self, folder: Path, tensor: str, value: float) -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
         with torch.no_grad():
             model.get_parameter(tensor)[3, 5] = value
@@ -423,7 +423,7 @@ class TestFailuresOnTheWay:
         self, value: float, method: str, copy_of: Callable[[str], Path], tmp_path: Path
     ) -> None:
         folder = copy_of("llama")
-        self.damage(folder, "model.layers.1.mlp.up_proj.weight", value)
+        self.validation_error(folder, "model.layers.1.mlp.up_proj.weight", value)
         config = QUICK.merged({"method": method})
         with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj: NaN or infinity"):
             rw.quantize(folder, tmp_path / "out", config, windows(), samples=4, seq_len=32)
@@ -433,7 +433,7 @@ class TestFailuresOnTheWay:
         self, copy_of: Callable[[str], Path], tmp_path: Path
     ) -> None:
         folder = copy_of("llama")
-        self.damage(folder, "model.embed_tokens.weight", float("inf"))
+        self.validation_error(folder, "model.embed_tokens.weight", float("inf"))
         rows = [[7] * 32, [8] * 32, [9] * 31 + [3]]
         with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj.* batch 2"):
             rw.quantize(

@@ -13,11 +13,17 @@ import torch
 
 import roundwise as rw
 from roundwise.calibration.sources import read_text
-from roundwise.checkpoint.engines import with_joints
+from roundwise.checkpoint.engines import with_packed_names
 from roundwise.errors import ConfigError
 from roundwise.evaluation.divergence import divergence
 from roundwise.run import bit_allocation
-from roundwise.run.bit_allocation import Choice, Option, Unit, as_dynamic, choose
+from roundwise.run.bit_allocation import (
+    Candidate,
+    Choice,
+    LayerGroup,
+    as_dynamic,
+    choose_candidates,
+)
 from tests.helpers import Stop, contents, random_model, stop_after
 from tests.helpers import windows as random_windows
 from tests.mixtures import MIXTURES
@@ -25,7 +31,7 @@ from tests.mixtures import MIXTURES
 OPTIONS: dict[str, Any] = {"samples": 8, "seq_len": 64, "batch_size": 4}
 
 
-def units(seed: int, count: int = 4) -> list[Unit]:
+def units(seed: int, count: int = 4) -> list[LayerGroup]:
     """Losses that fall with size, as those of widths do: a quarter or so for each bit."""
     generator = random.Random(seed)
     found = []
@@ -33,10 +39,12 @@ def units(seed: int, count: int = 4) -> list[Unit]:
         weights = generator.choice([1024, 4096, 16384])
         worst = generator.uniform(0.1, 10)
         options = [
-            Option(bits, 128, weights * bits // 8, worst * 0.25**bits * generator.uniform(0.8, 1.2))
+            Candidate(
+                bits, 128, weights * bits // 8, worst * 0.25**bits * generator.uniform(0.8, 1.2)
+            )
             for bits in (2, 3, 4, 8)
         ]
-        found.append(Unit((f"layer.{index}",), weights, tuple(options)))
+        found.append(LayerGroup((f"layer.{index}",), weights, tuple(options)))
     return found
 
 
@@ -45,7 +53,7 @@ def units(seed: int, count: int = 4) -> list[Unit]:
 def test_the_choice_is_near_the_best(seed: int, target: float) -> None:
     each = units(seed)
     weights = sum(unit.weights for unit in each)
-    chosen = choose(each, target)
+    chosen = choose_candidates(each, target)
     by_name = {name: (c.bits, c.loss) for c in chosen for name in c.names}
     spent = sum(unit.weights * by_name[unit.names[0]][0] for unit in each) / weights
     assert spent <= target
@@ -61,16 +69,20 @@ def test_the_choice_is_near_the_best(seed: int, target: float) -> None:
 
 def test_engines_that_join_layers_find_them() -> None:
     names = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
-    assert with_joints(names) == [*names]
-    joined = with_joints([*names, "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj"])
-    assert joined[4:] == ["model.layers.0.self_attn.qkv_proj"]
-    config = rw.QuantizeConfig(dynamic=as_dynamic([Choice(tuple(joined[:3]), 8, 32, 0.0)]))
+    assert with_packed_names(names) == [*names]
+    join_process_group = with_packed_names(
+        [*names, "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj"]
+    )
+    assert join_process_group[4:] == ["model.layers.0.self_attn.qkv_proj"]
+    config = rw.QuantizeConfig(
+        dynamic=as_dynamic([Choice(tuple(join_process_group[:3]), 8, 32, 0.0)])
+    )
     assert config.for_module("model.layers.0.self_attn.qkv_proj").bits == 8
 
 
 def test_a_size_that_cannot_be_reached() -> None:
     with pytest.raises(ConfigError, match=r"target_bpw=1.5 cannot be reached: .* take 2.00 bits"):
-        choose(units(0), 1.5)
+        choose_candidates(units(0), 1.5)
 
 
 def test_layers_alike_share_a_pattern() -> None:
@@ -115,8 +127,10 @@ def test_chosen_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             tiny, tmp_path / "parts", config, "python-stdlib", **OPTIONS, progress=stop_after(20)
         )
     asked = []
-    survey = bit_allocation.survey
-    monkeypatch.setattr(bit_allocation, "survey", lambda *a: asked.append(a) or survey(*a))
+    measure_sensitivity = bit_allocation.measure_sensitivity
+    monkeypatch.setattr(
+        bit_allocation, "measure_sensitivity", lambda *a: asked.append(a) or measure_sensitivity(*a)
+    )
     rw.quantize(tiny, tmp_path / "parts", config, "python-stdlib", **OPTIONS)
     rw.quantize(tiny, tmp_path / "whole", config, "python-stdlib", **OPTIONS)
     assert not asked

@@ -17,12 +17,12 @@ from roundwise.core.hessian import Hessian, add_moment
 from roundwise.errors import ConfigError
 from roundwise.system.device import (
     HOST,
+    device_name,
     free_memory,
-    look_up_on_host,
-    moved,
-    named,
+    keep_embedding_on_host,
     parse_device,
     peak_memory,
+    to_device,
 )
 from roundwise.system.distributed import Ranks
 from roundwise.verify import audit
@@ -74,7 +74,7 @@ def test_the_device_refuses_what_a_gpu_refuses(ran: dict[str, Any]) -> None:
 
 def test_names() -> None:
     assert parse_device("cpu") == HOST
-    assert named(HOST) == "cpu"
+    assert device_name(HOST) == "cpu"
     assert peak_memory(HOST) is None
     for wrong in ("tpu", "meta", "cuda:99"):
         with pytest.raises(ConfigError, match=wrong):
@@ -98,29 +98,29 @@ def test_ranks_take_the_devices_of_their_machine_in_turn(monkeypatch: pytest.Mon
     placed = []
     for rank in range(3):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        placed.append(str(Ranks(rank, 3, 3).place(cuda)))
+        placed.append(str(Ranks(rank, 3, 3).local_device(cuda)))
     assert placed == ["cuda:0", "cuda:1", "cuda:0"]
-    assert Ranks(0, 3, 3).place(torch.device("cuda:1")) == torch.device("cuda:1")
-    assert Ranks().place(cuda) == cuda
-    assert Ranks(0, 3, 3).sharing(cuda) == 2
-    assert Ranks(0, 3, 3).sharing(HOST) == 3
+    assert Ranks(0, 3, 3).local_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert Ranks().local_device(cuda) == cuda
+    assert Ranks(0, 3, 3).processes_sharing(cuda) == 2
+    assert Ranks(0, 3, 3).processes_sharing(HOST) == 3
 
 
 def test_tables_stay_on_the_host() -> None:
     table = nn.Embedding(8, 4)
     asked: list[torch.device] = []
     table.register_forward_pre_hook(lambda _, args: asked.append(args[0].device))
-    look_up_on_host(table, torch.device("meta"))
+    keep_embedding_on_host(table, torch.device("meta"))
     assert table(torch.tensor([1, 2])).device.type == "meta"
     assert table.weight.device == HOST
 
 
 def test_values_are_moved_however_deep_they_are() -> None:
     x = torch.zeros(2)
-    found = moved({"a": [x, (x, None)], "b": "text"}, torch.device("meta"))
+    found = to_device({"a": [x, (x, None)], "b": "text"}, torch.device("meta"))
     assert found["a"][0].device.type == found["a"][1][0].device.type == "meta"
     assert (found["a"][1][1], found["b"]) == (None, "text")
-    assert moved(x, HOST) is x
+    assert to_device(x, HOST) is x
 
 
 @needs_cuda

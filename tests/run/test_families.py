@@ -11,7 +11,7 @@ import torch
 
 import roundwise as rw
 from roundwise.model.build import arguments, model_class
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from tests.helpers import (
     Stop,
     batches,
@@ -52,21 +52,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_hidden_states_are_those_of_the_plain_model(
     name: str, mode: str, folder: Callable[[str], Path]
 ) -> None:
-    skeleton, played = open_skeleton(folder(name)), batches(windows())
-    plain = model_class(skeleton.model.config).from_pretrained(folder(name)).eval()
-    seen: dict[str, list[torch.Tensor]] = {block.name: [] for block in skeleton.blocks}
-    for block in skeleton.blocks:
+    streamed, played = open_streamed_model(folder(name)), batches(windows())
+    plain = model_class(streamed.model.config).from_pretrained(folder(name)).eval()
+    seen: dict[str, list[torch.Tensor]] = {block.name: [] for block in streamed.blocks}
+    for block in streamed.blocks:
         plain.get_submodule(block.name).register_forward_hook(
             lambda _m, _a, output, key=block.name: seen[key].append(hidden(output))
         )
     with torch.no_grad():
         for batch in played:
             plain(**arguments(plain, batch.input_ids))
-    names = iter([block.name for block in skeleton.blocks])
+    names = iter([block.name for block in streamed.blocks])
     sequential = mode == "true_sequential"
-    for _, conductor in conduct(skeleton, played, sequential=sequential, reference=True):
+    for _, scheduler in conduct(streamed, played, sequential=sequential, reference=True):
         name = next(names)
-        for player in [*conductor.quantized, *conductor.originals]:
+        for player in [*scheduler.quantized, *scheduler.originals]:
             assert torch.equal(hidden(player.output), seen[name][player.number])
 
 

@@ -15,8 +15,8 @@ import roundwise as rw
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.convert import convert
 from roundwise.errors import ConfigError
-from roundwise.model.blocks import untied
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.blocks import untied_checkpoint
+from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.plan import plan
 from roundwise.verify import audit
 from tests.helpers import (
@@ -58,7 +58,7 @@ def saved(folder: Path, *, tied: bool) -> Path:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture(name: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder, head = folder_of(name), HEADS.get(name, "lm_head")
-    planned = plan(open_skeleton(folder, lm_head=True), CONFIG, samples=4, seq_len=32)
+    planned = plan(open_streamed_model(folder, lm_head=True), CONFIG, samples=4, seq_len=32)
     result = quantize(folder, tmp_path / "out")
     assert result.layers[-1]["name"] == "lm_head"
     assert result.layers[-1]["tokens"] == 4 * 32
@@ -114,8 +114,10 @@ def test_the_head_is_fitted_to_what_the_quantized_model_feeds_it(tmp_path: Path)
         model(input_ids=torch.tensor(windows()))
     X = seen[0].reshape(-1, 64)
     W = tensors_of(folder)["model.embed_tokens.weight"].double()
-    lost = (X @ (W - head.dequantize(torch.float64).T).T).square().sum() / (X @ W.T).square().sum()
-    assert result.layers[-1]["relative_error"] == pytest.approx(float(lost), rel=1e-3)
+    target_shift = (X @ (W - head.dequantize(torch.float64).T).T).square().sum() / (
+        X @ W.T
+    ).square().sum()
+    assert result.layers[-1]["relative_error"] == pytest.approx(float(target_shift), rel=1e-3)
 
 
 @MODES
@@ -146,8 +148,8 @@ def test_rotated_too(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", tied=True)
     quantize(folder, tmp_path / "out", config=CONFIG.merged({"rotate": True, "bits": 8}))
     assert audit(tmp_path / "out", against=Checkpoint(folder)).failures == []
-    difference = logits(tmp_path / "out") - logits(folder)
-    assert float(difference.norm() / logits(folder).norm()) < 0.05
+    describe_difference = logits(tmp_path / "out") - logits(folder)
+    assert float(describe_difference.norm() / logits(folder).norm()) < 0.05
 
 
 def test_a_vocabulary_that_cannot_be_packed(tmp_path: Path) -> None:
@@ -157,23 +159,23 @@ def test_a_vocabulary_that_cannot_be_packed(tmp_path: Path) -> None:
 
 
 def test_a_model_that_computes_otherwise_without_the_tie_is_refused(tmp_path: Path) -> None:
-    skeleton = open_skeleton(saved(tmp_path, tied=True))
+    streamed = open_streamed_model(saved(tmp_path, tied=True))
 
-    class Scaling(type(skeleton.model)):  # type: ignore[misc]
+    class NormScaling(type(streamed.model)):  # type: ignore[misc]
         def forward(self, **inputs: Any) -> Any:
             output = super().forward(**inputs)
             return output * 0.5 if self.config.tie_word_embeddings else output
 
-    skeleton.model.all_tied_weights_keys = {}
-    skeleton.model.__class__ = Scaling
+    streamed.model.all_tied_weights_keys = {}
+    streamed.model.__class__ = NormScaling
     with pytest.raises(ConfigError, match="in another way if its head is not tied"):
-        untied(skeleton.checkpoint, skeleton.model, skeleton.source_of)
+        untied_checkpoint(streamed.checkpoint, streamed.model, streamed.checkpoint_name_of)
 
 
 def test_a_model_that_cannot_be_untied_is_refused(tmp_path: Path) -> None:
-    skeleton = open_skeleton(saved(tmp_path, tied=True))
+    streamed = open_streamed_model(saved(tmp_path, tied=True))
     with pytest.raises(ConfigError, match="ties its head to the embedding whatever"):
-        untied(skeleton.checkpoint, skeleton.model, skeleton.source_of)
+        untied_checkpoint(streamed.checkpoint, streamed.model, streamed.checkpoint_name_of)
 
 
 def test_verify_refuses_a_quantized_head_that_the_config_ties(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import roundwise as rw
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.core.held_out_damping import DAMPINGS
 from roundwise.errors import CalibrationError, ConfigError, OutputError
-from roundwise.forward.input_groups import Group
-from roundwise.model.streamed import open_skeleton
-from roundwise.run.held_out_damping import held_out
+from roundwise.forward.input_groups import InputGroup
+from roundwise.model.streamed import open_streamed_model
+from roundwise.run.held_out_damping import held_out_batches
 from tests.conftest import BEST, QUICK
 from tests.helpers import QKV, Commands, Stop, batches, conduct, contents, stop_after, windows
 
@@ -29,8 +29,8 @@ def quantize(model: Path, out: Path, **changes: Any) -> rw.QuantizeResult:
     ("count", "numbers"), [(2, {1}), (5, {4}), (8, {7}), (9, {7}), (16, {7, 15}), (17, {7, 15})]
 )
 def test_every_eighth_batch_is_held_out(count: int, numbers: set[int]) -> None:
-    assert held_out(AUTO, count) == numbers
-    assert held_out(BEST, count) == set()
+    assert held_out_batches(AUTO, count) == numbers
+    assert held_out_batches(BEST, count) == set()
 
 
 def test_one_batch_leaves_none_to_hold_out(llama: Path, tmp_path: Path) -> None:
@@ -75,12 +75,12 @@ def test_held_out_batches_are_summed_up_apart(llama: Path) -> None:
     rows = windows(4)
     seen: list[tuple[int, int]] = []
 
-    def solve(group: Group) -> None:
+    def solve(group: InputGroup) -> None:
         assert group.hessian is not None
         seen.append((group.hessian.tokens, group.held.hessian.tokens if group.held else 0))  # type: ignore[union-attr]
 
-    skeleton = open_skeleton(llama)
-    for _ in conduct(skeleton, batches(rows, 1), solve, held_out=frozenset([3])):
+    streamed = open_streamed_model(llama)
+    for _ in conduct(streamed, batches(rows, 1), solve, held_out=frozenset([3])):
         pass
     assert set(seen) == {(96, 32)}
 

@@ -135,10 +135,10 @@ def test_one_at_a_time(journal: Journal) -> None:
 def test_a_lock_that_cannot_be_had_is_not_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def raise_if_strict(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("roundwise.run.journal.fcntl.flock", refuse)
+    monkeypatch.setattr("roundwise.run.journal.fcntl.flock", raise_if_strict)
     with pytest.raises(OutputError, match=r"cannot lock .*lock: No locks available"):
         Journal(tmp_path / "out")
 

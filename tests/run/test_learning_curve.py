@@ -11,7 +11,7 @@ from roundwise.checkpoint.hub import bundled_model
 from roundwise.core.hessian import Hessian
 from roundwise.core.solver import round_to_nearest
 from roundwise.inference.load import load
-from roundwise.run.learning_curve import Saturation
+from roundwise.run.learning_curve import LearningCurve
 from tests.helpers import contents
 
 SETTINGS = rw.QuantizeConfig(bits=3, group_size=32)
@@ -24,8 +24,8 @@ def batches(count, tokens=64, seed=0):
     return [torch.randn(2, tokens, 64, generator=generator) @ mix for _ in range(count)]
 
 
-def watched(inputs, W, settings=SETTINGS, mask=None):
-    watch, hessian = Saturation("layer", W, settings, len(inputs)), Hessian(64)
+def learning_curve_for(inputs, W, settings=SETTINGS, mask=None):
+    watch, hessian = LearningCurve("layer", W, settings, len(inputs)), Hessian(64)
     for x in inputs:
         hessian.add(x, mask)
         watch.add(x, mask, hessian)
@@ -34,7 +34,7 @@ def watched(inputs, W, settings=SETTINGS, mask=None):
 
 def test_each_part_is_solved_and_measured_on_the_last_eighth_only():
     W, inputs = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)), batches(16)
-    record, _ = watched(inputs, W)
+    record, _ = learning_curve_for(inputs, W)
     assert [point["tokens"] for point in record["points"]] == [256, 512, 1024, 1792]
     assert record["held_out_tokens"] == 256
     # The last point by other means: the sum of the fourteen batches, solved, on the two others.
@@ -51,7 +51,7 @@ def test_each_part_is_solved_and_measured_on_the_last_eighth_only():
 
 def test_more_text_helps_until_it_does_not():
     W = torch.randn(128, 64, generator=torch.Generator().manual_seed(1))
-    record, _ = watched(batches(64, tokens=4), W)
+    record, _ = learning_curve_for(batches(64, tokens=4), W)
     errors = [point["relative_error"] for point in record["points"]]
     assert errors[0] > 1.05 * errors[-1]
     assert errors[-1] < record["rtn"]
@@ -63,20 +63,20 @@ def test_padding_does_not_count_and_sums_go_on():
     mask = torch.ones(2, 64, dtype=torch.bool)
     mask[:, 32:] = False
     padded = [x.masked_fill(~mask[..., None], 1e6) for x in inputs]
-    record, hessian = watched(padded, W, mask=mask)
-    short, plain = watched([x[:, :32] for x in inputs], W)
+    record, hessian = learning_curve_for(padded, W, mask=mask)
+    short, plain = learning_curve_for([x[:, :32] for x in inputs], W)
     assert record == short
     assert torch.equal(hessian.mean(), plain.mean())  # as if nobody had watched
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_batches_say_nothing(count):
-    record, _ = watched(batches(count), torch.randn(40, 64))
+    record, _ = learning_curve_for(batches(count), torch.randn(40, 64))
     assert record is None
 
 
 def test_rows_are_bounded():
-    watch = Saturation("layer", torch.randn(1000, 64), SETTINGS, 8)
+    watch = LearningCurve("layer", torch.randn(1000, 64), SETTINGS, 8)
     assert watch._W.shape == (125, 64)
 
 
@@ -130,7 +130,7 @@ def test_first_middle_and_last_block_are_watched(made):
 
 def test_watching_changes_no_byte(made, tmp_path, monkeypatch):
     source, out, windows = made
-    monkeypatch.setattr("roundwise.run.loop.watched", lambda *_: None)
+    monkeypatch.setattr("roundwise.run.loop.learning_curve_for", lambda *_: None)
     rw.quantize(
         source, tmp_path / "out", rw.QuantizeConfig(bits=3), windows,
         batch_size=1, seq_len=48,

@@ -15,7 +15,7 @@ import roundwise as rw
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.convert import convert
 from roundwise.errors import ConfigError, FallbackError
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.plan import plan
 from roundwise.verify import audit
 from tests.helpers import Stop, contents, random_model, raw, stop_after, tensors_of, windows
@@ -69,7 +69,7 @@ def exact(out: Path, scratch: Path) -> None:
 def test_planned_quantized_verified_and_loaded(
     name: str, mode: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    planned = plan(open_skeleton(folder(name)), CONFIG, samples=4, seq_len=32)
+    planned = plan(open_streamed_model(folder(name)), CONFIG, samples=4, seq_len=32)
     result = quantize(folder(name), tmp_path / "out", mode=mode)
     assert not planned.problems
     blocks = {n: w for n, w in tensors_of(folder(name)).items() if ".layers." in n}
@@ -202,7 +202,7 @@ def test_some_experts_cannot_be_left_out(folder: Callable[[str], Path], tmp_path
     config = CONFIG.model_copy(update={"dynamic": {r"experts\.2\.w1": None}})
     with pytest.raises(ConfigError, match=r"experts\.2\.w1 is left as it is, .* all or none"):
         quantize(folder("mixtral"), tmp_path / "out", config=config)
-    planned = plan(open_skeleton(folder("mixtral")), config, samples=4, seq_len=32)
+    planned = plan(open_streamed_model(folder("mixtral")), config, samples=4, seq_len=32)
     assert any("all or none" in problem for problem in planned.problems)
 
 
@@ -220,7 +220,7 @@ def test_plan_says_who_serves_it(
     name: str, dynamic: dict[str, Any], refusing: set[str], folder: Callable[[str], Path]
 ) -> None:
     config = CONFIG.model_copy(update={"dynamic": dynamic})
-    planned = plan(open_skeleton(folder(name)), config, samples=4, seq_len=32)
+    planned = plan(open_streamed_model(folder(name)), config, samples=4, seq_len=32)
     assert {engine for engine, why in planned.served_by.items() if why} == refusing
 
 

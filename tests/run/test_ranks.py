@@ -159,9 +159,9 @@ def test_what_ranks_tell_each_other(together: tuple[list[Path], list[dict[str, A
 def test_one_rank_is_alone() -> None:
     ranks, values = Ranks(), torch.ones(3)
     assert ranks.first
-    assert ranks.agree(lambda: values) is values
-    assert ranks.sum(values) is ranks.join_rows(values, 3) is values
-    assert ranks.share("ab") == {0: "a", 1: "b"}
+    assert ranks.broadcast_object(lambda: values) is values
+    assert ranks.sum(values) is ranks.all_gather_rows(values, 3) is values
+    assert ranks.shard("ab") == {0: "a", 1: "b"}
     assert [Ranks(i, 3).rows(7) for i in range(3)] == [slice(0, 2), slice(2, 4), slice(4, 7)]
 
 
@@ -176,9 +176,9 @@ def test_a_lost_rank_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unlike_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(0, 2)
-    monkeypatch.setattr(ranks, "each", lambda mine: [mine, {**mine, "processor": "AVX2"}])
+    monkeypatch.setattr(ranks, "all_gather_object", lambda mine: [mine, {**mine, "processor": "AVX2"}])
     with pytest.raises(rw.RoundwiseError, match="rank 1 differs from rank 0 in processor"):
-        ranks.check_alike({"threads": 1, "processor": "AVX512"})
+        ranks.check_identical({"threads": 1, "processor": "AVX512"})
 
 
 def test_sums_of_the_bundled_model_in_float64_change_little(tiny: Path, tmp_path: Path) -> None:
@@ -234,8 +234,8 @@ def test_a_rank_that_is_killed_ends_the_job_and_nothing_is_lost(
     base, quantized = (load(folder, dtype=torch.float32)[0] for folder in (tiny, out))
     ids = torch.tensor(windows(2))
     with torch.no_grad():
-        difference = (base(ids).logits - quantized(ids).logits).square().mean()
-        assert difference < 0.1 * base(ids).logits.var()
+        describe_difference = (base(ids).logits - quantized(ids).logits).square().mean()
+        assert describe_difference < 0.1 * base(ids).logits.var()
 
 
 def test_bad_input_is_said_once(tiny: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from roundwise.errors import (
     StrictError,
 )
 from roundwise.run import environment
-from roundwise.run.reproduce import Repeated, repeat
+from roundwise.run.reproduce import Reproduction, reproduce
 from tests.helpers import contents, edited_json, windows
 
 SETTINGS: dict[str, Any] = {
@@ -72,7 +72,7 @@ def test_everything_that_decides_is_in_the_manifest(model: Path, notes: Path, ma
 def test_again_with_the_same_bytes(name: str, made: Path, tmp_path: Path) -> None:
     torch.set_num_threads(2)  # what the manifest says counts
     try:
-        found = repeat(made / name, tmp_path / "again", strict=True)
+        found = reproduce(made / name, tmp_path / "again", strict=True)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def test_again_with_the_same_bytes(name: str, made: Path, tmp_path: Path) -> Non
 
 def test_rounding_to_nearest_needs_no_text(model: Path, tmp_path: Path) -> None:
     rw.quantize(model, tmp_path / "out", rw.QuantizeConfig(group_size=32, method="rtn"))
-    assert repeat(tmp_path / "out", tmp_path / "again").same
+    assert reproduce(tmp_path / "out", tmp_path / "again").same
 
 
 def test_model_and_text_that_have_moved(
@@ -97,11 +97,11 @@ def test_model_and_text_that_have_moved(
     with edited_json(manifest) as record:
         record["given"] = {"model": str(tmp_path / "gone"), "calibration": "gone.txt"}
     with pytest.raises(CheckpointError, match=r"there is no folder .*gone"):
-        repeat(manifest, tmp_path / "again")
+        reproduce(manifest, tmp_path / "again")
     with pytest.raises(CalibrationError, match=r"there is no file 'gone\.txt'"):
-        repeat(manifest, tmp_path / "again", model=str(tmp_path / "moved"))
-    moved = {"model": str(tmp_path / "moved"), "calibration": str(tmp_path / "notes.txt")}
-    assert repeat(manifest, tmp_path / "again", **moved).same
+        reproduce(manifest, tmp_path / "again", model=str(tmp_path / "moved"))
+    to_device = {"model": str(tmp_path / "moved"), "calibration": str(tmp_path / "notes.txt")}
+    assert reproduce(manifest, tmp_path / "again", **to_device).same
 
 
 class TestRefused:
@@ -109,7 +109,7 @@ class TestRefused:
 
     def refused(self, made: Path, tmp_path: Path, kind: type[Exception], says: str) -> None:
         with pytest.raises(kind, match=says):
-            repeat(made, tmp_path / "again")
+            reproduce(made, tmp_path / "again")
         assert not (tmp_path / "again").exists()
 
     @pytest.mark.parametrize("keep_time", [False, True])
@@ -161,7 +161,7 @@ class TestRefused:
 
     def test_into_itself(self, made: Path) -> None:
         with pytest.raises(OutputError, match="is the checkpoint to compare with"):
-            repeat(made, made)
+            reproduce(made, made)
 
     def test_a_python_list(self, model: Path, tmp_path: Path) -> None:
         config = rw.QuantizeConfig(group_size=32, recipe="textbook")
@@ -202,7 +202,7 @@ class TestElsewhere:
 
     @pytest.mark.usefixtures("other")
     def test_is_said(self, made: Path, tmp_path: Path) -> None:
-        found = repeat(made, tmp_path / "again")
+        found = reproduce(made, tmp_path / "again")
         assert any(
             "versions.roundwise" in line and "the bytes may differ" in line
             for line in found.result.not_as_asked
@@ -212,13 +212,13 @@ class TestElsewhere:
     @pytest.mark.usefixtures("other")
     def test_is_an_error_if_strict(self, made: Path, tmp_path: Path) -> None:
         with pytest.raises(StrictError, match=r"versions\.roundwise"):
-            repeat(made, tmp_path / "again", strict=True)
+            reproduce(made, tmp_path / "again", strict=True)
         assert not (tmp_path / "again").exists()
 
     def test_another_file_of_the_model(self, model: Path, made: Path, tmp_path: Path) -> None:
         (model / "NOTICE").write_text("new")
         try:
-            found: Repeated = repeat(made, tmp_path / "again")
+            found: Reproduction = reproduce(made, tmp_path / "again")
         finally:
             (model / "NOTICE").unlink()
         assert not found.same

@@ -14,7 +14,7 @@ import roundwise as rw
 from roundwise.checkpoint.gptq_format import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import ConfigError, OutputError
-from roundwise.model.rotate import rotated
+from roundwise.model.rotate import rotated_checkpoint
 from roundwise.verify import audit
 from tests.conftest import BEST, QUICK
 from tests.helpers import (
@@ -55,7 +55,7 @@ def test_the_result_is_a_plain_checkpoint_of_the_rotated_model(
     source = tied if name == "tied" else folder_of(name)
     config = rw.QuantizeConfig(bits=8, group_size=32, rotate=True, method=method)
     result = quantize(source, tmp_path / "out", config=config)
-    view = rotated(Checkpoint(source), 0)
+    view = rotated_checkpoint(Checkpoint(source), 0)
     after = tensors_of(tmp_path / "out")
     replaced = {f"{layer.name}.weight" for layer in quantized_layers(Checkpoint(result.output))}
     for tensor, info in view.tensors.items():

@@ -10,10 +10,10 @@ from torch import nn
 
 import roundwise as rw
 from roundwise.model.blocks import Block
-from roundwise.model.streamed import Skeleton
+from roundwise.model.streamed import StreamedModel
 from roundwise.run import resume
 from roundwise.run.journal import Journal
-from roundwise.run.resume import Pace, Savepoints
+from roundwise.run.resume import Checkpointer, WritePace
 from roundwise.system.distributed import Ranks
 from tests.helpers import LLAMA, Stop, windows
 from tests.run.test_journal import line
@@ -22,7 +22,7 @@ from tests.run.test_journal import line
 def test_writing_takes_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now, written = 100.0, 0
     monkeypatch.setattr(resume.time, "monotonic", lambda: now)
-    pace = Pace()
+    pace = WritePace()
     assert pace.due()
     for _ in range(1000):
         now += 1.0  # a block
@@ -51,7 +51,7 @@ def test_the_next_block_is_read_while_one_is_played(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ahead: list[int] = []
-    monkeypatch.setattr(Skeleton, "read_ahead", lambda _, index: ahead.append(index))
+    monkeypatch.setattr(StreamedModel, "prefetch", lambda _, index: ahead.append(index))
     found = []
     config = rw.QuantizeConfig(method="rtn", group_size=32)
     rw.quantize(
@@ -77,7 +77,7 @@ def test_finished_blocks_are_recorded_together(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.start({})
     blocks = [Block(f"layers.{index}", nn.Module(), {}) for index in range(4)]
-    points = Savepoints(tmp_path, blocks, [], journal, Ranks())
+    points = Checkpointer(tmp_path, blocks, [], journal, Ranks())
     saved = {"files": {"activations-00001-0.safetensors": "0"}, "places": None}
     recorded = []
     for index, activations in enumerate([None, saved, None, None]):

@@ -15,8 +15,8 @@ import transformers
 import roundwise as rw
 from roundwise.core.backends import cpp
 from roundwise.errors import FallbackError, StrictError
-from roundwise.model.fake_forward import Calls
-from roundwise.model.streamed import open_skeleton
+from roundwise.model.fake_forward import CallTrace
+from roundwise.model.streamed import open_streamed_model
 from roundwise.plan import cost_model, memory
 from roundwise.run import strict
 from tests.conftest import QUICK
@@ -82,7 +82,7 @@ def test_a_mode_that_only_the_memory_chose(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What this process holds grows with every run, by more than the modes differ here.
-    monkeypatch.setattr(memory, "resident", lambda: 500_000_000)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 500_000_000)
     monkeypatch.setattr(
         cost_model, "workspace", lambda _: 1
     )  # it outweighs all in so small a model
@@ -122,15 +122,15 @@ def test_weights_that_belong_to_no_linear_layer(tmp_path: Path) -> None:
         vocab_size=128, hidden_size=64, num_hidden_layers=2, conv_kernel=64, state_size=8
     )
     random_model(config).save_pretrained(tmp_path / "model")
-    skeleton = open_skeleton(tmp_path / "model")
-    small, line = strict.before(skeleton, QUICK, Calls())
+    streamed = open_streamed_model(tmp_path / "model")
+    small, line = strict.check_run(streamed, QUICK, CallTrace())
     assert "x_proj and 3 more stay: it has fewer than 32 channels" in small
     assert re.match(
         r"2\d% of the blocks' weights belong to no linear layer and stay as they are", line
     )
     assert "mixer.conv1d.weight (8,192) and the like" in line
     # As it is asked for, it is no surprise.
-    assert strict.before(skeleton, with_patterns(conv1d=None), Calls()) == [small]
+    assert strict.check_run(streamed, with_patterns(conv1d=None), CallTrace()) == [small]
 
 
 class TestLayers:
@@ -184,10 +184,10 @@ class TestLayers:
             "name": "model.layers.3.mlp.experts.7.up_proj", "fallback": None, "damp_percent": 0.01,
             "damp_tried": [0.01], "damp_losses": None,
         }  # fmt: skip
-        assert strict.of_layer(layer) == (
+        assert strict.layer_issue(layer) == (
             "damping 0.01: no token that was held out reached it to choose by"
         )
-        assert strict.of_layer({**layer, "damp_losses": {"0.01": 1.0}}) is None
+        assert strict.layer_issue({**layer, "damp_losses": {"0.01": 1.0}}) is None
 
     def test_layers_alike_share_a_line(self) -> None:
         layers = [
@@ -199,7 +199,7 @@ class TestLayers:
             }
             for i in range(40)
         ]
-        assert strict.of_layers([*layers, {**layers[0], "name": "head"}]) == [
+        assert strict.layer_issues([*layers, {**layers[0], "name": "head"}]) == [
             "model.layers.*.up_proj (40 layers): rounded to nearest: no token",
             "head: rounded to nearest: no token",
         ]
@@ -214,6 +214,6 @@ def test_experts_with_few_tokens_share_a_line_and_are_not_called_rounded():
         }
         for expert in range(3)
     ]
-    (line,) = strict.of_layers(layers)
+    (line,) = strict.layer_issues(layers)
     assert "(3 layers): only few of 128 calibration tokens" in line
     assert "nearest" not in line

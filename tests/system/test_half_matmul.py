@@ -10,7 +10,13 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from roundwise.system.half_matmul import PRODUCTS, Widening, filled, multiplies, widening
+from roundwise.system.half_matmul import (
+    PRODUCTS,
+    CpuHalfMatmul,
+    cpu_half_matmul,
+    has_native_matmul,
+    padded_rows,
+)
 
 HALF = frozenset((torch.bfloat16, torch.float16))
 half = pytest.mark.parametrize("dtype", sorted(HALF, key=str))
@@ -20,7 +26,7 @@ half = pytest.mark.parametrize("dtype", sorted(HALF, key=str))
 GROWTH = """
 import torch
 from contextlib import nullcontext
-from roundwise.system.half_matmul import widening
+from roundwise.system.half_matmul import cpu_half_matmul
 torch.set_num_threads(1)
 def size():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmRSS" in line)
@@ -61,7 +67,7 @@ def test_a_linear_layer_is_computed_in_float32_and_rounded_once(dtype, rows):
         torch.randn(40, 96).to(dtype),
         torch.randn(40).to(dtype),
     )
-    with Seen() as seen, Widening(HALF):
+    with Seen() as seen, CpuHalfMatmul(HALF):
         y = functional.linear(x.view(-1, 2, 96), W, b)
     assert y.dtype == dtype and y.shape == (rows // 2, 2, 40)
     assert set(seen.types) == {torch.float32}
@@ -73,7 +79,7 @@ def test_products_and_attention(dtype):
     a, b = torch.randn(3, 32, 64).to(dtype), torch.randn(3, 64, 48).to(dtype)
     exact = a.double() @ b.double()
     bias = torch.randn(48).to(dtype)
-    with Seen() as seen, Widening(HALF):
+    with Seen() as seen, CpuHalfMatmul(HALF):
         found = [a @ b, torch.matmul(a, b), a.matmul(b), torch.bmm(a, b)]
         added = torch.addmm(bias, a[0], b[0])
         attended = functional.scaled_dot_product_attention(
@@ -88,7 +94,7 @@ def test_products_and_attention(dtype):
 
 def test_few_rows_other_types_and_results_with_a_place_are_left_alone():
     W = torch.randn(40, 96).bfloat16()
-    with Seen() as seen, Widening(frozenset({torch.bfloat16})):
+    with Seen() as seen, CpuHalfMatmul(frozenset({torch.bfloat16})):
         functional.linear(torch.randn(2, 96).bfloat16(), W)
         functional.linear(torch.randn(64, 96), W.float())
         functional.linear(torch.randn(64, 96).half(), W.half())
@@ -108,33 +114,33 @@ def test_tokens_of_an_expert_are_filled_up_to_one_of_few_numbers(rows):
                 sizes.append(len(args[0]))
             return func(*args, **(kwargs or {}))
 
-    with Sizes(), Widening(frozenset()):
+    with Sizes(), CpuHalfMatmul(frozenset()):
         y = functional.linear(x, W, bias=b)
         functional.linear(x[None], W)
     assert near(y, x.double() @ W.double().T + b.double()) and y.shape == (rows, 40)
-    assert sizes == [filled(rows), 1]
-    assert rows <= filled(rows) <= max(rows + 7, 1.125 * rows)
+    assert sizes == [padded_rows(rows), 1]
+    assert rows <= padded_rows(rows) <= max(rows + 7, 1.125 * rows)
 
 
 def test_there_are_few_numbers_and_each_stays_what_it_is():
-    sizes = {filled(rows) for rows in range(1, 4097)}
+    sizes = {padded_rows(rows) for rows in range(1, 4097)}
     assert len(sizes) < 60
-    assert all(filled(size) == size for size in sizes)
+    assert all(padded_rows(size) == size for size in sizes)
 
 
 @pytest.mark.skipif(
-    not multiplies(torch.bfloat16), reason="needs a processor with bfloat16 products"
+    not has_native_matmul(torch.bfloat16), reason="needs a processor with bfloat16 products"
 )
 def test_memory_does_not_grow_with_the_numbers_of_tokens():
     """Each shape that oneDNN has met costs a megabyte, and for thousands of them gigabytes."""
     grown = {}
-    for mode in ("nullcontext()", "widening()"):
+    for mode in ("nullcontext()", "cpu_half_matmul()"):
         done = subprocess.run(
             [sys.executable, "-c", GROWTH.format(mode=mode)], capture_output=True, text=True
         )
         grown[mode] = int(done.stdout)
-    assert grown["widening()"] < grown["nullcontext()"] / 4
+    assert grown["cpu_half_matmul()"] < grown["nullcontext()"] / 4
 
 
 def test_what_is_multiplied_in_float32_is_what_the_processor_does_not_multiply():
-    assert widening().narrow == {dtype for dtype in HALF if not multiplies(dtype)}
+    assert cpu_half_matmul().narrow == {dtype for dtype in HALF if not has_native_matmul(dtype)}

@@ -9,7 +9,13 @@ import sys
 import pytest
 
 from roundwise.errors import ConfigError
-from roundwise.system.memory import available, parse_mode, parse_size, peak_rss, resident
+from roundwise.system.memory import (
+    available_memory,
+    parse_mode,
+    parse_size,
+    peak_rss,
+    resident_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +38,8 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_what_this_machine_has() -> None:
     assert 10**6 < peak_rss() < 10**12
-    assert 10**6 < available() < 10**14
-    assert 10**6 < resident() < 1.1 * peak_rss()
+    assert 10**6 < available_memory() < 10**14
+    assert 10**6 < resident_bytes() < 1.1 * peak_rss()
 
 
 def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
@@ -48,12 +54,12 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
 
 FAULTS = """
 import resource, sys, torch
-from roundwise.system.memory import keeping, resident, return_early
+from roundwise.system.memory import keep_freed_memory, release_large_blocks, resident_bytes
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-return_early()
+release_large_blocks()
 torch.ones(5 << 20).add(1)  # whatever is loaded at first
-with keeping(sys.argv[1] == "keep"):
+with keep_freed_memory(sys.argv[1] == "keep"):
     for step in range(40):
         if step == 20:  # holes have found their places by now
             before = faults()
@@ -61,8 +67,8 @@ with keeping(sys.argv[1] == "keep"):
         y = x + 1
         del x, y
     found = faults() - before
-    held = resident()
-print(found, held - resident())
+    held = resident_bytes()
+print(found, held - resident_bytes())
 """
 
 

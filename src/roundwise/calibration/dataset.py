@@ -13,10 +13,17 @@ from typing import Any
 
 import torch
 
-from roundwise.calibration.overlap import sketch
-from roundwise.calibration.self_generated import OWN
+from roundwise.calibration.overlap import minhash
+from roundwise.calibration.self_generated import SELF
 from roundwise.calibration.sources import Document, mixture, read_documents
-from roundwise.calibration.windows import Batch, Window, batches_of, cut, item_tokens, tokenize
+from roundwise.calibration.windows import (
+    Batch,
+    Window,
+    batches_of,
+    cut_windows,
+    item_tokens,
+    tokenize,
+)
 from roundwise.errors import CalibrationError
 
 #: Tokenizing is slow: of a long text, this many characters per wanted token are tokenized, which is
@@ -62,7 +69,7 @@ def load_calibration(
     seed: int,
     widest: int = 0,
     only: str | None = None,
-    own: Callable[[int], list[list[int]]] | None = None,
+    generate: Callable[[int], list[list[int]]] | None = None,
 ) -> Calibration:
     """Token windows from a named source, a file, or a Python list.
 
@@ -91,7 +98,7 @@ def load_calibration(
     names, texts, not_as_asked = ["list"], list[list[str]](), list[str]()
     if isinstance(source, str):
         windows, names, texts = _from_sources(
-            source, tokenizer, samples=samples, seq_len=seq_len, only=only, own=own,
+            source, tokenizer, samples=samples, seq_len=seq_len, only=only, generate=generate,
             generator=random.Random(seed),
         )  # fmt: skip
     elif only is not None:
@@ -128,7 +135,7 @@ def load_calibration(
             **({"only": only} if only else {}),
             "distinct": len({token for window in ids for token in window}),
             "unique_share": different,
-            "sketch": sketch(ids),
+            "sketch": minhash(ids),
         },
         warnings=_warnings(len(windows), tokens, widest, different),
         not_as_asked=not_as_asked,
@@ -142,22 +149,22 @@ def _from_sources(
     samples: int,
     seq_len: int,
     only: str | None,
-    own: Callable[[int], list[list[int]]] | None,
+    generate: Callable[[int], list[list[int]]] | None,
     generator: random.Random,
 ) -> tuple[list[Window], list[str], list[list[str]]]:
     """Windows of all sources; their names, with what each gives; their names and hashes."""
     parts = mixture(source)
     windows, names, texts = list[Window](), [], []
     for (name, _), count in zip(parts, shares(samples, [w for _, w in parts]), strict=True):
-        if name == OWN and own is not None:
-            drawn = [Window(tokens) for tokens in own(count)]
-            texts.append([OWN, _digest([window.tokens for window in drawn])])
+        if name == SELF and generate is not None:
+            drawn = [Window(tokens) for tokens in generate(count)]
+            texts.append([SELF, _digest([window.tokens for window in drawn])])
         else:
             wanted = max(CHARACTERS_PER_TOKEN * count * seq_len, 1 << 20)
             whole = read_documents(name)
             texts.append([Path(name).name, _digest(whole)])
             documents = _sample_documents(whole, wanted, generator)
-            drawn = cut(tokenize(documents, tokenizer, only), count, seq_len, generator)
+            drawn = cut_windows(tokenize(documents, tokenizer, only), count, seq_len, generator)
         windows += drawn
         names.append(Path(name).name if len(parts) == 1 else f"{Path(name).name}: {len(drawn)}")
     if len(parts) > 1:

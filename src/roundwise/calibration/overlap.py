@@ -13,7 +13,7 @@ GRAM, KEPT = 16, 1024
 BITS = 48
 
 
-def sketch(windows: Iterable[Sequence[int]]) -> list[int]:
+def minhash(windows: Iterable[Sequence[int]]) -> list[int]:
     """The smallest hashes of all runs of GRAM tokens, in ascending order."""
     found = {h for window in windows for h in _hashes(torch.as_tensor(window)).tolist()}
     return sorted(found)[:KEPT]
@@ -23,7 +23,7 @@ def overlap(known: list[int], ids: Sequence[int]) -> float:
     """Estimated part of a text's runs of GRAM tokens that are in the sketched text too, 0 … 1.
 
     Args:
-        known: what `sketch` kept of the other text.
+        known: what `minhash` kept of the other text.
         ids: token ids of this one, by the same tokenizer.
     """
     hashes = set(_hashes(torch.as_tensor(ids)).tolist())

@@ -16,15 +16,15 @@ from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CalibrationError
 from roundwise.model.build import load_config, model_class
 from roundwise.system.device import HOST
-from roundwise.system.half_matmul import widening
-from roundwise.system.memory import available
+from roundwise.system.half_matmul import cpu_half_matmul
+from roundwise.system.memory import available_memory
 
 #: What names this source.
-OWN = "self"
+SELF = "self"
 
 
 @torch.no_grad()
-def write_windows(
+def generate_windows(
     checkpoint: Checkpoint,
     tokenizer: Any,
     *,
@@ -50,10 +50,10 @@ def write_windows(
         )
     if "quantization_config" in Checkpoint(checkpoint.folder).config:
         raise CalibrationError("a model that is quantized already does not run here: give a text")
-    if checkpoint.nbytes() > available(device):
+    if checkpoint.nbytes() > available_memory(device):
         raise CalibrationError(
             f"to write calibration text the whole model ({checkpoint.nbytes() / 1e9:.1f} GB) must be in "
-            f"memory, of which {available(device) / 1e9:.1f} GB are free: give a text instead"
+            f"memory, of which {available_memory(device) / 1e9:.1f} GB are free: give a text instead"
         )
     model = kind.from_pretrained(
         checkpoint.folder, dtype="auto", use_safetensors=True, trust_remote_code=False
@@ -75,7 +75,7 @@ def write_windows(
                 eos_token_id=None, pad_token_id=first[0],
             )  # fmt: skip
             ids = torch.tensor(first, device=device)[:, None]
-            with widening():
+            with cpu_half_matmul():
                 drawn = model.generate(
                     ids, attention_mask=torch.ones_like(ids), generation_config=settings
                 )

@@ -13,7 +13,7 @@ import torch
 
 from roundwise.calibration.sources import Document
 from roundwise.errors import CalibrationError
-from roundwise.system.device import moved
+from roundwise.system.device import to_device
 
 #: Tokens by which a chat and its beginning may differ where one ends in the other: a tokenizer merges
 #: letters across that place.
@@ -80,7 +80,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        return Batch(*moved([self.input_ids, self.mask, self.counted], device))
+        return Batch(*to_device([self.input_ids, self.mask, self.counted], device))
 
     @property
     def counting(self) -> torch.Tensor | None:
@@ -169,7 +169,9 @@ def item_tokens(item: Any, tokenizer: Any) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def cut(stream: Window, samples: int, seq_len: int, generator: random.Random) -> list[Window]:
+def cut_windows(
+    stream: Window, samples: int, seq_len: int, generator: random.Random
+) -> list[Window]:
     """`samples` windows that do not overlap, in random order; fewer when the text is too short."""
     length = len(stream.tokens)
     if length <= seq_len:

@@ -15,17 +15,17 @@ from typing import Any
 from roundwise.config import QuantizeConfig
 
 #: What vLLM computes as one.
-JOINTS = {
+PACKED_MODULES_MAPPING = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 
 
-def joints(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+def packed_modules(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     """Joint names of layers that are all there, with their members."""
     given = [*names]
     known = {*given}
-    for joint, members in JOINTS.items():
+    for joint, members in PACKED_MODULES_MAPPING.items():
         for name in given:
             stem, dot, last = name.rpartition(".")
             whole = [f"{stem}{dot}{member}" for member in members]
@@ -33,21 +33,25 @@ def joints(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
                 yield f"{stem}{dot}{joint}", whole
 
 
-def with_joints(names: Iterable[str]) -> list[str]:
+def with_packed_names(names: Iterable[str]) -> list[str]:
     """Names of layers, and what engines that join some of them ask for instead."""
     given = list(names)
-    return list(dict.fromkeys([*given, *(joint for joint, _ in joints(given))]))
+    return list(dict.fromkeys([*given, *(joint for joint, _ in packed_modules(given))]))
 
 
-def joint_rules(config: QuantizeConfig, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def packed_rules(config: QuantizeConfig, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Rules for joint names, where no pattern gives them the settings that all their layers have."""
     alike: dict[str, tuple[list[str], dict[str, Any]]] = {}
-    for joint, members in joints(names):
+    for joint, members in packed_modules(names):
         wanted = [config.for_module(member) for member in members]
         if wanted[0] == config.for_module(joint) or any(each != wanted[0] for each in wanted):
             continue
-        kind = wanted[0]
-        changes = {} if kind is None else kind.model_dump(include={"bits", "group_size", "sym"})
+        expert_naming = wanted[0]
+        changes = (
+            {}
+            if expert_naming is None
+            else expert_naming.model_dump(include={"bits", "group_size", "sym"})
+        )
         alike.setdefault(repr(changes), ([], changes))[0].append(joint)
     return {
         f"{'+' if changes else '-'}:(?:{'|'.join(map(re.escape, found))})$": changes
@@ -55,11 +59,11 @@ def joint_rules(config: QuantizeConfig, names: Iterable[str]) -> dict[str, dict[
     }
 
 
-def split_joints(config: QuantizeConfig, names: Iterable[str]) -> list[str]:
+def conflicting_packed_modules(config: QuantizeConfig, names: Iterable[str]) -> list[str]:
     """Joint names whose layers have not all the same settings."""
     return [
         joint
-        for joint, members in joints(names)
+        for joint, members in packed_modules(names)
         if any(config.for_module(member) != config.for_module(members[0]) for member in members)
     ]
 
@@ -70,11 +74,11 @@ VLLM_GROUPS = (-1, 32, 64, 128)
 DEGREES = (1, 2, 4, 8, 16, 32)
 
 
-def vllm(layer: Mapping[str, Any], *, gpu: bool) -> str | None:
+def vllm_refusal(layer: Mapping[str, Any], *, gpu: bool) -> str | None:
     """Why vLLM refuses a layer with these settings; None: it does not.
 
     Args:
-        layer: settings; of an expert's also `experts`: how the original's files name it (see `kind`),
+        layer: settings; of an expert's also `experts`: how the original's files name it (see `expert_naming`),
             or "mixed" if the experts of a layer differ; and `split`: what joins it with layers that
             have other settings.
         gpu: on one.
@@ -93,23 +97,23 @@ def vllm(layer: Mapping[str, Any], *, gpu: bool) -> str | None:
     return _vllm_together(layer.get("split"), layer.get("experts"), gpu=gpu)
 
 
-def _vllm_together(split: str | None, kind: str | None, *, gpu: bool) -> str | None:
+def _vllm_together(split: str | None, expert_naming: str | None, *, gpu: bool) -> str | None:
     if split is not None:
         return f"it computes {split} as one, and its layers have different settings"
-    if kind is not None and not gpu:
+    if expert_naming is not None and not gpu:
         return "it computes quantized experts on GPUs, and on processors with AMX tiles"
     return {
         "together": "it is not known to read the experts of this family one by one",
         "mixed": "it takes one setting for all experts of a layer",
-    }.get(kind or "")
+    }.get(expert_naming or "")
 
 
-def exllamav2(layer: Mapping[str, Any]) -> str | None:
+def exllamav2_refusal(layer: Mapping[str, Any]) -> str | None:
     """Why ExLlamaV2 refuses a layer; None: it does not."""
     return None if layer.get("bits") == 4 else f"it reads GPTQ at 4 bits only, not {layer['bits']}"
 
 
-def gptqmodel(layer: Mapping[str, Any]) -> str | None:
+def gptqmodel_refusal(layer: Mapping[str, Any]) -> str | None:
     """Why GPTQModel refuses a layer; None: it does not."""
     if not layer.get("sym", True) and layer.get("format") == "gptq":
         return "it takes asymmetric files of others in gptq_v2 only"
@@ -118,7 +122,7 @@ def gptqmodel(layer: Mapping[str, Any]) -> str | None:
     return None
 
 
-def kind(projection: str, *, together: bool) -> str:
+def expert_naming(projection: str, *, together: bool) -> str:
     """How files name an expert's projection: w1 (and w2, w3), gate_proj (and others), or together.
 
     Args:
@@ -134,10 +138,10 @@ def served_by(layers: Iterable[Mapping[str, Any]]) -> dict[str, str | None]:
     """Engine -> why it does not serve a checkpoint with these layers' settings; None: it does."""
     distinct = list({repr(sorted(layer.items())): layer for layer in layers}.values())
     rules: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
-        "vLLM, CPU": lambda layer: vllm(layer, gpu=False),
-        "vLLM, GPU (Marlin)": lambda layer: vllm(layer, gpu=True),
-        "ExLlamaV2": exllamav2,
-        "GPTQModel": gptqmodel,
+        "vLLM, CPU": lambda layer: vllm_refusal(layer, gpu=False),
+        "vLLM, GPU (Marlin)": lambda layer: vllm_refusal(layer, gpu=True),
+        "ExLlamaV2": exllamav2_refusal,
+        "GPTQModel": gptqmodel_refusal,
         "transformers with roundwise": lambda _: None,
     }
     return {

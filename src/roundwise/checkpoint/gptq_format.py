@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.engines import joint_rules, with_joints
+from roundwise.checkpoint.engines import packed_rules, with_packed_names
 from roundwise.checkpoint.reader import Checkpoint, TensorInfo
 from roundwise.checkpoint.untrusted import read_json
 from roundwise.config import QuantizeConfig
@@ -136,7 +136,7 @@ def quantization_config(
         left: names of linears that stay whatever the settings say.
         names: of all others.
     """
-    dynamic = {**_leave(left), **joint_rules(config, names)}
+    dynamic = {**_skip_rules(left), **packed_rules(config, names)}
     for pattern, changes in config.dynamic.items():
         # Readers match dynamic patterns from the start of the name; ours may stand anywhere in it.
         anchored = f".*(?:{pattern})"
@@ -164,13 +164,13 @@ def quantization_config(
     }
 
 
-def _leave(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def _skip_rules(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Rules of `dynamic` that leave some linears as they are, in every block."""
     patterns = (re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names)
     return {f"-:.*{pattern}": {} for pattern in dict.fromkeys(patterns)}
 
 
-def kind_of(q: QuantizedWeight) -> dict[str, Any]:
+def settings_from_weight(q: QuantizedWeight) -> dict[str, Any]:
     """The settings of a weight that can be told from the weight itself."""
     groups, columns = q.scales.shape[1], len(q.g_idx)
     size = -(-columns // groups)
@@ -182,13 +182,13 @@ def kind_of(q: QuantizedWeight) -> dict[str, Any]:
     }
 
 
-def foreign_config(
+def config_from_settings(
     kinds: dict[str, dict[str, Any]], checkpoint_format: str, left: Iterable[str], *, lm_head: bool
 ) -> dict[str, Any]:
     """`quantization_config` of a checkpoint of which nothing is known but its weights.
 
     Args:
-        kinds: what `kind_of` says of each layer.
+        kinds: what `settings_from_weight` says of each layer.
         checkpoint_format: gptq or gptq_v2.
         left: names of linears that are not quantized.
         lm_head: whether the head is.
@@ -197,9 +197,9 @@ def foreign_config(
     for name, kind in kinds.items():
         alike.setdefault(tuple(kind.values()), []).append(name)
     usual, *others = sorted(alike.values(), key=len, reverse=True)
-    dynamic = _leave(left)
+    dynamic = _skip_rules(left)
     for names in others:
-        dynamic[f"+:(?:{'|'.join(map(re.escape, with_joints(names)))})$"] = kinds[names[0]]
+        dynamic[f"+:(?:{'|'.join(map(re.escape, with_packed_names(names)))})$"] = kinds[names[0]]
     return {
         "quant_method": "gptq",
         **kinds[usual[0]],
@@ -210,7 +210,7 @@ def foreign_config(
     }
 
 
-def dynamic_of(settings: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
+def parse_dynamic_rules(settings: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
     """`QuantizeConfig.dynamic` from the `dynamic` of a quantization_config, ours or another tool's."""
     found: dict[str, dict[str, Any] | None] = {}
     for rule, changes in (settings.get("dynamic") or {}).items():
@@ -264,7 +264,7 @@ def quantized_layers(checkpoint: Checkpoint) -> Iterator[QuantizedLayer]:
             yield QuantizedLayer(name, parts)
 
 
-def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """`quantization_config` of config.json, or the quantize_config.json of older tools.
 
     Raises:

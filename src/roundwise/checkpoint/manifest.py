@@ -14,13 +14,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 WORK = ".roundwise"
 
 
-def _in_folder(name: str) -> str:
+def _plain_file_name(name: str) -> str:
     if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
         raise ValueError(f"{name!r} is not in the folder")
     return name
 
 
-Name = Annotated[str, AfterValidator(_in_folder)]
+FileName = Annotated[str, AfterValidator(_plain_file_name)]
 
 
 class Record(BaseModel):
@@ -29,7 +29,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class Layer(Record):
+class LayerRecord(Record):
     """A quantized layer."""
 
     name: str
@@ -43,57 +43,57 @@ class Layer(Record):
     fallback: str | None
 
 
-class Activations(Record):
+class SavedActivations(Record):
     """What a block returned to every batch."""
 
-    files: dict[Name, str]
+    files: dict[FileName, str]
     places: int | None
 
 
-class Point(Record):
+class CurvePoint(Record):
     """How well codes from so many tokens do on others."""
 
     tokens: int
     relative_error: float
 
 
-class Saturation(Record):
+class LearningCurveRecord(Record):
     """Whether more calibration text would help a layer."""
 
     name: str
     held_out_tokens: int
     rtn: float
-    points: list[Point]
+    points: list[CurvePoint]
 
 
-class Depth(Record):
+class BlockSummary(Record):
     """What is known of a block as a whole."""
 
     name: str
     depth_error: float | None
-    saturation: Saturation | None
+    saturation: LearningCurveRecord | None
 
 
-class FinishedBlock(Depth):
+class BlockRecord(BlockSummary):
     """One of the journal."""
 
     block: int
-    shard: Name
+    shard: FileName
     sha256: str
-    activations: Activations | None
-    layers: list[Layer]
+    activations: SavedActivations | None
+    layers: list[LayerRecord]
     experts: dict[str, list[int]]
     seconds: dict[str, float]
 
 
-class Coverage(Record):
+class ExpertCoverage(Record):
     """A module of experts, and how many calibration tokens its router sent to each."""
 
     name: str
     tokens: list[int]
 
 
-class Ran(Record):
+class RunRecord(Record):
     """roundwise-run.json."""
 
     seconds: float
@@ -122,17 +122,17 @@ class Manifest(Record):
     bits_per_weight: float
     bytes_before: int
     bytes_after: int
-    layers: list[Layer]
-    blocks: list[Depth] = []
-    experts: list[Coverage] = []
-    files: dict[Name, str]
+    layers: list[LayerRecord]
+    blocks: list[BlockSummary] = []
+    experts: list[ExpertCoverage] = []
+    files: dict[FileName, str]
 
 
-def damage(kind: Any, value: Any) -> str | None:
+def validation_error(kind: Any, value: Any) -> str | None:
     """Where a value does not look like a record, or a list of them; None: it does.
 
     Args:
-        kind: `Manifest`, `list[FinishedBlock]` …
+        kind: `Manifest`, `list[BlockRecord]` …
         value: parsed JSON.
     """
     try:

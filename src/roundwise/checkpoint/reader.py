@@ -24,8 +24,8 @@ from roundwise.checkpoint.untrusted import (
     check_config,
     check_links,
     file_digest,
+    file_state,
     read_json,
-    state_of,
 )
 from roundwise.errors import CheckpointError
 
@@ -35,12 +35,12 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 #: What a run says about itself: manifest, times, report.
-OWN = ("roundwise.json", "roundwise-run.json", "roundwise-report.html")
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+OWN_FILES = ("roundwise.json", "roundwise-run.json", "roundwise-report.html")
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 #: Bytes copied or hashed at a time.
 CHUNK = 8 << 20
 #: Of a tensor in memory; torch's own allocations have it too.
@@ -61,9 +61,9 @@ class TensorInfo:
 
     def read(self) -> torch.Tensor:
         """The tensor, as a private memory map: writable, and writing changes only this copy."""
-        return self.mapped(aligned=True)[0]
+        return self.memory_mapped(aligned=True)[0]
 
-    def mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
+    def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
         """The tensor, and the private map that it lives in, so that its memory can be given back.
 
         Args:
@@ -100,7 +100,7 @@ class TensorInfo:
         flat = torch.frombuffer(view, dtype=dtype, count=count, offset=offset)
         return flat.reshape(self.shape), view
 
-    def read_ahead(self) -> None:
+    def prefetch(self) -> None:
         """Has the system read its bytes while others are worked on, where it can."""
         advise = getattr(os, "posix_fadvise", None)
         if advise is not None:
@@ -158,7 +158,7 @@ class Checkpoint:
         self.overrides: dict[str, Any] = {}
         self.files = self._weight_files()
         check_links(self.folder, [self.folder / config_file, *self.files, *self.side_files()])
-        self._states = {file: state_of(file) for file in self.files}
+        self._states = {file: file_state(file) for file in self.files}
         self._identity: dict[str, Any] | None = None
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
@@ -172,7 +172,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} has no tensors in its safetensors files")
 
     def _weight_files(self) -> list[Path]:
-        index = self.folder / INDEX
+        index = self.folder / INDEX_FILE
         if index.is_file():
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
@@ -184,14 +184,14 @@ class Checkpoint:
                     f"{self.folder} lacks {', '.join(missing)}, named in its index"
                 )
             return files
-        if (self.folder / SINGLE).is_file():
-            return [self.folder / SINGLE]
+        if (self.folder / SINGLE_FILE).is_file():
+            return [self.folder / SINGLE_FILE]
         found = sorted(file for file in self.folder.glob("*.safetensors") if file.is_file())
         if len(found) == 1:  # names of older tools, such as gptq_model-4bit-128g.safetensors
             return found
         if found:
             raise CheckpointError(
-                f"{self.folder} has {len(found)} safetensors files and no {INDEX}"
+                f"{self.folder} has {len(found)} safetensors files and no {INDEX_FILE}"
             )
         pickles = sorted([*self.folder.glob("*.bin"), *self.folder.glob("*.pt")])
         if pickles:
@@ -223,7 +223,7 @@ class Checkpoint:
             ".gguf",
             ".onnx",
         )
-        ours = {"config.json", "quantize_config.json", *OWN}
+        ours = {"config.json", "quantize_config.json", *OWN_FILES}
         return [
             path
             for path in sorted(self.folder.iterdir())
@@ -253,7 +253,7 @@ class Checkpoint:
     def check_unchanged(self) -> None:
         """Raises CheckpointError when a file with weights is not the one that was opened."""
         for file, before in self._states.items():
-            if state_of(file) != before:
+            if file_state(file) != before:
                 raise CheckpointError(f"{file} was changed while it was being read")
 
 

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.reader import CHUNK, CODES, DTYPES, Checkpoint, CheckpointView, TensorInfo
+from roundwise.checkpoint.reader import (
+    CHUNK,
+    DTYPE_CODES,
+    DTYPES,
+    Checkpoint,
+    CheckpointView,
+    TensorInfo,
+)
 from roundwise.core.hadamard import Rotation
 from roundwise.errors import CheckpointError
 
@@ -23,7 +30,7 @@ PART = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class TensorTransform:
     """What becomes of one tensor: channels scaled, then rotated, along one of its axes."""
 
     axis: int = -1
@@ -45,14 +52,16 @@ class Change:
 
 
 @dataclass(frozen=True)
-class FoldedInfo(TensorInfo):
+class TransformedInfo(TensorInfo):
     """A tensor that is changed whenever it is read; its place is that of its source."""
 
     source: TensorInfo
-    change: Change
+    change: TensorTransform
 
     @classmethod
-    def of(cls, source: TensorInfo, change: Change, dtype: str | None = None) -> FoldedInfo:
+    def of(
+        cls, source: TensorInfo, change: TensorTransform, dtype: str | None = None
+    ) -> TransformedInfo:
         """`source` changed, computed in float64 and rounded to `dtype`, or to its own.
 
         Raises:
@@ -67,7 +76,7 @@ class FoldedInfo(TensorInfo):
         nbytes = source.nbytes // DTYPES[source.dtype].itemsize * DTYPES[code].itemsize
         return cls(source.path, code, source.shape, source.start, nbytes, source, change)
 
-    def mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
+    def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
         """The changed tensor; it is computed, so there is no map."""
         result = torch.empty(self.shape, dtype=DTYPES[self.dtype])
         before = self.source.read()
@@ -89,7 +98,7 @@ class FoldedInfo(TensorInfo):
         """Some of its rows; CheckpointError when the change mixes rows."""
         if self.change.axis == 0:
             raise CheckpointError("the rows of a tensor folded along them do not stand alone")
-        return FoldedInfo.of(self.source.rows(start, count), self.change, self.dtype)
+        return TransformedInfo.of(self.source.rows(start, count), self.change, self.dtype)
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes of the changed tensor, as `TensorInfo.chunks` cuts them."""
@@ -112,7 +121,7 @@ class FoldedInfo(TensorInfo):
             yield self.rows(start, min(step, self.shape[0] - start)).read()
 
 
-class FoldedCheckpoint(CheckpointView):
+class TransformedCheckpoint(CheckpointView):
     """The tensors of another checkpoint, some of them changed.
 
     Args:
@@ -126,7 +135,7 @@ class FoldedCheckpoint(CheckpointView):
     def __init__(
         self,
         source: Checkpoint,
-        changes: dict[str, Change],
+        changes: dict[str, TensorTransform],
         *,
         added: dict[str, TensorInfo] | None = None,
         overrides: dict[str, Any] | None = None,
@@ -137,6 +146,6 @@ class FoldedCheckpoint(CheckpointView):
             source, {**source.tensors, **(added or {})}, {**source.config, **overrides}
         )
         self.overrides = {**source.overrides, **overrides}
-        dtype = CODES[torch.float32] if exact else None
+        dtype = DTYPE_CODES[torch.float32] if exact else None
         for name, change in changes.items():
-            self.tensors[name] = FoldedInfo.of(self.tensors[name], change, dtype)
+            self.tensors[name] = TransformedInfo.of(self.tensors[name], change, dtype)

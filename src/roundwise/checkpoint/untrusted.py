@@ -62,7 +62,7 @@ def _counts(key: str) -> bool:
 
 
 @contextmanager
-def bounded_modules(tensors: int) -> Iterator[None]:
+def limit_module_count(tensors: int) -> Iterator[None]:
     """While a model is built: ends it when it grows beyond what its files could fill.
 
     Args:
@@ -89,7 +89,7 @@ def bounded_modules(tensors: int) -> Iterator[None]:
         handle.remove()
 
 
-def check_computed(model: Any) -> None:
+def check_computed_buffers(model: Any) -> None:
     """Raises CheckpointError when a model on the meta device computes tables beyond COMPUTED bytes."""
     total = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     if total > COMPUTED:
@@ -99,7 +99,7 @@ def check_computed(model: Any) -> None:
         )
 
 
-def dtype_named(name: object) -> torch.dtype:
+def parse_model_dtype(name: object) -> torch.dtype:
     """The floating point type that a config names.
 
     Raises:
@@ -142,7 +142,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def state_of(file: Path) -> tuple[int, ...] | None:
+def file_state(file: Path) -> tuple[int, ...] | None:
     """What changes with a file's content, short of its content; None: it is gone."""
     try:
         found = file.stat()

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from roundwise.checkpoint.reader import ALIGNMENT, CODES, TensorInfo
+from roundwise.checkpoint.reader import ALIGNMENT, DTYPE_CODES, TensorInfo
 from roundwise.errors import StorageError
 
 #: Suffix of files being written; whatever carries it after a crash is worthless.
@@ -45,14 +45,14 @@ def write_safetensors(
         if isinstance(tensor, TensorInfo):
             code, size = tensor.dtype, tensor.nbytes
         else:
-            code, size = CODES[tensor.dtype], tensor.numel() * tensor.element_size()
+            code, size = DTYPE_CODES[tensor.dtype], tensor.numel() * tensor.element_size()
         shape = list(tensor.shape)
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     digest = hashlib.sha256()
-    with replacing(path, sync=sync) as file:
+    with atomic_write(path, sync=sync) as file:
         for piece in _pieces(text, tensors.values()):
             digest.update(piece)
             file.write(piece)
@@ -79,18 +79,18 @@ def write_json(path: Path, value: Any) -> None:
         data = text.encode()
     except UnicodeEncodeError:  # half a character, which JSON can hold and UTF-8 cannot
         data = json.dumps(value, indent=2).encode()
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(data + b"\n")
 
 
 def copy_file(source: Path, path: Path) -> None:
     """Copies a file's bytes atomically."""
-    with replacing(path) as file, source.open("rb") as original:
+    with atomic_write(path) as file, source.open("rb") as original:
         shutil.copyfileobj(original, file)
 
 
 @contextmanager
-def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """A file to write whose content appears under `path` when the block ends without an error.
 
     Raises:

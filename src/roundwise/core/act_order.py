@@ -18,7 +18,7 @@ import torch
 from roundwise.config import QuantizeConfig
 
 
-class Order(NamedTuple):
+class ColumnOrder(NamedTuple):
     """A processing order of `in` columns."""
 
     perm: torch.Tensor
@@ -35,33 +35,33 @@ class Order(NamedTuple):
         return g_idx
 
 
-def columns_of(W: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def permuted_columns(W: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """The columns of W [rows, in] in an order, each contiguous: [in, rows]."""
     columns = W.T.contiguous()
-    return columns if in_order(order) else columns.index_select(0, order)
+    return columns if is_identity(order) else columns.index_select(0, order)
 
 
-def in_order(order: torch.Tensor) -> bool:
+def is_identity(order: torch.Tensor) -> bool:
     """This order [in] leaves everything where it is."""
     return bool((order[1:] > order[:-1]).all())
 
 
-def processing_order(diagonal: torch.Tensor, config: QuantizeConfig) -> Order:
+def processing_order(diagonal: torch.Tensor, config: QuantizeConfig) -> ColumnOrder:
     """Order for a Hessian with this `diagonal` [in]; ties keep the natural order."""
     width = len(diagonal)
     size = width if config.group_size == -1 else config.group_size
     channel = torch.arange(width, device=diagonal.device)
     by_sensitivity = torch.argsort(diagonal, descending=True, stable=True)
     if config.desc_act:
-        return Order(by_sensitivity, channel // size, fixed_grids=False)
+        return ColumnOrder(by_sensitivity, channel // size, fixed_grids=False)
     if config.order == "natural":
-        return Order(channel, channel // size, fixed_grids=False)
+        return ColumnOrder(channel, channel // size, fixed_grids=False)
     if config.order == "static":
-        return Order(by_sensitivity, by_sensitivity // size, fixed_grids=True)
+        return ColumnOrder(by_sensitivity, by_sensitivity // size, fixed_grids=True)
     first_of_group = torch.full((config.groups(width),), width, device=diagonal.device)
     rank = torch.empty_like(channel)
     rank[by_sensitivity] = channel
     first_of_group.scatter_reduce_(0, channel // size, rank, "amin")
     # Sort by (rank of the group's most sensitive channel, own rank): two stable sorts.
     perm = by_sensitivity[torch.argsort(first_of_group[by_sensitivity // size], stable=True)]
-    return Order(perm, perm // size, fixed_grids=False)
+    return ColumnOrder(perm, perm // size, fixed_grids=False)

@@ -20,7 +20,7 @@ import torch
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import QuantizedWeight
-from roundwise.core.solver import round_to_nearest, solve, some_rows
+from roundwise.core.solver import round_to_nearest, sample_rows, solve
 from roundwise.errors import SingularError
 
 RATIOS = [i / 20 for i in range(20)]
@@ -69,7 +69,7 @@ def search_scales(
     if not float(H.diagonal().sum()) > 0.0:
         raise SingularError("the Hessian is zero: no calibration input reached this layer")
     H = H.to(torch.float32)
-    parts = [(W[some_rows(W)].to(torch.float32), settings) for W, settings in weights]
+    parts = [(W[sample_rows(W)].to(torch.float32), settings) for W, settings in weights]
     losses = []
     for ratio in RATIOS:
         s = channel_scales(H, ratio)

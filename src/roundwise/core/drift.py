@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from roundwise.core.act_order import columns_of
-from roundwise.core.linalg import Factor, add_product
+from roundwise.core.act_order import permuted_columns
+from roundwise.core.linalg import Factor, add_matmul
 
 #: Rows of a weight converted at a time.
 ROWS = 512
@@ -49,14 +49,14 @@ class Drift:
         """
         if self.residual is not None:
             for rows, part in _together(self.residual, W):
-                add_product(rows, part.to(H.dtype), H, -ratio)
+                add_matmul(rows, part.to(H.dtype), H, -ratio)
 
     def rows(self, rows: slice) -> Drift:
         """What concerns some rows of the weight; `residual` is a copy."""
         residual = None if self.residual is None else self.residual[rows].clone()
         return Drift(self.input, residual)
 
-    def lost(self, W: torch.Tensor, alpha: float, beta: float) -> torch.Tensor | None:
+    def target_shift(self, W: torch.Tensor, alpha: float, beta: float) -> torch.Tensor | None:
         """Y [out, in] = (output wanted - output now)ᵀX / n, in the moments' dtype. Ends `residual`.
 
         Args:
@@ -74,21 +74,23 @@ class Drift:
             if Y is None:
                 Y = self.input.new_zeros(W.shape)
             for rows, part in _together(Y, W):
-                add_product(rows, part.to(Y.dtype), self.input, alpha)
+                add_matmul(rows, part.to(Y.dtype), self.input, alpha)
         return Y
 
 
-def corrected(W: torch.Tensor, Y: torch.Tensor, perm: torch.Tensor, F: Factor) -> torch.Tensor:
+def corrected_target(
+    W: torch.Tensor, Y: torch.Tensor, perm: torch.Tensor, F: Factor
+) -> torch.Tensor:
     """The target T = W + Y Ĥ⁻¹ [out, in] in channel order.
 
     Args:
         W: weight [out, in], any float dtype.
-        Y: what is to be made up for [out, in], see `Drift.lost`; overwritten by T.
+        Y: what is to be made up for [out, in], see `Drift.target_shift`; overwritten by T.
         perm: int64 [in], the processing order that F is in.
         F: factor of Ĥ.
     """
     for rows, part in _together(Y, W):
-        answer = F.divide(columns_of(rows, perm))
+        answer = F.solve(permuted_columns(rows, perm))
         rows.copy_(part)
         rows[:, perm] += answer.T
     return Y

@@ -24,7 +24,7 @@ class Grid(NamedTuple):
     zero: torch.Tensor
 
 
-def storable(scale: torch.Tensor) -> torch.Tensor:
+def round_to_float16(scale: torch.Tensor) -> torch.Tensor:
     """`scale` rounded to float16, never zero; same dtype as given.
 
     Raises:
@@ -53,9 +53,9 @@ def minmax(W: torch.Tensor, maxq: int, *, sym: bool, min_zero: int = 0) -> Grid:
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
     scale = (high - low) / maxq
     if sym:
-        return Grid(storable(scale), torch.full_like(scale, (maxq + 1) // 2))
+        return Grid(round_to_float16(scale), torch.full_like(scale, (maxq + 1) // 2))
     scale = torch.where((-low / scale).round() < min_zero, high / (maxq - min_zero), scale)
-    scale = storable(scale)
+    scale = round_to_float16(scale)
     return Grid(scale, (-low / scale).round().clamp(min_zero, maxq))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from roundwise.core.backends import triton
-from roundwise.core.grid import Grid, decode, encode, storable
+from roundwise.core.grid import Grid, decode, encode, round_to_float16
 
 #: Ranges tried, as parts of the full one.
 SHRINK = torch.linspace(1.0, 0.25, 60)
@@ -24,7 +24,7 @@ def best_grids(
     sym: bool,
     min_zero: int,
     keep: int,
-    turned: bool = True,
+    flip_sign: bool = True,
 ) -> Grid:
     """The `keep` best grids of each row, best first.
 
@@ -40,7 +40,7 @@ def best_grids(
     Returns:
         scale and zero, each [keep, rows].
     """
-    grids = _candidates(W, maxq, sym=sym, min_zero=min_zero, turned=turned)
+    grids = _candidates(W, maxq, sym=sym, min_zero=min_zero, flip_sign=flip_sign)
     scores = (triton.scores if triton.usable(W) else _scores)(W, D, grids, maxq)
     # Grids can be equal (all codes shifted by one): the one that was tried first wins.
     best = scores.sort(dim=0, stable=True).indices[:keep]
@@ -56,7 +56,7 @@ def _scores(W: torch.Tensor, D: torch.Tensor, grids: Grid, maxq: int) -> torch.T
     return found
 
 
-def _candidates(W: torch.Tensor, maxq: int, *, sym: bool, min_zero: int, turned: bool) -> Grid:
+def _candidates(W: torch.Tensor, maxq: int, *, sym: bool, min_zero: int, flip_sign: bool) -> Grid:
     """All that are tried, in order, scale and zero each [candidates, rows]."""
     low, high = W.amin(dim=0).clamp(max=0), W.amax(dim=0).clamp(min=0)
     empty = high == low
@@ -66,10 +66,10 @@ def _candidates(W: torch.Tensor, maxq: int, *, sym: bool, min_zero: int, turned:
         below, above = (maxq + 1) // 2, maxq - (maxq + 1) // 2
         plain = torch.maximum(-low / below, high / above)
         other = torch.maximum(high / below, -low / above)
-        tried = [storable(plain * shrink), -storable(other * shrink)]
-        scale = torch.stack(tried if turned else tried[:1], dim=1)
+        tried = [round_to_float16(plain * shrink), -round_to_float16(other * shrink)]
+        scale = torch.stack(tried if flip_sign else tried[:1], dim=1)
         return Grid(scale.flatten(0, 1), torch.full_like(scale, (maxq + 1) // 2).flatten(0, 1))
-    scale = storable((high - low) * (shrink / maxq))[:, None]
+    scale = round_to_float16((high - low) * (shrink / maxq))[:, None]
     # The zero point that puts the middle of the range in the middle of the codes, and others around
     # it: all of them for the narrow widths.
     middle = (maxq / 2 - (high + low) / (2 * scale)).round()

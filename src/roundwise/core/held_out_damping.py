@@ -19,7 +19,7 @@ import torch
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.drift import Drift
-from roundwise.core.solver import prepare, solve, some_rows
+from roundwise.core.solver import prepare_hessian, sample_rows, solve
 
 #: Dampings compared.
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -85,11 +85,13 @@ def held_out_losses(
 
 
 def _loss(W: torch.Tensor, settings: QuantizeConfig, fit: Moments, held: Moments) -> float:
-    rows = some_rows(W)
+    rows = sample_rows(W)
     W = W[rows].to(torch.float32)
     alpha, beta = settings.alpha, settings.beta
-    lost, missed = (part.drift.rows(rows).lost(W, alpha, beta) for part in (fit, held))
-    q = solve(W, prepare(fit.H, settings), settings, lost=lost)
+    target_shift, missed = (
+        part.drift.rows(rows).target_shift(W, alpha, beta) for part in (fit, held)
+    )
+    q = solve(W, prepare_hessian(fit.H, settings), settings, target_shift=target_shift)
     E, H = q.dequantize() - W, held.H.to(torch.float32)
     loss = float(((E @ H) * E).sum())
     if missed is not None:

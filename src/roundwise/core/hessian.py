@@ -17,13 +17,13 @@ from roundwise.system.device import HOST
 TILE = 512
 
 
-def counted(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def unmasked_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The rows of `x` [..., in] that count, as [tokens, in]."""
     rows = x.detach().reshape(-1, x.shape[-1])
     return rows.contiguous() if mask is None else rows[mask.reshape(-1)]
 
 
-def natively(x: torch.Tensor, total: torch.Tensor) -> bool:
+def uses_native(x: torch.Tensor, total: torch.Tensor) -> bool:
     """The extension sums up products of `x` into `total`.
 
     Products of bfloat16 values are exact in float32, so that nothing is lost against converting
@@ -33,7 +33,7 @@ def natively(x: torch.Tensor, total: torch.Tensor) -> bool:
     return cpu and cpp.products(x.dtype) is not None
 
 
-def directly(x: torch.Tensor, total: torch.Tensor) -> bool:
+def uses_tensor_cores(x: torch.Tensor, total: torch.Tensor) -> bool:
     """The device multiplies `x` as it is and sums up in float32: tensor cores, for half precision."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     return x.device.type == "cuda" and half and total.dtype == torch.float32
@@ -42,13 +42,13 @@ def directly(x: torch.Tensor, total: torch.Tensor) -> bool:
 def add_moment(
     total: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, lower: bool = False
 ) -> None:
-    """`total` += Aᵀ B of A [n, m] and B [n, k], both in `type_of_products`.
+    """`total` += Aᵀ B of A [n, m] and B [n, k], both in `moment_dtype`.
 
     Args:
         total: [m, k], float32 or float64.
         lower: A is B; what is above the diagonal's tiles is left out.
     """
-    if natively(A, total):
+    if uses_native(A, total):
         cpp.add_moment(total, A, B, lower=lower)
         return
     width = TILE if lower else total.shape[1]
@@ -62,9 +62,9 @@ def add_moment(
             part.add_(torch.mm(left, right, out_dtype=total.dtype))
 
 
-def type_of_products(x: torch.Tensor, total: torch.Tensor) -> torch.dtype:
+def moment_dtype(x: torch.Tensor, total: torch.Tensor) -> torch.dtype:
     """In which factors of products that go into `total` are multiplied."""
-    return x.dtype if natively(x, total) or directly(x, total) else total.dtype
+    return x.dtype if uses_native(x, total) or uses_tensor_cores(x, total) else total.dtype
 
 
 class Hessian:
@@ -93,8 +93,8 @@ class Hessian:
         Raises:
             NumericalError: an entry of `x` that counts is NaN or infinite, or its square overflows.
         """
-        rows = counted(x, mask)
-        rows = rows.to(type_of_products(rows, self.sum))
+        rows = unmasked_rows(x, mask)
+        rows = rows.to(moment_dtype(rows, self.sum))
         add_moment(self.sum, rows, rows, lower=True)
         self.tokens += rows.shape[0]
         # A NaN or infinity in channel k reaches H[k, k] whatever the signs, so the diagonal tells all.
@@ -154,13 +154,13 @@ class CrossMoment:
 
         `more` [..., rows] is added to the distance Ỹ - Y.
         """
-        y, x, original = (counted(each, mask) for each in (y, x, original))
+        y, x, original = (unmasked_rows(each, mask) for each in (y, x, original))
         self.tokens += len(x)
         # A product of half precision takes the distance rounded to it: so it is computed in it.
-        dtype = type_of_products(x, self.sum)
+        dtype = moment_dtype(x, self.sum)
         distance = original.to(dtype) - y.to(dtype)
         if more is not None:
-            distance += counted(more, mask)
+            distance += unmasked_rows(more, mask)
         add_moment(self.sum, distance, x.to(dtype))
 
     def mean(self) -> torch.Tensor:

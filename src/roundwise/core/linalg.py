@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from roundwise.core.act_order import in_order
+from roundwise.core.act_order import is_identity
 from roundwise.core.backends import cpp
 from roundwise.errors import NumericalError, SingularError
 
@@ -29,18 +29,18 @@ PANEL = 128
 WIDE_PANEL = 192
 
 
-def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def matmul(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """A @ B of A [m, k] and B [k, n], in their dtype."""
-    if not _natively(A, B):
+    if not _uses_native(A, B):
         return A @ B
     C = B.new_zeros(len(A), B.shape[1])
-    add_product(C, A, B)
+    add_matmul(C, A, B)
     return C
 
 
-def add_product(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float = 1.0) -> None:
+def add_matmul(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float = 1.0) -> None:
     """C += scale · A @ B of C [m, n], A [m, k] and B [k, n], all in one dtype."""
-    if not _natively(A, B) or C.stride(1) != 1:
+    if not _uses_native(A, B) or C.stride(1) != 1:
         C.add_(A @ B, alpha=scale)
         return
     B = B if B.stride(1) == 1 else B.contiguous()
@@ -48,10 +48,10 @@ def add_product(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float 
         cpp.add_moment(C, A.T, B, scale=scale)
     else:
         A = A if A.stride(1) == 1 else A.contiguous()
-        cpp.add_moment(C, A, B, turned=True, scale=scale)
+        cpp.add_moment(C, A, B, transposed=True, scale=scale)
 
 
-def _natively(A: torch.Tensor, B: torch.Tensor) -> bool:
+def _uses_native(A: torch.Tensor, B: torch.Tensor) -> bool:
     worth = len(A) * len(B) * B.shape[1] >= WORTH
     return worth and cpp.usable(A) and A.dtype == B.dtype == torch.float32
 
@@ -74,7 +74,7 @@ def solve_triangular(
     if upper:
         first, last = last, first
     solve_triangular(M[first, first], B[first], upper=upper, unit=unit)
-    add_product(B[last], M[last, first], B[first], -1.0)
+    add_matmul(B[last], M[last, first], B[first], -1.0)
     solve_triangular(M[last, last], B[last], upper=upper, unit=unit)
     return B
 
@@ -97,10 +97,10 @@ def reverse_cholesky(A: torch.Tensor) -> bool:
     where that is at hand.
     """
     if not (cpp.usable(A) and A.dtype == torch.float32):
-        _turn(A)
+        _flip_both_axes(A)
         if not _cholesky(A):
             return False
-        _turn(A)
+        _flip_both_axes(A)
         return True
     for b in range(len(A), 0, -WIDE_PANEL):
         a = max(b - WIDE_PANEL, 0)
@@ -130,7 +130,7 @@ def _cholesky(A: torch.Tensor) -> bool:
     return not int(failed)
 
 
-def _turn(A: torch.Tensor) -> None:
+def _flip_both_axes(A: torch.Tensor) -> None:
     """Flips a square matrix in both axes, in place: a copy would be as large as H."""
     width = len(A)
     middle = width // 2
@@ -168,11 +168,11 @@ class Factor(NamedTuple):
         total = 0.0
         for a in range(0, len(Xt), FACTOR_PANEL):
             b = min(a + FACTOR_PANEL, len(Xt))
-            part = product(self.U[:b, a:b].T, Xt[:b])
+            part = matmul(self.U[:b, a:b].T, Xt[:b])
             total += float(self.D[a:b] @ part.square_().sum(dim=1))
         return total
 
-    def divide(self, Yt: torch.Tensor) -> torch.Tensor:
+    def solve(self, Yt: torch.Tensor) -> torch.Tensor:
         """Ĥ⁻¹ Yᵀ for Yt = Yᵀ [in, rows] in processing order, in place; it is returned."""
         solve_triangular(self.U, Yt, upper=True).div_(self.D[:, None])
         return solve_triangular(self.U.T, Yt, upper=False)
@@ -190,7 +190,7 @@ def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
         SingularError: H is zero, or stays indefinite up to `MAX_DAMP`.
         NumericalError: H is not finite.
     """
-    if not finite(H):
+    if not all_finite(H):
         raise NumericalError("NaN or infinity in the Hessian")
     mean = float(H.diagonal().mean())
     if mean <= 0.0:
@@ -211,7 +211,7 @@ def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
 
 def _reordered(H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """H with rows and columns in another order, copied panel by panel: four times as fast as at once."""
-    if in_order(order):
+    if is_identity(order):
         return H.clone()
     R = torch.empty_like(H)
     for a in range(0, len(H), FACTOR_PANEL):
@@ -220,7 +220,7 @@ def _reordered(H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return R
 
 
-def finite(A: torch.Tensor) -> bool:
+def all_finite(A: torch.Tensor) -> bool:
     """No NaN or infinity in a matrix: either would make a sum one.
 
     Finite numbers may overflow float32: then in float64, in parts, for small temporaries.

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from roundwise.core.linalg import factor, product, solve_triangular
+from roundwise.core.linalg import factor, matmul, solve_triangular
 
 #: Damping of B, as a part of its mean diagonal: a few thousand gradients leave directions unseen.
 DAMP = 0.1
@@ -28,20 +28,20 @@ DAMP = 0.1
 PARTS, FEWEST, VECTORS = 12, 8, 32
 
 
-class Helpers(Protocol):
+class ProcessGroup(Protocol):
     """Processes that solve the rows of each part together: each a share of them (`pipeline.ranks`)."""
 
     def rows(self, total: int) -> slice:
         """This process's share of so many rows."""
 
-    def join_rows(self, part: torch.Tensor, total: int) -> torch.Tensor:
+    def all_gather_rows(self, part: torch.Tensor, total: int) -> torch.Tensor:
         """All of a tensor [total, ...] of which each process has its `rows`."""
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Adds up tensors of one shape over all processes, in place."""
 
 
-class Coupling:
+class OutputWeighting:
     """The rows of one weight on their way through the solver, part by part.
 
     Args:
@@ -54,18 +54,20 @@ class Coupling:
         NumericalError: NaN or infinity in B.
     """
 
-    def __init__(self, B: torch.Tensor, columns: int, helpers: Helpers | None = None) -> None:
+    def __init__(
+        self, B: torch.Tensor, columns: int, process_group: ProcessGroup | None = None
+    ) -> None:
         # As columns with act-order: first those whose errors cost most, while all others can answer.
         self.perm = torch.argsort(B.diagonal(), descending=True, stable=True)
         self.V = factor(B, self.perm, DAMP).U
         self.E = self.V.new_zeros(len(B), columns)
-        self.helpers, self.idle = helpers, False
-        """idle: the one row that `parts` gave is solved for nobody, helpers have all of the part."""
+        self.process_group, self.idle = process_group, False
+        """idle: the one row that `row_blocks` gave is solved for nobody, helpers have all of the part."""
         self._rows, self._mine = slice(0, 0), slice(0, 0)
         self._totals: list[int] = []
         self._counts: list[int] = []
 
-    def parts(self, most: int) -> Iterator[torch.Tensor]:
+    def row_blocks(self, most: int) -> Iterator[torch.Tensor]:
         """Our rows of one part after the other, at most so many: int64 indices."""
         step = max(FEWEST, -(-len(self.perm) // PARTS))
         if step > VECTORS:
@@ -73,31 +75,31 @@ class Coupling:
         step = min(most, step)
         for rows in row_parts(len(self.perm), step):
             total = rows.stop - rows.start
-            mine = slice(0, total) if self.helpers is None else self.helpers.rows(total)
+            mine = slice(0, total) if self.process_group is None else self.process_group.rows(total)
             self.idle = mine.start == mine.stop
             self._rows, self._mine = rows, slice(0, 1) if self.idle else mine
             self._totals.append(total)
             self._counts.append(0 if self.idle else mine.stop - mine.start)
             yield self.perm[rows][self._mine]
 
-    def asked(self) -> torch.Tensor:
+    def feedback(self) -> torch.Tensor:
         """How our present rows are to answer to the errors of earlier ones, [rows, in]."""
         rows, start = self._rows, self._rows.start
         # The transpose: a narrow matrix from the right costs less.
-        asked = product(self.E[:start].T, self.V[:start, rows]).T.contiguous()
-        return solve_triangular(self.V[rows, rows].T, asked, upper=False)[self._mine]
+        feedback = matmul(self.E[:start].T, self.V[:start, rows]).T.contiguous()
+        return solve_triangular(self.V[rows, rows].T, feedback, upper=False)[self._mine]
 
-    def done(self, E: torch.Tensor) -> None:
+    def record_errors(self, E: torch.Tensor) -> None:
         """Takes the errors T - Q of our present rows [rows, in], T being what they aim at themselves."""
-        if self.helpers is not None:
-            E = self.helpers.join_rows(E[: self._counts[-1]], self._totals[-1])
+        if self.process_group is not None:
+            E = self.process_group.all_gather_rows(E[: self._counts[-1]], self._totals[-1])
         self.E[self._rows] = E
 
     def in_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Our rows [rows, …] of every part, as all rows in the weight's own order."""
-        if self.helpers is not None:
+        if self.process_group is not None:
             parts = [
-                self.helpers.join_rows(part[:count], total)
+                self.process_group.all_gather_rows(part[:count], total)
                 for part, count, total in zip(parts, self._counts, self._totals, strict=True)
             ]
         whole = torch.cat(parts)

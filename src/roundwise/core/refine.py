@@ -16,10 +16,10 @@ from functools import partial
 
 import torch
 
-from roundwise.core.act_order import columns_of
+from roundwise.core.act_order import permuted_columns
 from roundwise.core.backends.reference import PANEL, WINDOW, descend, exchange
 from roundwise.core.grid import MAX_SCALE, MIN_SCALE, Grid
-from roundwise.core.linalg import product
+from roundwise.core.linalg import matmul
 from roundwise.core.quantized_weight import QuantizedWeight
 
 
@@ -39,7 +39,7 @@ class Refiner:
         self.perm = torch.argsort(index, stable=True)
         self.trivial = bool((index[1:] >= index[:-1]).all())
         self.H, self.index, self.maxq = H, index[self.perm], 2**q.bits - 1
-        self.T, self.codes = columns_of(T, self.perm), columns_of(q.codes, self.perm)
+        self.T, self.codes = permuted_columns(T, self.perm), permuted_columns(q.codes, self.perm)
         self.grids = Grid(*(part.T.to(T.dtype).contiguous() for part in (q.scales, q.zeros)))
         self._TH: torch.Tensor | None = None
 
@@ -58,7 +58,7 @@ class Refiner:
             # M is symmetric: the groups from this one on are enough.
             start = int(torch.searchsorted(self.index, group))
             stop = int(torch.searchsorted(self.index, group, right=True))
-            products = product(self._block(slice(start, None), slice(start, stop)), V[start:stop])
+            products = matmul(self._block(slice(start, None), slice(start, stop)), V[start:stop])
             M[group, group:] = self._by_group(products.mul_(V[start:]), start)[group:]
             M[group + 1 :, group] = M[group, group + 1 :]
         M, b = M.permute(2, 0, 1).contiguous(), b.T.contiguous()
@@ -96,7 +96,7 @@ class Refiner:
             rows = self._block(slice(a, b), slice(None))
             index, codes = self.index[a:b], self.codes[a:b]
             # The gradient of these columns only when their turn comes: one product per sweep.
-            E[a:b] += improve(rows[:, a:b], product(rows, E), self.grids, index, self.maxq, codes)
+            E[a:b] += improve(rows[:, a:b], matmul(rows, E), self.grids, index, self.maxq, codes)
 
     def result(self, q: QuantizedWeight) -> QuantizedWeight:
         """`q` with the improved codes and scales."""
@@ -125,10 +125,10 @@ class Refiner:
     def _times_h(self, X: torch.Tensor) -> torch.Tensor:
         """H X for X [columns, rows]."""
         if self.trivial:
-            return product(self.H, X)
+            return matmul(self.H, X)
         answer = torch.empty_like(X)
         for a in range(0, len(X), PANEL):
-            answer[a : a + PANEL] = product(self._block(slice(a, a + PANEL), slice(None)), X)
+            answer[a : a + PANEL] = matmul(self._block(slice(a, a + PANEL), slice(None)), X)
         return answer
 
 

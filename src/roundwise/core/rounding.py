@@ -7,17 +7,17 @@ from itertools import pairwise
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.act_order import Order
+from roundwise.core.act_order import ColumnOrder
 from roundwise.core.backends.reference import PANEL, round_group, round_known
 from roundwise.core.grid import Grid
-from roundwise.core.linalg import Factor, add_product, product
+from roundwise.core.linalg import Factor, add_matmul, matmul
 from roundwise.core.quantized_weight import QuantizedWeight
 
 #: Columns whose products with all those before them are one product.
 LOOK_BACK = 512
 
 
-class Columns:
+class ColumnSweep:
     """The recursion's state, transposed so that a column of T is one contiguous row.
 
     Args:
@@ -29,7 +29,12 @@ class Columns:
     """
 
     def __init__(
-        self, Tt: torch.Tensor, F: Factor, order: Order, config: QuantizeConfig, grids: Grid | None
+        self,
+        Tt: torch.Tensor,
+        F: Factor,
+        order: ColumnOrder,
+        config: QuantizeConfig,
+        grids: Grid | None,
     ) -> None:
         self.Tt, self.F, self.order, self.config = Tt, F, order, config
         self.E = torch.empty_like(Tt)
@@ -54,22 +59,22 @@ class Columns:
             # columns before them, and one with those between.
             if b > end:
                 begin, end = a, max(b, min(a + LOOK_BACK, len(U)))
-                before = product(U[:begin, begin:end].T, self.E[:begin])
-            asked = before[a - begin : b - begin]
+                before = matmul(U[:begin, begin:end].T, self.E[:begin])
+            feedback = before[a - begin : b - begin]
             if a > begin:
-                add_product(asked, U[begin:a, a:b].T, self.E[begin:a])
+                add_matmul(feedback, U[begin:a, a:b].T, self.E[begin:a])
             target, block = self.Tt[a:b], U[a:b, a:b]
             if self.known:
                 index = self.order.group[a:b]
                 codes, E, loss = round_known(
-                    block, D[a:b], target, asked, self.grids, index, config.maxq
+                    block, D[a:b], target, feedback, self.grids, index, config.maxq
                 )
             else:
                 grid, codes, E, loss = round_group(
-                    block, D[a:b], target, asked, weights=self._weights(a, b),
+                    block, D[a:b], target, feedback, weights=self._weights(a, b),
                     keep=1 if config.grid == "minmax" else config.grid_candidates,
                     maxq=config.maxq, min_zero=config.min_zero, sym=config.sym,
-                    turned=not config.positive_scales,
+                    flip_sign=not config.positive_scales,
                 )  # fmt: skip
                 group = self.order.group[a]
                 self.grids.scale[group], self.grids.zero[group] = grid

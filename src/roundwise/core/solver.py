@@ -23,23 +23,23 @@ from typing import NamedTuple
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.act_order import Order, columns_of, processing_order
-from roundwise.core.drift import corrected
+from roundwise.core.act_order import ColumnOrder, permuted_columns, processing_order
+from roundwise.core.drift import corrected_target
 from roundwise.core.grid import Grid, decode, encode, minmax
 from roundwise.core.grid_search import best_grids
-from roundwise.core.linalg import Factor, factor, finite, product
-from roundwise.core.output_weighting import Coupling, Helpers, row_parts
+from roundwise.core.linalg import Factor, all_finite, factor, matmul
+from roundwise.core.output_weighting import OutputWeighting, ProcessGroup, row_parts
 from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.core.refine import refine
-from roundwise.core.rounding import Columns
+from roundwise.core.rounding import ColumnSweep
 from roundwise.errors import ConfigError, NumericalError
-from roundwise.system.timer import clock
+from roundwise.system.timer import timer
 
 #: Rows of each weight that settings are compared on.
 ROWS = 128
 
 
-def some_rows(W: torch.Tensor) -> slice:
+def sample_rows(W: torch.Tensor) -> slice:
     """At most `ROWS` rows of a weight [out, in], evenly spaced."""
     return slice(0, None, -(-W.shape[0] // ROWS))
 
@@ -53,15 +53,15 @@ ROW_WORKSPACE, ACCELERATED = 1 << 20, 1 << 24
 PER_ROW = ("codes", "scales", "zeros")
 
 
-class Prepared(NamedTuple):
+class PreparedHessian(NamedTuple):
     """What all weights that read the same input share: H, the order of columns, the factor of H."""
 
     H: torch.Tensor
-    order: Order
+    order: ColumnOrder
     factor: Factor
 
 
-def prepare(H: torch.Tensor, config: QuantizeConfig) -> Prepared:
+def prepare_hessian(H: torch.Tensor, config: QuantizeConfig) -> PreparedHessian:
     """Orders the columns and factors the Hessian, once for all weights that share it.
 
     Args:
@@ -79,28 +79,28 @@ def prepare(H: torch.Tensor, config: QuantizeConfig) -> Prepared:
             "give a number, or compare with core.damping.held_out_losses"
         )
     order = processing_order(H.diagonal(), config)
-    return Prepared(H, order, factor(H, order.perm, config.damp_percent))
+    return PreparedHessian(H, order, factor(H, order.perm, config.damp_percent))
 
 
 def solve(
     W: torch.Tensor,
-    H: torch.Tensor | Prepared,
+    H: torch.Tensor | PreparedHessian,
     config: QuantizeConfig | None = None,
     *,
-    lost: torch.Tensor | None = None,
+    target_shift: torch.Tensor | None = None,
     grids: Grid | None = None,
     outputs: torch.Tensor | None = None,
-    helpers: Helpers | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> QuantizedWeight:
     """Quantizes one weight so that its output on the calibration inputs survives.
 
     Args:
         W: weight [out, in], any float dtype. Work is done in float32, or float64 if W is float64.
         H: Hessian XᵀX / n [in, in] of the layer's input (any constant factor cancels), or what
-            `prepare` made of it with the same settings.
+            `prepare_hessian` made of it with the same settings.
         config: settings; `dynamic` is not looked at here.
         lost: what earlier layers lost and this one is to make up for, [out, in]; see
-            `core.correct.Drift.lost`. It is overwritten.
+            `core.correct.Drift.target_shift`. It is overwritten.
         grids: fixed grids, `scale` and `zero` each [out, groups], instead of searched ones; the
             scales should be float16 values.
         outputs: B [out, out], what errors of two outputs cost together (any constant factor
@@ -121,35 +121,41 @@ def solve(
     if isinstance(H, torch.Tensor):
         if H.shape != (W.shape[1], W.shape[1]):
             raise ConfigError(f"H is {tuple(H.shape)}; W {tuple(W.shape)} needs [in, in]")
-        H = prepare(H.to(dtype), config)
+        H = prepare_hessian(H.to(dtype), config)
     if len(H.H) != W.shape[1]:
         raise ConfigError(f"H has {len(H.H)} channels, W {tuple(W.shape)} has {W.shape[1]}")
     # Taken in parts, all temporaries are small. Unless they are coupled, rows are independent given H.
     parts, sums = [], torch.zeros(3, dtype=torch.float64)
-    coupling = None if outputs is None else Coupling(outputs.to(dtype), W.shape[1], helpers)
+    coupling = (
+        None if outputs is None else OutputWeighting(outputs.to(dtype), W.shape[1], process_group)
+    )
     step = max(1, workspace(W.device) // W.shape[1])
-    target = None if lost is None else corrected(W, lost.to(dtype), H.order.perm, H.factor)
+    target = (
+        None
+        if target_shift is None
+        else corrected_target(W, target_shift.to(dtype), H.order.perm, H.factor)
+    )
     with _damped(H):
-        for rows in row_parts(len(W), step) if coupling is None else coupling.parts(step):
+        for rows in row_parts(len(W), step) if coupling is None else coupling.row_blocks(step):
             fixed = None if grids is None else Grid(grids.scale[rows], grids.zero[rows])
             part = W[rows].to(dtype)
             T = part if target is None else target[rows]
-            asked = T if coupling is None else T + coupling.asked()
-            q, loss = _solve_rows(asked, H, config, fixed)
+            feedback = T if coupling is None else T + coupling.feedback()
+            q, loss = _solve_rows(feedback, H, config, fixed)
             parts.append(q)
             Q = q.dequantize(dtype)
             if coupling is not None:
-                coupling.done(T - Q)
+                coupling.record_errors(T - Q)
                 if coupling.idle:
                     continue
             E = part - Q
-            if config.refine or asked is not part:
-                loss = H.factor.quadratic(columns_of(E, H.order.perm))
+            if config.refine or feedback is not part:
+                loss = H.factor.quadratic(permuted_columns(E, H.order.perm))
             errors = float(E.square().sum())
             loss = max(loss - H.factor.shift * errors, 0.0)
             sums += torch.tensor([loss, errors, float(part.square().sum())])
-    if coupling is not None and helpers is not None:
-        helpers.sum(sums)
+    if coupling is not None and process_group is not None:
+        process_group.sum(sums)
     loss, errors, weights = sums.tolist()
     energy = _energy(W, H.H)
     join = torch.cat if coupling is None else coupling.in_order
@@ -167,7 +173,7 @@ def solve(
 
 
 def _solve_rows(
-    T: torch.Tensor, H: Prepared, config: QuantizeConfig, grids: Grid | None
+    T: torch.Tensor, H: PreparedHessian, config: QuantizeConfig, grids: Grid | None
 ) -> tuple[QuantizedWeight, float]:
     """Rounds and refines some rows of the target T; H.H is damped while this runs.
 
@@ -178,11 +184,11 @@ def _solve_rows(
         D = H.H.diagonal()
         weights = {"minmax": None, "mse": torch.ones_like(D), "pivot": D}[config.grid]
         grids = _original_grids(T, weights, config)
-    columns = Columns(columns_of(T, order.perm), F, order, config, grids)
+    columns = ColumnSweep(permuted_columns(T, order.perm), F, order, config, grids)
     columns.round_all()
     q = columns.result()
     if config.refine:
-        with clock.phase("refine"):
+        with timer.phase("refine"):
             q = refine(
                 q, T, H.H,
                 rounds=config.refine, moves=config.exchange, keep_scales=keep_scales,
@@ -230,7 +236,7 @@ def workspace(device: torch.device) -> int:
 
 
 @contextmanager
-def _damped(H: Prepared) -> Iterator[None]:
+def _damped(H: PreparedHessian) -> Iterator[None]:
     """Damping on the diagonal of H.H while the block runs; a damped copy would be as large as H."""
     diagonal = H.H.diagonal().clone()
     H.H.diagonal().add_(H.factor.shift)
@@ -252,7 +258,7 @@ def _energy(W: torch.Tensor, H: torch.Tensor) -> float:
             b = min(a + ENERGY_PANEL, len(H))
             panel = H[a:, a:b].clone()
             panel[: b - a] /= 2
-            found = product(part[:, a:], panel).mul_(part[:, a:b])
+            found = matmul(part[:, a:], panel).mul_(part[:, a:b])
             total += 2 * float(found.sum(dtype=torch.float64))
     return total
 
@@ -277,7 +283,7 @@ def _original_grids(T: torch.Tensor, weights: torch.Tensor | None, config: Quant
                 sym=config.sym,
                 min_zero=config.min_zero,
                 keep=1,
-                turned=not config.positive_scales,
+                flip_sign=not config.positive_scales,
             )
             grid = Grid(best.scale[0], best.zero[0])
         found.append(grid)
@@ -289,7 +295,7 @@ def _checked(W: torch.Tensor) -> torch.Tensor:
     if W.ndim != 2 or not W.numel():
         raise ConfigError(f"W is {tuple(W.shape)}; a weight is [out, in]")
     W = W.detach()
-    if not finite(W):
+    if not all_finite(W):
         raise NumericalError("NaN or infinity in the weight")
     return W
 

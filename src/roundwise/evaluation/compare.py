@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from roundwise.calibration.overlap import overlap
-from roundwise.checkpoint.gptq_format import dynamic_of, quantization_settings
+from roundwise.checkpoint.gptq_format import parse_dynamic_rules, read_quantization_config
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import QuantizeConfig
@@ -305,10 +305,12 @@ def round_to_nearest_like(
     Raises:
         ConfigError: these settings are not ours to write.
     """
-    settings = quantization_settings(Checkpoint(local_folder(like)))
+    settings = read_quantization_config(Checkpoint(local_folder(like)))
     names = ("bits", "group_size", "sym")
     config = QuantizeConfig(
-        method="rtn", dynamic=dynamic_of(settings), **{name: settings[name] for name in names}
+        method="rtn",
+        dynamic=parse_dynamic_rules(settings),
+        **{name: settings[name] for name in names},
     )
     quantize(base, out, config)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from roundwise.errors import CalibrationError, NumericalError
-from roundwise.system.half_matmul import widening
+from roundwise.system.half_matmul import cpu_half_matmul
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def divergence(
     for start in range(0, count, batch_size):
         part = windows[start : start + batch_size].to(base.device)
         # One window at a time beyond the forward: log-probabilities of a large vocabulary are big.
-        with widening():
+        with cpu_half_matmul():
             outputs = [model(input_ids=part, use_cache=False).logits for model in (base, quantized)]
         for row, target in enumerate(part):
             p, q = (torch.log_softmax(logits[row].float(), dim=-1) for logits in outputs)
             kl_sums += (p.exp() * (p - q)).sum(dim=-1).double().cpu()
-            agree = p.argmax(dim=-1) == q.argmax(dim=-1)
+            broadcast_object = p.argmax(dim=-1) == q.argmax(dim=-1)
             nll = [-log[:-1].gather(1, target[1:, None]).double().sum() for log in (p, q)]
-            totals += torch.stack([agree.double().sum(), *nll]).cpu()
+            totals += torch.stack([broadcast_object.double().sum(), *nll]).cpu()
         if progress is not None:
             progress(min(1.0, (start + len(part)) / count))
     if not bool(torch.isfinite(torch.cat([totals, kl_sums])).all()):

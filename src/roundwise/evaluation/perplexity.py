@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from roundwise.errors import CalibrationError, NumericalError
-from roundwise.system.half_matmul import widening
+from roundwise.system.half_matmul import cpu_half_matmul
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _by_length(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, i
 def _score(model: Any, ids: torch.Tensor, spans: list[tuple[int, int, int]]) -> tuple[float, int]:
     """Summed negative log-likelihood and number of the targets that count."""
     inputs = torch.stack([ids[begin:end] for begin, _, end in spans]).to(model.device)
-    with widening():
+    with cpu_half_matmul():
         logits = model(input_ids=inputs, use_cache=False).logits
     total, count = 0.0, 0
     for row, (begin, first, end) in enumerate(spans):

@@ -18,7 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from roundwise.errors import ConfigError
 from roundwise.inference.quant_linear import QuantLinear
-from roundwise.system.device import peak_memory, wait_for
+from roundwise.system.device import peak_memory, synchronize
 from roundwise.system.memory import peak_rss
 
 
@@ -172,6 +172,6 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]  # untyped there
         self.device, self.stamps = device, list[float]()
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        wait_for(self.device)  # its work is only queued when Python gets here
+        synchronize(self.device)  # its work is only queued when Python gets here
         self.stamps.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

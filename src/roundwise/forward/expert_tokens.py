@@ -17,14 +17,14 @@ import torch
 
 from roundwise.config import Experts, QuantizeConfig
 from roundwise.errors import ConfigError
-from roundwise.forward.input_groups import Group
+from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import Block
 from roundwise.model.moe import LinearExperts, Visits
 from roundwise.system.distributed import Ranks
 
 
 @dataclass(frozen=True)
-class Policy:
+class ExpertCalibration:
     """Which tokens an expert's Hessian is made from."""
 
     gather: Experts = "routed"
@@ -33,7 +33,7 @@ class Policy:
 
 
 @dataclass
-class Passing:
+class RoutedBatch:
     """The tokens of one batch on their way through one module of experts."""
 
     index: torch.Tensor
@@ -48,7 +48,7 @@ class Passing:
         return list(enumerate(self.rows))
 
 
-class Routing:
+class ExpertRouting:
     """One module of experts, while a block is played.
 
     Args:
@@ -59,7 +59,11 @@ class Routing:
     """
 
     def __init__(
-        self, name: str, experts: LinearExperts, groups: Sequence[Group], policy: Policy
+        self,
+        name: str,
+        experts: LinearExperts,
+        groups: Sequence[InputGroup],
+        policy: ExpertCalibration,
     ) -> None:
         self.name, self.experts, self.policy = name, experts, policy
         paths = {linear: n for n, linear in experts.named_modules(prefix=name)}
@@ -91,7 +95,7 @@ class Routing:
             self._total = int(ranks.sum(torch.tensor([self._total])))
             self._joined = True
 
-    def decide(self, groups: Sequence[Group], ranks: Ranks) -> None:
+    def decide(self, groups: Sequence[InputGroup], ranks: Ranks) -> None:
         """Settles, once all batches are counted, which experts are given all tokens."""
         if self.policy.gather == "all":
             return
@@ -104,14 +108,14 @@ class Routing:
                     f"this expert, fewer than {self.policy.minimum}: its Hessian is that of all tokens"
                 )
 
-    def send(self, passing: Passing, twin: Passing | None) -> None:
-        """Fills in which tokens pass; `twin`: of the quantized model, if `passing` is the original's."""
+    def send(self, passing: RoutedBatch, reference: RoutedBatch | None) -> None:
+        """Fills in which tokens pass; `reference`: of the quantized model, if `expert_tokens` is the original's."""
         for expert in range(self.experts.count):
             rows = shared = None
             if self.policy.gather == "routed" and expert not in self._short:
                 rows = _chosen(passing.index, expert)
-                if twin is not None:
-                    wanted = _chosen(twin.index, expert)
+                if reference is not None:
+                    wanted = _chosen(reference.index, expert)
                     rows = torch.unique(torch.cat([rows, wanted]))
                     shared = torch.searchsorted(rows, wanted)
             passing.rows.append(rows)
@@ -134,9 +138,13 @@ def check_experts(block: Block, config: QuantizeConfig) -> None:
             )
 
 
-def routings(block: Block, groups: Sequence[Group], policy: Policy) -> list[Routing]:
+def expert_routings(
+    block: Block, groups: Sequence[InputGroup], policy: ExpertCalibration
+) -> list[ExpertRouting]:
     """One for each module of experts in a block, in the order in which they are reached."""
-    found = [Routing(name, experts, groups, policy) for name, experts in block.experts.items()]
+    found = [
+        ExpertRouting(name, experts, groups, policy) for name, experts in block.experts.items()
+    ]
     return sorted(found, key=lambda routing: routing.first)
 
 

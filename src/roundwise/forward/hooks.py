@@ -13,46 +13,53 @@ import torch
 from torch import nn
 
 from roundwise.errors import NumericalError
-from roundwise.forward.batch import GATHERED, Player, stop
-from roundwise.forward.expert_tokens import Passing, Policy, Routing, routings
-from roundwise.forward.input_groups import Captured, Group
+from roundwise.forward.batch import GATHERED, PausedBatch, stop
+from roundwise.forward.expert_tokens import (
+    ExpertCalibration,
+    ExpertRouting,
+    RoutedBatch,
+    expert_routings,
+)
+from roundwise.forward.input_groups import InputGroup, ReferenceActivations
 from roundwise.model.blocks import Block, weight_of
 from roundwise.model.moe import Visits
-from roundwise.system.timer import clock
+from roundwise.system.timer import timer
 
 
-class Gatherer:
+class CalibrationHooks:
     """Sums up what the players meet in front of the groups of one block.
 
     Args:
         current: the player that is running.
-        held_out, ratio, policy: see `Conductor`.
+        held_out, ratio, policy: see `ForwardScheduler`.
     """
 
     def __init__(
         self,
-        current: Callable[[], Player],
+        current: Callable[[], PausedBatch],
         *,
         held_out: frozenset[int],
         ratio: float | None,
-        policy: Policy,
+        policy: ExpertCalibration,
     ) -> None:
         self._current, self.held_out, self.ratio, self.policy = current, held_out, ratio, policy
         self.sequential = True
         """Players stop at every group."""
         self.counting = False
         """Nothing is summed up yet: only the tokens of experts are counted."""
-        self.routings: list[Routing] = []
-        self._leaders: dict[str, tuple[int, Group]] = {}
-        self._experts: dict[str, tuple[Routing, int]] = {}
+        self.expert_routings: list[ExpertRouting] = []
+        self._leaders: dict[str, tuple[int, InputGroup]] = {}
+        self._experts: dict[str, tuple[ExpertRouting, int]] = {}
         self._hooks: list[Any] = []
 
-    def begin(self, block: Block, groups: list[Group], *, sequential: bool, drift: bool) -> None:
+    def begin(
+        self, block: Block, groups: list[InputGroup], *, sequential: bool, drift: bool
+    ) -> None:
         """Puts the hooks into a block; `drift`: the original model is played beside."""
         self.sequential = sequential
         self._leaders = {group.names[0]: (2 * i + 1, group) for i, group in enumerate(groups)}
-        self.routings = routings(block, groups, self.policy)
-        for routing in self.routings:
+        self.expert_routings = expert_routings(block, groups, self.policy)
+        for routing in self.expert_routings:
             routing.experts.visits = partial(self._visits, routing)
             self._experts |= {n: (routing, expert) for n, expert in routing.expert_of.items()}
         self._hooks = [
@@ -71,9 +78,9 @@ class Gatherer:
         """Takes the hooks out again."""
         for hook in self._hooks:
             hook.remove()
-        for routing in self.routings:
+        for routing in self.expert_routings:
             vars(routing.experts).pop("visits", None)
-        self._hooks, self._leaders, self._experts, self.routings = [], {}, {}, []
+        self._hooks, self._leaders, self._experts, self.expert_routings = [], {}, {}, []
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         """In front of a linear: sums up what it is fed with, and stops."""
@@ -81,14 +88,16 @@ class Gatherer:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             player = self._current()
             place, group = self._leaders.get(name, (GATHERED, None))
-            if self.counting or group is None or place <= player.at:
+            if self.counting or group is None or place <= player.stopped_at:
                 return
-            if player.original and group.linear is not None:
+            if player.is_reference and group.linear is not None:
                 return  # `_behind` keeps its output
-            stream = player.streams.get(group.residual or "")
+            stream = player.residual_inputs.get(group.residual or "")
             x, rows, shared = args[0], *self._rows(player, name)
-            if player.original:
-                player.captured[name] = Captured(stream, x if shared is None else x[shared])
+            if player.is_reference:
+                player.reference_activations[name] = ReferenceActivations(
+                    stream, x if shared is None else x[shared]
+                )
             else:
                 mask = _fitting_mask(player.batch.counting, x, rows)
                 self._add(player, name, group, x, stream, mask)
@@ -97,7 +106,7 @@ class Gatherer:
 
         return hook
 
-    def _by_output(self, block: Block, group: Group) -> bool:
+    def _by_output(self, block: Block, group: InputGroup) -> bool:
         """Its drift is summed up as it reaches the output: less work unless the linear widens."""
         if group.residual is None or self.ratio is None:
             return False
@@ -107,72 +116,80 @@ class Gatherer:
             group.linear, group.ratio = linear, self.ratio
         return rows <= columns
 
-    def _behind(self, group: Group) -> Callable[..., None]:
+    def _behind(self, group: InputGroup) -> Callable[..., None]:
         """Behind a linear: keeps what the original model returns, and goes on: nothing waits for it."""
 
         def hook(_: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
             player = self._current()
-            if player.original:
+            if player.is_reference:
                 # Copies, because the model may add to one or the other in place.
-                stream = player.streams[group.residual or ""].clone()
-                player.captured[group.names[0]] = Captured(stream, y=output.clone())
+                stream = player.residual_inputs[group.residual or ""].clone()
+                player.reference_activations[group.names[0]] = ReferenceActivations(
+                    stream, y=output.clone()
+                )
 
         return hook
 
     def _add(
         self,
-        player: Player,
+        player: PausedBatch,
         name: str,
-        group: Group,
+        group: InputGroup,
         x: torch.Tensor,
         stream: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> None:
-        captured = player.twin.captured.pop(name, None) if player.twin is not None else None
+        captured = (
+            player.reference.reference_activations.pop(name, None)
+            if player.reference is not None
+            else None
+        )
         if not x.numel():  # none of this batch's tokens were sent to an expert
             return
         group = group.part(held=player.number in self.held_out)
         try:
-            with clock.phase("hessian"):
+            with timer.phase("hessian"):
                 group.add(x, mask)
         except NumericalError as error:
             raise NumericalError(f"{name}, calibration batch {player.number}: {error}") from None
         if captured is not None:
-            with clock.phase("drift"):
+            with timer.phase("drift"):
                 group.add_drift(x, captured, stream, mask)
 
-    def _visits(self, routing: Routing, x: torch.Tensor, index: torch.Tensor) -> Visits:
+    def _visits(self, routing: ExpertRouting, x: torch.Tensor, index: torch.Tensor) -> Visits:
         """In front of experts: decides which tokens of the current player pass which."""
         player = self._current()
-        if player.at >= GATHERED:
+        if player.stopped_at >= GATHERED:
             return routing.experts.routed(x, index)
-        if not player.original and routing.name not in player.passing:
+        if not player.is_reference and routing.name not in player.expert_tokens:
             routing.count(index, player.batch.counting)
-        passing = player.passing[routing.name] = Passing(index)
+        passing = player.expert_tokens[routing.name] = RoutedBatch(index)
         if self.counting:
             return routing.experts.routed(x, index)
-        twin = None
+        reference = None
         if self.policy.gather == "routed":
             stop(2 * routing.first)  # until it is known what all batches, and the twin, chose
-            if player.original and player.twin is not None:
-                twin = player.twin.passing[routing.name]
-        routing.send(passing, twin)
+            if player.is_reference and player.reference is not None:
+                reference = player.reference.expert_tokens[routing.name]
+        routing.send(passing, reference)
         return passing.visits()
 
-    def _rows(self, player: Player, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Of an expert's linear: `Passing.rows` and `Passing.shared`; None: all tokens."""
+    def _rows(
+        self, player: PausedBatch, name: str
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of an expert's linear: `RoutedBatch.rows` and `RoutedBatch.shared`; None: all tokens."""
         if name not in self._experts:
             return None, None
         routing, expert = self._experts[name]
-        passing = player.passing[routing.name]
+        passing = player.expert_tokens[routing.name]
         return passing.rows[expert], passing.shared[expert]
 
-    def _tap(self, block: Block, groups: list[Group]) -> list[Any]:
+    def _tap(self, block: Block, groups: list[InputGroup]) -> list[Any]:
         """Hooks that keep the residual stream where a group adds to it."""
 
         def tap(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                self._current().streams[name] = args[0]
+                self._current().residual_inputs[name] = args[0]
 
             return hook
 

@@ -29,7 +29,7 @@ class BatchObserver(Protocol):
 
 
 @dataclass
-class Group:
+class InputGroup:
     """Linears of one block that read the same input, and what is summed up about it."""
 
     names: list[str]
@@ -43,14 +43,14 @@ class Group:
     """Its one linear, where `residual_drift` holds the original model's output X̃Wᵀ of it as well."""
     ratio: float = 1.0
     """How much of X̃Wᵀ: α/β."""
-    held: Group | None = None
+    held: InputGroup | None = None
     """The sums over batches that are held out."""
     watch: BatchObserver | None = None
     """Sees each batch that is summed up."""
     fallback: str | None = None
     """Why its sums are not those of the tokens that pass in the model."""
 
-    def part(self, *, held: bool) -> Group:
+    def part(self, *, held: bool) -> InputGroup:
         """What a batch is summed up in."""
         if held and self.held is None:
             self.held = self._alike()
@@ -67,7 +67,7 @@ class Group:
     def add_drift(
         self,
         x: torch.Tensor,
-        original: Captured,
+        original: ReferenceActivations,
         stream: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> None:
@@ -88,7 +88,7 @@ class Group:
                 self.input_drift = CrossMoment(width, width, device=x.device)
             self.input_drift.add(original.x, x, x, mask)
 
-    def _reached(self, original: Captured) -> torch.Tensor | None:
+    def _reached(self, original: ReferenceActivations) -> torch.Tensor | None:
         """X̃Wᵀ α/β, without the linear's bias."""
         if self.linear is None or original.y is None:
             return None
@@ -96,13 +96,13 @@ class Group:
         y = original.y - bias if isinstance(bias, torch.Tensor) else original.y
         return y if self.ratio == 1.0 else y * self.ratio
 
-    def _alike(self) -> Group:
+    def _alike(self) -> InputGroup:
         """Another part of the sums."""
-        return Group(self.names, residual=self.residual, linear=self.linear, ratio=self.ratio)
+        return InputGroup(self.names, residual=self.residual, linear=self.linear, ratio=self.ratio)
 
     def join(self, ranks: Ranks, device: torch.device) -> None:
         """Makes the sums those over all ranks, of which some may have met no token."""
-        if ranks.alone:
+        if ranks.is_single:
             return
         for name, make in (
             ("hessian", lambda rows, _: Hessian(rows, device=device)),
@@ -110,13 +110,13 @@ class Group:
             ("residual_drift", partial(CrossMoment, device=device)),
         ):
             mine = getattr(self, name)
-            rows, columns = ranks.largest(*(mine.sum.shape if mine else (0, 0)))
+            rows, columns = ranks.all_reduce_max(*(mine.sum.shape if mine else (0, 0)))
             if rows:
                 mine = mine or make(rows, columns)
                 setattr(self, name, mine)
                 ranks.sum(mine.sum)
                 mine.tokens = int(ranks.sum(torch.tensor([mine.tokens])))
-        if any(ranks.largest(self.held is not None)):
+        if any(ranks.all_reduce_max(self.held is not None)):
             self.held = self.held or self._alike()
             self.held.join(ranks, device)
 
@@ -135,18 +135,18 @@ class Group:
 
 
 @dataclass
-class Captured:
+class ReferenceActivations:
     """What the original model feeds a group with, and the residual stream beside it."""
 
     stream: torch.Tensor | None
     x: torch.Tensor | None = None
     """Its input; None where the output tells all that counts."""
     y: torch.Tensor | None = None
-    """The output of `Group.linear`."""
+    """The output of `InputGroup.linear`."""
 
 
 @dataclass
-class Notes:
+class BlockTrace:
     """Tensors that passed during a probe, in order of time."""
 
     inputs: list[tuple[str, torch.Tensor]] = field(default_factory=list)
@@ -156,7 +156,7 @@ class Notes:
     stream: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     """(module, its input) for every module of the block; last, the block's output."""
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[InputGroup]:
         """Groups in the order in which they are reached.
 
         Raises:
@@ -169,9 +169,11 @@ class Notes:
                 f"{twice} is called more than once in its block; leave it out with --skip"
             )
         # Same memory, size and version: the same values, also when seen through another view.
-        found: dict[tuple[int, int, int], Group] = {}
+        found: dict[tuple[int, int, int], InputGroup] = {}
         for name, x in self.inputs:
-            found.setdefault((x.data_ptr(), x.numel(), x._version), Group([])).names.append(name)
+            found.setdefault((x.data_ptr(), x.numel(), x._version), InputGroup([])).names.append(
+                name
+            )
         outputs = {name: (y, seen) for name, y, seen in self.outputs}
         for group in found.values():
             if len(group.names) == 1 and group.names[0] in outputs:
@@ -190,9 +192,9 @@ class Notes:
 
 
 @contextmanager
-def taking_notes(block: Block) -> Iterator[Notes]:
+def trace_block(block: Block) -> Iterator[BlockTrace]:
     """Hooks on every module of the block while the probe plays it."""
-    notes = Notes()
+    notes = BlockTrace()
     hooks: list[Any] = []
 
     def before(name: str, *, linear: bool, stream: bool) -> Any:

@@ -32,14 +32,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from roundwise.checkpoint.writer import storage_error
 from roundwise.errors import RunError
-from roundwise.forward.batch import EXIT, Player
-from roundwise.model.streamed import Skeleton
-from roundwise.system.device import HOST, moved
-from roundwise.system.madvise import HUGE, PAGEOUT, advise
-from roundwise.system.memory import give_back
+from roundwise.forward.batch import EXIT, PausedBatch
+from roundwise.model.streamed import StreamedModel
+from roundwise.system.device import HOST, to_device
+from roundwise.system.madvise import HUGE, PAGEOUT, madvise
+from roundwise.system.memory import trim_heap
 
 
-class Parking:
+class CpuOffload:
     """Moves what players hold in front of and behind a block.
 
     Args:
@@ -49,25 +49,25 @@ class Parking:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def look_around(self) -> None:
+    def mark_shared(self) -> None:
         """Nothing to see: only what a block was called with leaves."""
 
-    def present(self, player: Player) -> AbstractContextManager[None]:
+    def onloaded(self, player: PausedBatch) -> AbstractContextManager[None]:
         """Nothing to do: what a player that waits holds can be looked at, on the host."""
         return nullcontext()
 
     def close(self) -> None:
         """Nothing to give up."""
 
-    def leave(self, player: Player) -> None:
+    def offload(self, player: PausedBatch) -> None:
         """Takes the tensors of a player that waits to the host."""
-        for x in _hidden(player.given):
+        for x in _hidden(player.block_inputs):
             x.data = x.to(HOST)
-        player.output = moved(player.output, HOST)
+        player.output = to_device(player.output, HOST)
 
-    def fetch(self, player: Player) -> None:
+    def onload(self, player: PausedBatch) -> None:
         """Brings back what a player goes on with; behind a block that is its output alone."""
-        for x in _hidden(player.given if player.at != EXIT else None):
+        for x in _hidden(player.block_inputs if player.stopped_at != EXIT else None):
             x.data = x.to(self.device)
 
 
@@ -89,7 +89,7 @@ LEAST = 1 << 20
 DEPTH = 6
 
 
-class Shelf:
+class DiskOffload:
     """A file without a name: it ends with the process, however that ends.
 
     Args:
@@ -112,7 +112,7 @@ class Shelf:
         """What each player has left there."""
         self._shared: set[int] = set()
 
-    def look_around(self) -> None:
+    def mark_shared(self) -> None:
         """Notes what modules hold, before a block is played."""
         found: list[Any] = []
         for module in self.model.modules():
@@ -120,38 +120,43 @@ class Shelf:
             found += module._parameters.values()
         self._shared = {_key(tensor) for tensor in _tensors(found, DEPTH)}
 
-    def leave(self, player: Player) -> None:
+    def offload(self, player: PausedBatch) -> None:
         """Empties what a player that waits holds, and what its twin holds for it."""
         self._of.setdefault(player.key, set()).update(self._empty(player))
-        if player.twin is not None and not player.original:
-            self._of.setdefault(player.twin.key, set()).update(self._empty(player.twin))
+        if player.reference is not None and not player.is_reference:
+            self._of.setdefault(player.reference.key, set()).update(self._empty(player.reference))
         if self.tight:
-            give_back()
+            trim_heap()
 
-    def fetch(self, player: Player) -> None:
+    def onload(self, player: PausedBatch) -> None:
         """Fills again what a player goes on with, and what its twin holds for it."""
         for key in self._of.pop(player.key, set()):
             self._fill(key)
-        if player.twin is not None and not player.original:
-            for tensor in _tensors([*player.twin.captured.values()], DEPTH):
+        if player.reference is not None and not player.is_reference:
+            for tensor in _tensors([*player.reference.reference_activations.values()], DEPTH):
                 self._fill(_key(tensor))
 
     @contextmanager
-    def present(self, player: Player) -> Iterator[None]:
+    def onloaded(self, player: PausedBatch) -> Iterator[None]:
         """While it is entered, what a waiting player holds can be looked at."""
-        self.fetch(player)
+        self.onload(player)
         try:
             yield
         finally:
-            self.leave(player)
+            self.offload(player)
 
     def close(self) -> None:
         """Gives up the file and what is in it."""
         self.file.close()
 
-    def _empty(self, player: Player) -> Iterator[int]:
+    def _empty(self, player: PausedBatch) -> Iterator[int]:
         """Writes and empties the storages of a player; the keys of those that are away by now."""
-        held = [*_locals(player), player.captured, player.streams, player.output]
+        held = [
+            *_locals(player),
+            player.reference_activations,
+            player.residual_inputs,
+            player.output,
+        ]
         for tensor in _tensors(held, DEPTH):
             storage, key = tensor.untyped_storage(), _key(tensor)
             size = storage.nbytes()
@@ -160,7 +165,7 @@ class Shelf:
             if size < LEAST or not tensor.is_floating_point():
                 continue
             if not storage.resizable():  # it is mapped from a file already
-                advise(storage.data_ptr(), size, PAGEOUT)
+                madvise(storage.data_ptr(), size, PAGEOUT)
                 continue
             free = self._free.get(size)
             place = free.pop() if free else self.end
@@ -177,7 +182,7 @@ class Shelf:
         if not ref.expired():  # type: ignore[no-untyped-call]
             storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
             storage.resize_(size)
-            advise(storage.data_ptr(), size, HUGE)
+            madvise(storage.data_ptr(), size, HUGE)
             self._transfer(storage, size, place, out=False)
         self._free.setdefault(size, []).append(place)
 
@@ -189,23 +194,23 @@ class Shelf:
         while done < size:
             part = view[done:]
             try:
-                moved = (
+                to_device = (
                     os.pwrite(file, part, place + done)
                     if out
                     else os.preadv(file, [part], place + done)
                 )
             except OSError as error:
                 raise storage_error(error, self.folder) from error
-            if not moved:
+            if not to_device:
                 raise RunError(f"a file in {self.folder} is shorter than what was written to it")
-            done += moved
+            done += to_device
 
 
 def _key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _locals(player: Player) -> Iterator[Any]:
+def _locals(player: PausedBatch) -> Iterator[Any]:
     """The local variables of a player's frames, from the innermost out."""
     frame = player.task.gr_frame if player.task else None
     while frame is not None:
@@ -227,12 +232,14 @@ def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
     elif depth and isinstance(value, tuple | list):
         for each in value:
             yield from _tensors(each, depth - 1)
-    elif depth and is_dataclass(value) and not isinstance(value, type | Player):
+    elif depth and is_dataclass(value) and not isinstance(value, type | PausedBatch):
         yield from _tensors([getattr(value, f.name) for f in fields(value)], depth - 1)
 
 
-def parking_for(skeleton: Skeleton, folder: Path, *, tight: bool) -> Parking | Shelf:
+def choose_offload(
+    streamed: StreamedModel, folder: Path, *, tight: bool
+) -> CpuOffload | DiskOffload:
     """Where batches wait for which memory has no room: in a file in `folder`, or on the host."""
-    if skeleton.device == HOST:
-        return Shelf(folder, skeleton.model, tight=tight)
-    return Parking(skeleton.device)
+    if streamed.device == HOST:
+        return DiskOffload(folder, streamed.model, tight=tight)
+    return CpuOffload(streamed.device)

@@ -33,10 +33,10 @@ from roundwise.checkpoint.writer import write_json, write_safetensors
 from roundwise.core.hessian import Hessian
 from roundwise.model.blocks import Block
 from roundwise.model.build import arguments
-from roundwise.model.streamed import Skeleton
+from roundwise.model.streamed import StreamedModel
 from roundwise.system.device import HOST
-from roundwise.system.half_matmul import widening
-from roundwise.system.timer import clock
+from roundwise.system.half_matmul import cpu_half_matmul
+from roundwise.system.timer import timer
 
 #: Logits held at a time, tokens by vocabulary; but at least so many tokens, as context.
 LOGITS, CONTEXT = 1 << 25, 512
@@ -46,7 +46,7 @@ FEWEST = 64
 LARGER = 1024.0
 
 
-class Curvature:
+class OutputGradients:
     """The gradients of a run, on disk.
 
     Args:
@@ -58,7 +58,7 @@ class Curvature:
         self.index = self.folder / "gradients.json"
 
     def measure(
-        self, skeleton: Skeleton, batches: list[Batch], *, tokens: int, first: int
+        self, streamed: StreamedModel, batches: list[Batch], *, tokens: int, first: int
     ) -> str | None:
         """Writes the gradients unless they are there; why there are none, or None.
 
@@ -70,19 +70,19 @@ class Curvature:
         """
         if self._there(first):
             return None
-        parts = _parts(batches, tokens, skeleton.model.config.get_text_config().vocab_size)
+        parts = _parts(batches, tokens, streamed.model.config.get_text_config().vocab_size)
         digests: dict[str, str] = {}
 
         def write(part: int, index: int, found: dict[str, torch.Tensor]) -> None:
             name = f"gradients-{index:05d}-{part}.safetensors"
-            with clock.phase("write"):
+            with timer.phase("write"):
                 digests[name] = write_safetensors(self.folder / name, found)
 
         generator = torch.Generator().manual_seed(0)
-        with clock.phase("gradients"), _head(skeleton):
+        with timer.phase("gradients"), _head(streamed):
             for part, batch in enumerate(parts):
-                with _watched(skeleton, partial(write, part)):
-                    failed = _forth_and_back(skeleton, batch.to(skeleton.device), generator)
+                with _watched(streamed, partial(write, part)):
+                    failed = _forth_and_back(streamed, batch.to(streamed.device), generator)
                 if failed:
                     return failed
         if not digests:
@@ -104,7 +104,7 @@ class Curvature:
         except (OSError, ValueError, AttributeError, TypeError):
             return False  # measured again: the same gradients
 
-    def of_block(self, index: int) -> Callable[[str], tuple[torch.Tensor | None, int]]:
+    def weights_of_block(self, index: int) -> Callable[[str], tuple[torch.Tensor | None, int]]:
         """For a linear of a block, B = gᵀg / n [out, out] (None: it saw no gradient), and n."""
         files = sorted(self.folder.glob(f"gradients-{index:05d}-*.safetensors"))
         headers = [read_header(file) for file in files]
@@ -113,7 +113,7 @@ class Curvature:
             found = [header[name] for header in headers if name in header]
             if not found:
                 return None, 0
-            with clock.phase("gradients"):
+            with timer.phase("gradients"):
                 total = Hessian(found[0].shape[1])
                 for info in found:
                     total.add(info.read())
@@ -158,12 +158,14 @@ def _parts(batches: list[Batch], tokens: int, vocabulary: int) -> list[Batch]:
     return parts
 
 
-def _forth_and_back(skeleton: Skeleton, batch: Batch, generator: torch.Generator) -> str | None:
+def _forth_and_back(
+    streamed: StreamedModel, batch: Batch, generator: torch.Generator
+) -> str | None:
     """One part through the model and back; why that does not work, or None."""
-    model = skeleton.model
+    model = streamed.model
     try:
         with torch.enable_grad():
-            with widening():
+            with cpu_half_matmul():
                 output = model(**arguments(model, batch.input_ids, batch.mask))
             y = output["logits"] if "logits" in output else output[0]
             if not y.requires_grad:
@@ -205,30 +207,30 @@ def draw(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 @contextmanager
-def _head(skeleton: Skeleton) -> Iterator[None]:
+def _head(streamed: StreamedModel) -> Iterator[None]:
     """The head's weights, which a run without `--lm-head` never needs."""
-    head = skeleton.model.get_output_embeddings()
-    names = [name for name, module in skeleton.model.named_modules() if module is head]
-    is_block = any(block.is_head for block in skeleton.blocks)
+    head = streamed.model.get_output_embeddings()
+    names = [name for name, module in streamed.model.named_modules() if module is head]
+    is_block = any(block.is_head for block in streamed.blocks)
     if head is None or is_block or not names:
         yield
         return
-    skeleton.load(head, names[0], aligned=False)
+    streamed.load(head, names[0], aligned=False)
     try:
         yield
     finally:
-        skeleton.unload(head, names[0])
+        streamed.unload(head, names[0])
 
 
 @contextmanager
 def _watched(
-    skeleton: Skeleton, write: Callable[[int, dict[str, torch.Tensor]], None]
+    streamed: StreamedModel, write: Callable[[int, dict[str, torch.Tensor]], None]
 ) -> Iterator[None]:
     """Blocks that load and forget their weights by themselves, and hand out the gradients in them."""
     hooks: list[Any] = []
-    for index, block in enumerate(skeleton.blocks):
+    for index, block in enumerate(streamed.blocks):
         found: dict[str, list[torch.Tensor]] = {}
-        block.module.forward = _gate(skeleton, block, index, found, write)
+        block.module.forward = _gate(streamed, block, index, found, write)
         if not block.is_head:  # that of a head is as large as the vocabulary
             hooks += [
                 linear.register_forward_hook(_keep(found.setdefault(name, [])))
@@ -239,9 +241,9 @@ def _watched(
     finally:
         for hook in hooks:
             hook.remove()
-        for block in skeleton.blocks:
+        for block in streamed.blocks:
             vars(block.module).pop("forward", None)
-            skeleton.unload(block.module, block.prefix)
+            streamed.unload(block.module, block.prefix)
 
 
 def _keep(found: list[torch.Tensor]) -> Callable[..., None]:
@@ -258,7 +260,7 @@ def _keep(found: list[torch.Tensor]) -> Callable[..., None]:
 
 
 def _gate(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     block: Block,
     index: int,
     found: dict[str, list[torch.Tensor]],
@@ -268,12 +270,12 @@ def _gate(
     original = block.module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        skeleton.load(block.module, block.prefix)
+        streamed.load(block.module, block.prefix)
         try:
-            with widening():  # on the way back, no mode of the way forth is on
+            with cpu_half_matmul():  # on the way back, no mode of the way forth is on
                 return original(*args, **kwargs)
         finally:
-            skeleton.unload(block.module, block.prefix)
+            streamed.unload(block.module, block.prefix)
 
     def leave(_: torch.Tensor) -> None:
         kept = {name: torch.cat(parts) for name, parts in found.items() if parts}

@@ -33,24 +33,33 @@ from torch import nn
 
 from roundwise.calibration.windows import Batch
 from roundwise.errors import RunError
-from roundwise.forward.batch import COUNTED, ENTER, EXIT, GATHERED, Player, Variants, hidden, stop
-from roundwise.forward.expert_tokens import Policy
-from roundwise.forward.hooks import Gatherer
-from roundwise.forward.input_groups import Group, taking_notes
-from roundwise.forward.offload import Parking, Shelf
+from roundwise.forward.batch import (
+    COUNTED,
+    ENTER,
+    EXIT,
+    GATHERED,
+    PausedBatch,
+    WeightSwap,
+    hidden,
+    stop,
+)
+from roundwise.forward.expert_tokens import ExpertCalibration
+from roundwise.forward.hooks import CalibrationHooks
+from roundwise.forward.input_groups import InputGroup, trace_block
+from roundwise.forward.offload import CpuOffload, DiskOffload
 from roundwise.model.blocks import Block
 from roundwise.model.build import arguments
 from roundwise.model.moe import visit_all
-from roundwise.system.device import HOST, moved
+from roundwise.system.device import HOST, to_device
 from roundwise.system.distributed import Ranks
-from roundwise.system.half_matmul import widening
-from roundwise.system.timer import clock
+from roundwise.system.half_matmul import cpu_half_matmul
+from roundwise.system.timer import timer
 
 #: Tokens of the probe: enough for any local attention pattern to be well formed.
 PROBE_TOKENS = 8
 
 
-class Stage:
+class _Stage:
     """All players and the gates of all blocks; use as a context manager.
 
     Args:
@@ -61,8 +70,8 @@ class Stage:
         skip: resuming, the number of finished blocks; they are not played.
         outputs: resuming, what the last finished block returned to each player by its key, by
             `Block.stack`.
-        held_out: numbers of the batches that are summed up apart (`Group.held`).
-        ratio: see `Group.add_drift`.
+        held_out: numbers of the batches that are summed up apart (`InputGroup.held`).
+        ratio: see `InputGroup.add_drift`.
         policy: which tokens an expert's Hessian is made from.
         ranks: with whom the work is shared.
         device: where blocks are loaded and players play.
@@ -80,30 +89,34 @@ class Stage:
         outputs: dict[int, dict[str, Any]] | None = None,
         held_out: frozenset[int] = frozenset(),
         ratio: float | None = None,
-        policy: Policy | None = None,
+        policy: ExpertCalibration | None = None,
         ranks: Ranks | None = None,
         device: torch.device = HOST,
-        parking: Parking | Shelf | None = None,
+        offload: CpuOffload | DiskOffload | None = None,
     ) -> None:
-        self.device, self.parking = device, parking
+        self.device, self.offload = device, offload
         self.model, self.blocks, self.skip = model, blocks, skip
-        self.policy, self.ranks = policy or Policy(), ranks or Ranks()
-        self.gatherer = Gatherer(self._current, held_out=held_out, ratio=ratio, policy=self.policy)
+        self.policy, self.ranks = policy or ExpertCalibration(), ranks or Ranks()
+        self.hooks = CalibrationHooks(
+            self._current, held_out=held_out, ratio=ratio, policy=self.policy
+        )
         batches = [batch.to(device) for batch in batches]
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
-        self.probe_player = Player(probe, -1)
-        self.quantized = [Player(batch, i) for i, batch in self.ranks.share(batches).items()]
+        self.probe_player = PausedBatch(probe, -1)
+        self.quantized = [PausedBatch(batch, i) for i, batch in self.ranks.shard(batches).items()]
         if reference:
             for player in self.quantized:
-                player.twin = Player(player.batch, player.number, player, original=True)
-        self.originals = [player.twin for player in self.quantized if player.twin]
+                player.reference = PausedBatch(
+                    player.batch, player.number, player, is_reference=True
+                )
+        self.originals = [player.reference for player in self.quantized if player.reference]
         self.players = [self.probe_player, *self.originals, *self.quantized]
         for stack, saved in (outputs or {}).items():
             for player in self.players:
-                player.finished[stack] = saved[player.key]
+                player.resumed_outputs[stack] = saved[player.key]
         self._trying = False
-        self._playing: dict[greenlet, Player] = {}
-        self._variants = Variants()
+        self._playing: dict[greenlet, PausedBatch] = {}
+        self._variants = WeightSwap()
         self._grad = True
 
     def __enter__(self) -> Self:
@@ -111,9 +124,9 @@ class Stage:
         self._grad = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
         for index, block in enumerate(self.blocks):
-            block.module.forward = self._gate(index, block.module.forward)
+            block.module.forward = self._paused_forward(index, block.module.forward)
         for player in self.players:
-            player.task = greenlet(self._play)
+            player.task = greenlet(self._run_model)
             self._playing[player.task] = player
         return self
 
@@ -123,16 +136,16 @@ class Stage:
                 player.task.throw(GreenletExit)
         for block in self.blocks:
             vars(block.module).pop("forward", None)
-        self.gatherer.end()
-        if self.parking is not None:
-            self.parking.close()
+        self.hooks.end()
+        if self.offload is not None:
+            self.offload.close()
         torch.set_grad_enabled(self._grad)
 
-    def present(self, key: str) -> AbstractContextManager[None]:
+    def onloaded(self, key: str) -> AbstractContextManager[None]:
         """While it is entered, what the player of a key holds can be looked at."""
-        if self.parking is None or key == self.probe_player.key:
+        if self.offload is None or key == self.probe_player.key:
             return nullcontext()
-        return self.parking.present(next(p for p in self.players if p.key == key))
+        return self.offload.onloaded(next(p for p in self.players if p.key == key))
 
     def outputs(self) -> dict[str, Any]:
         """What the block returned to each player by its key, all standing behind it."""
@@ -143,72 +156,72 @@ class Stage:
         for player in self.players:
             player.output = outputs[player.key]
 
-    def _play(self, player: Player) -> None:
+    def _run_model(self, player: PausedBatch) -> None:
         self.model(**arguments(self.model, player.batch.input_ids, player.batch.mask))
 
-    def _advance(self, player: Player, target: int) -> None:
+    def _advance(self, player: PausedBatch, target: int) -> None:
         """Lets a player run until it stops at `target` or beyond."""
-        while player.at < target:
+        while player.stopped_at < target:
             self._resume(player)
 
-    def _resume(self, player: Player) -> None:
+    def _resume(self, player: PausedBatch) -> None:
         assert player.task is not None
-        self._variants.show(original=player.original)
-        parking = self.parking if player.number >= 0 else None
-        with clock.phase("forward"), widening():
-            if parking is not None:
-                parking.fetch(player)
+        self._variants.show(is_reference=player.is_reference)
+        offload = self.offload if player.number >= 0 else None
+        with timer.phase("forward"), cpu_half_matmul():
+            if offload is not None:
+                offload.onload(player)
             stopped = player.task.switch() if player.task else player.task.switch(player)
-            player.at = EXIT if player.task.dead else stopped
-            if parking is not None:
-                parking.leave(player)
+            player.stopped_at = EXIT if player.task.dead else stopped
+            if offload is not None:
+                offload.offload(player)
 
-    def _gate(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _paused_forward(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         """A block's forward with the stops around it."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             player, surveyed = self._current(), False
             if index < self.skip:
                 # Finished earlier: all of them return what the last one did, only that one counts.
-                return moved(player.finished[self.blocks[index].stack], self.device)
-            player.given, player.output = (args, kwargs), None
+                return to_device(player.resumed_outputs[self.blocks[index].stack], self.device)
+            player.block_inputs, player.output = (args, kwargs), None
             stop(ENTER)
-            if player.number >= 0 and not self.gatherer.sequential:
-                if self.gatherer.counting:
+            if player.number >= 0 and not self.hooks.sequential:
+                if self.hooks.counting:
                     original(*args, **kwargs)
                     stop(COUNTED)
                 player.output = original(*args, **kwargs)
                 surveyed = self._trying
                 stop(GATHERED)
                 while self._trying:
-                    player.trial = original(*args, **kwargs)
+                    player.candidate_output = original(*args, **kwargs)
                     stop(GATHERED)
-            if player.output is None or not (player.original or surveyed):
+            if player.output is None or not (player.is_reference or surveyed):
                 player.output = original(*args, **kwargs)
             stop(EXIT)
-            output, player.given, player.output = player.output, None, None
-            return moved(output, self.device)
+            output, player.block_inputs, player.output = player.output, None, None
+            return to_device(output, self.device)
 
         return forward
 
-    def _current(self) -> Player:
+    def _current(self) -> PausedBatch:
         return self._playing[getcurrent()]
 
 
-class Conductor(Stage):
-    """Leads all players through the blocks in lock-step; arguments are those of `Stage`."""
+class ForwardScheduler(_Stage):
+    """Leads all players through the blocks in lock-step; arguments are those of `_Stage`."""
 
-    def enter(self) -> None:
+    def advance_to_block(self) -> None:
         """Brings every player to the entrance of the next block."""
-        self._variants = Variants()
-        if self.parking is not None:
-            self.parking.look_around()
+        self._variants = WeightSwap()
+        if self.offload is not None:
+            self.offload.mark_shared()
         for player in self.players:
             self._resume(player)
-            if player.at != ENTER:
+            if player.stopped_at != ENTER:
                 raise RunError("the model does not call its blocks one after another, each once")
 
-    def probe(self, block: Block) -> list[Group]:
+    def discover_groups(self, block: Block) -> list[InputGroup]:
         """Plays the block with the probe: its groups, in the order in which they are reached.
 
         Raises:
@@ -216,16 +229,16 @@ class Conductor(Stage):
         """
         for experts in block.experts.values():
             experts.visits = partial(visit_all, experts, as_one=self.policy.gather == "all")
-        with taking_notes(block) as notes:
+        with trace_block(block) as notes:
             self._advance(self.probe_player, EXIT)
         notes.stream.append((block.name, hidden(self.probe_player.output)))
         return notes.groups()
 
-    def play(
+    def run_block(
         self,
         block: Block,
-        groups: list[Group],
-        solve: Callable[[Group], None],
+        groups: list[InputGroup],
+        solve: Callable[[InputGroup], None],
         *,
         sequential: bool,
     ) -> dict[str, list[int]]:
@@ -233,7 +246,7 @@ class Conductor(Stage):
 
         Args:
             block: the block all players have entered.
-            groups: what `probe` returned.
+            groups: what `discover_groups` returned.
             solve: replaces the weights of a group's linears; its Hessian is complete.
             sequential: stop at every group, so that each sees already quantized predecessors;
                 otherwise gather all Hessians in a first pass, and play the block again. The head
@@ -243,7 +256,7 @@ class Conductor(Stage):
             For each module of experts, how many tokens its router sent to each.
         """
         sequential = sequential or block.is_head
-        self.gatherer.begin(block, groups, sequential=sequential, drift=bool(self.originals))
+        self.hooks.begin(block, groups, sequential=sequential, drift=bool(self.originals))
         if not sequential:
             self._gather(groups)
         for index, group in enumerate(groups):
@@ -253,18 +266,22 @@ class Conductor(Stage):
         for player in [*self.originals, *self.quantized]:
             if not block.is_head:  # nobody needs logits
                 self._advance(player, EXIT)
-            for held in (player.captured, player.streams, player.passing):
+            for held in (
+                player.reference_activations,
+                player.residual_inputs,
+                player.expert_tokens,
+            ):
                 held.clear()
-        for routing in self.gatherer.routings:
+        for routing in self.hooks.expert_routings:
             routing.join(self.ranks)
-        tokens = {routing.name: routing.tokens.tolist() for routing in self.gatherer.routings}
-        self.gatherer.end()
+        tokens = {routing.name: routing.tokens.tolist() for routing in self.hooks.expert_routings}
+        self.hooks.end()
         return tokens
 
-    def survey(
+    def try_weights(
         self,
         block: Block,
-        groups: list[Group],
+        groups: list[InputGroup],
         measure: Callable[[Callable[[], list[torch.Tensor]], list[torch.Tensor]], None],
         *,
         tokens: int,
@@ -273,12 +290,12 @@ class Conductor(Stage):
 
         Args:
             block: the block all players have entered.
-            groups: what `probe` returned; their Hessians are complete when `measure` is called.
+            groups: what `discover_groups` returned; their Hessians are complete when `measure` is called.
             measure: called with a function that plays the block with its present weights, and with
                 what the block returned with its own; it leaves the weights as they were.
             tokens: of the first batches that are played again, about.
         """
-        self.gatherer.begin(block, groups, sequential=False, drift=False)
+        self.hooks.begin(block, groups, sequential=False, drift=False)
         self._trying = True
         self._gather(groups)
         again, played = [], 0
@@ -290,20 +307,20 @@ class Conductor(Stage):
         def attempt() -> list[torch.Tensor]:
             for player in again:
                 self._resume(player)
-            return [hidden(player.trial) for player in again]
+            return [hidden(player.candidate_output) for player in again]
 
         measure(attempt, [hidden(player.output) for player in again])
         self._trying = False
         for player in self.quantized:
             self._advance(player, EXIT)
-            player.trial = None
-            player.passing.clear()
-        self.gatherer.end()
+            player.candidate_output = None
+            player.expert_tokens.clear()
+        self.hooks.end()
 
-    def _reach(self, index: int, groups: list[Group]) -> None:
+    def _reach(self, index: int, groups: list[InputGroup]) -> None:
         """Sequential mode: leads all players in front of a group."""
         players = [*self.originals, *self.quantized]
-        for routing in self.gatherer.routings:
+        for routing in self.hooks.expert_routings:
             if routing.first == index:
                 for player in players:
                     self._advance(player, 2 * index)
@@ -311,25 +328,25 @@ class Conductor(Stage):
         for player in players:
             self._advance(player, 2 * index + 1)
 
-    def _gather(self, groups: list[Group]) -> None:
+    def _gather(self, groups: list[InputGroup]) -> None:
         """Block mode: gathers all Hessians, one batch after another."""
-        found = self.gatherer.routings
+        found = self.hooks.expert_routings
         if found and self.policy.gather == "routed":
-            self.gatherer.counting = True
+            self.hooks.counting = True
             for player in self.quantized:
                 self._advance(player, COUNTED)
-            self.gatherer.counting = False
+            self.hooks.counting = False
             for routing in found:
                 routing.decide(groups, self.ranks)
         for player in self.quantized:
-            both = [player.twin, player] if player.twin is not None else [player]
+            both = [player.reference, player] if player.reference is not None else [player]
             for place in [*(2 * routing.first for routing in found), GATHERED]:
                 for each in both:
                     self._advance(each, place)
 
-    def _solve(self, block: Block, group: Group, solve: Callable[[Group], None]) -> None:
+    def _solve(self, block: Block, group: InputGroup, solve: Callable[[InputGroup], None]) -> None:
         """Solves a group, and remembers its original weights for the original players."""
-        self._variants.show(original=False)
+        self._variants.show(is_reference=False)
         group.join(self.ranks, self.device)
         linears = [block.linears[name] for name in group.names]
         before: list[Any] = [linear.weight for linear in linears]

@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from roundwise.checkpoint.reader import TensorInfo, read_header
 from roundwise.errors import CheckpointError
 from roundwise.inference.cpu.attention import use_grouped_attention
-from roundwise.inference.cpu.mmap_embedding import MappedFiles, leave_in_files
+from roundwise.inference.cpu.mmap_embedding import MappedFiles, keep_embeddings_on_disk
 from roundwise.inference.cpu.streamed_linear import stream_large
 from roundwise.inference.quant_linear import QuantLinear
 from roundwise.inference.replace_modules import replace_linears
@@ -56,7 +56,7 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
             stored = [module.qweight, module.qzeros, module.scales]
             module.prepare()
             files.release(stored)
-        leave_in_files(model, files)
+        keep_embeddings_on_disk(model, files)
         stream_large(model)
         use_grouped_attention(model)
         return model

@@ -42,7 +42,7 @@ def _quantizer(*args: Any, **kwargs: Any) -> Any:
 def _teach(module: ModuleType) -> None:
     from roundwise.inference import peft_patch
 
-    peft_patch.teach(module)
+    peft_patch.patch_peft(module)
 
 
 def _when_imported(name: str, then: Then) -> None:

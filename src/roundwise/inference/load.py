@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import transformers
 
-from roundwise.checkpoint.gptq_format import quantization_settings
+from roundwise.checkpoint.gptq_format import read_quantization_config
 from roundwise.checkpoint.hub import local_folder
-from roundwise.checkpoint.reader import SINGLE, Checkpoint
-from roundwise.checkpoint.untrusted import bounded_modules
+from roundwise.checkpoint.reader import SINGLE_FILE, Checkpoint
+from roundwise.checkpoint.untrusted import limit_module_count
 from roundwise.errors import CheckpointError, ConfigError, RoundwiseError
 from roundwise.inference import import_hooks
 from roundwise.model.build import load_config, model_class
@@ -49,13 +49,13 @@ def load(
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)
     if "quantization_config" in checkpoint.config:
-        quantization_settings(checkpoint)  # refuses other methods, by name
+        read_quantization_config(checkpoint)  # refuses other methods, by name
     with tempfile.TemporaryDirectory() as scratch:
         if _is_old(checkpoint):
             folder = _modernised(checkpoint, Path(scratch))
         try:
             kind = model_class(load_config(checkpoint))
-            with bounded_modules(len(checkpoint.tensors)):
+            with limit_module_count(len(checkpoint.tensors)):
                 loaded, info = kind.from_pretrained(
                     folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
                     output_loading_info=True,
@@ -91,12 +91,12 @@ def _is_old(checkpoint: Checkpoint) -> bool:
 
 def _modernised(checkpoint: Checkpoint, scratch: Path) -> Path:
     """A folder of links that shows an old checkpoint in today's layout."""
-    settings = {"quant_method": "gptq", **quantization_settings(checkpoint)}
+    settings = {"quant_method": "gptq", **read_quantization_config(checkpoint)}
     settings.pop("model_file_base_name", None)
     single = len(checkpoint.files) == 1
     for path in checkpoint.folder.iterdir():
         if path.is_file() and path.name != "config.json":
-            name = SINGLE if single and path == checkpoint.files[0] else path.name
+            name = SINGLE_FILE if single and path == checkpoint.files[0] else path.name
             (scratch / name).symlink_to(path.resolve())
     config = {**checkpoint.config, "quantization_config": settings}
     (scratch / "config.json").write_text(json.dumps(config))

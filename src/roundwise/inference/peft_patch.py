@@ -13,7 +13,7 @@ from typing import Any
 from roundwise.inference.quant_linear import QuantLinear
 
 
-def teach(module: ModuleType) -> None:
+def patch_peft(module: ModuleType) -> None:
     """The function for GPTQ layers in PEFT's chain takes ours too; doing it again does nothing.
 
     Args:

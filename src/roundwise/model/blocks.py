@@ -25,7 +25,7 @@ from roundwise.model.expert_weights import routers_of
 from roundwise.model.moe import LinearExperts
 
 #: A linear with fewer channels stays: it holds next to nothing, and codes are packed 32 to a few words.
-FEWEST = 32
+MIN_CHANNELS = 32
 
 
 @dataclass
@@ -37,12 +37,12 @@ class Block:
     module: nn.Module
     linears: dict[str, nn.Module]
     """Full module name -> nn.Linear or Conv1D, in order of definition."""
-    left: dict[str, str] = field(default_factory=dict)
+    skipped_linears: dict[str, str] = field(default_factory=dict)
     """Full name of linears that are never quantized, and what they are."""
     stack: int = 0
     """Which of several lists of blocks it is in: a decoder's follow an encoder's."""
     is_head: bool = False
-    """The output head; `module` is a `Head`, its name that of the layer in it."""
+    """The output head; `module` is a `OutputHead`, its name that of the layer in it."""
 
     @property
     def prefix(self) -> str:
@@ -89,7 +89,7 @@ def head_block(model: PreTrainedModel) -> Block:
     name = head_of(model)
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
-    head = Head(name.rpartition(".")[2], linear)
+    head = OutputHead(name.rpartition(".")[2], linear)
     model.set_submodule(name, head)
     return Block(name, head, {name: linear}, is_head=True)
 
@@ -135,8 +135,8 @@ def _block(name: str, module: nn.Module, stack: int) -> Block:
             continue
         if not _is_product(linear):
             left[full] = f"{type(linear).__name__} computes more than a product"
-        elif min(linear.weight.shape) < FEWEST:
-            left[full] = f"it has fewer than {FEWEST} channels"
+        elif min(linear.weight.shape) < MIN_CHANNELS:
+            left[full] = f"it has fewer than {MIN_CHANNELS} channels"
         else:
             linears[full] = linear
     return Block(name, module, linears, left, stack=stack)
@@ -187,7 +187,7 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
 TIED = "tie_word_embeddings"
 
 
-class Head(nn.Module):
+class OutputHead(nn.Module):
     """A head with a forward of its own around the linear layer's, where it can be stopped.
 
     Args:
@@ -232,7 +232,9 @@ def untie(config: Any) -> None:
             setattr(part, TIED, False)
 
 
-def untied(checkpoint: Checkpoint, model: PreTrainedModel, source_of: dict[str, str]) -> Checkpoint:
+def untied_checkpoint(
+    checkpoint: Checkpoint, model: PreTrainedModel, checkpoint_name_of: dict[str, str]
+) -> Checkpoint:
     """The checkpoint with a tensor for the head, which it may share with the embedding as it is.
 
     Args:
@@ -244,8 +246,8 @@ def untied(checkpoint: Checkpoint, model: PreTrainedModel, source_of: dict[str, 
         ConfigError: the model cannot have a head of its own.
     """
     name = f"{head_of(model)}.weight"
-    stored = source_of[name]
-    if list(source_of.values()).count(stored) == 1:
+    stored = checkpoint_name_of[name]
+    if list(checkpoint_name_of.values()).count(stored) == 1:
         return checkpoint
     kind = type(model).__name__
     if name in (getattr(model, "all_tied_weights_keys", None) or {}):
@@ -256,7 +258,7 @@ def untied(checkpoint: Checkpoint, model: PreTrainedModel, source_of: dict[str, 
         raise ConfigError(
             f"--lm-head: {kind} computes in another way if its head is not tied to the embedding"
         )
-    source_of[name] = name
+    checkpoint_name_of[name] = name
     tensors = {**checkpoint.tensors, name: checkpoint.tensors[stored]}
     config = {**checkpoint.config, TIED: False}
     if TIED in checkpoint.config.get("text_config", {}):

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.checkpoint.untrusted import check_computed
+from roundwise.checkpoint.untrusted import check_computed_buffers
 from roundwise.errors import CheckpointError, ConfigError, RoundwiseError
 
 
@@ -70,7 +70,7 @@ def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
         raise CheckpointError(
             f"transformers cannot build the {config.model_type} of config.json: {reason}"
         ) from error
-    check_computed(model)
+    check_computed_buffers(model)
     computed = {name for name, _ in model.named_non_persistent_buffers()}
     fresh = {""}
     for name, module in model.named_modules():

@@ -15,7 +15,14 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.checkpoint.gptq_format import SUFFIXES, quantized_layers
-from roundwise.checkpoint.reader import CHUNK, CODES, DTYPES, Checkpoint, CheckpointView, TensorInfo
+from roundwise.checkpoint.reader import (
+    CHUNK,
+    DTYPE_CODES,
+    DTYPES,
+    Checkpoint,
+    CheckpointView,
+    TensorInfo,
+)
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.model.build import build, dtype_of, load_config
 
@@ -24,7 +31,7 @@ SCALES, ACTIVATION = "_scale_inv", "input_scale"
 
 
 @dataclass(frozen=True)
-class DenseInfo(TensorInfo):
+class DequantizedInfo(TensorInfo):
     """A tensor that is computed whenever it is read; its place is that of what it is made from."""
 
     make: Callable[[], torch.Tensor]
@@ -33,21 +40,23 @@ class DenseInfo(TensorInfo):
     def of(
         cls, source: TensorInfo, shape: tuple[int, ...], dtype: torch.dtype,
         make: Callable[[], torch.Tensor],
-    ) -> DenseInfo:  # fmt: skip
+    ) -> DequantizedInfo:  # fmt: skip
         """A tensor of `shape` and `dtype`, made by `make`."""
         count = 1
         for size in shape:
             count *= size
-        return cls(source.path, CODES[dtype], shape, source.start, count * dtype.itemsize, make)
+        return cls(
+            source.path, DTYPE_CODES[dtype], shape, source.start, count * dtype.itemsize, make
+        )
 
-    def mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
+    def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
         """The tensor; there is no map of it."""
         return self.make().to(DTYPES[self.dtype]).contiguous(), None
 
     def rows(self, start: int, count: int) -> TensorInfo:
         """Some of its rows."""
         shape = (count, *self.shape[1:])
-        return DenseInfo.of(
+        return DequantizedInfo.of(
             self, shape, DTYPES[self.dtype], lambda: self.make()[start : start + count]
         )
 
@@ -58,7 +67,7 @@ class DenseInfo(TensorInfo):
             yield bytes(data[start : start + CHUNK])
 
 
-def as_dense(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
+def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
     """The checkpoint with dense weights, and what is to be said about it; itself if it is dense.
 
     Raises:
@@ -113,7 +122,9 @@ def _from_fp8(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Ten
                 f"{name}{SCALES} has shape {list(scales.shape)}; blocks of {sizes[0]} x {sizes[1]} "
                 f"ask for {list(blocks)}"
             )
-        found[name] = DenseInfo.of(info, info.shape, dtype, _scaled(info, scales, sizes, dtype))
+        found[name] = DequantizedInfo.of(
+            info, info.shape, dtype, _scaled(info, scales, sizes, dtype)
+        )
     return found
 
 
@@ -135,7 +146,7 @@ def _scaled(
 def _from_gptq(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, TensorInfo]:
     """What codes, scales and zero points stand for."""
     model = build(load_config(checkpoint), torch.float32)
-    turned = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     version = settings.get("checkpoint_format", "gptq")
     dtype = dtype_of(checkpoint.config) or torch.float16
     layers = {layer.name: layer for layer in quantized_layers(checkpoint)}
@@ -147,12 +158,12 @@ def _from_gptq(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Te
         elif suffix == "qweight":
             layer = layers[stem]
             shape = (layer.parts["scales"].shape[1], layer.in_features())
-            across = any(path.endswith(stem) for path in turned)
+            across = any(path.endswith(stem) for path in transposed)
 
             def make(layer: Any = layer, across: bool = across) -> torch.Tensor:
                 W: torch.Tensor = layer.read(version).dequantize(dtype)
                 return W.T if across else W
 
             shape = shape[::-1] if across else shape
-            found[f"{stem}.weight"] = DenseInfo.of(info, shape, dtype, make)
+            found[f"{stem}.weight"] = DequantizedInfo.of(info, shape, dtype, make)
     return found

@@ -1,7 +1,7 @@
 """Experts of a checkpoint as matrices of their own, whichever way its files hold them.
 
 Most families store a matrix per expert and projection; some store what transformers computes with: one
-tensor for all experts, gate and up in one, at times transposed or interleaved. `split_experts` finds
+tensor for all experts, gate and up in one, at times transposed or interleaved. `install_linear_experts` finds
 out which, puts `LinearExperts` into the model, and shows tensors that hold all experts as their parts.
 """
 
@@ -36,7 +36,7 @@ Layout = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
-class PartInfo(TensorInfo):
+class ExpertSlice(TensorInfo):
     """One expert's matrix or bias in a tensor that holds those of all; copied out when it is read."""
 
     whole: TensorInfo
@@ -44,14 +44,14 @@ class PartInfo(TensorInfo):
     expert: int
     half: int | None
     """0: the gate's rows of gate and up, 1: up's; None: all rows."""
-    turned: bool
+    transposed: bool
     """The file has it as [in, out]."""
 
     @classmethod
-    def of(cls, whole: TensorInfo, whole_name: str, expert: int, **layout: Any) -> PartInfo:
+    def of(cls, whole: TensorInfo, whole_name: str, expert: int, **layout: Any) -> ExpertSlice:
         """The part with this layout; size and type follow from the whole."""
         shape = list(whole.shape[1:])
-        if layout["turned"]:
+        if layout["transposed"]:
             shape.reverse()
         if layout["half"] is not None:
             shape[0] //= 2
@@ -61,18 +61,18 @@ class PartInfo(TensorInfo):
             whole=whole, whole_name=whole_name, expert=expert, **layout,
         )  # fmt: skip
 
-    def mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
+    def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
         """A copy of the part; there is no map of it."""
         part = self.whole.rows(self.expert, 1).read()[0]
-        if self.turned:
+        if self.transposed:
             part = part.T
         if self.half is not None:
             part = part[self.half * self.shape[0] :][: self.shape[0]]
         return part.clone(memory_format=torch.contiguous_format), None
 
-    def read_ahead(self) -> None:
-        """As `TensorInfo.read_ahead`, of its expert."""
-        self.whole.rows(self.expert, 1).read_ahead()
+    def prefetch(self) -> None:
+        """As `TensorInfo.prefetch`, of its expert."""
+        self.whole.rows(self.expert, 1).prefetch()
 
     def rows(self, start: int, count: int) -> TensorInfo:
         """Not to be had: a part's rows have no place of their own in the file."""
@@ -85,7 +85,7 @@ class PartInfo(TensorInfo):
             yield bytes(data[start : start + CHUNK])
 
 
-def carried(tensors: Mapping[str, Any], quantized: set[str]) -> dict[str, Any]:
+def unquantized_tensors(tensors: Mapping[str, Any], quantized: set[str]) -> dict[str, Any]:
     """What is written beside the quantized layers: experts that stay are put back into one tensor.
 
     Args:
@@ -97,18 +97,20 @@ def carried(tensors: Mapping[str, Any], quantized: set[str]) -> dict[str, Any]:
         stem, _, kind = name.rpartition(".")
         if stem in quantized and kind == "weight":
             continue
-        if isinstance(info, PartInfo) and stem not in quantized:
+        if isinstance(info, ExpertSlice) and stem not in quantized:
             found[info.whole_name] = info.whole
         else:
             found[name] = info
     return found
 
 
-def split_experts(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[Checkpoint, Layout]:
+def install_linear_experts(
+    model: PreTrainedModel, checkpoint: Checkpoint
+) -> tuple[Checkpoint, Layout]:
     """Puts `LinearExperts` into the model wherever the checkpoint's experts can be told apart.
 
     Returns:
-        The checkpoint with a tensor per expert and projection, and what `open_up` needs to know to do
+        The checkpoint with a tensor per expert and projection, and what `replace_fused_experts` needs to know to do
         the same to another model of the kind.
 
     Raises:
@@ -132,12 +134,12 @@ def split_experts(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[Check
             for parameter, key in keys.items():
                 del tensors[key]
                 tensors |= _parts(path, fused[path], parameter, key, checkpoint.tensors[key])
-    open_up(model, layout)
+    replace_fused_experts(model, layout)
     split = tensors.keys() != checkpoint.tensors.keys()
     return (CheckpointView(checkpoint, tensors) if split else checkpoint), layout
 
 
-def open_up(model: nn.Module, layout: Layout) -> None:
+def replace_fused_experts(model: nn.Module, layout: Layout) -> None:
     """Puts `LinearExperts` into a model on the meta device."""
     for path, names in layout.items():
         original = model.get_submodule(path)
@@ -173,24 +175,26 @@ def routers_of(block: nn.Module) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Joint:
+class FusedExperts:
     """A tensor of all experts that is made of their own."""
 
     name: str
     members: list[list[str]]
     """By expert: its tensor, or those of gate and up."""
-    turned: bool
+    transposed: bool
 
     def make(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """The tensor, from a function that reads the members."""
         parts = []
         for names in self.members:
             part = torch.cat([read(name) for name in names])
-            parts.append(part.T if self.turned else part)
+            parts.append(part.T if self.transposed else part)
         return torch.stack(parts)
 
 
-def joints(model: PreTrainedModel, checkpoint: Checkpoint, stems: set[str]) -> list[Joint]:
+def fused_experts(
+    model: PreTrainedModel, checkpoint: Checkpoint, stems: set[str]
+) -> list[FusedExperts]:
     """Which layers make up tensors of all experts, where the family's files have no others.
 
     Args:
@@ -223,9 +227,9 @@ def joints(model: PreTrainedModel, checkpoint: Checkpoint, stems: set[str]) -> l
                 for expert in range(count_of(module))
             ]
             found.append(
-                Joint(
+                FusedExperts(
                     f"{path}.{parameter}", members,
-                    turned=getattr(module, "is_transposed", False) and not bias,
+                    transposed=getattr(module, "is_transposed", False) and not bias,
                 )
             )  # fmt: skip
     return found
@@ -271,14 +275,14 @@ def _parts(
         yield key, whole
         return
     expected = tuple(fused.get_parameter(parameter).shape)
-    turned = bool(getattr(fused, "is_transposed", False)) and len(expected) == 3
+    transposed = bool(getattr(fused, "is_transposed", False)) and len(expected) == 3
     if whole.shape != expected:
         if whole.shape != (expected[0], *reversed(expected[1:])):
             raise CheckpointError(
                 f"tensor {key} has shape {list(whole.shape)}; the model's config asks for "
                 f"{list(expected)}"
             )
-        turned = not turned
+        transposed = not transposed
     prefix = key.removesuffix(f".{parameter}") if key.endswith(f".{parameter}") else path
     stem, kind = (
         parameter.removesuffix("_bias"),
@@ -287,6 +291,6 @@ def _parts(
     roles = {"gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("down",)}[stem]
     for expert in range(whole.shape[0]):
         for half, role in enumerate(roles):
-            yield f"{prefix}.{expert}.{NAMES[role]}.{kind}", PartInfo.of(
-                whole, key, expert, turned=turned, half=half if len(roles) == 2 else None,
+            yield f"{prefix}.{expert}.{NAMES[role]}.{kind}", ExpertSlice.of(
+                whole, key, expert, transposed=transposed, half=half if len(roles) == 2 else None,
             )  # fmt: skip

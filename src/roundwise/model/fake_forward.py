@@ -13,16 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from roundwise.config import QuantizeConfig
 from roundwise.model.build import arguments, build
-from roundwise.model.expert_weights import open_up
+from roundwise.model.expert_weights import replace_fused_experts
 from roundwise.model.moe import visit_all
-from roundwise.model.streamed import Skeleton
+from roundwise.model.streamed import StreamedModel
 
 #: Tokens of the forward.
 PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Calls:
+class CallTrace:
     """What a forward without data called; nothing if it looks at its data."""
 
     first: dict[str, str] = field(default_factory=dict)
@@ -31,28 +31,28 @@ class Calls:
     """Layers that were called more than once."""
 
 
-def leave_uncalled(skeleton: Skeleton, config: QuantizeConfig) -> Calls:
+def drop_uncalled_linears(streamed: StreamedModel, config: QuantizeConfig) -> CallTrace:
     """Has linears stay that the model never calls: it may read their weights in another way."""
-    calls = trace_calls(skeleton, config)
+    calls = trace_calls(streamed, config)
     called = calls.first
-    for block in skeleton.blocks if called else []:
+    for block in streamed.blocks if called else []:
         reached = called.keys() & block.linears.keys()
         for name in [name for name in block.linears if name not in reached]:
             del block.linears[name]
-            block.left[name] = (
+            block.skipped_linears[name] = (
                 "the model never calls it, but may read its weight"
                 if reached
                 else "the model does not call its block for text alone"
             )
-    skeleton.set_aside([block for block in skeleton.blocks if called and not block.linears])
+    streamed.skip_blocks([block for block in streamed.blocks if called and not block.linears])
     return calls
 
 
-def trace_calls(skeleton: Skeleton, config: QuantizeConfig) -> Calls:
+def trace_calls(streamed: StreamedModel, config: QuantizeConfig) -> CallTrace:
     """Runs the forward."""
-    model = build(skeleton.model.config, skeleton.dtype)
-    open_up(model, skeleton.layout)
-    for path in skeleton.layout:
+    model = build(streamed.model.config, streamed.dtype)
+    replace_fused_experts(model, streamed.layout)
+    for path in streamed.layout:
         experts = model.get_submodule(path)
         experts.visits = partial(visit_all, experts, as_one=config.experts == "all")
     seen: list[tuple[str, torch.Tensor]] = []  # tensors are kept, so that no identity comes again
@@ -60,7 +60,7 @@ def trace_calls(skeleton: Skeleton, config: QuantizeConfig) -> Calls:
     def hook(name: str) -> Any:
         return lambda _, args: seen.append((name, args[0]))
 
-    for block in skeleton.blocks:
+    for block in streamed.blocks:
         for name in block.linears:
             model.get_submodule(name).register_forward_pre_hook(hook(name))
     try:
@@ -75,7 +75,7 @@ def trace_calls(skeleton: Skeleton, config: QuantizeConfig) -> Calls:
                         module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
             model(**arguments(model, torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)))
     except Exception:  # a forward that looks at its data, which fails in many ways without any
-        return Calls()
+        return CallTrace()
     first: dict[tuple[int, int, int], str] = {}
     found: dict[str, str] = {}
     for name, x in seen:
@@ -83,4 +83,4 @@ def trace_calls(skeleton: Skeleton, config: QuantizeConfig) -> Calls:
         leader = first.setdefault(key, name)
         found.setdefault(name, leader)
     counts = Counter(name for name, _ in seen)
-    return Calls(found, tuple(name for name, count in counts.items() if count > 1))
+    return CallTrace(found, tuple(name for name, count in counts.items() if count > 1))

@@ -14,11 +14,11 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.checkpoint.transformed_view import Change, FoldedCheckpoint
+from roundwise.checkpoint.transformed_view import TensorTransform, TransformedCheckpoint
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.model.residual_trace import trace
 from roundwise.model.rotate import check_unchanged
-from roundwise.model.streamed import Skeleton, open_skeleton
+from roundwise.model.streamed import StreamedModel, open_streamed_model
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class ScalableNorm:
     readers: dict[str, tuple[str, int]]
     """Module name of each linear it feeds -> weight tensor, axis of the input channels."""
 
-    def changes(self, s: torch.Tensor) -> dict[str, Change]:
+    def changes(self, s: torch.Tensor) -> dict[str, TensorTransform]:
         """What becomes of the norm's own tensors, for s float64 [in]."""
-        found = {self.weight: Change(gain=1.0 / s, offset=self.offset)}
-        return found | ({self.bias: Change(gain=1.0 / s)} if self.bias else {})
+        found = {self.weight: TensorTransform(gain=1.0 / s, offset=self.offset)}
+        return found | ({self.bias: TensorTransform(gain=1.0 / s)} if self.bias else {})
 
     def storable(self, weight: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         """The scales, float64 [in], nearest to `s` that the type of the norm's `weight` can hold.
@@ -58,23 +58,23 @@ def scalable_norms(source: Checkpoint) -> list[ScalableNorm]:
         ConfigError: the model has none, or a block reads a norm's output in another way as well.
     """
     try:
-        skeleton = open_skeleton(source, dtype=torch.float32)
-        found = trace(skeleton)
+        streamed = open_streamed_model(source, dtype=torch.float32)
+        found = trace(streamed)
         norms = [
-            _by_tensors(skeleton, norm.name, norm.readers, norm.offset)
+            _by_tensors(streamed, norm.name, norm.readers, norm.offset)
             for passed in found.blocks
             for norm in passed.norms
         ]
         if not norms:
             raise ConfigError("it has no norms in front of linear layers")
         generator = torch.Generator().manual_seed(0)
-        changes: dict[str, Change] = {}
+        changes: dict[str, TensorTransform] = {}
         for norm in norms:
             width = source.tensors[norm.weight].shape[0]
             s = torch.rand(width, generator=generator, dtype=torch.float64) + 0.5
             changes |= norm.changes(s)
-            changes |= {name: Change(axis, gain=s) for name, axis in norm.readers.values()}
-        check_unchanged(found, FoldedCheckpoint(source, changes, exact=True))
+            changes |= {name: TensorTransform(axis, gain=s) for name, axis in norm.readers.values()}
+        check_unchanged(found, TransformedCheckpoint(source, changes, exact=True))
     except ConfigError as error:
         raise ConfigError(
             f"{source.folder} cannot be prescaled: {error}; leave --prescale out"
@@ -83,11 +83,11 @@ def scalable_norms(source: Checkpoint) -> list[ScalableNorm]:
 
 
 def _by_tensors(
-    skeleton: Skeleton, norm: str, readers: tuple[str, ...], offset: float
+    streamed: StreamedModel, norm: str, readers: tuple[str, ...], offset: float
 ) -> ScalableNorm:
-    names = skeleton.source_of
+    names = streamed.checkpoint_name_of
     axes = {
-        reader: 0 if isinstance(skeleton.model.get_submodule(reader), Conv1D) else -1
+        reader: 0 if isinstance(streamed.model.get_submodule(reader), Conv1D) else -1
         for reader in readers
     }
     return ScalableNorm(
@@ -111,8 +111,8 @@ def as_prescaled(
     Raises:
         CheckpointError: the manifest names tensors that are not there.
     """
-    norms: dict[str, Change] = {}
-    weights: dict[str, Change] = {}
+    norms: dict[str, TensorTransform] = {}
+    weights: dict[str, TensorTransform] = {}
     for line in layers:
         record = line.get("prescale")
         if record is None:
@@ -125,7 +125,7 @@ def as_prescaled(
             )
             # A gain of zero stays as it is: nothing passes.
             s = torch.where(before == after, 1.0, before / after)
-            weights[record["weight"]] = Change(int(record["axis"]), gain=s)
+            weights[record["weight"]] = TensorTransform(int(record["axis"]), gain=s)
             norms |= norm.changes(s)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
@@ -135,6 +135,6 @@ def as_prescaled(
     if not weights:
         return source
     try:
-        return FoldedCheckpoint(FoldedCheckpoint(source, weights, exact=True), norms)
+        return TransformedCheckpoint(TransformedCheckpoint(source, weights, exact=True), norms)
     except KeyError as error:
         raise CheckpointError(f"{source.folder} lacks {error}, which was scaled") from None

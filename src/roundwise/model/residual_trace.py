@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from roundwise.errors import ConfigError
 from roundwise.model.blocks import Block, head_of
 from roundwise.model.build import arguments
-from roundwise.model.streamed import Skeleton
+from roundwise.model.streamed import StreamedModel
 
 #: Tokens of the forward.
 TOKENS = 8
@@ -50,7 +50,7 @@ class Norm:
 
 
 @dataclass
-class Passed:
+class TracedBlock:
     """A block in the forward: what it was called with, and what was called in it."""
 
     args: tuple[Any, ...]
@@ -62,7 +62,7 @@ class Passed:
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """A module without children of its own was called."""
 
     name: str
@@ -76,44 +76,46 @@ class Trace:
     """All that one forward told."""
 
     width: int
-    blocks: list[Passed] = field(default_factory=list)
+    blocks: list[TracedBlock] = field(default_factory=list)
     last: Norm | None = None
     """The norm in front of the head."""
     logits: torch.Tensor | None = None
 
 
-def trace(skeleton: Skeleton) -> Trace:
+def trace(streamed: StreamedModel) -> Trace:
     """Runs the forward; the skeleton is used up by it.
 
     Args:
-        skeleton: of the checkpoint, computing in float32 (`open_skeleton(…, dtype=torch.float32)`).
+        skeleton: of the checkpoint, computing in float32 (`open_streamed_model(…, dtype=torch.float32)`).
 
     Raises:
         ConfigError: what passes between the blocks is no stream of hidden states.
     """
-    model, head = skeleton.model, head_of(skeleton.model)
+    model, head = streamed.model, head_of(streamed.model)
     found = Trace(int(model.config.get_text_config().hidden_size))
-    inside = {id(module) for block in skeleton.blocks for module in block.module.modules()}
+    inside = {id(module) for block in streamed.blocks for module in block.module.modules()}
     outside = {name: m for name, m in model.named_modules() if id(m) not in inside}
 
     def gate(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
         def play(*args: Any, **kwargs: Any) -> Any:
-            skeleton.load(block.module, block.name)
+            streamed.load(block.module, block.name)
             with _calls(dict(block.module.named_modules(prefix=block.name))) as calls:
                 output = forward(*args, **kwargs)
             x, y = stream_of(args, kwargs), output[0] if isinstance(output, tuple) else output
             if x is None or x.shape[-1] != found.width or y.shape != x.shape:
                 raise ConfigError(f"{block.name} does not pass hidden states from block to block")
             norms = list(_norms(calls, x))
-            found.blocks.append(Passed(args, kwargs, x, y, norms, _writers(calls, x, y, norms)))
-            skeleton.unload(block.module, block.name)
+            found.blocks.append(
+                TracedBlock(args, kwargs, x, y, norms, _writers(calls, x, y, norms))
+            )
+            streamed.unload(block.module, block.name)
             return output
 
         return play
 
     with _calls(outside) as calls:
-        found.logits = run(skeleton, gate)
-    if len(found.blocks) != len(skeleton.blocks):
+        found.logits = run_forward(streamed, gate)
+    if len(found.blocks) != len(streamed.blocks):
         raise ConfigError("it does not call each of its blocks once")
     for norm in _norms(calls, found.blocks[-1].y):
         if norm.of_stream and norm.readers == (head,):
@@ -128,8 +130,8 @@ def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | N
 
 
 @torch.no_grad()
-def run(
-    skeleton: Skeleton, gate: Callable[[Block, Callable[..., Any]], Callable[..., Any]]
+def run_forward(
+    streamed: StreamedModel, gate: Callable[[Block, Callable[..., Any]], Callable[..., Any]]
 ) -> torch.Tensor:
     """Runs `TOKENS` tokens through the model, its blocks' forwards replaced by what `gate` returns.
 
@@ -139,45 +141,45 @@ def run(
     Returns:
         Logits of the rows loaded, [1, tokens, rows].
     """
-    model, head = skeleton.model, skeleton.model.get_output_embeddings()
+    model, head = streamed.model, streamed.model.get_output_embeddings()
     few = [module for module in (model.get_input_embeddings(), head) if module is not None]
-    names = {block.name for block in skeleton.blocks}
+    names = {block.name for block in streamed.blocks}
     for path, module in model.named_modules():
         if any(module is one for one in few):
-            _load_rows(skeleton, module, path)
+            _load_rows(streamed, module, path)
         elif not any(path == name or path.startswith(f"{name}.") for name in names):
-            skeleton.load(module, path, recurse=False)
-    for block in skeleton.blocks:
+            streamed.load(module, path, recurse=False)
+    for block in streamed.blocks:
         block.module.forward = gate(block, block.module.forward)
     count = len(few[0].weight)
     try:
         output = model(**arguments(model, torch.arange(count)[None]))
     finally:
-        for block in skeleton.blocks:
+        for block in streamed.blocks:
             vars(block.module).pop("forward", None)
     logits = output.logits
     assert isinstance(logits, torch.Tensor)
     return logits
 
 
-def _load_rows(skeleton: Skeleton, module: nn.Module, path: str) -> None:
+def _load_rows(streamed: StreamedModel, module: nn.Module, path: str) -> None:
     for name, parameter in list(module._parameters.items()):
         if parameter is not None:
-            info = skeleton.checkpoint.tensors[skeleton.source_of[f"{path}.{name}"]]
+            info = streamed.checkpoint.tensors[streamed.checkpoint_name_of[f"{path}.{name}"]]
             count = min(TOKENS, info.shape[0])
-            part = info.rows((info.shape[0] - count) // 2, count).read().to(skeleton.dtype)
+            part = info.rows((info.shape[0] - count) // 2, count).read().to(streamed.dtype)
             module._parameters[name] = nn.Parameter(part, requires_grad=False)
 
 
 @contextmanager
-def _calls(modules: dict[str, nn.Module]) -> Iterator[list[Call]]:
+def _calls(modules: dict[str, nn.Module]) -> Iterator[list[ModuleCall]]:
     """Calls of modules without children, with copies of what went in and came out."""
-    calls: list[Call] = []
+    calls: list[ModuleCall] = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-                calls.append(Call(name, module, args[0].clone(), output.clone()))
+                calls.append(ModuleCall(name, module, args[0].clone(), output.clone()))
 
         return hook
 
@@ -193,7 +195,7 @@ def _calls(modules: dict[str, nn.Module]) -> Iterator[list[Call]]:
             hook.remove()
 
 
-def _norms(calls: list[Call], stream: torch.Tensor) -> Iterator[Norm]:
+def _norms(calls: list[ModuleCall], stream: torch.Tensor) -> Iterator[Norm]:
     """The norms that linears read, in order; weights are loaded."""
     for index, call in enumerate(calls):
         if _is_linear(call.module) or call.y.shape != call.x.shape:
@@ -240,12 +242,14 @@ def gain_kind(module: nn.Module, width: int) -> tuple[bool, float] | None:
         middle = x - x.mean(dim=-1, keepdim=True) if centred else x
         normed = middle / middle.square().mean(dim=-1, keepdim=True).sqrt()
         for offset in (0.0, 1.0):
-            if near(y, normed * (weight + offset) + shift):
+            if is_close(y, normed * (weight + offset) + shift):
                 return centred, offset
     return None
 
 
-def _writers(calls: list[Call], x: torch.Tensor, y: torch.Tensor, norms: list[Norm]) -> list[str]:
+def _writers(
+    calls: list[ModuleCall], x: torch.Tensor, y: torch.Tensor, norms: list[Norm]
+) -> list[str]:
     """The linears whose outputs make up y - x; none if something else is in the sum."""
     readers = {reader for norm in norms if norm.of_stream for reader in norm.readers}
     candidates = [
@@ -270,10 +274,10 @@ def _sum_of(total: torch.Tensor, parts: list[torch.Tensor]) -> list[float] | Non
     A = torch.stack([part.reshape(-1) for part in parts], dim=1).to(torch.float64)
     b = total.reshape(-1, 1).to(torch.float64)
     factors = torch.linalg.lstsq(A, b).solution
-    return factors.flatten().tolist() if near(A @ factors, b) else None
+    return factors.flatten().tolist() if is_close(A @ factors, b) else None
 
 
-def near(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+def is_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
     """||a - b|| is a small part of ||b||."""
     return float((a - b).norm()) <= tolerance * float(b.norm())
 

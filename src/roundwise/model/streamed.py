@@ -17,28 +17,28 @@ import transformers
 from torch import nn
 
 from roundwise.checkpoint.reader import Checkpoint, TensorInfo
-from roundwise.checkpoint.untrusted import bounded_modules, dtype_named
-from roundwise.model.blocks import Block, find_blocks, head_block, is_tied, untie, untied
+from roundwise.checkpoint.untrusted import limit_module_count, parse_model_dtype
+from roundwise.model.blocks import Block, find_blocks, head_block, is_tied, untie, untied_checkpoint
 from roundwise.model.build import build, load_config
-from roundwise.model.dequantized_view import as_dense
-from roundwise.model.expert_weights import Layout, open_up, split_experts
+from roundwise.model.dequantized_view import dequantized_checkpoint
+from roundwise.model.expert_weights import Layout, install_linear_experts, replace_fused_experts
 from roundwise.model.tensor_names import map_names
-from roundwise.system.device import HOST, look_up_on_host
+from roundwise.system.device import HOST, keep_embedding_on_host
 
 
 @dataclass
-class Skeleton:
+class StreamedModel:
     """A model on the meta device and the map from its tensors to the checkpoint's."""
 
     model: transformers.PreTrainedModel
     checkpoint: Checkpoint
     blocks: list[Block]
-    source_of: dict[str, str]
+    checkpoint_name_of: dict[str, str]
     """Name of a parameter or buffer in the model -> name of the tensor in the checkpoint."""
     dtype: torch.dtype
     device: torch.device = HOST
     """Where blocks are loaded, and all else that a forward needs but tables of embeddings."""
-    aside: list[Block] = field(default_factory=list)
+    skipped_blocks: list[Block] = field(default_factory=list)
     """Blocks of which nothing is quantized, because a forward with text does not reach them."""
     layout: Layout = field(default_factory=dict)
     """Where there are experts, and what their projections are called."""
@@ -57,18 +57,18 @@ class Skeleton:
         tensors = self.checkpoint.tensors
         return {name: tensors[name] for name, block in self._block_of.items() if block == index}
 
-    def read_ahead(self, index: int) -> None:
+    def prefetch(self, index: int) -> None:
         """Has the system read block `index`, if there is one, while others are worked on."""
         for info in self.block_tensors(index).values():
-            info.read_ahead()
+            info.prefetch()
 
     def other_tensors(self) -> dict[str, TensorInfo]:
         """The tensors of the checkpoint outside all blocks."""
         return {n: info for n, info in self.checkpoint.tensors.items() if n not in self._block_of}
 
-    def set_aside(self, blocks: list[Block]) -> None:
-        """Treats some blocks as everything else outside the blocks; they are in `aside` from then on."""
-        self.aside += blocks
+    def skip_blocks(self, blocks: list[Block]) -> None:
+        """Treats some blocks as everything else outside the blocks; they are in `skipped_blocks` from then on."""
+        self.skipped_blocks += blocks
         names = {block.name for block in blocks}
         self.blocks = [block for block in self.blocks if block.name not in names]
         self._block_of = dict(_blocks_of_tensors(self))
@@ -83,12 +83,16 @@ class Skeleton:
         for owner, name, key in _tensors_of(module, prefix, recurse=recurse):
             current = owner._parameters.get(name, owner._buffers.get(name))
             device = HOST if _is_table(owner, recurse=recurse) else self.device
-            if current is None or current.device.type != "meta" or key not in self.source_of:
+            if (
+                current is None
+                or current.device.type != "meta"
+                or key not in self.checkpoint_name_of
+            ):
                 if name in owner._buffers and current is not None and not current.is_meta:
                     owner._buffers[name] = current.to(device)  # computed, not stored
                 continue
-            info = self.checkpoint.tensors[self.source_of[key]]
-            value, view = info.mapped(aligned=aligned and device == HOST)
+            info = self.checkpoint.tensors[self.checkpoint_name_of[key]]
+            value, view = info.memory_mapped(aligned=aligned and device == HOST)
             if view is not None and name == "weight" and device == HOST:
                 self._maps[key.removesuffix(".weight")] = view
             if view is None and not aligned:
@@ -130,12 +134,12 @@ class Skeleton:
                 self.load(owner, path, recurse=False, aligned=False)
                 self._outside.append(path)
                 if _is_table(owner, recurse=False) and self.device != HOST:
-                    look_up_on_host(owner, self.device)
+                    keep_embedding_on_host(owner, self.device)
 
     def unload(self, module: nn.Module, prefix: str) -> None:
         """Puts what `load` gave back on the meta device, freeing its memory."""
         for owner, name, key in _tensors_of(module, prefix):
-            if key not in self.source_of:
+            if key not in self.checkpoint_name_of:
                 continue
             self._maps.pop(key.removesuffix(".weight"), None)
             if owner._parameters.get(name) is not None:
@@ -148,13 +152,13 @@ class Skeleton:
                 owner._buffers[name] = buffer.to("meta")
 
 
-def open_skeleton(
+def open_streamed_model(
     source: str | os.PathLike[str] | Checkpoint,
     *,
     dtype: torch.dtype | None = None,
     lm_head: bool = False,
     device: torch.device = HOST,
-) -> Skeleton:
+) -> StreamedModel:
     """Builds the model of a checkpoint on the meta device and maps its tensors.
 
     Args:
@@ -168,35 +172,35 @@ def open_skeleton(
         ConfigError: the model has no repeated blocks with linear layers, or is quantized already.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    checkpoint, notes = as_dense(checkpoint)
+    checkpoint, notes = dequantized_checkpoint(checkpoint)
     config = load_config(checkpoint)
     dtype = dtype or _model_dtype(config, checkpoint)
-    with bounded_modules(len(checkpoint.tensors)):
+    with limit_module_count(len(checkpoint.tensors)):
         model = build(config, dtype)
-    checkpoint, layout = split_experts(model, checkpoint)
-    source_of = map_names(model, checkpoint)
+    checkpoint, layout = install_linear_experts(model, checkpoint)
+    checkpoint_name_of = map_names(model, checkpoint)
     if lm_head:
         # Built again: what is tied once stays so.
         if is_tied(config):
             untie(config)
             model = build(config, dtype)
-            open_up(model, layout)
-        checkpoint = untied(checkpoint, model, source_of)
+            replace_fused_experts(model, layout)
+        checkpoint = untied_checkpoint(checkpoint, model, checkpoint_name_of)
     blocks = find_blocks(model)
     if lm_head:
         blocks.append(head_block(model))
-    skeleton = Skeleton(
-        model, checkpoint, blocks, source_of, dtype, device, layout=layout, notes=notes
+    streamed = StreamedModel(
+        model, checkpoint, blocks, checkpoint_name_of, dtype, device, layout=layout, notes=notes
     )
-    skeleton._block_of = dict(_blocks_of_tensors(skeleton))
-    return skeleton
+    streamed._block_of = dict(_blocks_of_tensors(streamed))
+    return streamed
 
 
-def as_linears(checkpoint: Checkpoint, layers: set[str], *, lm_head: bool) -> Checkpoint:
+def split_into_linears(checkpoint: Checkpoint, layers: set[str], *, lm_head: bool) -> Checkpoint:
     """The checkpoint with a tensor for each of `layers`: for each expert, for a head that is tied."""
     if all(f"{name}.weight" in checkpoint.tensors for name in layers):
         return checkpoint
-    return open_skeleton(checkpoint, lm_head=lm_head).checkpoint
+    return open_streamed_model(checkpoint, lm_head=lm_head).checkpoint
 
 
 def _is_table(owner: nn.Module, *, recurse: bool) -> bool:
@@ -218,14 +222,14 @@ def _model_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
     text = config.get_text_config()
     for value in (getattr(config, "dtype", None), getattr(text, "dtype", None)):
         if value is not None:
-            return dtype_named(value)
+            return parse_model_dtype(value)
     largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes)
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(largest.dtype, torch.float32)
 
 
-def _blocks_of_tensors(skeleton: Skeleton) -> Iterator[tuple[str, int]]:
+def _blocks_of_tensors(streamed: StreamedModel) -> Iterator[tuple[str, int]]:
     """(checkpoint tensor, block index) for every tensor that a block loads."""
-    for name, key in skeleton.source_of.items():
-        for index, block in enumerate(skeleton.blocks):
+    for name, key in streamed.checkpoint_name_of.items():
+        for index, block in enumerate(streamed.blocks):
             if name.startswith(f"{block.name}."):
                 yield key, index

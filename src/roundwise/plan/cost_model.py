@@ -12,19 +12,19 @@ from dataclasses import dataclass
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.linalg import product
+from roundwise.core.linalg import matmul
 from roundwise.core.solver import workspace
 from roundwise.forward.output_gradients import tokens_at_a_time
 from roundwise.model.blocks import Block, weight_of
 from roundwise.model.moe import ROLES
-from roundwise.model.streamed import Skeleton
-from roundwise.system.device import wait_for
-from roundwise.system.half_matmul import widening
+from roundwise.model.streamed import StreamedModel
+from roundwise.system.device import synchronize
+from roundwise.system.half_matmul import cpu_half_matmul
 
 #: float32 matrices of the solver's workspace that solving a part of the rows holds at a time.
 SOLVING, REFINING = 8, 14
 #: Share of the machine's matrix products that each phase reaches (docs/performance.md).
-REACHED = {
+EFFICIENCY = {
     "forward": 0.72, "hessian": 0.77, "drift": 0.7, "factor": 0.4, "solve": 0.45, "refine": 0.3,
     "survey": 0.5, "gradients": 0.5,
 }  # fmt: skip
@@ -36,7 +36,7 @@ TRIAL, ACCELERATED_TRIAL, SECONDS = 1024, 8192, 0.5
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearShape:
     """A quantized linear of the largest block."""
 
     rows: int
@@ -51,11 +51,11 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Shapes:
+class BlockShapes:
     """What the forecast is made from."""
 
-    linears: list[Linear]
-    inputs: list[Linear]
+    linears: list[LinearShape]
+    inputs: list[LinearShape]
     """One linear for each input that is summed up: what q, k and v share counts once."""
     block_bytes: int
     hidden: int
@@ -70,26 +70,26 @@ class Shapes:
         return max(linear.columns for linear in self.inputs)
 
 
-def shapes_of(skeleton: Skeleton, config: QuantizeConfig) -> list[Shapes]:
+def shapes_of(streamed: StreamedModel, config: QuantizeConfig) -> list[BlockShapes]:
     """Shapes of a model's largest block, and of its head if that is quantized."""
     sizes = [
-        sum(info.nbytes for info in skeleton.block_tensors(index).values())
-        for index in range(len(skeleton.blocks))
+        sum(info.nbytes for info in streamed.block_tensors(index).values())
+        for index in range(len(streamed.blocks))
     ]
-    text = skeleton.model.config.get_text_config()
+    text = streamed.model.config.get_text_config()
     chosen = getattr(text, "num_experts_per_tok", None)
     found = []
     for is_head in (False, True):
-        indexes = [i for i, block in enumerate(skeleton.blocks) if block.is_head is is_head]
+        indexes = [i for i, block in enumerate(streamed.blocks) if block.is_head is is_head]
         index = max(indexes, key=sizes.__getitem__, default=None)
         if index is None:
             continue
-        linears, inputs = _linears(skeleton.blocks[index], config, chosen)
+        linears, inputs = _linears(streamed.blocks[index], config, chosen)
         if linears:
             found.append(
-                Shapes(
+                BlockShapes(
                     linears, inputs, sizes[index], int(text.hidden_size),
-                    skeleton.dtype.itemsize, len(indexes), skeleton.device,
+                    streamed.dtype.itemsize, len(indexes), streamed.device,
                 )
             )  # fmt: skip
     return found
@@ -97,7 +97,7 @@ def shapes_of(skeleton: Skeleton, config: QuantizeConfig) -> list[Shapes]:
 
 def _linears(
     block: Block, config: QuantizeConfig, chosen: int | None
-) -> tuple[list[Linear], list[Linear]]:
+) -> tuple[list[LinearShape], list[LinearShape]]:
     """All linears, and those whose inputs are summed up; an expert's with the tokens that count.
 
     Neighbours in one module with equal in_features most often share their input.
@@ -107,7 +107,7 @@ def _linears(
         for path, experts in block.experts.items()
     }
     linears = []
-    found: dict[tuple[str, int], Linear] = {}
+    found: dict[tuple[str, int], LinearShape] = {}
     for name, linear in block.linears.items():
         if config.for_module(name) is not None:
             rows, columns = (int(size) for size in weight_of(linear).shape)
@@ -120,14 +120,16 @@ def _linears(
                 shared = experts if config.experts == "all" else parent
                 own = name if role == "down" else shared
             part = parts[experts] if experts is not None else 1.0
-            linears.append(Linear(rows, columns, part))
-            found[own, columns] = Linear(rows, columns, 1.0 if config.experts == "all" else part)
+            linears.append(LinearShape(rows, columns, part))
+            found[own, columns] = LinearShape(
+                rows, columns, 1.0 if config.experts == "all" else part
+            )
     return linears, [*found.values()]
 
 
 def memory(
-    shapes: Shapes, config: QuantizeConfig, *, tokens: int, batch: int, mode: str, parked: bool,
-    keeps: bool = False,
+    shapes: BlockShapes, config: QuantizeConfig, *, tokens: int, batch: int, mode: str, offloaded: bool,
+    keeps_freed: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that a run holds at its peak beyond the libraries, by what they are for.
 
@@ -142,7 +144,7 @@ def memory(
     """
     coupled = config.needs_gradients
 
-    def squares(linear: Linear) -> int:
+    def squares(linear: LinearShape) -> int:
         """Values of the matrices that solving a linear takes: H, B, the factors of both, errors."""
         rows, columns = linear.rows, linear.columns
         return 2 * columns**2 + (2 * rows**2 + linear.entries if coupled else 0)
@@ -155,7 +157,9 @@ def memory(
     # In front of the last group, all others have their new weights beside the mapped old ones.
     others = sum(linear.entries for linear in shapes.linears) - entries
     found["quantized weights"] = size * others
-    found["paused activations"] = (batch if parked else tokens) * _held(shapes, config, mode) * size
+    found["paused activations"] = (
+        (batch if offloaded else tokens) * _held(shapes, config, mode) * size
+    )
     # The forward of one batch: gate, up and their product, or the like.
     found["forward of a batch"] = 3 * batch * max(wide, 4 * hidden) * size
     # In true_sequential mode one input is summed up at a time, in block mode all of a block are.
@@ -169,10 +173,10 @@ def memory(
         found["drift"] = 4 * sum(min(x.rows, x.columns) * x.columns for x in summed)
     found["solver"] = 4 * workspace(shapes.device) * (REFINING if config.refine else SOLVING)
     found["codes and weights of a layer"] = (2 + size + 4) * entries
-    if keeps:
+    if keeps_freed:
         holes = {"forward of a batch": 1.5, "paused activations": 0.1}  # as measured
         found["freed and kept"] = int(sum(found[name] * part for name, part in holes.items()))
-    if parked:
+    if offloaded:
         playing = ("paused activations", "forward of a batch")
         solving = ("factor", "coupling", "solver", "codes and weights of a layer")
         least = min(playing, solving, key=lambda names: sum(found.get(n, 0) for n in names))
@@ -181,7 +185,7 @@ def memory(
 
 
 def gradients(
-    shapes: Shapes, config: QuantizeConfig, *, tokens: int, vocabulary: int
+    shapes: BlockShapes, config: QuantizeConfig, *, tokens: int, vocabulary: int
 ) -> dict[str, int]:
     """Bytes held while the gradients are measured, beforehand, as `memory`; nothing if none are."""
     if not config.needs_gradients or not tokens:
@@ -200,13 +204,13 @@ def gradients(
 
 
 def disk(
-    shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str, parked: bool
+    shapes: BlockShapes, config: QuantizeConfig, *, tokens: int, mode: str, offloaded: bool
 ) -> dict[str, int]:
     """Bytes that a run keeps in its output folder beside the result, at most, by what they are for."""
     size, streams = shapes.itemsize, 2 if config.needs_reference else 1
     # What a block has returned is kept until the next one has.
     found = {"activations": 2 * streams * tokens * shapes.hidden * size}
-    if parked and shapes.device.type == "cpu":
+    if offloaded and shapes.device.type == "cpu":
         found["waiting batches"] = tokens * _held(shapes, config, mode) * size
     if config.needs_gradients:
         outputs = sum(round(linear.rows * linear.part) for linear in shapes.linears)
@@ -215,7 +219,7 @@ def disk(
     return found
 
 
-def _held(shapes: Shapes, config: QuantizeConfig, mode: str) -> int:
+def _held(shapes: BlockShapes, config: QuantizeConfig, mode: str) -> int:
     """Values that a batch, and its like in the original model, hold for each token while they wait."""
     if mode != "true_sequential":
         return shapes.hidden * (2 if config.needs_reference else 1)
@@ -225,7 +229,9 @@ def _held(shapes: Shapes, config: QuantizeConfig, mode: str) -> int:
     return own + (min(own, 4 * shapes.hidden) if config.needs_reference else 0)
 
 
-def work(shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str) -> dict[str, float]:
+def work(
+    shapes: BlockShapes, config: QuantizeConfig, *, tokens: int, mode: str
+) -> dict[str, float]:
     """Floating-point operations of each phase, all blocks together."""
     weights = sum(linear.entries * linear.part for linear in shapes.linears)
     streams = 2 if config.needs_reference else 1
@@ -251,7 +257,7 @@ def work(shapes: Shapes, config: QuantizeConfig, *, tokens: int, mode: str) -> d
     return {phase: shapes.blocks * flop for phase, flop in found.items() if flop}
 
 
-def survey(shapes: Shapes, config: QuantizeConfig, *, tokens: int) -> dict[str, float]:
+def survey(shapes: BlockShapes, config: QuantizeConfig, *, tokens: int) -> dict[str, float]:
     """Operations of choosing widths: one pass, then every option solved and played with a few tokens."""
     weights = sum(linear.entries * linear.part for linear in shapes.linears)
     products = sum(linear.entries * linear.columns for linear in shapes.linears)
@@ -267,13 +273,13 @@ def rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of products of this dtype on a device, in a trial of half a second."""
     side = TRIAL if device.type == "cpu" else ACCELERATED_TRIAL
     A, B = (torch.randn(side, side).to(device, dtype) for _ in range(2))
-    with widening():  # as the run will multiply
-        product(A, B)
-        wait_for(device)
+    with cpu_half_matmul():  # as the run will multiply
+        matmul(A, B)
+        synchronize(device)
         begun, count = time.perf_counter(), 0
         while (spent := time.perf_counter() - begun) < SECONDS:
-            product(A, B)
-            wait_for(device)
+            matmul(A, B)
+            synchronize(device)
             count += 1
     return 2 * side**3 * count / spent
 
@@ -284,6 +290,6 @@ def seconds(flops: dict[str, float], dtype: torch.dtype, device: torch.device) -
     rates["model"] = rates["float32"] if dtype == torch.float32 else rate(dtype, device)
     kind = dict.fromkeys(("forward", "hessian", "drift", "survey", "gradients"), "model")
     return {
-        phase: flop / (REACHED[phase] * rates[kind.get(phase, "float32")])
+        phase: flop / (EFFICIENCY[phase] * rates[kind.get(phase, "float32")])
         for phase, flop in flops.items()
     }

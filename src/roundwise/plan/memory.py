@@ -14,21 +14,21 @@ from roundwise.checkpoint.gptq_format import packed_bytes
 from roundwise.config import QuantizeConfig
 from roundwise.errors import OutputError
 from roundwise.model.blocks import weight_of
-from roundwise.model.streamed import Skeleton
+from roundwise.model.streamed import StreamedModel
 from roundwise.plan import cost_model
 from roundwise.system.device import HOST
-from roundwise.system.memory import Mode, available, resident, size
+from roundwise.system.memory import Mode, available_memory, format_size, resident_bytes
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryPlan:
     """What a run holds at its peak, where it computes."""
 
     mode: Mode
     device: str
-    parked: bool
+    offloaded: bool
     """Batches wait elsewhere, for want of room: in a file, or on an accelerator's host."""
-    keeps: bool
+    keeps_freed: bool
     """Freed memory is kept for what comes next: a fifth faster, with holes that count in the peak."""
     peak_bytes: int
     parts: dict[str, int]
@@ -37,9 +37,9 @@ class Memory:
     budget: int
 
     @property
-    def reuses(self) -> bool:
+    def reuses_freed(self) -> bool:
         """Freed memory is kept, if only until a batch goes to the file where it waits."""
-        return self.keeps or (self.parked and self.device == "cpu")
+        return self.keeps_freed or (self.offloaded and self.device == "cpu")
 
     @property
     def fits(self) -> bool:
@@ -48,7 +48,7 @@ class Memory:
 
 
 def plan_memory(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     config: QuantizeConfig,
     *,
     tokens: int,
@@ -56,7 +56,7 @@ def plan_memory(
     mode: Mode | None = None,
     budget: int | None = None,
     sharing: int = 1,
-) -> Memory:
+) -> MemoryPlan:
     """The mode that fits and the peak it leads to: true_sequential if it fits, else block.
 
     Where nothing fits, what needs least. On the CPU batches wait in a file rather than in memory where
@@ -72,22 +72,22 @@ def plan_memory(
         budget: bytes; None: nine tenths of what is available, and what this process holds already.
         sharing: how many processes share what is available.
     """
-    shapes, device = cost_model.shapes_of(skeleton, config), skeleton.device
-    held = resident() if device == HOST else 0
-    vocabulary = int(skeleton.model.config.get_text_config().vocab_size or 0)
-    budget = budget or int(0.9 * available(device)) // sharing + held
+    shapes, device = cost_model.shapes_of(streamed, config), streamed.device
+    held = resident_bytes() if device == HOST else 0
+    vocabulary = int(streamed.model.config.get_text_config().vocab_size or 0)
+    budget = budget or int(0.9 * available_memory(device)) // sharing + held
     modes: list[Mode] = [mode] if mode else ["true_sequential", "block"]
     choices = [(each, False) for each in modes]
     if device == HOST and tokens and "true_sequential" in modes:
         choices.insert(1, ("true_sequential", True))
     elif device != HOST and "block" in modes:
         choices.append(("block", True))
-    tried: list[Memory] = []
+    tried: list[MemoryPlan] = []
     kept = (True, False) if device == HOST and tokens else (False,)
-    for (choice, parked), keeps in product(choices, kept):
+    for (choice, offloaded), keeps_freed in product(choices, kept):
         peaks = [
             cost_model.memory(
-                each, config, tokens=tokens, batch=batch, mode=choice, parked=parked, keeps=keeps
+                each, config, tokens=tokens, batch=batch, mode=choice, offloaded=offloaded, keeps_freed=keeps_freed
             )
             for each in shapes
         ]  # fmt: skip
@@ -98,36 +98,38 @@ def plan_memory(
         largest = max(peaks, key=lambda parts: sum(parts.values()), default={})
         parts = {**({"libraries": held} if held else {}), **largest}
         peak = sum(parts.values())
-        tried.append(Memory(choice, str(device), parked, keeps, peak, parts, budget))
+        tried.append(MemoryPlan(choice, str(device), offloaded, keeps_freed, peak, parts, budget))
         if tried[-1].fits:
             return tried[-1]
     return min(tried, key=lambda memory: memory.peak_bytes)
 
 
 def plan_disk(
-    skeleton: Skeleton, config: QuantizeConfig, memory: Memory, *, tokens: int
+    streamed: StreamedModel, config: QuantizeConfig, memory: MemoryPlan, *, tokens: int
 ) -> dict[str, int]:
     """Bytes that a run needs in its output folder, by what they are for: the result, and beside it."""
-    found = {"result": bytes_after(skeleton, config, set())[0]}
-    for shapes in cost_model.shapes_of(skeleton, config)[:1] if tokens else []:
+    found = {"result": bytes_after(streamed, config, set())[0]}
+    for shapes in cost_model.shapes_of(streamed, config)[:1] if tokens else []:
         found |= cost_model.disk(
-            shapes, config, tokens=tokens, mode=memory.mode, parked=memory.parked
+            shapes, config, tokens=tokens, mode=memory.mode, offloaded=memory.offloaded
         )
     return found
 
 
-def bytes_after(skeleton: Skeleton, config: QuantizeConfig, chosen: set[str]) -> tuple[int, int]:
+def bytes_after(
+    streamed: StreamedModel, config: QuantizeConfig, chosen: set[str]
+) -> tuple[int, int]:
     """Bytes of all tensors of the result, and of its quantized layers alone.
 
     Those of `chosen` layers are what the target gives them.
     """
-    after = sum(info.nbytes for info in skeleton.checkpoint.tensors.values())
+    after = sum(info.nbytes for info in streamed.checkpoint.tensors.values())
     stored = 0
-    for block in skeleton.blocks:
+    for block in streamed.blocks:
         for name, linear in block.linears.items():
             settings = config.for_module(name)
             if settings is not None:
-                source = skeleton.checkpoint.tensors[skeleton.source_of[f"{name}.weight"]]
+                source = streamed.checkpoint.tensors[streamed.checkpoint_name_of[f"{name}.weight"]]
                 rows, columns = weight_of(linear).shape
                 packed = packed_bytes(rows, columns, settings)
                 if name in chosen and config.target_bpw:
@@ -137,12 +139,12 @@ def bytes_after(skeleton: Skeleton, config: QuantizeConfig, chosen: set[str]) ->
     return after, stored
 
 
-def beyond_budget(memory: Memory) -> str:
+def over_budget_message(memory: MemoryPlan) -> str:
     """That it does not fit, and what would help most."""
     most = max((name for name in memory.parts if name != "libraries"), key=memory.parts.__getitem__)
     advice = {
         "paused activations": "a smaller --batch-size"
-        if memory.parked
+        if memory.offloaded
         else "fewer --samples, a shorter --seq-len"
         + (
             ", or --mode true_sequential"
@@ -159,7 +161,7 @@ def beyond_budget(memory: Memory) -> str:
     )
 
 
-def check_room(out: Path, parts: dict[str, int]) -> None:
+def check_disk_space(out: Path, parts: dict[str, int]) -> None:
     """There is room for what the run will write, as far as that can be told.
 
     Raises:
@@ -167,8 +169,8 @@ def check_room(out: Path, parts: dict[str, int]) -> None:
     """
     free, needed = shutil.disk_usage(out).free, sum(parts.values())
     if needed > free:
-        listed = ", ".join(f"{name} {size(part)}" for name, part in parts.items())
+        listed = ", ".join(f"{name} {format_size(part)}" for name, part in parts.items())
         less = "; --output-tokens 0 needs no gradients" if "gradients" in parts else ""
         raise OutputError(
-            f"{out} has room for {size(free)}, the run needs {size(needed)} ({listed}){less}"
+            f"{out} has room for {format_size(free)}, the run needs {format_size(needed)} ({listed}){less}"
         )

@@ -10,17 +10,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from roundwise.checkpoint import engines
-from roundwise.checkpoint.engines import split_joints
+from roundwise.checkpoint.engines import conflicting_packed_modules
 from roundwise.checkpoint.gptq_format import check_shape
 from roundwise.config import QuantizeConfig
 from roundwise.errors import ConfigError
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import is_tied, weight_of
-from roundwise.model.expert_weights import PartInfo
-from roundwise.model.fake_forward import leave_uncalled
-from roundwise.model.streamed import Skeleton
+from roundwise.model.expert_weights import ExpertSlice
+from roundwise.model.fake_forward import drop_uncalled_linears
+from roundwise.model.streamed import StreamedModel
 from roundwise.plan import cost_model
-from roundwise.plan.memory import Memory, beyond_budget, bytes_after, plan_disk, plan_memory
+from roundwise.plan.memory import (
+    MemoryPlan,
+    bytes_after,
+    over_budget_message,
+    plan_disk,
+    plan_memory,
+)
 from roundwise.system.memory import Mode
 
 #: Part of all parameters below which a quantized model is hardly smaller: said as a warning.
@@ -28,7 +34,7 @@ ADVISED_PART = 0.8
 
 
 @dataclass(frozen=True)
-class Module:
+class PlannedLayer:
     """A linear layer and what becomes of it."""
 
     name: str
@@ -47,14 +53,14 @@ class Module:
 class Plan:
     """What a run would do; `as_dict` is what `roundwise plan --json` prints."""
 
-    modules: list[Module]
+    modules: list[PlannedLayer]
     quantized_part: float
     """Of all parameters of the model, 0 … 1."""
     bytes_before: int
     bytes_after: int
     bits_per_weight: float
     tied_embeddings: bool
-    memory: Memory
+    memory: MemoryPlan
     disk: dict[str, int]
     """Bytes that a run needs in its output folder, by what they are for."""
     phases: dict[str, float]
@@ -74,7 +80,7 @@ class Plan:
 
 
 def plan(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     config: QuantizeConfig,
     *,
     samples: int = 128,
@@ -91,22 +97,22 @@ def plan(
         samples, seq_len, batch_size: calibration windows, as for `quantize`.
         mode, budget: as for `plan_memory`.
     """
-    text = skeleton.model.config.get_text_config()
+    text = streamed.model.config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or seq_len
-    warnings = [*skeleton.notes]
+    warnings = [*streamed.notes]
     if seq_len > limit:
         seq_len = limit
         warnings.append(f"seq_len is {limit}, the longest text the model takes")
     tokens = 0 if config.method == "rtn" else samples * seq_len
-    modules, sharing = _modules(skeleton, config)
+    modules, sharing = _modules(streamed, config)
     if not sharing:
         warnings.append("which layers share an input is found out when the run reaches them")
-    total = sum(weight.numel() for weight in skeleton.model.parameters())
+    total = sum(weight.numel() for weight in streamed.model.parameters())
     part = sum(m.shape[0] * m.shape[1] for m in modules if m.bits) / total
     if part < ADVISED_PART:
-        warnings.append(f"only {part:.0%} of the parameters are quantized: {_rest(skeleton)}")
+        warnings.append(f"only {part:.0%} of the parameters are quantized: {_rest(streamed)}")
     problems = [m.why_not for m in modules if m.bits and m.why_not]
-    for block in skeleton.blocks:
+    for block in streamed.blocks:
         try:
             check_experts(block, config)
         except ConfigError as error:
@@ -120,31 +126,31 @@ def plan(
             f"not final, the size is that of {config.target_bpw:g} bits per weight"
         )
     memory = plan_memory(
-        skeleton, config, tokens=tokens, batch=batch_size * seq_len, mode=mode, budget=budget
+        streamed, config, tokens=tokens, batch=batch_size * seq_len, mode=mode, budget=budget
     )
     if not memory.fits:
-        warnings.append(beyond_budget(memory))
-    shapes = cost_model.shapes_of(skeleton, config)
+        warnings.append(over_budget_message(memory))
+    shapes = cost_model.shapes_of(streamed, config)
     flops: dict[str, float] = {}
     for each in shapes if tokens else []:
         work = cost_model.work(each, config, tokens=tokens, mode=memory.mode)
         work |= cost_model.survey(each, config, tokens=tokens) if open_ else {}
         flops = {phase: flops.get(phase, 0.0) + flop for phase, flop in work.items()}
-    after, stored = bytes_after(skeleton, config, {m.name for m in open_})
+    after, stored = bytes_after(streamed, config, {m.name for m in open_})
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
     return Plan(
         modules=modules,
         quantized_part=part,
-        bytes_before=skeleton.checkpoint.nbytes(),
+        bytes_before=streamed.checkpoint.nbytes(),
         bytes_after=after,
         bits_per_weight=8 * stored / max(1, sum(m.shape[0] * m.shape[1] for m in modules if m.bits)),
         tied_embeddings=(
-            is_tied(skeleton.model.config) and skeleton.model.get_output_embeddings() is not None
+            is_tied(streamed.model.config) and streamed.model.get_output_embeddings() is not None
         ),
         memory=memory,
-        disk=plan_disk(skeleton, config, memory, tokens=tokens),
-        phases=cost_model.seconds(flops, skeleton.dtype, skeleton.device) if flops else {},
-        served_by=engines.served_by(_served(skeleton, config)),
+        disk=plan_disk(streamed, config, memory, tokens=tokens),
+        phases=cost_model.seconds(flops, streamed.dtype, streamed.device) if flops else {},
+        served_by=engines.served_by(_served(streamed, config)),
         tensor_parallel=engines.tensor_parallel(
             [(*m.shape, m.group_size or -1) for m in modules if m.bits],
             hidden=int(text.hidden_size), heads=heads,
@@ -155,9 +161,9 @@ def plan(
     )  # fmt: skip
 
 
-def _served(skeleton: Skeleton, config: QuantizeConfig) -> Iterator[dict[str, Any]]:
+def _served(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[dict[str, Any]]:
     """What engines go by: the settings of each quantized layer, and what kind of expert it is."""
-    for block in skeleton.blocks:
+    for block in streamed.blocks:
         mixed = {path: set[str]() for path in block.experts}
         layers = []
         for name in block.linears:
@@ -168,25 +174,28 @@ def _served(skeleton: Skeleton, config: QuantizeConfig) -> Iterator[dict[str, An
             path = next((path for path in mixed if name.startswith(f"{path}.")), None)
             if path is not None:
                 mixed[path].add(repr(layer))
-                info = skeleton.checkpoint.tensors[skeleton.source_of[f"{name}.weight"]]
-                together = isinstance(info, PartInfo)
-                layer["experts"] = engines.kind(name.rpartition(".")[2], together=together)
+                info = streamed.checkpoint.tensors[streamed.checkpoint_name_of[f"{name}.weight"]]
+                together = isinstance(info, ExpertSlice)
+                layer["experts"] = engines.expert_naming(name.rpartition(".")[2], together=together)
             layers.append(layer)
             if config.target_bpw and not block.is_head and not config.is_overridden(name):
                 # Each width that may be chosen; groups are such as everyone takes.
                 layers += [{**layer, "bits": bits} for bits in config.target_widths]
         yield from layers
-        yield from ({**layers[-1], "split": joint} for joint in split_joints(config, block.linears))
+        yield from (
+            {**layers[-1], "split": joint}
+            for joint in conflicting_packed_modules(config, block.linears)
+        )
         yield from (
             {**layers[-1], "experts": "mixed"} for found in mixed.values() if len(found) > 1
         )
 
 
-def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], bool]:
+def _modules(streamed: StreamedModel, config: QuantizeConfig) -> tuple[list[PlannedLayer], bool]:
     """All linears of the blocks, and whether it is known which share an input."""
-    leaders = leave_uncalled(skeleton, config).first
+    leaders = drop_uncalled_linears(streamed, config).first
     found = []
-    for block in skeleton.blocks:
+    for block in streamed.blocks:
         for name, linear in block.linears.items():
             rows, columns = (int(size) for size in weight_of(linear).shape)
             settings, why_not = config.for_module(name), None
@@ -198,26 +207,28 @@ def _modules(skeleton: Skeleton, config: QuantizeConfig) -> tuple[list[Module], 
                 except ConfigError as error:
                     why_not = str(error)
             found.append(
-                Module(
+                PlannedLayer(
                     name, (rows, columns),
                     settings.bits if settings else None, settings.group_size if settings else None,
                     leaders.get(name), why_not,
                 )
             )  # fmt: skip
-    for block in [*skeleton.blocks, *skeleton.aside]:
-        for name, reason in block.left.items():
-            rows, columns = weight_of(skeleton.model.get_submodule(name)).shape
-            found.append(Module(name, (rows, columns), None, None, None, reason))
+    for block in [*streamed.blocks, *streamed.skipped_blocks]:
+        for name, reason in block.skipped_linears.items():
+            rows, columns = weight_of(streamed.model.get_submodule(name)).shape
+            found.append(PlannedLayer(name, (rows, columns), None, None, None, reason))
     return found, bool(leaders)
 
 
-def _rest(skeleton: Skeleton) -> str:
+def _rest(streamed: StreamedModel) -> str:
     """The largest tensors outside the blocks' linears, by name."""
-    linears = {id(x.weight) for block in skeleton.blocks for x in block.linears.values()}
+    linears = {id(x.weight) for block in streamed.blocks for x in block.linears.values()}
     others = [
         (weight.numel(), name)
-        for name, weight in skeleton.model.named_parameters()
+        for name, weight in streamed.model.named_parameters()
         if id(weight) not in linears
     ]
     largest = sorted(others, reverse=True)[:2]
-    return "the largest others are " + ", ".join(f"{n} ({size:,})" for size, n in largest)
+    return "the largest others are " + ", ".join(
+        f"{n} ({size:,})" for size, n in largest
+    )

@@ -17,11 +17,16 @@ from roundwise.errors import Interrupted, RunError
 from roundwise.run.journal import read_journal
 from roundwise.run.loop import Progress
 from roundwise.run.prepare import Prepared, prepare
-from roundwise.run.resume import finished, open_folder
-from roundwise.run.strict import of_layers, refuse, refuse_layers, strictly
+from roundwise.run.resume import finished, lock_output_dir
+from roundwise.run.strict import (
+    layer_issues,
+    raise_if_layers_strict,
+    raise_if_strict,
+    strict_progress,
+)
 from roundwise.system.device import HOST, peak_memory
 from roundwise.system.memory import Mode, peak_rss
-from roundwise.system.timer import clock
+from roundwise.system.timer import timer
 
 __all__ = ["Progress", "QuantizeResult", "quantize"]
 
@@ -88,7 +93,7 @@ def quantize(
             text that the model writes. Needed unless the method is rtn.
         samples, seq_len, batch_size, seed: windows of calibration tokens and how they are picked.
         only: "assistant": of chats, only the assistant's turns count.
-        mode: true_sequential or block (see `Conductor.play`); None: as memory allows.
+        mode: true_sequential or block (see `ForwardScheduler.run_block`); None: as memory allows.
         max_memory: budget for that choice, such as "8GB", of the memory of the device.
         device: that computes, "cpu", "cuda" or "cuda:1"; "auto": the first GPU, or the CPU. Blocks are
             read onto it one after another.
@@ -107,10 +112,10 @@ def quantize(
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
         mode=mode, max_memory=max_memory, device=device,
     )  # fmt: skip
-    return carry_out(prepared, restart=restart, strict=strict, progress=progress)
+    return execute(prepared, restart=restart, strict=strict, progress=progress)
 
 
-def carry_out(
+def execute(
     prepared: Prepared,
     *,
     restart: bool,
@@ -121,20 +126,20 @@ def carry_out(
     run, not_as_asked = prepared.run, prepared.not_as_asked
     first = run.ranks.first
     run.notes = {"warnings": prepared.warnings, "not_as_asked": not_as_asked}
-    run.progress, run.strict = strictly(progress) if strict else progress, strict
-    refuse(not_as_asked if strict else [])
-    source = run.skeleton.checkpoint.folder
-    journal = open_folder(run.out, source, restart=restart) if first else None
+    run.progress, run.strict = strict_progress(progress) if strict else progress, strict
+    raise_if_strict(not_as_asked if strict else [])
+    source = run.streamed.checkpoint.folder
+    journal = lock_output_dir(run.out, source, restart=restart) if first else None
     try:
-        refuse_layers(journal.layers() if journal and strict else [])
-        manifest = run.ranks.agree(lambda: finished(run.out, run.fingerprint))
+        raise_if_layers_strict(journal.layers() if journal and strict else [])
+        manifest = run.ranks.broadcast_object(lambda: finished(run.out, run.fingerprint))
         manifest = manifest or run.work(journal)
         # A finished checkpoint that was found may be of a run that was not strict.
-        refuse_layers(manifest["layers"] if strict else [])
+        raise_if_layers_strict(manifest["layers"] if strict else [])
         if journal is not None:
             journal.finish()
     except KeyboardInterrupt:
-        done, blocks = len(read_journal(run.out)[1]), len(run.skeleton.blocks)
+        done, blocks = len(read_journal(run.out)[1]), len(run.streamed.blocks)
         raise Interrupted(
             f"stopped; {done} of {blocks} blocks are finished and kept in {run.out}: "
             "run the same command again to go on"
@@ -150,7 +155,7 @@ def carry_out(
             ) from error
         raise
     finally:
-        clock.device = HOST
+        timer.device = HOST
         if journal is not None:
             journal.close()
     run.lap()
@@ -164,8 +169,8 @@ def carry_out(
             "start": seconds - sum(run.spent.values()) + run.spent.get("start", 0.0),
         },
         peak_rss_bytes=peak_rss(),
-        device=str(run.skeleton.device),
-        peak_device_bytes=peak_memory(run.skeleton.device),
+        device=str(run.streamed.device),
+        peak_device_bytes=peak_memory(run.streamed.device),
         planned_peak_bytes=memory.peak_bytes,
         bits_per_weight=manifest["bits_per_weight"],
         bytes_before=manifest["bytes_before"],
@@ -176,6 +181,6 @@ def carry_out(
         warnings=prepared.warnings,
         not_as_asked=[
             *not_as_asked,
-            *of_layers(manifest["layers"]),
+            *layer_issues(manifest["layers"]),
         ],
     )

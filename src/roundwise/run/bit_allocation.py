@@ -11,7 +11,7 @@ output, relative to its size, token by token. Losses of different layers are tak
 
 `--target-bpw`: a width for each layer, so that a model of a given size loses least.
 
-`survey` measures, `choice` chooses; what was chosen stands in `dynamic`, where a run that goes on, and
+`try_weights` measures, `choice` chooses; what was chosen stands in `dynamic`, where a run that goes on, and
 one that is made again from its manifest, find it.
 """
 
@@ -26,24 +26,24 @@ from typing import Any
 import torch
 
 from roundwise.calibration.dataset import Calibration
-from roundwise.checkpoint.engines import with_joints
+from roundwise.checkpoint.engines import with_packed_names
 from roundwise.checkpoint.gptq_format import check_shape, packed_bytes
 from roundwise.config import QuantizeConfig
-from roundwise.core.solver import Prepared, prepare, round_to_nearest, solve
+from roundwise.core.solver import PreparedHessian, prepare_hessian, round_to_nearest, solve
 from roundwise.errors import ConfigError, SingularError
-from roundwise.forward.expert_tokens import Policy
-from roundwise.forward.input_groups import Group
-from roundwise.forward.scheduler import Conductor
+from roundwise.forward.expert_tokens import ExpertCalibration
+from roundwise.forward.input_groups import InputGroup
+from roundwise.forward.scheduler import ForwardScheduler
 from roundwise.model.blocks import Block, set_weight, weight_of
-from roundwise.model.streamed import Skeleton
+from roundwise.model.streamed import StreamedModel
 from roundwise.plan.cost_model import OPTION_GROUPS, OPTION_TOKENS
 from roundwise.run.journal import read_journal
-from roundwise.system.timer import clock
+from roundwise.system.timer import timer
 from roundwise.verify import read_manifest
 
 
 @dataclass(frozen=True)
-class Option:
+class Candidate:
     """One way to quantize a unit."""
 
     bits: int
@@ -53,12 +53,12 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Unit:
+class LayerGroup:
     """Layers of one block that are quantized in the same way."""
 
     names: tuple[str, ...]
     weights: int
-    options: tuple[Option, ...]
+    options: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Choice:
         return {**asdict(self), "names": list(self.names)}
 
 
-def choose(units: Sequence[Unit], target: float) -> list[Choice]:
+def choose_candidates(units: Sequence[LayerGroup], target: float) -> list[Choice]:
     """The options that lose least among those whose bytes stay within `target` bits per weight.
 
     Raises:
@@ -90,7 +90,7 @@ def choose(units: Sequence[Unit], target: float) -> list[Choice]:
             f"target_bpw={target:g} cannot be reached: the smallest options take {least:.2f} bits"
         )
     while True:
-        best: tuple[float, int, Option] | None = None
+        best: tuple[float, int, Candidate] | None = None
         for index, (unit, now) in enumerate(zip(units, chosen, strict=True)):
             for option in unit.options:
                 more, gain = option.nbytes - now.nbytes, now.loss - option.loss
@@ -119,7 +119,10 @@ def as_dynamic(choices: Sequence[Choice]) -> dict[str, dict[str, Any] | None]:
     for choice in choices:
         alike.setdefault((choice.bits, choice.group_size), []).extend(choice.names)
     return {
-        f"^(?:{'|'.join(map(re.escape, with_joints(names)))})$": {"bits": bits, "group_size": size}
+        f"^(?:{'|'.join(map(re.escape, with_packed_names(names)))})$": {
+            "bits": bits,
+            "group_size": size,
+        }
         for (bits, size), names in sorted(alike.items())
     }
 
@@ -132,7 +135,9 @@ QUICK = {
 Played = list[torch.Tensor]
 
 
-def survey(skeleton: Skeleton, config: QuantizeConfig, texts: Calibration) -> list[Unit]:
+def measure_sensitivity(
+    streamed: StreamedModel, config: QuantizeConfig, texts: Calibration
+) -> list[LayerGroup]:
     """One pass through the model that measures every option of every unit.
 
     Args:
@@ -140,40 +145,40 @@ def survey(skeleton: Skeleton, config: QuantizeConfig, texts: Calibration) -> li
         config: `dynamic` of it keeps what the user has settled; those layers are no unit.
         texts: calibration.
     """
-    skeleton.load_outside_blocks()
-    units: list[Unit] = []
-    with Conductor(
-        skeleton.model, skeleton.blocks, texts.batches,
-        policy=Policy(config.experts, config.expert_tokens), device=skeleton.device,
-    ) as conductor:  # fmt: skip
-        for block in skeleton.blocks:
+    streamed.load_outside_blocks()
+    units: list[LayerGroup] = []
+    with ForwardScheduler(
+        streamed.model, streamed.blocks, texts.batches,
+        policy=ExpertCalibration(config.experts, config.expert_tokens), device=streamed.device,
+    ) as scheduler:  # fmt: skip
+        for block in streamed.blocks:
             if block.is_head:  # it keeps the width asked for
                 break
-            conductor.enter()
-            skeleton.load(block.module, block.prefix)
-            groups = conductor.probe(block)
+            scheduler.advance_to_block()
+            streamed.load(block.module, block.prefix)
+            groups = scheduler.discover_groups(block)
 
             def measure(
                 attempt: Callable[[], Played],
                 base: Played,
                 block: Block = block,
-                groups: list[Group] = groups,
+                groups: list[InputGroup] = groups,
             ) -> None:
-                with clock.phase("survey"):
+                with timer.phase("survey"):
                     units.extend(_units(block, groups, config, attempt, base))
 
-            conductor.survey(block, groups, measure, tokens=OPTION_TOKENS)
-            skeleton.unload(block.module, block.prefix)
+            scheduler.try_weights(block, groups, measure, tokens=OPTION_TOKENS)
+            streamed.unload(block.module, block.prefix)
     return units
 
 
 def _units(
     block: Block,
-    groups: Sequence[Group],
+    groups: Sequence[InputGroup],
     config: QuantizeConfig,
     attempt: Callable[[], Played],
     base: Played,
-) -> Iterator[Unit]:
+) -> Iterator[LayerGroup]:
     """The units of a block with all their options, measured."""
     for members in _together(block, groups, config):
         names = [
@@ -199,15 +204,17 @@ def _units(
             loss = _distance(attempt(), base)
             for name, weight in before.items():
                 block.linears[name].weight = weight
-            options.append(Option(settings.bits, settings.group_size, nbytes, loss))
+            options.append(Candidate(settings.bits, settings.group_size, nbytes, loss))
         if options:
             total = sum(W.numel() for W in weights.values())
-            yield Unit(tuple(names), total, tuple(options))
+            yield LayerGroup(tuple(names), total, tuple(options))
 
 
-def _together(block: Block, groups: Sequence[Group], config: QuantizeConfig) -> list[list[Group]]:
+def _together(
+    block: Block, groups: Sequence[InputGroup], config: QuantizeConfig
+) -> list[list[InputGroup]]:
     """Groups whose layers must agree: engines take one width for all experts of a layer."""
-    found: dict[str, list[Group]] = {}
+    found: dict[str, list[InputGroup]] = {}
     for group in groups:
         if any(not config.is_overridden(name) for name in group.names):
             paths = [p for p in block.experts if any(n.startswith(f"{p}.") for n in group.names)]
@@ -240,16 +247,16 @@ def _candidates(
             yield settings
 
 
-def _moment(group: Group) -> torch.Tensor | None:
+def _moment(group: InputGroup) -> torch.Tensor | None:
     H = group.hessian.mean() if group.hessian is not None else None
     group.forget()
     return H
 
 
-def _prepared(H: torch.Tensor | None, settings: QuantizeConfig) -> Prepared | None:
+def _prepared(H: torch.Tensor | None, settings: QuantizeConfig) -> PreparedHessian | None:
     """Order and factor of an input's Hessian; None where there is none: then weights are rounded."""
     try:
-        return None if H is None else prepare(H, settings)
+        return None if H is None else prepare_hessian(H, settings)
     except SingularError:
         return None
 
@@ -265,12 +272,12 @@ def _distance(found: Played, base: Played) -> float:
     return total / max(count, 1)
 
 
-def with_widths(
-    skeleton: Skeleton,
+def allocate_bits(
+    streamed: StreamedModel,
     config: QuantizeConfig,
     texts: Calibration,
     out: Path,
-    again: Callable[[], Skeleton],
+    again: Callable[[], StreamedModel],
 ) -> QuantizeConfig:
     """`config` with a width for every layer in `dynamic`: that of a run in `out`, or chosen now.
 
@@ -284,17 +291,17 @@ def with_widths(
     Raises:
         ConfigError: the size cannot be reached.
     """
-    if config.target_bpw is None or not _undecided(skeleton, config):
+    if config.target_bpw is None or not _undecided(streamed, config):
         return config
-    found = _earlier(skeleton, config, texts, out)
+    found = _earlier(streamed, config, texts, out)
     if found is None:
-        units = survey(again(), config, texts)
-        found = {**config.dynamic, **as_dynamic(choose(units, config.target_bpw))}
+        units = measure_sensitivity(again(), config, texts)
+        found = {**config.dynamic, **as_dynamic(choose_candidates(units, config.target_bpw))}
     return config.model_copy(update={"dynamic": found})
 
 
 def _earlier(
-    skeleton: Skeleton, config: QuantizeConfig, texts: Calibration, out: Path
+    streamed: StreamedModel, config: QuantizeConfig, texts: Calibration, out: Path
 ) -> dict[str, dict[str, Any] | None] | None:
     """What an earlier run of the same command chose, finished or not."""
     manifest = read_manifest(out) if out.is_dir() else None
@@ -307,14 +314,14 @@ def _earlier(
     alike = {**known["config"], "dynamic": None} == {**wanted, "dynamic": None}
     if not alike or rules[: len(own)] != own:
         return None
-    return dict(rules) if known["model"] == skeleton.checkpoint.identity() else None
+    return dict(rules) if known["model"] == streamed.checkpoint.identity() else None
 
 
-def _undecided(skeleton: Skeleton, config: QuantizeConfig) -> bool:
+def _undecided(streamed: StreamedModel, config: QuantizeConfig) -> bool:
     """Whether there is a layer that no pattern of `dynamic` settles."""
     return any(
         not config.is_overridden(name)
-        for block in skeleton.blocks
+        for block in streamed.blocks
         if not block.is_head
         for name in block.linears
     )

@@ -23,39 +23,39 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.activation_scales import round_searched
 from roundwise.core.drift import Drift
 from roundwise.core.quantized_weight import QuantizedWeight
-from roundwise.core.solver import Prepared, prepare, round_to_nearest, solve
+from roundwise.core.solver import PreparedHessian, prepare_hessian, round_to_nearest, solve
 from roundwise.errors import NumericalError, SingularError
-from roundwise.forward.input_groups import Group
+from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import Block, set_weight, weight_of
-from roundwise.model.expert_weights import carried
-from roundwise.model.streamed import Skeleton
-from roundwise.run.held_out_damping import Damping, choose, moments
-from roundwise.run.prescale import Prescaler, Scaling
+from roundwise.model.expert_weights import unquantized_tensors
+from roundwise.model.streamed import StreamedModel
+from roundwise.run.held_out_damping import Damping, choose_damping, moments
+from roundwise.run.prescale import NormScaling, Prescaler
 from roundwise.system.device import HOST
 from roundwise.system.distributed import Ranks
-from roundwise.system.memory import reusing
-from roundwise.system.timer import clock
+from roundwise.system.memory import reuse_small_blocks
+from roundwise.system.timer import timer
 
 
-class Inputs:
+class GroupStatistics:
     """What is known of a group's input; its Hessian is factored once for all linears alike."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: InputGroup) -> None:
         self.fit, self.held = moments(group), moments(group.held)
         if self.fit is None:
             self.fit, self.held = self.held, None
         self.tokens = sum(part.tokens for part in (self.fit, self.held) if part)
         self.damping = Damping()
         self._waiting = len(group.names)
-        self._known: dict[tuple[Any, ...], Prepared] = {}
+        self._known: dict[tuple[Any, ...], PreparedHessian] = {}
 
     def choose_damping(self, weights: Iterator[tuple[torch.Tensor, QuantizeConfig]]) -> None:
         """Settles damping on the tokens held out, if any; from then on `fit` holds all tokens."""
         if self.fit is not None and self.held is not None:
-            with clock.phase("choose"):
-                self.damping, self.held = choose([*weights], self.fit, self.held), None
+            with timer.phase("choose"):
+                self.damping, self.held = choose_damping([*weights], self.fit, self.held), None
 
-    def lost(
+    def target_shift(
         self, W: torch.Tensor, settings: QuantizeConfig, rows: slice | None
     ) -> torch.Tensor | None:
         """What the weight W is to make up for; asked once for each linear, and freed with the last.
@@ -64,22 +64,22 @@ class Inputs:
         """
         if self.fit is None:
             return None
-        with clock.phase("drift"):
+        with timer.phase("drift"):
             drift = self.fit.drift if rows is None else self.fit.drift.rows(rows)
-            Y = drift.lost(W, settings.alpha, settings.beta)
+            Y = drift.target_shift(W, settings.alpha, settings.beta)
         self._waiting -= 1
         if not self._waiting:
             # A moment may be as large as H, whose factor is still to come.
             self.fit.drift = Drift()
         return Y
 
-    def prepared(self, settings: QuantizeConfig) -> Prepared:
+    def prepared(self, settings: QuantizeConfig) -> PreparedHessian:
         """Order and factor; SingularError when there is no Hessian."""
         H, settings = self.moment(), self.damping.settled(settings)
         key = (settings.group_size, settings.desc_act, settings.order, settings.damp_percent)
         if key not in self._known:
-            with clock.phase("factor"):
-                self._known = {key: prepare(H, settings)}
+            with timer.phase("factor"):
+                self._known = {key: prepare_hessian(H, settings)}
         return self._known[key]
 
     def moment(self) -> torch.Tensor:
@@ -130,22 +130,22 @@ def join_parts(q: QuantizedWeight, count: int, total: int, ranks: Ranks) -> Quan
         ranks: who have the others.
     """
     codes, scales, zeros = (
-        ranks.join_rows(part[:count], total) for part in (q.codes, q.scales, q.zeros)
+        ranks.all_gather_rows(part[:count], total) for part in (q.codes, q.scales, q.zeros)
     )
     known = q.relative_error is not None
     sums = [(q.relative_error or 0.0) * q.energy, q.energy]
     sums += [q.weight_error * q.weight_energy, q.weight_energy]
     mine = torch.tensor(sums if count else [0.0] * 4, dtype=torch.float64)
-    lost, energy, error, weight = ranks.sum(mine).tolist()
+    target_shift, energy, error, weight = ranks.sum(mine).tolist()
     return replace(
         q, codes=codes, scales=scales, zeros=zeros, energy=energy, weight_energy=weight,
-        relative_error=(lost / energy if energy else 0.0) if known else None,
+        relative_error=(target_shift / energy if energy else 0.0) if known else None,
         weight_error=error / weight if weight else 0.0,
     )  # fmt: skip
 
 
 def shard_tensors(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     index: int,
     solved: dict[str, dict[str, torch.Tensor]],
     folded: dict[str, torch.Tensor],
@@ -158,15 +158,18 @@ def shard_tensors(
         solved: linear -> suffix -> packed tensor.
         folded: tensors that scales were moved into, by name.
     """
-    stems = {skeleton.source_of[f"{name}.weight"].removesuffix(".weight"): name for name in solved}
+    stems = {
+        streamed.checkpoint_name_of[f"{name}.weight"].removesuffix(".weight"): name
+        for name in solved
+    }
     tensors: dict[str, Any] = {}
-    for tensor, info in skeleton.block_tensors(index).items():
+    for tensor, info in streamed.block_tensors(index).items():
         stem, _, kind = tensor.rpartition(".")
         if stem in stems and kind == "weight":
             parts = solved[stems[stem]].items()
             tensors |= {f"{stem}.{suffix}": part for suffix, part in parts}
         else:
-            tensors |= carried({tensor: folded.get(tensor, info)}, {*stems})
+            tensors |= unquantized_tensors({tensor: folded.get(tensor, info)}, {*stems})
     return tensors
 
 
@@ -181,7 +184,7 @@ class BlockSolver:
         release: called with the names of the linears that are solved: their pages are not read again.
         tell: called with the record of each layer.
         outputs: what errors of a linear's outputs cost together, and from how many gradients that is
-            known; see `Curvature.of_block`.
+            known; see `OutputGradients.weights_of_block`.
     """
 
     def __init__(
@@ -205,12 +208,12 @@ class BlockSolver:
         self.layers: list[dict[str, Any]] = []
         """Records, in the order of solving."""
 
-    @reusing()
-    def solve(self, group: Group) -> None:
+    @reuse_small_blocks()
+    def solve(self, group: InputGroup) -> None:
         """Quantizes the linears of a group whose sums are complete."""
         # Everybody is behind the linears of earlier groups by now.
         self._release(list(self.packed))
-        inputs = Inputs(group)
+        inputs = GroupStatistics(group)
         scaling = self._prescale(group, inputs)
         self.folded.update(scaling.tensors)
         inputs.choose_damping(self._weights(group, scaling))
@@ -220,9 +223,9 @@ class BlockSolver:
                 continue
             linear = self.block.linears[name]
             B, gradients = self._outputs(name) if settings.needs_gradients else (None, 0)
-            with clock.phase("solve"):
+            with timer.phase("solve"):
                 q = self._weight(name, scaling.apply(weight_of(linear)), inputs, settings, B)
-            with clock.phase("pack"):
+            with timer.phase("pack"):
                 set_weight(linear, scaling.undo(q.dequantize(weight_of(linear).dtype)))
                 packed = encode(q, settings).items()
                 self.packed[name] = {suffix: part.to(HOST) for suffix, part in packed}
@@ -231,15 +234,15 @@ class BlockSolver:
             self.layers.append(record | scaling.record(name) | inputs.damping.record(settings))
             self._tell(self.layers[-1])
 
-    def rest(self) -> None:
+    def quantize_remaining(self) -> None:
         """Quantizes what no group had: linears the forward never called, or all without calibration."""
-        self.solve(Group([name for name in self.block.linears if name not in self.packed]))
+        self.solve(InputGroup([name for name in self.block.linears if name not in self.packed]))
 
-    def _prescale(self, group: Group, inputs: Inputs) -> Scaling:
+    def _prescale(self, group: InputGroup, inputs: GroupStatistics) -> NormScaling:
         """Scales for the group's input, if any; `inputs` becomes that of the scaled weights."""
         if self._prescaler is None or inputs.fit is None:
-            return Scaling()
-        with clock.phase("choose"):
+            return NormScaling()
+        with timer.phase("choose"):
             scaling = self._prescaler.search(self.block, group.names, inputs.fit.H)
         for part in (inputs.fit, inputs.held):
             if part is not None and scaling.s is not None:
@@ -247,7 +250,7 @@ class BlockSolver:
         return scaling
 
     def _weights(
-        self, group: Group, scaling: Scaling
+        self, group: InputGroup, scaling: NormScaling
     ) -> Iterator[tuple[torch.Tensor, QuantizeConfig]]:
         """The weights of a group that are to be quantized, and their settings."""
         for name in group.names:
@@ -256,13 +259,13 @@ class BlockSolver:
                 yield scaling.apply(weight_of(self.block.linears[name])), settings
 
     def _weight(
-        self, name: str, W: torch.Tensor, inputs: Inputs, settings: QuantizeConfig,
+        self, name: str, W: torch.Tensor, inputs: GroupStatistics, settings: QuantizeConfig,
         B: torch.Tensor | None,
     ) -> QuantizedWeight:  # fmt: skip
         """One weight, its rows shared out unless they are coupled; a named error where it fails."""
         try:
             if (
-                self.ranks.alone or B is not None
+                self.ranks.is_single or B is not None
             ):  # coupled rows are shared by the solver, part by part
                 return self._rows(W, inputs, settings, None, B)
             mine = self.ranks.rows(len(W))
@@ -275,7 +278,7 @@ class BlockSolver:
         return join_parts(q, count, len(W), self.ranks)
 
     def _rows(
-        self, W: torch.Tensor, inputs: Inputs, settings: QuantizeConfig, rows: slice | None,
+        self, W: torch.Tensor, inputs: GroupStatistics, settings: QuantizeConfig, rows: slice | None,
         B: torch.Tensor | None,
     ) -> QuantizedWeight:  # fmt: skip
         """Some rows; rounded to nearest, with the reason recorded, where they cannot be solved."""
@@ -284,11 +287,16 @@ class BlockSolver:
         try:
             if settings.method == "awq":
                 return round_searched(W, inputs.moment(), settings)
-            lost = inputs.lost(W, settings, rows)
+            target_shift = inputs.target_shift(W, settings, rows)
             B = None if B is None else B.to(W.device)
-            helpers = None if self.ranks.alone else self.ranks
+            process_group = None if self.ranks.is_single else self.ranks
             return solve(
-                W, inputs.prepared(settings), settings, lost=lost, outputs=B, helpers=helpers
+                W,
+                inputs.prepared(settings),
+                settings,
+                target_shift=target_shift,
+                outputs=B,
+                process_group=process_group,
             )
         except SingularError as error:
             return round_to_nearest(W, settings, fallback=str(error))

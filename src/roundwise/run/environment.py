@@ -13,20 +13,20 @@ import torch
 import transformers
 
 from roundwise.core.backends import cpp, triton
-from roundwise.system.device import HOST, named
-from roundwise.system.distributed import current
+from roundwise.system.device import HOST, device_name
+from roundwise.system.distributed import current_ranks
 from roundwise.version import __version__
 
-#: Packages beside those in `deciding` that take part in a run.
+#: Packages beside those in `numeric_environment` that take part in a run.
 LIBRARIES = ("greenlet", "huggingface-hub", "numpy", "safetensors", "tokenizers")
 #: Features of a processor that libraries choose their code by.
 FEATURES = ("avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")
 
 
-def deciding(device: torch.device) -> dict[str, Any]:
+def numeric_environment(device: torch.device) -> dict[str, Any]:
     """What the order of summation, and so the last bits, depend on; `device` computes."""
     return {
-        "device": named(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "solver": _solver(device),
@@ -45,7 +45,7 @@ def _solver(device: torch.device) -> str:
     return (cpp.load()[1].active if device == HOST else None) or "torch"
 
 
-def described() -> dict[str, Any]:
+def platform_info() -> dict[str, Any]:
     """The platform, for the manifest; the same from one start of a machine to the next."""
     name, flags = _processor()
     return {
@@ -55,7 +55,7 @@ def described() -> dict[str, Any]:
         "libc": " ".join(platform.libc_ver()).strip(),
         "processor": name,
         "features": [flag for flag in flags if any(part in flag for part in FEATURES)],
-        "ranks": current().count,
+        "ranks": current_ranks().count,
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
@@ -73,11 +73,13 @@ def _processor() -> tuple[str, list[str]]:
     return fields.get("model name") or platform.processor(), sorted(flags)
 
 
-def difference(old: Any, new: Any, path: str = "") -> str:
+def describe_difference(old: Any, new: Any, path: str = "") -> str:
     """Where two nested values differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         parts = [
-            difference(old.get(key, "none"), new.get(key, "none"), f"{path}.{key}".lstrip("."))
+            describe_difference(
+                old.get(key, "none"), new.get(key, "none"), f"{path}.{key}".lstrip(".")
+            )
             for key in sorted({*old, *new})
             if old.get(key) != new.get(key)
         ]
@@ -87,7 +89,7 @@ def difference(old: Any, new: Any, path: str = "") -> str:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """Computes with `count` threads in this block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

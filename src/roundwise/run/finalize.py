@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from roundwise.checkpoint.gptq_format import SUFFIXES, quantization_config
-from roundwise.checkpoint.reader import INDEX, read_header
+from roundwise.checkpoint.reader import INDEX_FILE, read_header
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import copy_file, sync_folder, write_json, write_safetensors
 from roundwise.config import QuantizeConfig
-from roundwise.model.expert_weights import carried
-from roundwise.model.streamed import Skeleton
-from roundwise.run.environment import described
+from roundwise.model.expert_weights import unquantized_tensors
+from roundwise.model.streamed import StreamedModel
+from roundwise.run.environment import platform_info
 from roundwise.system.memory import peak_rss
-from roundwise.system.timer import clock
+from roundwise.system.timer import timer
 from roundwise.verify import MANIFEST, RUN, audit
 
-__all__ = ["MANIFEST", "finish", "shard_name", "timings"]
+__all__ = ["MANIFEST", "finalize", "shard_name", "timings"]
 
 
 def shard_name(index: int, blocks: int) -> str:
@@ -30,8 +30,8 @@ def shard_name(index: int, blocks: int) -> str:
     return f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 
-def finish(
-    skeleton: Skeleton,
+def finalize(
+    streamed: StreamedModel,
     out: Path,
     config: QuantizeConfig,
     fingerprint: dict[str, Any],
@@ -56,32 +56,34 @@ def finish(
         VerificationError: what is on the disk is not what was computed.
         StorageError: the disk is full or failed.
     """
-    source, blocks = skeleton.checkpoint, len(skeleton.blocks)
+    source, blocks = streamed.checkpoint, len(streamed.blocks)
     last = shard_name(blocks, blocks)
     files = {line["shard"]: line["sha256"] for line in done}
-    files[last] = write_safetensors(out / last, carried(skeleton.other_tensors(), set()))
+    files[last] = write_safetensors(
+        out / last, unquantized_tensors(streamed.other_tensors(), set())
+    )
     _write_index(out, sorted(files))
     for path in source.side_files():
         copy_file(path, out / path.name)
     settings = quantization_config(
         config, true_sequential=fingerprint["mode"] == "true_sequential",
-        left=[name for block in [*skeleton.blocks, *skeleton.aside] for name in block.left],
-        names=[name for block in skeleton.blocks for name in block.linears],
+        left=[name for block in [*streamed.blocks, *streamed.skipped_blocks] for name in block.skipped_linears],
+        names=[name for block in streamed.blocks for name in block.linears],
     )  # fmt: skip
     write_json(out / "quantize_config.json", settings)
     # The hash of config.json is taken from the same bytes under a name that no library looks for.
     draft = out / "config.json.draft"
     write_json(draft, {**source.config, "quantization_config": settings})
-    names = [INDEX, "quantize_config.json", *(path.name for path in source.side_files())]
+    names = [INDEX_FILE, "quantize_config.json", *(path.name for path in source.side_files())]
     files |= {name: file_digest(out / name) for name in names}
     files["config.json"] = file_digest(draft)
     layers = [layer for line in done for layer in line["layers"]]
     manifest = {
         "run": fingerprint,
         "given": given,
-        "platform": described(),
+        "platform": platform_info(),
         "mode": fingerprint["mode"],
-        "bits_per_weight": _bits_per_weight(out, sorted(files), layers, skeleton),
+        "bits_per_weight": _bits_per_weight(out, sorted(files), layers, streamed),
         "bytes_before": source.nbytes(),
         "bytes_after": sum(
             info.nbytes
@@ -103,7 +105,7 @@ def finish(
     source.check_unchanged()
     write_json(out / MANIFEST, manifest)
     audit(out, against=source, config_file=draft.name).raise_on_failure()
-    with clock.phase("write"):  # ends that around it: what `ran` adds up is complete
+    with timer.phase("write"):  # ends that around it: what `ran` adds up is complete
         write_json(out / RUN, ran())
     os.replace(draft, out / "config.json")
     sync_folder(out)
@@ -136,15 +138,16 @@ def _write_index(out: Path, shards: list[str]) -> None:
         header = read_header(out / shard)
         weight_map |= dict.fromkeys(header, shard)
         total += sum(info.nbytes for info in header.values())
-    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _bits_per_weight(
-    out: Path, files: list[str], layers: list[dict[str, Any]], skeleton: Skeleton
+    out: Path, files: list[str], layers: list[dict[str, Any]], streamed: StreamedModel
 ) -> float:
     """Stored bits of the quantized layers, everything counted, per weight they stand for."""
     stems = {
-        skeleton.source_of[f"{layer['name']}.weight"].removesuffix("weight") for layer in layers
+        streamed.checkpoint_name_of[f"{layer['name']}.weight"].removesuffix("weight")
+        for layer in layers
     }
     stored = sum(
         info.nbytes
@@ -154,7 +157,7 @@ def _bits_per_weight(
         for suffix in SUFFIXES
         if tensor.endswith(suffix) and tensor.removesuffix(suffix) in stems
     )
-    tensors = skeleton.checkpoint.tensors
+    tensors = streamed.checkpoint.tensors
     weights = 0
     for stem in stems:
         rows, columns = tensors[f"{stem}weight"].shape

@@ -11,8 +11,8 @@ import torch
 from roundwise.config import QuantizeConfig
 from roundwise.core.held_out_damping import Moments, held_out_losses
 from roundwise.errors import CalibrationError, SingularError
-from roundwise.forward.input_groups import Group
-from roundwise.system.timer import clock
+from roundwise.forward.input_groups import InputGroup
+from roundwise.system.timer import timer
 
 #: One batch in so many is held out.
 EVERY = 8
@@ -43,7 +43,7 @@ class Damping:
         return {"damp_losses": {f"{damping:g}": loss for damping, loss in self.losses.items()}}
 
 
-def held_out(config: QuantizeConfig, batches: int) -> frozenset[int]:
+def held_out_batches(config: QuantizeConfig, batches: int) -> frozenset[int]:
     """Numbers of the batches to hold out; none unless damping is to be chosen.
 
     Raises:
@@ -59,17 +59,17 @@ def held_out(config: QuantizeConfig, batches: int) -> frozenset[int]:
     return frozenset(range(EVERY - 1, batches, EVERY)) or frozenset([batches - 1])
 
 
-def moments(group: Group | None) -> Moments | None:
+def moments(group: InputGroup | None) -> Moments | None:
     """The mean moments of a group; ends its sums. None when no token reached it."""
     if group is None or group.hessian is None:
         return None
     H = group.hessian.mean()
-    with clock.phase("drift"):
+    with timer.phase("drift"):
         drift = group.drift(H)
     return Moments(H, drift, group.hessian.tokens)
 
 
-def choose(
+def choose_damping(
     weights: Sequence[tuple[torch.Tensor, QuantizeConfig]], fit: Moments, held: Moments | None
 ) -> Damping:
     """The damping with the least loss on held-out tokens; then `fit` holds all tokens.

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.manifest import WORK, Fingerprint, FinishedBlock, damage
+from roundwise.checkpoint.manifest import WORK, BlockRecord, Fingerprint, validation_error
 from roundwise.checkpoint.reader import read_header
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import PARTIAL, storage_error, write_safetensors
@@ -44,7 +44,9 @@ def read_journal(out: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]
         if not lines:
             return None, []
         fingerprint, lists = lines[0]["fingerprint"], lines[1:]
-        wrong = damage(Fingerprint, fingerprint) or damage(list[list[FinishedBlock]], lists)
+        wrong = validation_error(Fingerprint, fingerprint) or validation_error(
+            list[list[BlockRecord]], lists
+        )
         if wrong:
             raise ValueError(wrong)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -145,11 +147,11 @@ class Journal:
 class _OneByOne(dict[str, torch.Tensor]):
     """Tensors of players, each present only while its turn to be written comes."""
 
-    present: Callable[[str], AbstractContextManager[None]]
+    onloaded: Callable[[str], AbstractContextManager[None]]
 
     def values(self) -> Any:
         for name, tensor in self.items():
-            with self.present(name.rpartition(".")[0]):
+            with self.onloaded(name.rpartition(".")[0]):
                 yield tensor
 
 
@@ -158,7 +160,7 @@ def save_outputs(
     index: int,
     rank: int,
     outputs: dict[str, Any],
-    present: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+    onloaded: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> dict[str, Any]:
     """Writes what block `index` returned to each player of a rank; what `load_outputs` needs to know.
 
@@ -167,13 +169,13 @@ def save_outputs(
         index: of the block.
         rank: whose players they are; each writes a file of its own.
         outputs: by player.
-        present: see `Conductor.present`.
+        present: see `ForwardScheduler.onloaded`.
 
     Raises:
         RunError: the block returned something else than a tensor or a tuple of tensors.
     """
     tensors = _OneByOne()
-    tensors.present = present
+    tensors.onloaded = onloaded
     places = None
     for player, output in outputs.items():
         places = len(output) if isinstance(output, tuple) else None

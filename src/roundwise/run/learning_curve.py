@@ -16,17 +16,17 @@ import torch
 
 from roundwise.config import QuantizeConfig
 from roundwise.core.held_out_damping import QUICK
-from roundwise.core.hessian import Hessian, counted
-from roundwise.core.solver import prepare, round_to_nearest, solve, some_rows
+from roundwise.core.hessian import Hessian, unmasked_rows
+from roundwise.core.solver import prepare_hessian, round_to_nearest, sample_rows, solve
 from roundwise.errors import SingularError
 from roundwise.model.blocks import Block, weight_of
-from roundwise.system.timer import clock
+from roundwise.system.timer import timer
 
 #: Part of the batches that is held out, and the parts that are solved from.
 HELD_OUT, PARTS = 1 / 8, (1 / 8, 1 / 4, 1 / 2)
 
 
-class Saturation:
+class LearningCurve:
     """Watches the sums of one group's input; keeps a few rows of solved weights, and no Hessian.
 
     Args:
@@ -38,7 +38,7 @@ class Saturation:
 
     def __init__(self, name: str, W: torch.Tensor, settings: QuantizeConfig, batches: int) -> None:
         self.name = name
-        self._W = W[some_rows(W)].to(torch.float32)
+        self._W = W[sample_rows(W)].to(torch.float32)
         damping = 0.01 if settings.damp_percent == "auto" else settings.damp_percent
         self._settings = settings.merged({**QUICK, "damp_percent": damping})
         self._fit = batches - max(1, round(batches * HELD_OUT))
@@ -50,9 +50,9 @@ class Saturation:
     def add(self, x: torch.Tensor, mask: torch.Tensor | None, hessian: Hessian) -> None:
         """Sees a batch `x` [..., in] that `hessian` has just summed up; mask as there."""
         self._seen += 1
-        with clock.phase("watch"):
+        with timer.phase("watch"):
             if self._seen > self._fit:
-                self._measure(counted(x, mask).to(torch.float32))
+                self._measure(unmasked_rows(x, mask).to(torch.float32))
             elif self._seen in self._marks:
                 self._solve(hessian)
 
@@ -61,7 +61,9 @@ class Saturation:
             rounded = round_to_nearest(self._W, self._settings)
             self._solved.append((0, rounded.dequantize() - self._W))
         try:
-            q = solve(self._W, prepare(hessian.mean(keep=True), self._settings), self._settings)
+            q = solve(
+                self._W, prepare_hessian(hessian.mean(keep=True), self._settings), self._settings
+            )
         except SingularError:  # the solver will meet it too, and says so
             return
         self._solved.append((hessian.tokens, q.dequantize() - self._W))
@@ -89,12 +91,12 @@ class Saturation:
         }
 
 
-def watched(
+def learning_curve_for(
     blocks: list[Block], index: int, name: str, config: QuantizeConfig, batches: int
-) -> Saturation | None:
+) -> LearningCurve | None:
     """In the first, the middle and the last block: who watches a linear's input, of so many batches."""
     count = sum(not block.is_head for block in blocks)
     settings = config.for_module(name)
     if index not in (0, count // 2, count - 1) or settings is None or settings.method != "gptq":
         return None
-    return Saturation(name, weight_of(blocks[index].linears[name]), settings, batches)
+    return LearningCurve(name, weight_of(blocks[index].linears[name]), settings, batches)

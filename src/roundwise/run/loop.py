@@ -19,24 +19,24 @@ from roundwise.checkpoint.writer import write_safetensors
 from roundwise.config import QuantizeConfig
 from roundwise.errors import FallbackError, OutputError, RunError
 from roundwise.forward.batch import depth_error
-from roundwise.forward.expert_tokens import Policy
-from roundwise.forward.offload import Parking, Shelf, parking_for
-from roundwise.forward.output_gradients import Curvature
-from roundwise.forward.scheduler import Conductor
-from roundwise.model.streamed import Skeleton
-from roundwise.plan.memory import Memory, check_room, plan_disk, plan_memory
+from roundwise.forward.expert_tokens import ExpertCalibration
+from roundwise.forward.offload import CpuOffload, DiskOffload, choose_offload
+from roundwise.forward.output_gradients import OutputGradients
+from roundwise.forward.scheduler import ForwardScheduler
+from roundwise.model.streamed import StreamedModel
+from roundwise.plan.memory import MemoryPlan, check_disk_space, plan_disk, plan_memory
 from roundwise.run import environment
 from roundwise.run.block_solver import BlockSolver, shard_tensors
-from roundwise.run.environment import difference, threads
-from roundwise.run.finalize import finish, shard_name, timings
-from roundwise.run.held_out_damping import held_out
+from roundwise.run.environment import describe_difference, torch_threads
+from roundwise.run.finalize import finalize, shard_name, timings
+from roundwise.run.held_out_damping import held_out_batches
 from roundwise.run.journal import Journal
-from roundwise.run.learning_curve import watched
+from roundwise.run.learning_curve import learning_curve_for
 from roundwise.run.prescale import Prescaler
-from roundwise.run.resume import Savepoints, check_finished
+from roundwise.run.resume import Checkpointer, check_finished
 from roundwise.system.distributed import Ranks
-from roundwise.system.memory import Mode, give_back, keeping
-from roundwise.system.timer import clock
+from roundwise.system.memory import Mode, keep_freed_memory, trim_heap
+from roundwise.system.timer import timer
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Progress:
 class Run:
     """One run; the methods follow it in time."""
 
-    skeleton: Skeleton
+    streamed: StreamedModel
     out: Path
     config: QuantizeConfig
     texts: Calibration | None
@@ -70,7 +70,7 @@ class Run:
     begun: float = field(default_factory=time.monotonic)
     """time.monotonic() when preparing began."""
     prescaler: Prescaler | None = None
-    memory: Memory | None = None
+    memory: MemoryPlan | None = None
     """What the run is expected to hold; set with the fingerprint."""
     strict: bool = False
     """What does not go as asked is an error."""
@@ -80,17 +80,17 @@ class Run:
     """Seconds by kind of work, of this process."""
 
     @property
-    def curvature(self) -> Curvature:
+    def output_gradients(self) -> OutputGradients:
         """What was measured of the layers' outputs."""
-        return Curvature(self.out)
+        return OutputGradients(self.out)
 
-    def forecast(self, mode: Mode | None) -> Memory:
+    def forecast(self, mode: Mode | None) -> MemoryPlan:
         """What the run would hold in a mode; None: in the one that memory allows."""
         return plan_memory(
-            self.skeleton, self.config,
+            self.streamed, self.config,
             tokens=-(-self.texts.tokens // self.ranks.count) if self.texts else 0,
             batch=max(b.input_ids.numel() for b in self.texts.batches) if self.texts else 0,
-            mode=mode, budget=self.budget, sharing=self.ranks.sharing(self.skeleton.device),
+            mode=mode, budget=self.budget, sharing=self.ranks.processes_sharing(self.streamed.device),
         )  # fmt: skip
 
     def fingerprint(self, known: dict[str, Any] | None) -> dict[str, Any]:
@@ -109,10 +109,10 @@ class Run:
             self.mode = self.memory.mode
         return {
             "config": config,
-            "model": self.skeleton.checkpoint.identity(),
+            "model": self.streamed.checkpoint.identity(),
             "calibration": self.texts.describe() if self.texts else None,
             "mode": self.mode or "none",
-            **environment.deciding(self.skeleton.device),
+            **environment.numeric_environment(self.streamed.device),
             **{key: known[key] for key in ("threads",) if key in known},
         }
 
@@ -122,19 +122,21 @@ class Run:
         Args:
             journal: the first rank's; None on all others.
         """
-        clock.device = self.skeleton.device
-        clock.add("start", time.monotonic() - self.begun - sum(clock.seconds.values()))
-        fingerprint, done = self.ranks.agree(lambda: self._begin(journal))
+        timer.device = self.streamed.device
+        timer.add("start", time.monotonic() - self.begun - sum(timer.seconds.values()))
+        fingerprint, done = self.ranks.broadcast_object(lambda: self._begin(journal))
         if journal is None:
             self._follow(fingerprint)
-        if len(done) < len(self.skeleton.blocks):
+        if len(done) < len(self.streamed.blocks):
             assert self.memory is not None  # the fingerprint needed it
-            with threads(fingerprint["threads"]), keeping(self.memory.reuses):
-                self._blocks(Savepoints(self.out, self.skeleton.blocks, done, journal, self.ranks))
-        with clock.phase("finish"):
-            return self.ranks.agree(
-                lambda: finish(
-                    self.skeleton, self.out, self.config, fingerprint, self.given, done,
+            with torch_threads(fingerprint["threads"]), keep_freed_memory(self.memory.reuses_freed):
+                self._blocks(
+                    Checkpointer(self.out, self.streamed.blocks, done, journal, self.ranks)
+                )
+        with timer.phase("finish"):
+            return self.ranks.broadcast_object(
+                lambda: finalize(
+                    self.streamed, self.out, self.config, fingerprint, self.given, done,
                     lambda: {**timings(done, self.lap()), **self.notes},
                 )
             )  # fmt: skip
@@ -147,16 +149,18 @@ class Run:
         if known is None:
             assert self.memory is not None  # the fingerprint needed it
             tokens = self.texts.tokens if self.texts else 0
-            check_room(self.out, plan_disk(self.skeleton, self.config, self.memory, tokens=tokens))
-            self.curvature.forget()
+            check_disk_space(
+                self.out, plan_disk(self.streamed, self.config, self.memory, tokens=tokens)
+            )
+            self.output_gradients.forget()
             journal.start(fingerprint)
         elif known != fingerprint:
             raise OutputError(
-                f"{self.out} holds an unfinished run that differs in {difference(known, fingerprint)}: "
+                f"{self.out} holds an unfinished run that differs in {describe_difference(known, fingerprint)}: "
                 "use the same settings to go on, or --restart to begin anew"
             )
         journal.trim()
-        check_finished(self.out, self.skeleton.blocks, done, played=self.texts is not None)
+        check_finished(self.out, self.streamed.blocks, done, played=self.texts is not None)
         journal.check_outputs()
         return fingerprint, done
 
@@ -172,52 +176,54 @@ class Run:
 
     def lap(self) -> dict[str, float]:
         """Seconds by kind of work since the last call."""
-        taken = clock.take()
+        taken = timer.take()
         for phase, seconds in taken.items():
             self.spent[phase] = self.spent.get(phase, 0.0) + seconds
         return taken
 
-    def _blocks(self, savepoints: Savepoints) -> None:
-        first = len(savepoints.done)
+    def _blocks(self, checkpointer: Checkpointer) -> None:
+        first = len(checkpointer.done)
         if self.texts is None:
-            for index in range(first, len(self.skeleton.blocks)):
-                self._block(index, savepoints, first, None)
+            for index in range(first, len(self.streamed.blocks)):
+                self._block(index, checkpointer, first, None)
             return
-        self.skeleton.load_outside_blocks()
+        self.streamed.load_outside_blocks()
         self._measure_gradients(first)
-        give_back()
-        with Conductor(
-            self.skeleton.model,
-            self.skeleton.blocks,
+        trim_heap()
+        with ForwardScheduler(
+            self.streamed.model,
+            self.streamed.blocks,
             self.texts.batches,
             reference=self.config.needs_reference,
             ratio=self.config.alpha / self.config.beta if self.config.beta else None,
             skip=first,
-            outputs=savepoints.outputs(),
-            held_out=held_out(self.config, len(self.texts.batches)),
-            policy=Policy(self.config.experts, self.config.expert_tokens),
+            outputs=checkpointer.outputs(),
+            held_out=held_out_batches(self.config, len(self.texts.batches)),
+            policy=ExpertCalibration(self.config.experts, self.config.expert_tokens),
             ranks=self.ranks,
-            device=self.skeleton.device,
-            parking=self._parking(),
-        ) as conductor:
-            for index in range(first, len(self.skeleton.blocks)):
-                conductor.enter()
+            device=self.streamed.device,
+            offload=self._offload(),
+        ) as scheduler:
+            for index in range(first, len(self.streamed.blocks)):
+                scheduler.advance_to_block()
                 if index == first:
-                    self.skeleton.release_pages()
-                self._block(index, savepoints, first, conductor)
+                    self.streamed.release_pages()
+                self._block(index, checkpointer, first, scheduler)
 
-    def _parking(self) -> Parking | Shelf | None:
-        if self.memory is None or not self.memory.parked:
+    def _offload(self) -> CpuOffload | DiskOffload | None:
+        if self.memory is None or not self.memory.offloaded:
             return None
-        return parking_for(self.skeleton, self.out / WORK, tight=not self.memory.keeps)
+        return choose_offload(self.streamed, self.out / WORK, tight=not self.memory.keeps_freed)
 
     def _measure_gradients(self, first: int) -> None:
         """What the solver weighs outputs by, where the settings ask for it."""
         if not self.config.needs_gradients or self.texts is None:
             return
         texts, tokens = self.texts, self.config.output_tokens
-        failed = self.ranks.agree(
-            lambda: self.curvature.measure(self.skeleton, texts.batches, tokens=tokens, first=first)
+        failed = self.ranks.broadcast_object(
+            lambda: self.output_gradients.measure(
+                self.streamed, texts.batches, tokens=tokens, first=first
+            )
         )
         if failed:
             line = f"all outputs of a layer count alike: the model gives no gradients, {failed}"
@@ -230,60 +236,66 @@ class Run:
     def _block(
         self,
         index: int,
-        savepoints: Savepoints,
+        checkpointer: Checkpointer,
         first: int,
-        conductor: Conductor | None,
+        scheduler: ForwardScheduler | None,
     ) -> None:
         """One block from weights on disk to shard on disk."""
-        block = self.skeleton.blocks[index]
+        block = self.streamed.blocks[index]
         solver = BlockSolver(
             block, self.config, prescaler=self.prescaler, ranks=self.ranks,
-            release=self.skeleton.release_pages,
+            release=self.streamed.release_pages,
             tell=lambda layer: self._tell(index, first, layer),
-            outputs=self.curvature.of_block(index),
+            outputs=self.output_gradients.weights_of_block(index),
         )  # fmt: skip
-        with clock.phase("read"):
-            self.skeleton.load(block.module, block.prefix)
-            self.skeleton.read_ahead(index + 1)
+        with timer.phase("read"):
+            self.streamed.load(block.module, block.prefix)
+            self.streamed.prefetch(index + 1)
         played: dict[str, Any] = {
             "activations": None, "experts": {}, "depth_error": None, "saturation": None
         }  # fmt: skip
-        if conductor is not None:
-            played |= self._play(index, savepoints, conductor, solver)
-        solver.rest()
-        shard, digest = shard_name(index, len(self.skeleton.blocks)), ""
-        if savepoints.journal is not None:
-            with clock.phase("write"):
-                tensors = shard_tensors(self.skeleton, index, solver.packed, solver.folded)
+        if scheduler is not None:
+            played |= self._play(index, checkpointer, scheduler, solver)
+        solver.quantize_remaining()
+        shard, digest = shard_name(index, len(self.streamed.blocks)), ""
+        if checkpointer.journal is not None:
+            with timer.phase("write"):
+                tensors = shard_tensors(self.streamed, index, solver.packed, solver.folded)
                 digest = write_safetensors(self.out / shard, tensors)
-        self.skeleton.unload(block.module, block.prefix)
+        self.streamed.unload(block.module, block.prefix)
         finished = {
             "block": index, "name": block.name, "shard": shard, "sha256": digest,
             "layers": solver.layers, **played, "seconds": self.lap(),
         }  # fmt: skip
-        savepoints.finished(finished, played=conductor is not None)
+        checkpointer.finished(finished, played=scheduler is not None)
         self._tell(index, first, None)
 
     def _play(
-        self, index: int, savepoints: Savepoints, conductor: Conductor, solver: BlockSolver
+        self,
+        index: int,
+        checkpointer: Checkpointer,
+        scheduler: ForwardScheduler,
+        solver: BlockSolver,
     ) -> dict[str, Any]:
         """Plays a block with all batches; what the journal keeps of it."""
-        block = self.skeleton.blocks[index]
-        groups = conductor.probe(block)
+        block = self.streamed.blocks[index]
+        groups = scheduler.discover_groups(block)
         watch = None
-        if groups and self.texts and self.ranks.alone:  # a rank's part of the text says too little
+        if (
+            groups and self.texts and self.ranks.is_single
+        ):  # a rank's part of the text says too little
             total = len(self.texts.batches)
-            batches = total - len(held_out(self.config, total))
+            batches = total - len(held_out_batches(self.config, total))
             name = groups[0].names[0]
-            watch = watched(self.skeleton.blocks, index, name, self.config, batches)
+            watch = learning_curve_for(self.streamed.blocks, index, name, self.config, batches)
             groups[0].watch = watch
         sequential = self.mode == "true_sequential"
-        routed = conductor.play(block, groups, solver.solve, sequential=sequential)
+        routed = scheduler.run_block(block, groups, solver.solve, sequential=sequential)
         activations, error = None, None
         if not block.is_head:
-            with clock.phase("watch"):
-                error = depth_error(conductor.quantized, self.ranks, conductor.present)
-            activations = savepoints.save(index, conductor)
+            with timer.phase("watch"):
+                error = depth_error(scheduler.quantized, self.ranks, scheduler.onloaded)
+            activations = checkpointer.save(index, scheduler)
         return {
             "activations": activations, "experts": routed, "depth_error": error,
             "saturation": watch.record() if watch else None,
@@ -291,4 +303,4 @@ class Run:
 
     def _tell(self, index: int, first: int, layer: dict[str, Any] | None) -> None:
         if self.progress is not None and self.ranks.first:
-            self.progress(Progress(index, len(self.skeleton.blocks), first, layer))
+            self.progress(Progress(index, len(self.streamed.blocks), first, layer))

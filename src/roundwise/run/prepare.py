@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from roundwise.calibration.dataset import Calibration, load_calibration
-from roundwise.calibration.self_generated import write_windows
+from roundwise.calibration.self_generated import generate_windows
 from roundwise.checkpoint.gptq_format import check_shape
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.reader import Checkpoint
@@ -25,18 +25,18 @@ from roundwise.errors import CalibrationError, ConfigError
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
 from roundwise.model.build import arguments
-from roundwise.model.fake_forward import Calls, leave_uncalled
-from roundwise.model.rotate import rotated
-from roundwise.model.streamed import Skeleton, open_skeleton
+from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
+from roundwise.model.rotate import rotated_checkpoint
+from roundwise.model.streamed import StreamedModel, open_streamed_model
 from roundwise.run import environment, strict
-from roundwise.run.bit_allocation import with_widths
-from roundwise.run.held_out_damping import held_out
+from roundwise.run.bit_allocation import allocate_bits
+from roundwise.run.held_out_damping import held_out_batches
 from roundwise.run.loop import Run
 from roundwise.run.prescale import Prescaler
 from roundwise.system.device import parse_device
-from roundwise.system.distributed import Ranks, current
-from roundwise.system.memory import Mode, parse_size, return_early
-from roundwise.system.timer import clock
+from roundwise.system.distributed import Ranks, current_ranks
+from roundwise.system.memory import Mode, parse_size, release_large_blocks
+from roundwise.system.timer import timer
 
 
 @dataclass(frozen=True)
@@ -72,39 +72,42 @@ def prepare(
         UsageError: input or settings that cannot work.
     """
     begun = time.monotonic()
-    clock.take()
-    return_early()
+    timer.take()
+    release_large_blocks()
     model = os.fspath(model)
-    ranks = current()
-    place = ranks.place(parse_device(device))
-    skeleton, calls, notes = _open(model, config, place)
-    skipped = _check(skeleton, config)
+    ranks = current_ranks()
+    place = ranks.local_device(parse_device(device))
+    streamed, calls, notes = _open(model, config, place)
+    skipped = _check(streamed, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     texts = _calibration(
-        skeleton, config, calibration, ranks,
+        streamed, config, calibration, ranks,
         samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
     )  # fmt: skip
-    _check_ranks(ranks, skeleton, texts)
-    held_out(config, len(texts.batches) if texts else 0)  # refuses one batch
+    _check_ranks(ranks, streamed, texts)
+    held_out_batches(config, len(texts.batches) if texts else 0)  # refuses one batch
     if texts is not None and config.target_bpw is not None:
-        found, asked_for, windows = skeleton, config, texts
-        chosen = ranks.agree(
-            lambda: with_widths(
+        found, asked_for, windows = streamed, config, texts
+        chosen = ranks.broadcast_object(
+            lambda: allocate_bits(
                 found, asked_for, windows, Path(out), lambda: _open(model, asked_for, place)[0]
             ).model_dump(mode="json")
         )
         config = QuantizeConfig(**chosen)
-        _check(skeleton, config)
+        _check(streamed, config)
     given = {"model": model, "calibration": calibration if isinstance(calibration, str) else None}
     run = Run(
-        skeleton, Path(out), config, texts, mode, parse_size(max_memory), None, given, ranks, begun
+        streamed, Path(out), config, texts, mode, parse_size(max_memory), None, given, ranks, begun
     )
-    not_as_asked = [*strict.before(skeleton, config, calls), *(texts.not_as_asked if texts else [])]
+    not_as_asked = [
+        *strict.check_run(streamed, config, calls),
+        *(texts.not_as_asked if texts else []),
+    ]
     if config.prescales:
-        run.prescaler = Prescaler(skeleton, config)
+        run.prescaler = Prescaler(streamed, config)
         not_as_asked += run.prescaler.left_out()
-    not_as_asked += strict.of_memory(run.forecast(mode), mode, run.forecast("true_sequential"))
+    not_as_asked += strict.memory_issues(run.forecast(mode), mode, run.forecast("true_sequential"))
     return Prepared(
         begun, run, [*(texts.warnings if texts else []), *notes, *skipped], not_as_asked
     )
@@ -112,23 +115,23 @@ def prepare(
 
 def _open(
     model: str, config: QuantizeConfig, device: torch.device
-) -> tuple[Skeleton, Calls, list[str]]:
+) -> tuple[StreamedModel, CallTrace, list[str]]:
     """The model as it is quantized, what its forward calls, and what is to be said about its files."""
-    skeleton = open_skeleton(local_folder(model), lm_head=config.lm_head, device=device)
-    notes = skeleton.notes
+    streamed = open_streamed_model(local_folder(model), lm_head=config.lm_head, device=device)
+    notes = streamed.notes
     if config.rotate:
-        turned = rotated(skeleton.checkpoint, config.rotation_seed)
-        skeleton = open_skeleton(turned, lm_head=config.lm_head, device=device)
-    return skeleton, leave_uncalled(skeleton, config), notes
+        rotated = rotated_checkpoint(streamed.checkpoint, config.rotation_seed)
+        streamed = open_streamed_model(rotated, lm_head=config.lm_head, device=device)
+    return streamed, drop_uncalled_linears(streamed, config), notes
 
 
-def _check(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
+def _check(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:
     """Refuses what cannot be stored, before any work; what is left as it is, by name."""
-    names = [name for block in skeleton.blocks for name in block.linears]
+    names = [name for block in streamed.blocks for name in block.linears]
     left = [name for name in names if config.for_module(name) is None]
     if len(left) == len(names):
         raise ConfigError("every linear layer is skipped: nothing to quantize")
-    for block in skeleton.blocks:
+    for block in streamed.blocks:
         check_experts(block, config)
         for name, linear in block.linears.items():
             settings = config.for_module(name)
@@ -138,25 +141,25 @@ def _check(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
     return [f"{len(left)} of {len(names)} linear layers are left as they are"] if left else []
 
 
-def _check_ranks(ranks: Ranks, skeleton: Skeleton, texts: Calibration | None) -> None:
+def _check_ranks(ranks: Ranks, streamed: StreamedModel, texts: Calibration | None) -> None:
     """Refuses ranks that cannot share a run: too many of them, or unlike ones."""
     if texts is not None and ranks.count > len(texts.batches):
         raise ConfigError(
             f"{ranks.count} ranks cannot share {len(texts.batches)} batches of calibration windows: "
             "take fewer ranks, more --samples, or a smaller --batch-size"
         )
-    if not ranks.alone:
-        ranks.check_alike(
+    if not ranks.is_single:
+        ranks.check_identical(
             {
-                **environment.deciding(skeleton.device),
+                **environment.numeric_environment(streamed.device),
                 "the calibration text": texts.digest if texts else None,
-                "the model's files": sorted(skeleton.checkpoint.tensors),
+                "the model's files": sorted(streamed.checkpoint.tensors),
             }
         )
 
 
 def _calibration(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     config: QuantizeConfig,
     source: str | Sequence[Any] | None,
     ranks: Ranks,
@@ -175,24 +178,24 @@ def _calibration(
             f"{config.method} needs calibration text: --calibration FILE, a named set such as "
             "python-stdlib or wikitext2, or self: what the model writes"
         )
-    arguments(skeleton.model, torch.zeros(1, 1, dtype=torch.int64))  # refuses what is not fed text
-    text_config = skeleton.model.config.get_text_config()
+    arguments(streamed.model, torch.zeros(1, 1, dtype=torch.int64))  # refuses what is not fed text
+    text_config = streamed.model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or seq_len
     widest = max(
-        weight_of(linear).shape[1] for block in skeleton.blocks for linear in block.linears.values()
+        weight_of(linear).shape[1] for block in streamed.blocks for linear in block.linears.values()
     )
     tokenizer = None
     if isinstance(source, str) or any(isinstance(item, str) for item in source):
-        tokenizer = load_tokenizer(skeleton.checkpoint)
+        tokenizer = load_tokenizer(streamed.checkpoint)
     length = min(seq_len, limit)
     loaded = load_calibration(
         source, tokenizer,
         samples=samples, seq_len=length, batch_size=batch_size, seed=seed, widest=widest, only=only,
-        own=lambda count: ranks.agree(
-            lambda: write_windows(
-                skeleton.checkpoint, tokenizer,
+        generate=lambda count: ranks.broadcast_object(
+            lambda: generate_windows(
+                streamed.checkpoint, tokenizer,
                 samples=count, seq_len=length, batch_size=batch_size, seed=seed,
-                device=skeleton.device,
+                device=streamed.device,
             )
         ),
     )  # fmt: skip

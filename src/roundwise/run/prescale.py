@@ -17,13 +17,13 @@ from roundwise.core.activation_scales import search_scales
 from roundwise.errors import SingularError
 from roundwise.model.blocks import Block, weight_of
 from roundwise.model.norm_scaling import ScalableNorm, scalable_norms
-from roundwise.model.streamed import Skeleton
+from roundwise.model.streamed import StreamedModel
 from roundwise.run.held_out_damping import Damping
 from roundwise.system.device import HOST
 
 
 @dataclass(frozen=True)
-class Scaling:
+class NormScaling:
     """Scales of one group's input channels; without `s`, none."""
 
     s: torch.Tensor | None = None
@@ -65,9 +65,9 @@ class Prescaler:
         ConfigError: see `scalable_norms`.
     """
 
-    def __init__(self, skeleton: Skeleton, config: QuantizeConfig) -> None:
-        self._config, self._checkpoint = config, skeleton.checkpoint
-        self._norms = {frozenset(n.readers): n for n in scalable_norms(skeleton.checkpoint)}
+    def __init__(self, streamed: StreamedModel, config: QuantizeConfig) -> None:
+        self._config, self._checkpoint = config, streamed.checkpoint
+        self._norms = {frozenset(n.readers): n for n in scalable_norms(streamed.checkpoint)}
 
     def left_out(self) -> list[str]:
         """A line for each norm that gets no scales because a layer behind it stays as it is."""
@@ -81,7 +81,7 @@ class Prescaler:
                 )
         return found
 
-    def search(self, block: Block, names: Sequence[str], H: torch.Tensor) -> Scaling:
+    def search(self, block: Block, names: Sequence[str], H: torch.Tensor) -> NormScaling:
         """Scales for the linears `names`, which read one input with Hessian H; maybe none.
 
         None where no norm feeds just these linears, where one of them is left as it is, and where no
@@ -96,17 +96,17 @@ class Prescaler:
             if each is not None
         ]
         if norm is None or len(weights) < len(names):
-            return Scaling(wanted=True)
+            return NormScaling(wanted=True)
         try:
             found = search_scales(weights, H)
         except SingularError:  # the solver meets it too, and says so
-            return Scaling(wanted=True)
+            return NormScaling(wanted=True)
         if found.ratio == 0.0:
-            return Scaling(wanted=True)
+            return NormScaling(wanted=True)
         tensors = self._checkpoint.tensors
         s = norm.storable(tensors[norm.weight].read(), found.s.to(HOST))
         changed = {
             name: change.rows(tensors[name].read()).to(tensors[name].read().dtype)
             for name, change in norm.changes(s).items()
         }
-        return Scaling(s.to(H.device), norm, found.ratio, changed, wanted=True)
+        return NormScaling(s.to(H.device), norm, found.ratio, changed, wanted=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 from roundwise.config import QuantizeConfig
 from roundwise.errors import CalibrationError, CheckpointError, OutputError
-from roundwise.run.api import QuantizeResult, carry_out
-from roundwise.run.environment import described, difference, threads
+from roundwise.run.api import QuantizeResult, execute
+from roundwise.run.environment import describe_difference, platform_info, torch_threads
 from roundwise.run.loop import Progress
 from roundwise.run.prepare import prepare
 from roundwise.system.memory import Mode, parse_mode
@@ -23,7 +23,7 @@ from roundwise.verify import MANIFEST, read_manifest
 
 
 @dataclass(frozen=True)
-class Repeated:
+class Reproduction:
     """A run and how its result compares with that of an earlier one."""
 
     result: QuantizeResult
@@ -45,7 +45,7 @@ class Repeated:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RecordedRun:
     """What a manifest says about how to do it again."""
 
     config: QuantizeConfig
@@ -54,12 +54,12 @@ class Recipe:
     windows: dict[str, Any]
     """samples, seq_len, batch_size, seed, only."""
     mode: Mode | None
-    threads: int
+    torch_threads: int
     device: str
     """cpu, or auto."""
 
 
-def repeat(
+def reproduce(
     manifest: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -69,7 +69,7 @@ def repeat(
     restart: bool = False,
     strict: bool = False,
     progress: Callable[[Progress], None] | None = None,
-) -> Repeated:
+) -> Reproduction:
     """Quantizes as a manifest says, and compares.
 
     Args:
@@ -90,29 +90,29 @@ def repeat(
     if Path(out).resolve() == file.parent.resolve():
         raise OutputError(f"{out} is the checkpoint to compare with: give another folder")
     recipe = read_recipe(file, record)
-    with threads(recipe.threads):
+    with torch_threads(recipe.torch_threads):
         prepared = prepare(
             model or recipe.model, out, recipe.config, calibration or recipe.calibration,
             **recipe.windows, mode=recipe.mode, max_memory=max_memory, device=recipe.device,
         )  # fmt: skip
         made, now = record["run"], prepared.run.fingerprint(None)
-        _check_model(prepared.run.skeleton.checkpoint.folder, file, made["model"], now["model"])
+        _check_model(prepared.run.streamed.checkpoint.folder, file, made["model"], now["model"])
         _check_text(file, made["calibration"], now["calibration"])
-        changed = difference(made, now)
+        changed = describe_difference(made, now)
         said = [f"{changed}: the bytes may differ from those of {file}"] if changed else []
         prepared = replace(prepared, not_as_asked=[*prepared.not_as_asked, *said])
-        result = carry_out(prepared, restart=restart, strict=strict, progress=progress)
+        result = execute(prepared, restart=restart, strict=strict, progress=progress)
     written = read_manifest(Path(out))
     assert written is not None
     before, after = record["files"], written["files"]
-    return Repeated(
+    return Reproduction(
         result,
         {name: before.get(name) == after.get(name) for name in {**before, **after}},
-        difference(record.get("platform"), described()),
+        describe_difference(record.get("platform"), platform_info()),
     )
 
 
-def read_recipe(file: Path, record: dict[str, Any]) -> Recipe:
+def read_recipe(file: Path, record: dict[str, Any]) -> RecordedRun:
     """How the run of a manifest was made.
 
     Raises:
@@ -145,7 +145,7 @@ def read_recipe(file: Path, record: dict[str, Any]) -> Recipe:
             f"{file} is of a run that was calibrated with a Python list, which it does not hold: give "
             "the same list to roundwise.quantize"
         )
-    return Recipe(QuantizeConfig(**settings), source, text, windows, mode, count, device)
+    return RecordedRun(QuantizeConfig(**settings), source, text, windows, mode, count, device)
 
 
 def _check_model(folder: Path, file: Path, made: dict[str, Any], now: dict[str, Any]) -> None:
@@ -170,6 +170,6 @@ def _check_text(file: Path, made: dict[str, Any] | None, now: dict[str, Any] | N
             "--calibration"
         )
     raise CalibrationError(
-        f"the calibration tokens are not those of {file}: {difference(made, now, 'calibration')}; is "
+        f"the calibration tokens are not those of {file}: {describe_difference(made, now, 'calibration')}; is "
         "the tokenizer another one?"
     )

@@ -16,18 +16,18 @@ from roundwise.checkpoint.manifest import WORK
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import storage_error
 from roundwise.errors import OutputError, RunError
-from roundwise.forward.output_gradients import Curvature
-from roundwise.forward.scheduler import Stage
+from roundwise.forward.output_gradients import OutputGradients
+from roundwise.forward.scheduler import ForwardScheduler
 from roundwise.model.blocks import Block
-from roundwise.run.environment import difference
+from roundwise.run.environment import describe_difference
 from roundwise.run.journal import Journal, load_outputs, save_outputs
 from roundwise.system.device import HOST
 from roundwise.system.distributed import Ranks
-from roundwise.system.timer import clock
+from roundwise.system.timer import timer
 from roundwise.verify import MANIFEST, changed_files, read_manifest
 
 
-def open_folder(out: Path, source: Path, *, restart: bool) -> Journal:
+def lock_output_dir(out: Path, source: Path, *, restart: bool) -> Journal:
     """Locks the output folder.
 
     Args:
@@ -87,7 +87,7 @@ def finished(
     wanted = fingerprint(made)
     if manifest is None or made != wanted:
         raise OutputError(
-            f"{out} holds a finished checkpoint made otherwise ({difference(made, wanted)}): give "
+            f"{out} holds a finished checkpoint made otherwise ({describe_difference(made, wanted)}): give "
             "another folder, or --restart to replace it"
         )
     changed = changed_files(out, manifest["files"])
@@ -103,7 +103,7 @@ def finished(
 PACE = 19
 
 
-class Pace:
+class WritePace:
     """At most a twentieth of the time goes into writing."""
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ def check_finished(
             raise RunError(f"{shard} was changed or removed since it was written: use --restart")
 
 
-class Savepoints:
+class Checkpointer:
     """Those of one run.
 
     Args:
@@ -172,34 +172,36 @@ class Savepoints:
         ranks: Ranks,
     ) -> None:
         self.out, self.blocks, self.done = out, blocks, done
-        self.journal, self.ranks, self.pace = journal, ranks, Pace()
+        self.journal, self.ranks, self.pace = journal, ranks, WritePace()
         self._unrecorded: list[dict[str, Any]] = []
 
     def outputs(self) -> dict[int, dict[str, Any]]:
         """What to go on from, by the stack of blocks that returned it."""
         return {stack: load_outputs(self.out, saved) for stack, saved in self._kept().items()}
 
-    def save(self, index: int, stage: Stage) -> dict[str, Any] | None:
+    def save(self, index: int, scheduler: ForwardScheduler) -> dict[str, Any] | None:
         """Writes what block `index` returned to all batches; None: nobody needs it, or it is too early.
 
         Batches on the CPU, and those that wait, go on from the file, which takes no memory of theirs. A
-        device would take longer to write every block than to compute it: there it is done at a `Pace`,
+        device would take longer to write every block than to compute it: there it is done at a `WritePace`,
         and where another stack begins, as all of its blocks need what the one before returned.
         """
         if index == len(self.blocks) - 1:
             return None
-        from_file = stage.device == HOST or stage.parking is not None
+        from_file = scheduler.device == HOST or scheduler.offload is not None
         ends = self.blocks[index].stack != self.blocks[index + 1].stack
         # All ranks or none: where one has no room for its batches, the others write theirs too.
-        wanted = ends or any(self.ranks.largest(int(from_file)))
-        if not (wanted or self.ranks.agree(self.pace.due)):
+        wanted = ends or any(self.ranks.all_reduce_max(int(from_file)))
+        if not (wanted or self.ranks.broadcast_object(self.pace.due)):
             return None
-        with clock.phase("write"), self.pace.writing():
-            rank, outputs = self.ranks.rank, stage.outputs()
-            saved = save_outputs(self.out, index, rank, outputs, stage.present)
+        with timer.phase("write"), self.pace.writing():
+            rank, outputs = self.ranks.rank, scheduler.outputs()
+            saved = save_outputs(self.out, index, rank, outputs, scheduler.onloaded)
         if from_file:
-            stage.replace_outputs(load_outputs(self.out, saved))
-        files = [item for each in self.ranks.each(saved) for item in each["files"].items()]
+            scheduler.replace_outputs(load_outputs(self.out, saved))
+        files = [
+            item for each in self.ranks.all_gather_object(saved) for item in each["files"].items()
+        ]
         return {**saved, "files": dict(files)}
 
     def finished(self, block: dict[str, Any], *, played: bool) -> None:
@@ -217,7 +219,7 @@ class Savepoints:
             names = {name for saved in self._kept().values() for name in saved["files"]}
             self.journal.blocks_done(self._unrecorded, keep=names)
             for each in self._unrecorded:
-                Curvature(self.out).forget(each["block"])
+                OutputGradients(self.out).forget(each["block"])
         self._unrecorded = []
 
     def _kept(self) -> dict[int, dict[str, Any]]:

@@ -17,9 +17,9 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.backends import cpp, triton
 from roundwise.errors import FallbackError, StrictError
 from roundwise.model.blocks import Block, weight_of
-from roundwise.model.fake_forward import Calls
-from roundwise.model.streamed import Skeleton
-from roundwise.plan.memory import Memory, beyond_budget
+from roundwise.model.fake_forward import CallTrace
+from roundwise.model.streamed import StreamedModel
+from roundwise.plan.memory import MemoryPlan, over_budget_message
 from roundwise.run.loop import Progress
 from roundwise.system.device import HOST
 from roundwise.system.memory import Mode
@@ -30,18 +30,18 @@ UNSAID = 0.1
 EXPECTED = ("a router", "a gate")
 
 
-def before(skeleton: Skeleton, config: QuantizeConfig, calls: Calls) -> list[str]:
+def check_run(streamed: StreamedModel, config: QuantizeConfig, calls: CallTrace) -> list[str]:
     """What the model and this installation do not allow, whatever the text."""
     return [
-        *_idle_patterns(skeleton, config),
-        *_stay(skeleton, config),
+        *_idle_patterns(streamed, config),
+        *_stay(streamed, config),
         *_repeated(calls),
-        *_no_linears(skeleton, config),
-        *_native(skeleton.device),
+        *_no_linears(streamed, config),
+        *_native(streamed.device),
     ]
 
 
-def of_memory(memory: Memory, asked: Mode | None, sequential: Memory) -> list[str]:
+def memory_issues(memory: MemoryPlan, asked: Mode | None, sequential: MemoryPlan) -> list[str]:
     """What the memory does not allow.
 
     Args:
@@ -50,7 +50,7 @@ def of_memory(memory: Memory, asked: Mode | None, sequential: Memory) -> list[st
         sequential: what mode true_sequential would hold.
     """
     if not memory.fits:
-        return [beyond_budget(memory)]
+        return [over_budget_message(memory)]
     if asked is None and memory.mode != sequential.mode:
         return [
             f"mode is {memory.mode}: true_sequential is expected to need "
@@ -60,7 +60,7 @@ def of_memory(memory: Memory, asked: Mode | None, sequential: Memory) -> list[st
     return []
 
 
-def of_layer(layer: dict[str, Any]) -> str | None:
+def layer_issue(layer: dict[str, Any]) -> str | None:
     """What the record of one layer says, without the layer's name; None: all as asked."""
     if layer["fallback"] and layer.get("relative_error") is not None:
         return str(layer["fallback"])
@@ -76,11 +76,11 @@ def of_layer(layer: dict[str, Any]) -> str | None:
     return None
 
 
-def of_layers(layers: list[dict[str, Any]]) -> list[str]:
+def layer_issues(layers: list[dict[str, Any]]) -> list[str]:
     """One line for all layers that differ in nothing but numbers in their names."""
     found: dict[tuple[str, str], list[str]] = {}
     for layer in layers:
-        text = of_layer(layer)
+        text = layer_issue(layer)
         if text:
             # Each expert has a number of its own; a line for each would hide all others.
             alike = re.sub(r"\d+(?= of \d+ calibration tokens)", "few", text)
@@ -92,7 +92,7 @@ def of_layers(layers: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def refuse(lines: list[str]) -> None:
+def raise_if_strict(lines: list[str]) -> None:
     """Ends a strict run before it begins.
 
     Raises:
@@ -102,13 +102,13 @@ def refuse(lines: list[str]) -> None:
         raise StrictError(f"not as asked, and --strict was given: {'; '.join(lines)}")
 
 
-def refuse_layers(layers: list[dict[str, Any]]) -> None:
+def raise_if_layers_strict(layers: list[dict[str, Any]]) -> None:
     """Ends a strict run over layers that are finished.
 
     Raises:
         FallbackError: one of them did not go as asked.
     """
-    lines = of_layers(layers)
+    lines = layer_issues(layers)
     if lines:
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
         raise FallbackError(
@@ -117,23 +117,23 @@ def refuse_layers(layers: list[dict[str, Any]]) -> None:
         )
 
 
-def strictly(progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
+def strict_progress(progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
     """`progress` that ends the run at the first layer that does not go as asked."""
 
     def step(reached: Progress) -> None:
-        refuse_layers([reached.layer] if reached.layer else [])
+        raise_if_layers_strict([reached.layer] if reached.layer else [])
         if progress is not None:
             progress(reached)
 
     return step
 
 
-def _idle_patterns(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
+def _idle_patterns(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:
     """Patterns of --override and --skip that decide about no layer."""
     names = [
         name
-        for block in [*skeleton.blocks, *skeleton.aside]
-        for name in [*block.linears, *block.left, *_matrices(block)]
+        for block in [*streamed.blocks, *streamed.skipped_blocks]
+        for name in [*block.linears, *block.skipped_linears, *_matrices(block)]
     ]
     used = {
         next((pattern for pattern in config.dynamic if re.search(pattern, name)), None)
@@ -147,11 +147,11 @@ def _idle_patterns(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
     ]
 
 
-def _stay(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
+def _stay(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:
     """One line for each reason why linears stay that nobody asked to leave; routers always do."""
     reasons: dict[str, list[str]] = {}
-    for block in [*skeleton.blocks, *skeleton.aside]:
-        for name, reason in block.left.items():
+    for block in [*streamed.blocks, *streamed.skipped_blocks]:
+        for name, reason in block.skipped_linears.items():
             if not reason.startswith(EXPECTED) and config.for_module(name) is not None:
                 reasons.setdefault(reason, []).append(name)
     return [
@@ -160,7 +160,7 @@ def _stay(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
     ]
 
 
-def _repeated(calls: Calls) -> list[str]:
+def _repeated(calls: CallTrace) -> list[str]:
     """Layers that are called several times: only what they read first counts."""
     if not calls.repeated:
         return []
@@ -170,14 +170,14 @@ def _repeated(calls: Calls) -> list[str]:
     ]
 
 
-def _no_linears(skeleton: Skeleton, config: QuantizeConfig) -> list[str]:
+def _no_linears(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:
     """Weights of the blocks that belong to no linear layer, if they are a part worth a word."""
     linears = sum(
-        weight_of(linear).numel() for block in skeleton.blocks for linear in block.linears.values()
+        weight_of(linear).numel() for block in streamed.blocks for linear in block.linears.values()
     )
     others = {
         name: size
-        for block in skeleton.blocks
+        for block in streamed.blocks
         for name, size in _matrices(block).items()
         if config.for_module(name) is not None
     }
@@ -196,7 +196,8 @@ def _matrices(block: Block) -> dict[str, int]:
     return {
         name: weight.numel()
         for name, weight in block.module.named_parameters(prefix=block.prefix)
-        if weight.ndim > 1 and name.removesuffix(".weight") not in {**block.linears, **block.left}
+        if weight.ndim > 1
+        and name.removesuffix(".weight") not in {**block.linears, **block.skipped_linears}
     }
 
 

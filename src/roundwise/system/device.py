@@ -39,7 +39,7 @@ def device_count(device: torch.device) -> int:
     return int(torch.get_device_module(device).device_count())
 
 
-def named(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """What a device is: cpu, or the accelerator's name such as NVIDIA H100 80GB HBM3."""
     if device.type == "cpu":
         return "cpu"
@@ -58,26 +58,26 @@ def peak_memory(device: torch.device) -> int | None:
     return int(torch.get_device_module(device).max_memory_allocated(device))
 
 
-def wait_for(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Waits until an accelerator has done what it was given: without it, times are those of asking."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     """A value, the tensors in it (however deep in lists and dicts) on a device; all else as it is."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: moved(each, device) for key, each in value.items()}
+        return {key: to_device(each, device) for key, each in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(moved(each, device) for each in value)
+        return type(value)(to_device(each, device) for each in value)
     return value
 
 
-def look_up_on_host(table: nn.Embedding, device: torch.device) -> None:
+def keep_embedding_on_host(table: nn.Embedding, device: torch.device) -> None:
     """Leaves an embedding where it is, mapped from its file: only rows looked up go to the device."""
     table.register_forward_pre_hook(
-        lambda _, args, kwargs: (moved(args, HOST), moved(kwargs, HOST)), with_kwargs=True
+        lambda _, args, kwargs: (to_device(args, HOST), to_device(kwargs, HOST)), with_kwargs=True
     )
-    table.register_forward_hook(lambda _, args, output: moved(output, device))
+    table.register_forward_hook(lambda _, args, output: to_device(output, device))

@@ -19,13 +19,13 @@ from torch import distributed
 
 from roundwise.errors import ConfigError, RunError
 from roundwise.system.device import HOST, device_count
-from roundwise.system.timer import clock
+from roundwise.system.timer import timer
 
 T = TypeVar("T")
 
 #: How long a rank waits for the others. The longest wait is that for the first one's audit, at the end.
 #: A rank that dies is noticed at once.
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 
 
 class Ranks:
@@ -46,25 +46,25 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """There is no other."""
         return self.count == 1
 
-    def place(self, device: torch.device) -> torch.device:
+    def local_device(self, device: torch.device) -> torch.device:
         """This rank's own device: of several GPUs in a machine each rank has one, in turn."""
-        if device.type == "cpu" or device.index is not None or self.alone:
+        if device.type == "cpu" or device.index is not None or self.is_single:
             return device
         return torch.device(
             device.type, int(os.environ.get("LOCAL_RANK", "0")) % device_count(device)
         )
 
-    def sharing(self, device: torch.device) -> int:
+    def processes_sharing(self, device: torch.device) -> int:
         """How many ranks share the memory of a device."""
         if device.type == "cpu":
             return self.local
         return -(-self.local // device_count(device))
 
-    def share(self, items: Sequence[T]) -> Mapping[int, T]:
+    def shard(self, items: Sequence[T]) -> Mapping[int, T]:
         """This rank's part of what is dealt out, by its number among all."""
         return {i: items[i] for i in range(self.rank, len(items), self.count)}
 
@@ -75,22 +75,22 @@ class Ranks:
     def _rows(self, rank: int, total: int) -> slice:
         return slice(total * rank // self.count, total * (rank + 1) // self.count)
 
-    def agree(self, decide: Callable[[], T]) -> T:
+    def broadcast_object(self, decide: Callable[[], T]) -> T:
         """What the first rank decides, for all; JSON values. The others do not call `decide`."""
-        if self.alone:
+        if self.is_single:
             return decide()
         text = json.dumps(decide()).encode() if self.first else b""
         size = self.sum(torch.tensor([len(text)]))
         data = torch.zeros(int(size), dtype=torch.uint8)
         if self.first:
             data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        with _together():
+        with _collective():
             distributed.broadcast(data, src=0)
         return json.loads(data.numpy().tobytes())  # type: ignore[no-any-return]
 
-    def each(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """What each rank has, for all, in their order; JSON values."""
-        if self.alone:
+        if self.is_single:
             return [value]
         text = json.dumps(value).encode()
         sizes = torch.zeros(self.count, dtype=torch.int64)
@@ -105,24 +105,24 @@ class Ranks:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Adds up tensors of one shape over all ranks, in place; those of a GPU on their hosts."""
-        if not self.alone:
+        if not self.is_single:
             host = values.to(HOST)
-            with _together():
+            with _collective():
                 distributed.all_reduce(host)
             values.copy_(host)
         return values
 
-    def largest(self, *values: int) -> list[int]:
+    def all_reduce_max(self, *values: int) -> list[int]:
         """The largest of each number over all ranks."""
         found = torch.tensor(values)
-        if not self.alone:
-            with _together():
+        if not self.is_single:
+            with _collective():
                 distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return found.tolist()
 
-    def join_rows(self, part: torch.Tensor, total: int) -> torch.Tensor:
+    def all_gather_rows(self, part: torch.Tensor, total: int) -> torch.Tensor:
         """The whole of a tensor [total, ...] of which each rank has its `rows`."""
-        if self.alone:
+        if self.is_single:
             return part
         # In bytes: not every type can be sent. Parts differ by a row, so all are made as long.
         most = -(-total // self.count)
@@ -131,22 +131,24 @@ class Ranks:
         parts = self._gather(padded.contiguous().view(torch.uint8))
         whole = [each.view(part.dtype).view(padded.shape) for each in parts]
         spans = [self._rows(rank, total) for rank in range(self.count)]
-        joined = torch.cat([w[: s.stop - s.start] for w, s in zip(whole, spans, strict=True)])
-        return joined.to(part.device)
+        join_process_group = torch.cat(
+            [w[: s.stop - s.start] for w, s in zip(whole, spans, strict=True)]
+        )
+        return join_process_group.to(part.device)
 
     def _gather(self, data: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(data) for _ in range(self.count)]
-        with _together():
+        with _collective():
             distributed.all_gather(parts, data)
         return parts
 
-    def check_alike(self, found: dict[str, Any]) -> None:
+    def check_identical(self, found: dict[str, Any]) -> None:
         """Refuses ranks that would compute otherwise than the first.
 
         Raises:
             ConfigError: naming one and what differs.
         """
-        for rank, other in enumerate(self.each(found)):
+        for rank, other in enumerate(self.all_gather_object(found)):
             wrong = [key for key in other if other[key] != found[key]]
             if wrong:
                 key = wrong[0]
@@ -157,10 +159,10 @@ class Ranks:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _collective() -> Iterator[None]:
     """An exchange; one that fails means that another rank has ended, or cannot be reached."""
     try:
-        with clock.phase("exchange"):
+        with timer.phase("exchange"):
             yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:120]
@@ -170,7 +172,7 @@ def _together() -> Iterator[None]:
         ) from error
 
 
-def current() -> Ranks:
+def current_ranks() -> Ranks:
     """The ranks that this process is one of: itself, unless torch.distributed was set up."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return Ranks()
@@ -179,14 +181,14 @@ def current() -> Ranks:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def join_process_group() -> Iterator[Ranks]:
     """Joins the other ranks while the block runs, where torchrun started this process."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
-        yield current()
+        yield current_ranks()
         return
-    with _together():
-        distributed.init_process_group("gloo", timeout=PATIENCE)
+    with _collective():
+        distributed.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield current()
+        yield current_ranks()
     finally:
         distributed.destroy_process_group()

@@ -25,17 +25,17 @@ FEW = 8
 ROWS = 1024
 
 
-def widening() -> Widening:
+def cpu_half_matmul() -> CpuHalfMatmul:
     """While it is entered, half precision on the CPU is multiplied as this processor does it best.
 
     Large products are computed in float32 where it does not multiply the type itself; where it does,
     the tokens of an expert are filled up to one of few numbers. The calling thread's alone.
     """
-    return Widening(frozenset(dtype for dtype in HALF if not multiplies(dtype)))
+    return CpuHalfMatmul(frozenset(dtype for dtype in HALF if not has_native_matmul(dtype)))
 
 
 @cache
-def multiplies(dtype: torch.dtype) -> bool:
+def has_native_matmul(dtype: torch.dtype) -> bool:
     """Torch has fast products of this type on this CPU: those of oneDNN."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     try:
@@ -44,7 +44,7 @@ def multiplies(dtype: torch.dtype) -> bool:
         return False
 
 
-class Widening(TorchFunctionMode):
+class CpuHalfMatmul(TorchFunctionMode):
     """Products of the `narrow` types in float32; those of the other half-precision type, filled up."""
 
     def __init__(self, narrow: frozenset[torch.dtype]) -> None:
@@ -66,23 +66,23 @@ class Widening(TorchFunctionMode):
         if x.dtype not in self.narrow:
             # Only experts take tokens without an axis for texts; their number differs every time.
             varies = func is functional.linear and x.ndim == 2
-            return (_filled if varies else func)(*args, **kwargs)
+            return (_padded_linear if varies else func)(*args, **kwargs)
         if x.numel() < FEW * x.shape[-1]:
             return func(*args, **kwargs)
         return product(func, self.narrow, *args, **kwargs)
 
 
-def filled(rows: int) -> int:
+def padded_rows(rows: int) -> int:
     """The least of few numbers that is not below `rows`: eight between a power of two and the next."""
     step = max(FEW, 1 << max(0, (rows - 1).bit_length() - 4))
     return -(-rows // step) * step
 
 
-def _filled(
+def _padded_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A linear layer whose input is filled up with zeros; a row's result does not depend on others."""
-    more = filled(len(x)) - len(x)
+    more = padded_rows(len(x)) - len(x)
     if not more:
         return functional.linear(x, weight, bias)
     return functional.linear(functional.pad(x, (0, 0, 0, more)), weight, bias)[: len(x)]
@@ -99,7 +99,7 @@ def _linear(
     return torch.cat(parts).view(*x.shape[:-1], len(W))
 
 
-def _any(func: Any, narrow: frozenset[torch.dtype], *args: Any, **kwargs: Any) -> Any:
+def _widened(func: Any, narrow: frozenset[torch.dtype], *args: Any, **kwargs: Any) -> Any:
     """Any other product: all operands widened."""
     dtype = next(a.dtype for a in args if isinstance(a, torch.Tensor))
 
@@ -119,6 +119,6 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {
             torch.bmm, torch.Tensor.bmm, torch.addmm, torch.Tensor.addmm, torch.baddbmm,
             torch.Tensor.baddbmm,
         ),
-        _any,
+        _widened,
     ),
 }  # fmt: skip

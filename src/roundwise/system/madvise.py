@@ -22,7 +22,7 @@ def whole_pages(start: int, nbytes: int) -> tuple[int, int]:
     return first, max(0, (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first)
 
 
-def advise(start: int, nbytes: int, advice: int) -> None:
+def madvise(start: int, nbytes: int, advice: int) -> None:
     """Tells the system (madvise) of the whole pages of a range of addresses."""
     first, length = whole_pages(start, nbytes)
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
@@ -30,7 +30,7 @@ def advise(start: int, nbytes: int, advice: int) -> None:
         madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)
 
 
-def only_read(start: int, nbytes: int) -> bool:
+def is_unmodified(start: int, nbytes: int) -> bool:
     """Whether pages of a range were read from a file and none was changed; False if nobody can tell.
 
     Of whole pages, one at least in memory: where a system tells nothing, it looks as if none were.

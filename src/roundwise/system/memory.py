@@ -42,7 +42,7 @@ def parse_size(text: str | int | None) -> int | None:
     return int(float(match[1]) * UNITS[unit])
 
 
-def size(nbytes: int) -> str:
+def format_size(nbytes: int) -> str:
     """Bytes for people: 4.6 MB."""
     value = float(nbytes)
     for unit in ("B", "kB", "MB", "GB"):
@@ -63,7 +63,7 @@ def parse_mode(text: str | None) -> Mode | None:
     return text  # type: ignore[return-value]  # just checked
 
 
-def available(device: torch.device | None = None) -> int:
+def available_memory(device: torch.device | None = None) -> int:
     """Bytes of memory that are free, or can be made free, where a device computes; None: the CPU."""
     if device is not None and device.type != "cpu":
         from roundwise.system.device import free_memory
@@ -92,7 +92,7 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Bytes of memory that this process holds now; its peak so far where that is not known."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
@@ -101,7 +101,7 @@ def resident() -> int:
         return peak_rss()
 
 
-def return_early() -> None:
+def release_large_blocks() -> None:
     """Has the C library return large tensors to the system as soon as they are freed (glibc).
 
     Left alone it raises its limit for that to 32 MB as tensors come and go, and the holes that batches
@@ -113,7 +113,7 @@ def return_early() -> None:
 
 
 @contextmanager
-def keeping(wanted: bool) -> Iterator[None]:
+def keep_freed_memory(wanted: bool) -> Iterator[None]:
     """Keeps all freed memory for the next tensor, if that is wanted; returns it in the end.
 
     The system clears every page that it gives: a fifth of a run goes into that where activations come
@@ -127,19 +127,19 @@ def keeping(wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        return_early()
-        give_back()
+        release_large_blocks()
+        trim_heap()
 
 
 @contextmanager
-def reusing() -> Iterator[None]:
+def reuse_small_blocks() -> Iterator[None]:
     """Keeps freed memory for the next tensor: for work that makes and drops many of one size."""
     _mallopt(M_MMAP_THRESHOLD, LARGE_SOLVING)
     try:
         yield
     finally:
         _mallopt(M_MMAP_THRESHOLD, LARGE)
-        give_back()
+        trim_heap()
 
 
 def _mallopt(option: int, value: int) -> None:
@@ -148,7 +148,7 @@ def _mallopt(option: int, value: int) -> None:
         mallopt(option, value)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Returns freed memory to the system, where the C library can: glibc keeps it otherwise."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

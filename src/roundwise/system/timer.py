@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from roundwise.system.device import HOST, wait_for
+from roundwise.system.device import HOST, synchronize
 
 
-class Clock:
+class PhaseTimer:
     """Adds up seconds by name of phase. One thread only, as the pipeline is."""
 
     def __init__(self) -> None:
@@ -25,20 +25,20 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Counts the time of this block for `name`, not for the phase around it."""
-        self._turn()
+        self._lap()
         self._inside.append(name)
         try:
             yield
         finally:
-            self._turn()
+            self._lap()
             self._inside.pop()
 
     def add(self, name: str, seconds: float) -> None:
         """Counts time that was measured otherwise."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
-    def _turn(self) -> None:
-        wait_for(self.device)
+    def _lap(self) -> None:
+        synchronize(self.device)
         now = time.perf_counter()
         if self._inside:
             self.add(self._inside[-1], now - self._since)
@@ -51,4 +51,4 @@ class Clock:
 
 
 #: The one that everybody uses.
-clock = Clock()
+timer = PhaseTimer()

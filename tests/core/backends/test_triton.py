@@ -18,7 +18,7 @@ from roundwise.core.backends import cpp, triton
 from roundwise.core.backends.reference import descend, exchange
 from roundwise.core.grid import Grid
 from roundwise.core.grid_search import _candidates, _scores
-from roundwise.core.solver import prepare, solve
+from roundwise.core.solver import prepare_hessian, solve
 from tests.hopper import compiles
 
 pytest.importorskip("triton")
@@ -83,7 +83,7 @@ def test_more_columns_than_a_panel_has(on: Any) -> None:
 @pytest.mark.parametrize("sym", [True, False])
 def test_grids_cost_the_same(sym: bool) -> None:
     W, H = problem(20, 70)  # neither fills its tiles
-    grids = _candidates(W.T, 7, sym=sym, min_zero=1, turned=True)
+    grids = _candidates(W.T, 7, sym=sym, min_zero=1, flip_sign=True)
     grids = Grid(*(part[::17] for part in grids))
     D = H.diagonal()
     torch.testing.assert_close(triton.scores(W.T, D, grids, 7), _scores(W.T, D, grids, 7))
@@ -145,7 +145,7 @@ def test_is_machine_code_for_hopper(tmp_path: Path) -> None:
 def test_large_weights_are_solved_as_well(bits: int, sym: bool, on: Any) -> None:
     W, H = problem(1024, 2048)
     config = QuantizeConfig(bits=bits, sym=sym)
-    ready = prepare(H, config)
+    ready = prepare_hessian(H, config)
     plain = solve(W, ready, config)
     on()
     first, second = (solve(W, ready, config) for _ in range(2))

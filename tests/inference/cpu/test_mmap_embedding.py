@@ -15,7 +15,7 @@ from torch import nn
 import roundwise as rw
 from roundwise.inference.cpu import mmap_embedding
 from roundwise.inference.cpu.mmap_embedding import MappedEmbedding
-from roundwise.system.madvise import only_read, whole_pages
+from roundwise.system.madvise import is_unmodified, whole_pages
 from tests.helpers import LLAMA, random_model, windows
 
 ROWS = 4096
@@ -123,10 +123,10 @@ def test_a_page_is_a_files_until_it_is_written_to(tmp_path: Path) -> None:
     with path.open("rb") as file:
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensor = torch.frombuffer(view, dtype=torch.uint8)
-    assert not only_read(tensor.data_ptr(), tensor.nbytes)  # not read at all yet
+    assert not is_unmodified(tensor.data_ptr(), tensor.nbytes)  # not read at all yet
     assert int(tensor.sum()) == 0
-    assert only_read(tensor.data_ptr(), tensor.nbytes)
+    assert is_unmodified(tensor.data_ptr(), tensor.nbytes)
     tensor[5 * mmap.PAGESIZE] = 1
-    assert not only_read(tensor.data_ptr(), tensor.nbytes)
-    assert only_read(tensor.data_ptr(), 5 * mmap.PAGESIZE)
-    assert not only_read(tensor.data_ptr() + 1, mmap.PAGESIZE)  # no whole page: nothing to tell
+    assert not is_unmodified(tensor.data_ptr(), tensor.nbytes)
+    assert is_unmodified(tensor.data_ptr(), 5 * mmap.PAGESIZE)
+    assert not is_unmodified(tensor.data_ptr() + 1, mmap.PAGESIZE)  # no whole page: nothing to tell

@@ -272,8 +272,8 @@ class TestAsALayer:
     def test_copies_compute_the_same(self, linear: QuantLinear) -> None:
         x = torch.randn(3, 96)
         before = linear(x)
-        for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
-            assert torch.equal(twin(x), before)
+        for reference in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+            assert torch.equal(reference(x), before)
 
     def test_other_dtypes_of_the_module(self, linear: QuantLinear, kernel: str) -> None:
         x = torch.randn(3, 96)

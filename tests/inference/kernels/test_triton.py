@@ -273,9 +273,9 @@ def test_copies_compute_the_same() -> None:
     linear = layer(weight(64, 64, 3, 32))
     linear.prepare("triton")
     x = rows(2, 64)
-    for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
-        assert twin.kernel.name == "triton"
-        assert torch.equal(twin(x), linear(x))
+    for reference in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert reference.kernel.name == "triton"
+        assert torch.equal(reference(x), linear(x))
 
 
 def test_gradients_reach_the_input() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from roundwise.cli.progress import JsonOption, print_json, stdout, steps
-from roundwise.system.memory import size
+from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
     from roundwise.evaluation.speed import Speed
@@ -67,9 +67,9 @@ def command(
 
 def _print(result: Speed, load_seconds: float, where: str) -> None:
     latency = result.latency_ms
-    peak = size(result.peak_rss_bytes)
+    peak = format_size(result.peak_rss_bytes)
     if result.peak_device_bytes is not None:
-        peak += f", {size(result.peak_device_bytes)} on the device"
+        peak += f", {format_size(result.peak_device_bytes)} on the device"
     for name, text in {
         "prompt": f"{result.prompt_tokens_per_second:.1f} tokens/s  "
         f"({result.batch_size} x {result.prompt_tokens}, first token after "

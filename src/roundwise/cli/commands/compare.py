@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from roundwise.cli.progress import JsonOption, console, print_json, stdout, steps
-from roundwise.system.memory import size
+from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
     from roundwise.evaluation.compare import Compared
@@ -162,7 +162,9 @@ def _print(found: list[Compared]) -> None:
             f"{change.task} ({change.metric})", f"{change.base:.4f}",
             *(f"{c.quantized:.4f} ({c.points:+.1f}{' !' if c.flagged else ''})" for c in others),
         )  # fmt: skip
-    table.add_row("size", size(first.bytes[0]), *(size(one.bytes[1]) for one in found))
+    table.add_row(
+        "size", format_size(first.bytes[0]), *(format_size(one.bytes[1]) for one in found)
+    )
     for key, label, shown in (
         ("prompt_tokens_per_second", "prompt, tokens/s", "{:.1f}"),
         ("generation_tokens_per_second", "generation, tokens/s", "{:.1f}"),
@@ -172,7 +174,7 @@ def _print(found: list[Compared]) -> None:
         pairs = [one.speed for one in found if one.speed is not None]
         if pairs:
             values = [pairs[0][0][key], *(pair[1][key] for pair in pairs)]
-            cells = [size(int(v)) if shown == "size" else shown.format(v) for v in values]
+            cells = [format_size(int(v)) if shown == "size" else shown.format(v) for v in values]
             table.add_row(label, *cells)
     table.add_row("[bold]verdict", "", *(f"[bold]{one.verdict}" for one in found))
     stdout.print(table)

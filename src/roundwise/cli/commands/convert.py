@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from roundwise.cli.progress import JsonOption, print_json, stdout
-from roundwise.system.memory import size
+from roundwise.system.memory import format_size
 
 
 def command(
@@ -40,4 +40,4 @@ def command(
     if as_json:
         print_json({"output": str(done), "to": to, "bytes": nbytes})
     else:
-        stdout.print(f"{done}: {to}, {size(nbytes)}", highlight=False, soft_wrap=True)
+        stdout.print(f"{done}: {to}, {format_size(nbytes)}", highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from roundwise.cli.progress import JsonOption, console, print_json, stdout, steps
-from roundwise.system.memory import size
+from roundwise.system.memory import format_size
 
 #: Held-out tokens that models are compared on, and the window.
 TOKENS, WINDOW = 10_240, 512
@@ -57,7 +57,7 @@ def command(
     for row in rows:
         table.add_row(
             row["name"], f"{row['perplexity']:.3f}", f"{row['kl_divergence']:.5f}",
-            f"{row['bits_per_weight']:.2f}", size(row["bytes"]), f"{row['seconds']:.1f}",
+            f"{row['bits_per_weight']:.2f}", format_size(row["bytes"]), f"{row['seconds']:.1f}",
         )  # fmt: skip
     stdout.print(table)
     stdout.print(f"checkpoint: {best}", highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ import platform
 from typing import Any
 
 from roundwise.cli.progress import JsonOption, print_json, stdout
-from roundwise.system.memory import size
+from roundwise.system.memory import format_size
 
 
 def command(as_json: JsonOption = False) -> None:
@@ -16,7 +16,7 @@ def command(as_json: JsonOption = False) -> None:
     import transformers
 
     from roundwise.core.backends import cpp, triton
-    from roundwise.system.memory import available
+    from roundwise.system.memory import available_memory
     from roundwise.version import __version__
 
     status = cpp.load()[1]
@@ -32,7 +32,7 @@ def command(as_json: JsonOption = False) -> None:
             "threads": torch.get_num_threads(),
             "torch_uses": torch.backends.cpu.get_cpu_capability(),
         },
-        "memory_available_bytes": available(),
+        "memory_available_bytes": available_memory(),
         "triton": triton.available(),
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
@@ -48,7 +48,7 @@ def command(as_json: JsonOption = False) -> None:
         "native code": f"{status.active or 'not used'}: {status.reason}",
         "processor": f"{processor['name']}, {processor['cores']} cores, "
         f"{processor['threads']} threads, torch uses {processor['torch_uses']}",
-        "memory": f"{size(found['memory_available_bytes'])} available",
+        "memory": f"{format_size(found['memory_available_bytes'])} available",
         "cuda": ", ".join(found["cuda"]) or "no device",
         "solver on CUDA": "Triton" if triton.available() else "torch alone: pip install triton",
     }.items():

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from roundwise.cli.progress import JsonOption, print_json, stdout
-from roundwise.system.memory import size
+from roundwise.system.memory import format_size
 
 
 def command(
@@ -22,7 +22,7 @@ def command(
         print_json(found)
         return
     stdout.print(
-        f"[bold]{found['architecture']}[/]  {size(found['bytes'])}, {found['files']} files"
+        f"[bold]{found['architecture']}[/]  {format_size(found['bytes'])}, {found['files']} files"
     )
     for key, value in (found["quantization"] or {"quantized": "no"}).items():
         stdout.print(f"  {key}: {value}", highlight=False)
@@ -37,7 +37,7 @@ def command(
     if found["layers"]:
         stdout.print(table)
     stdout.print(
-        f"{found['other_tensors']} tensors are not quantized ({size(found['other_bytes'])})"
+        f"{found['other_tensors']} tensors are not quantized ({format_size(found['other_bytes'])})"
     )
 
 
@@ -45,7 +45,11 @@ def describe(name: str) -> dict[str, Any]:
     """Layers, widths and sizes of a checkpoint, from its headers and g_idx alone."""
     import torch
 
-    from roundwise.checkpoint.gptq_format import SUFFIXES, quantization_settings, quantized_layers
+    from roundwise.checkpoint.gptq_format import (
+        SUFFIXES,
+        quantized_layers,
+        read_quantization_config,
+    )
     from roundwise.checkpoint.hub import local_folder
     from roundwise.checkpoint.reader import Checkpoint
 
@@ -79,7 +83,7 @@ def describe(name: str) -> dict[str, Any]:
         "architecture": str(names[0]) if isinstance(names, list) and names else "unknown",
         "files": len(checkpoint.files),
         "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
-        "quantization": quantization_settings(checkpoint) if layers else None,
+        "quantization": read_quantization_config(checkpoint) if layers else None,
         "layers": layers,
         "other_tensors": len(others),
         "other_bytes": sum(info.nbytes for info in others),

@@ -11,10 +11,10 @@ from rich.table import Table
 
 from roundwise.cli.commands.quantize import number, parse_dynamic
 from roundwise.cli.progress import JsonOption, console, print_json, stdout
-from roundwise.system.memory import size
+from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
-    from roundwise.plan.plan import Module, Plan
+    from roundwise.plan.plan import Plan, PlannedLayer
 
 
 def command(
@@ -63,7 +63,7 @@ def command(
     """
     from roundwise.checkpoint.hub import local_folder
     from roundwise.config import QuantizeConfig
-    from roundwise.model.streamed import open_skeleton
+    from roundwise.model.streamed import open_streamed_model
     from roundwise.plan.plan import plan
     from roundwise.system.device import parse_device
     from roundwise.system.memory import parse_mode, parse_size
@@ -75,7 +75,7 @@ def command(
         dynamic=parse_dynamic(override or [], skip or []),
     )  # fmt: skip
     found = plan(
-        open_skeleton(local_folder(model), lm_head=lm_head, device=parse_device(device)), config,
+        open_streamed_model(local_folder(model), lm_head=lm_head, device=parse_device(device)), config,
         samples=samples, seq_len=seq_len, batch_size=batch_size,
         mode=parse_mode(mode), budget=parse_size(max_memory),
     )  # fmt: skip
@@ -102,14 +102,14 @@ def _print(found: Plan) -> None:
     parts = sorted(memory.parts.items(), key=lambda part: -part[1])
     seconds = sum(found.phases.values())
     lines = {
-        "size": f"{size(found.bytes_before)} -> {size(found.bytes_after)} "
+        "size": f"{format_size(found.bytes_before)} -> {format_size(found.bytes_after)} "
         f"({found.bits_per_weight:.2f} bits per quantized weight)",
         "quantized": f"{found.quantized_part:.1%} of all parameters",
-        "peak memory": f"{size(memory.peak_bytes)} on {memory.device} in mode {memory.mode}"
-        + (", batches wait elsewhere: " if memory.parked else ": ")
-        + ", ".join(f"{name} {size(value)}" for name, value in parts[:4]),
-        "disk": f"{size(sum(found.disk.values()))} in the output folder: "
-        + ", ".join(f"{name} {size(value)}" for name, value in found.disk.items()),
+        "peak memory": f"{format_size(memory.peak_bytes)} on {memory.device} in mode {memory.mode}"
+        + (", batches wait elsewhere: " if memory.offloaded else ": ")
+        + ", ".join(f"{name} {format_size(value)}" for name, value in parts[:4]),
+        "disk": f"{format_size(sum(found.disk.values()))} in the output folder: "
+        + ", ".join(f"{name} {format_size(value)}" for name, value in found.disk.items()),
         "time": f"about {_duration(seconds)} on {memory.device} (estimated from a short trial here)",
     }
     for engine, reason in found.served_by.items():
@@ -125,9 +125,9 @@ def _print(found: Plan) -> None:
         console.print(f"[bold red]would be refused:[/] {problem}", highlight=False, soft_wrap=True)
 
 
-def _collapsed(modules: list[Module]) -> list[tuple[str, Module, int]]:
+def _collapsed(modules: list[PlannedLayer]) -> list[tuple[str, PlannedLayer, int]]:
     """Modules that differ in nothing but the number of their block, as one, with how many there are."""
-    found: dict[tuple[object, ...], list[Module]] = {}
+    found: dict[tuple[object, ...], list[PlannedLayer]] = {}
     for module in modules:
         key = (_star(module.name), module.shape, module.bits, module.group_size)
         found.setdefault(key, []).append(module)

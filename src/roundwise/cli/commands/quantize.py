@@ -14,7 +14,7 @@ import typer
 from roundwise.cli.commands import report
 from roundwise.cli.progress import JsonOption, Steps, print_json, stdout, steps
 from roundwise.errors import ConfigError
-from roundwise.system.memory import size
+from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
     from roundwise.run.api import Progress, QuantizeResult
@@ -161,7 +161,7 @@ def command(
         raise ConfigError("which model? roundwise quantize MODEL OUT")
     from roundwise.config import QuantizeConfig
     from roundwise.run.api import quantize
-    from roundwise.system.distributed import joined
+    from roundwise.system.distributed import join_process_group
     from roundwise.system.memory import parse_mode
 
     given = {
@@ -179,7 +179,7 @@ def command(
         dynamic=parse_dynamic(override or [], skip or []),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
-    with joined() as ranks, steps("quantizing", shown=ranks.first) as shown:
+    with join_process_group() as ranks, steps("quantizing", shown=ranks.first) as shown:
         result = quantize(
             model, out, config, calibration,
             samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
@@ -263,7 +263,7 @@ def print_result(result: QuantizeResult, page: Path | None = None) -> None:
     solved = [layer for layer in result.layers if layer["fallback"] is None]
     stdout.print(
         f"{len(result.layers)} layers in {result.seconds:.1f} s, {result.bits_per_weight:.2f} bits per "
-        f"weight, {size(result.bytes_before)} -> {size(result.bytes_after)}, "
+        f"weight, {format_size(result.bytes_before)} -> {format_size(result.bytes_after)}, "
         f"peak memory {_peak(result)}, mode {result.mode}",
         highlight=False,
     )
@@ -289,10 +289,10 @@ def print_result(result: QuantizeResult, page: Path | None = None) -> None:
 
 
 def _peak(result: QuantizeResult) -> str:
-    host = size(result.peak_rss_bytes)
+    host = format_size(result.peak_rss_bytes)
     if result.peak_device_bytes is None:
         return host
-    return f"{size(result.peak_device_bytes)} on {result.device} and {host}"
+    return f"{format_size(result.peak_device_bytes)} on {result.device} and {host}"
 
 
 def coverage(experts: list[dict[str, Any]]) -> str:
@@ -324,7 +324,7 @@ def repeat_run(
     as_json: bool,
 ) -> None:
     """Does a run again and compares; exit code 1 if a file differs."""
-    from roundwise.run.reproduce import repeat
+    from roundwise.run.reproduce import reproduce
 
     others = sorted(
         f"--{name.replace('_', '-')}"
@@ -336,7 +336,7 @@ def repeat_run(
             f"{', '.join(others)}: the settings are those of the manifest, leave them out"
         )
     with steps("quantizing") as shown:
-        found = repeat(
+        found = reproduce(
             manifest, out, model=model, calibration=calibration, max_memory=max_memory,
             restart=restart, strict=strict, progress=Reporter(shown),
         )  # fmt: skip

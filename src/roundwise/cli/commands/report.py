@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from roundwise.cli.progress import JsonOption, console, print_json, stdout, steps
-from roundwise.system.memory import size
+from roundwise.system.memory import format_size
 
 
 def command(
@@ -71,7 +71,9 @@ def command(
     if as_json:
         print_json({"report": str(path), "bytes": path.stat().st_size})
     else:
-        stdout.print(f"{path} ({size(path.stat().st_size)})", highlight=False, soft_wrap=True)
+        stdout.print(
+            f"{path} ({format_size(path.stat().st_size)})", highlight=False, soft_wrap=True
+        )
 
 
 def after_run(out: Path) -> Path | None:

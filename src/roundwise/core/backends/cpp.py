@@ -98,7 +98,7 @@ def products(dtype: torch.dtype) -> torch.dtype | None:
 
 def add_moment(
     C: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
-    *, lower: bool = False, turned: bool = False, scale: float = 1.0,
+    *, lower: bool = False, transposed: bool = False, scale: float = 1.0,
 ) -> None:  # fmt: skip
     """C += scale · Aᵀ B in float32: A [tokens, m], B [tokens, n], C [m, n] float32.
 
@@ -106,27 +106,27 @@ def add_moment(
 
     Args:
         lower: A is B, up to a factor; blocks above the diagonal are left as they are.
-        turned: A is given as [m, tokens], float32; C += scale · A B then.
+        transposed: A is given as [m, tokens], float32; C += scale · A B then.
     """
     module, threads = load()[0], torch.get_num_threads()
     if A.dtype == torch.bfloat16:
         halves = (X.view(torch.uint16) for X in (A, B))
-        module.moment_bf16(*halves, C, lower, turned, scale, threads)
+        module.moment_bf16(*halves, C, lower, transposed, scale, threads)
     else:
-        module.moment(A, B, C, lower, turned, scale, threads)
+        module.moment(A, B, C, lower, transposed, scale, threads)
 
 
 def round_group(
-    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor,
+    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, feedback: torch.Tensor,
     *, weights: torch.Tensor | None, shrink: torch.Tensor, keep: int, maxq: int, min_zero: int,
-    sym: bool, turned: bool,
+    sym: bool, flip_sign: bool,
 ) -> tuple[Grid, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """`core.recursion.round_group`, natively."""
     scale, zero, loss = (torch.empty_like(target[0]) for _ in range(3))
     codes, E = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
     fits = load()[0].group(
-        U, D, target, asked, weights is not None, D if weights is None else weights, shrink,
-        keep, maxq, min_zero, sym, turned, scale, zero, loss, codes, E, torch.get_num_threads(),
+        U, D, target, feedback, weights is not None, D if weights is None else weights, shrink,
+        keep, maxq, min_zero, sym, flip_sign, scale, zero, loss, codes, E, torch.get_num_threads(),
     )  # fmt: skip
     if not fits:
         raise NumericalError(f"a scale does not fit float16 (largest {MAX_SCALE:g})")
@@ -134,14 +134,14 @@ def round_group(
 
 
 def round_known(
-    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor, grids: Grid,
+    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, feedback: torch.Tensor, grids: Grid,
     index: torch.Tensor, maxq: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """`core.recursion.round_known`, natively."""
     codes, E = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
     loss = torch.empty_like(target[0])
     load()[0].known(
-        U, D, target, asked, grids.scale, grids.zero, index, maxq, loss, codes, E,
+        U, D, target, feedback, grids.scale, grids.zero, index, maxq, loss, codes, E,
         torch.get_num_threads(),
     )  # fmt: skip
     return codes, E, loss

@@ -26,9 +26,9 @@ WORKSPACE, ACCELERATED = 1 << 21, 1 << 24
 
 
 def round_group(
-    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor,
+    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, feedback: torch.Tensor,
     *, weights: torch.Tensor | None, keep: int, maxq: int, min_zero: int, sym: bool,
-    turned: bool = True,
+    flip_sign: bool = True,
 ) -> tuple[Grid, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Finds the grid of one group of columns and rounds them, one after another.
 
@@ -42,7 +42,7 @@ def round_group(
         asked: [n, rows], t_g - T_g as far as finished columns ask for it.
         weights: [n], of squared errors in the grid search; None: the range of the weights, no search.
         keep: grids that are rounded with, to choose the one of least true loss.
-        maxq, min_zero, sym: the grid, see `core.grid`; turned: see `core.search`.
+        maxq, min_zero, sym: the grid, see `core.grid`; flip_sign: see `core.search`.
 
     Returns:
         The grid of each row; codes uint8 [n, rows]; E = target - value [n, rows]; the loss of each
@@ -54,31 +54,31 @@ def round_group(
     shrink = SHRINK.to(target)
     if cpp.usable(target):
         return cpp.round_group(
-            U, D, target, asked,
+            U, D, target, feedback,
             weights=weights, shrink=shrink, keep=keep, maxq=maxq, min_zero=min_zero, sym=sym,
-            turned=turned,
+            flip_sign=flip_sign,
         )  # fmt: skip
     most = WORKSPACE if target.device.type == "cpu" else ACCELERATED
     rows = max(1, most // (len(target) * keep))
     found: list[tuple[torch.Tensor, ...]] = []
     for start in range(0, target.shape[1], rows):
-        T, asks = target[:, start : start + rows], asked[:, start : start + rows]
+        T, asks = target[:, start : start + rows], feedback[:, start : start + rows]
         moved = torch.linalg.solve_triangular(U.T, asks, upper=False, unitriangular=True)
         W_g = moved.add_(T)
         if weights is None:
             grid = minmax(W_g.T, maxq, sym=sym, min_zero=min_zero)
-            found.append((*grid, *_rounded(U, D, T, asks, grid, maxq)))
+            found.append((*grid, *_round_columns(U, D, T, asks, grid, maxq)))
         else:
             grids = best_grids(
-                W_g, weights, maxq, sym=sym, min_zero=min_zero, keep=keep, turned=turned
+                W_g, weights, maxq, sym=sym, min_zero=min_zero, keep=keep, flip_sign=flip_sign
             )
-            found.append(_cheapest(U, D, T, asks, grids, maxq))
+            found.append(_best_candidate(U, D, T, asks, grids, maxq))
     scale, zero, codes, E, loss = (torch.cat(part, dim=-1) for part in zip(*found, strict=True))
     return Grid(scale, zero), codes, E, loss
 
 
 def round_known(
-    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, asked: torch.Tensor, grids: Grid,
+    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, feedback: torch.Tensor, grids: Grid,
     index: torch.Tensor, maxq: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Rounds columns whose grids are known: column j uses row `index[j]` of grids [groups, rows].
@@ -87,9 +87,9 @@ def round_known(
         codes uint8 [n, rows]; E = target - value [n, rows]; the loss of each row.
     """
     if cpp.usable(target):
-        return cpp.round_known(U, D, target, asked, grids, index, maxq)
+        return cpp.round_known(U, D, target, feedback, grids, index, maxq)
     grid = Grid(grids.scale[index], grids.zero[index])
-    return _rounded(U, D, target, asked, grid, maxq)
+    return _round_columns(U, D, target, feedback, grid, maxq)
 
 
 def descend(
@@ -184,26 +184,31 @@ def exchange(
     return (now - before).mul_(scale)
 
 
-def _cheapest(
-    U: torch.Tensor, D: torch.Tensor, T: torch.Tensor, asked: torch.Tensor, grids: Grid, maxq: int
+def _best_candidate(
+    U: torch.Tensor,
+    D: torch.Tensor,
+    T: torch.Tensor,
+    feedback: torch.Tensor,
+    grids: Grid,
+    maxq: int,
 ) -> tuple[torch.Tensor, ...]:
     """Rounds with each of the grids [candidates, rows]; scale, zero, codes, E, loss of the least."""
     count, width = grids.scale.shape
     flat = Grid(grids.scale.reshape(-1), grids.zero.reshape(-1))
-    codes, E, loss = _rounded(U, D, T.repeat(1, count), asked.repeat(1, count), flat, maxq)
+    codes, E, loss = _round_columns(U, D, T.repeat(1, count), feedback.repeat(1, count), flat, maxq)
     best = loss.view(count, width).argmin(dim=0)
     pick = best * width + torch.arange(width, device=best.device)
     return flat.scale[pick], flat.zero[pick], codes[:, pick], E[:, pick], loss[pick]
 
 
-def _rounded(
-    U: torch.Tensor, D: torch.Tensor, T: torch.Tensor, asked: torch.Tensor, grid: Grid, maxq: int
+def _round_columns(
+    U: torch.Tensor, D: torch.Tensor, T: torch.Tensor, feedback: torch.Tensor, grid: Grid, maxq: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The recursion: codes uint8 and errors [n, rows], loss [rows].
 
     `grid` is one per row, or one per column and row.
     """
-    t = asked + T
+    t = feedback + T
     codes, E = torch.empty_like(t, dtype=torch.uint8), torch.empty_like(t)
     scale, zero = grid.scale.expand_as(t), grid.zero.expand_as(t)
     round_panel = triton.round_panel if triton.usable(t) else _round_panel

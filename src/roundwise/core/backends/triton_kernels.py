@@ -156,7 +156,7 @@ def _answers(
     free, low, gradient, own, ratio, H_ptr, scale_ptr, index_ptr, k, inside, rows, maxq,
     H_stride, left,
 ):  # fmt: skip
-    """Up to `left` moves, each the one of all `free` columns that gains most, until none gains.
+    """Up to `skipped_linears` moves, each the one of all `free` columns that gains most, until none gains.
 
     Returns by how many codes each column moved, the gradient after it, and what it costs (below zero).
     """

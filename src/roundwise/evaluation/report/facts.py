@@ -16,7 +16,7 @@ from roundwise.checkpoint.gptq_format import SUFFIXES
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
 from roundwise.run.block_solver import widths
-from roundwise.run.strict import of_layers
+from roundwise.run.strict import layer_issues
 from roundwise.verify import read_manifest, read_run
 
 #: A layer stands out when its error, in decades from the median of its kind, is more than so many times
@@ -169,7 +169,7 @@ def read_facts(
         cells=cells,
         outliers=outliers_of(cells),
         sizes=_sizes(checkpoint),
-        not_as_asked=[*(run["not_as_asked"] if run else []), *of_layers(manifest["layers"])],
+        not_as_asked=[*(run["not_as_asked"] if run else []), *layer_issues(manifest["layers"])],
         evaluation=evaluation,
         answers=answers or [],
     )

@@ -9,14 +9,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from roundwise.checkpoint.reader import OWN
-from roundwise.checkpoint.writer import replacing
+from roundwise.checkpoint.reader import OWN_FILES
+from roundwise.checkpoint.writer import atomic_write
 from roundwise.evaluation.report.charts import charts
 from roundwise.evaluation.report.facts import Answers, Evaluation, Facts, read_facts
-from roundwise.system.memory import size
+from roundwise.system.memory import format_size
 
 #: The page's name in the folder of its checkpoint.
-PAGE = OWN[2]
+PAGE = OWN_FILES[2]
 
 
 def write_report(
@@ -40,7 +40,7 @@ def write_report(
     """
     page = render(read_facts(Path(folder), evaluation=evaluation, answers=answers))
     path = out or Path(folder) / PAGE
-    with replacing(path, sync=False) as file:
+    with atomic_write(path, sync=False) as file:
         file.write(page.encode("utf-8", "replace"))
     return path
 
@@ -51,7 +51,12 @@ def render(facts: Facts) -> str:
         loader=PackageLoader("roundwise.evaluation.report", ""), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"size": size, "error": _error, "seconds": _seconds, "plain": _plain}
+    environment.filters |= {
+        "size": format_size,
+        "error": _error,
+        "seconds": _seconds,
+        "plain": _plain,
+    }
     drawn = {name: Markup(svg) for name, svg in charts(facts).items()}  # noqa: S704  # escaped there
     return environment.get_template("page.html").render(
         facts=facts, manifest=facts.manifest, run=facts.manifest["run"], charts=drawn

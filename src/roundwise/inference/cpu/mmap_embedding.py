@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from roundwise.system.madvise import DONTNEED, advise, only_read
+from roundwise.system.madvise import DONTNEED, is_unmodified, madvise
 
 #: Tokens that are looked up before the pages of a table go, and bytes from which on a table is worth it.
 LOOKUPS, LARGE = 32, 16 << 20
@@ -37,7 +37,7 @@ class MappedFiles:
         """
         for tensor in tensors:
             if tensor is not None and self.holds(tensor):
-                advise(tensor.data_ptr(), tensor.nbytes, DONTNEED)
+                madvise(tensor.data_ptr(), tensor.nbytes, DONTNEED)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a part of one of the files."""
@@ -66,18 +66,18 @@ class MappedEmbedding(nn.Embedding):
             self.looked_up += input.numel()
             if self.looked_up >= LOOKUPS:
                 self.looked_up = 0
-                self._let_go()
+                self._release()
         return found
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         weight = self.weight
-        if weight.data_ptr() != self.place or not only_read(self.place, weight.nbytes):
+        if weight.data_ptr() != self.place or not is_unmodified(self.place, weight.nbytes):
             self.place = 0
         else:
-            advise(self.place, weight.nbytes, DONTNEED)
+            madvise(self.place, weight.nbytes, DONTNEED)
 
 
-def leave_in_files(model: nn.Module, files: MappedFiles) -> None:
+def keep_embeddings_on_disk(model: nn.Module, files: MappedFiles) -> None:
     """Makes MappedEmbedding layers, in place, of the large tables that nothing else uses.
 
     A head that is tied to a table reads all of it for every token.

@@ -43,11 +43,11 @@ class StreamedLinear(nn.Linear):
             and x.shape[-1] == self.in_features
             and x.dtype == weight.dtype
             and x.device == weight.device
-            and suits(self)
+            and is_worth_streaming(self)
         )
 
 
-def suits(layer: nn.Linear) -> bool:
+def is_worth_streaming(layer: nn.Linear) -> bool:
     """Whether a layer's weight is one that the native product takes."""
     weight = layer.weight
     return (
@@ -62,5 +62,9 @@ def suits(layer: nn.Linear) -> bool:
 def stream_large(model: nn.Module) -> None:
     """Makes StreamedLinear layers of a model's large plain ones, in place."""
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.numel() >= LARGE and suits(module):
+        if (
+            type(module) is nn.Linear
+            and module.weight.numel() >= LARGE
+            and is_worth_streaming(module)
+        ):
             module.__class__ = StreamedLinear

