@@ -1,19 +1,19 @@
-"""What quantization costs: roundwise, each of its ingredients, and its peers, before one judge.
+"""Measures the accuracy that quantization costs: roundwise, its ingredients and other quantizers.
 
     python benchmarks/accuracy.py                          everything; hours on two cores
     python benchmarks/accuracy.py --only roundwise         rtn, textbook and best, three seeds
     python benchmarks/accuracy.py --only roundwise --ablation --seeds 0
     python benchmarks/accuracy.py --only gptqmodel --bits 3 --seeds 0 --method default
-    python benchmarks/accuracy.py --table --docs docs/accuracy.md    what is already measured
-    python benchmarks/accuracy.py --model DIR --text FILE  another model, on a text of its own
+    python benchmarks/accuracy.py --table --docs docs/accuracy.md    tables from existing results
+    python benchmarks/accuracy.py --model DIR --text FILE  another model with its own text
 
-Each job is a process of its own; its CPU time and peak memory (VmHWM) are its own. All tools get the
-same calibration windows as token ids; their checkpoints are decoded by one reader (peers/reader.py)
-and judged by one evaluator in float32, on held-out tokens. Each peer lives in an environment of its
-own under .venv-peers, made on first use (a gigabyte each). Results are kept as JSON lines and not
-measured again; `--redo` measures again. A failure is kept as well: a refusal is a result.
+Each job runs in a separate process, so its CPU time and peak memory (VmHWM) are measured alone. All
+tools get the same calibration windows as token ids. One reader (peers/reader.py) decodes their
+checkpoints, and one evaluator measures them in float32 on held-out tokens. Each peer has a virtual
+environment under .venv-peers, created on first use (1 GB each). Results are stored as JSON lines and
+are not measured again unless `--redo` is given. A failure is stored too: a refusal is a result.
 
-A text FILE is cut in two: the first nine tenths are for calibration, the last tenth is held out.
+A text FILE is split: the first nine tenths are calibration text, the last tenth is held out.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from peers.environments import HERE, ROOT, python_of
 from peers.evaluator import Evaluator
 from peers.methods import GROUPS, TOOLS, Job, jobs
 from peers.table import ingredients, report
-from peers.texts import parts
+from peers.texts import split_source
 
 TIMEOUT = 3 * 3600
 
 
 class Results:
-    """Measured jobs, as JSON lines in a file; one process at a time writes."""
+    """Results of measured jobs, stored as JSON lines. Only one process at a time may write."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -54,20 +54,20 @@ class Results:
         return self._name(key) in self.records
 
     def add(self, record: dict[str, Any]) -> None:
-        """Appends a record, and from now on it is the one for its key."""
+        """Appends a record; it replaces an earlier record with the same key."""
         self.records[self._name(record["key"])] = record
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as out:
             out.write(json.dumps(record) + "\n")
 
     def of(self, identity: dict[str, Any]) -> list[dict[str, Any]]:
-        """Records of one model, text and held-out part."""
+        """Returns the records of one model, text and held-out part."""
         records = self.records.values()
         return [r for r in records if all(r["key"][k] == v for k, v in identity.items())]
 
 
 def key_of(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
-    """What a result depends on; the seed of a method without calibration is always the first."""
+    """Returns everything that a result depends on; methods without calibration always have the first seed."""
     return {
         **identity, "tool": job.tool, "method": job.method, "bits": job.bits, "sym": job.sym,
         "seed": job.seed, "settings": job.settings,
@@ -75,7 +75,7 @@ def key_of(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(job: Job, evaluator: Evaluator, threads: int, logs: Path) -> dict[str, Any]:
-    """Runs one job in a process of its own and judges what it wrote."""
+    """Runs one job in a separate process and evaluates the checkpoint that it wrote."""
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
         out, answer = scratch / "checkpoint", scratch / "result.json"
@@ -98,15 +98,15 @@ def run(job: Job, evaluator: Evaluator, threads: int, logs: Path) -> dict[str, A
             )  # fmt: skip
         if not answer.exists():
             return {"error": f"no result: exit code {done.returncode}, see the log {name}"}
-        found = json.loads(answer.read_text())
-        if "error" not in found:
+        result: dict[str, Any] = json.loads(answer.read_text())
+        if "error" not in result:
             checkpoints = sorted(file.parent for file in out.rglob("config.json"))
-            found |= evaluator.judge(checkpoints[0])
-        return found
+            result |= evaluator.evaluate(checkpoints[0])
+        return result
 
 
 def measure(args: argparse.Namespace, evaluator: Evaluator, results: Results) -> None:
-    """All selected jobs that have no result yet."""
+    """Measures all selected jobs that have no result yet."""
     identity = evaluator.identity()
     syms = [{"sym": True, "asym": False}[name] for name in args.symmetry]
     selected = list(jobs(args.only, args.bits, syms, args.seeds, args.ablation, args.method))
@@ -116,22 +116,22 @@ def measure(args: argparse.Namespace, evaluator: Evaluator, results: Results) ->
         if key in results and not args.redo:
             continue
         begun = time.strftime("%H:%M:%S")
-        found = run(job, evaluator, args.threads, results.file.parent / "logs")
-        results.add({"key": key, "threads": args.threads, "machine": machine, **found})
-        said = found.get("error") or f"KL {found['kl']:.5f}, {found['cpu_seconds']:.0f} s"
+        result = run(job, evaluator, args.threads, results.file.parent / "logs")
+        results.add({"key": key, "threads": args.threads, "machine": machine, **result})
+        summary = result.get("error") or f"KL {result['kl']:.5f}, {result['cpu_seconds']:.0f} s"
         print(
             f"{begun} [{number}/{len(selected)}] {job.row}, {job.bits} bit, "
-            f"{'sym' if job.sym else 'asym'}, seed {job.seed}: {said}",
+            f"{'sym' if job.sym else 'asym'}, seed {job.seed}: {summary}",
             flush=True,
         )
 
 
 def insert(tables: str, docs: Path, name: str) -> None:
-    """Puts tables between the two marks of their name in a document."""
+    """Replaces the text between the two markers of this name in a document."""
     begin, end = f"<!-- measured: {name} -->", f"<!-- end: {name} -->"
-    head, rest = docs.read_text(encoding="utf-8").split(begin)
-    tail = rest.split(end)[1]
-    docs.write_text(f"{head}{begin}\n{tables}\n{end}{tail}", encoding="utf-8")
+    before, rest = docs.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    docs.write_text(f"{before}{begin}\n{tables}\n{end}{after}", encoding="utf-8")
 
 
 def names(text: str) -> list[str]:
@@ -148,41 +148,41 @@ def main() -> None:
     )
     parser.add_argument("--only", type=names, default=list(TOOLS), help=", ".join(TOOLS))
     parser.add_argument(
-        "--method", default="", help="only methods with this in their name, all seeds"
+        "--method", default="", help="only methods whose name contains this, with all seeds"
     )
     parser.add_argument("--bits", type=numbers, default=list(GROUPS), help="2,3,4")
     parser.add_argument("--symmetry", type=names, default=["sym", "asym"], help="sym,asym")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     parser.add_argument(
-        "--ablation", action="store_true", help="roundwise's ingredients one by one"
+        "--ablation", action="store_true", help="measure roundwise's ingredients one by one"
     )
-    parser.add_argument("--tokens", type=int, default=51_200, help="held-out tokens")
+    parser.add_argument("--tokens", type=int, default=51_200, help="number of held-out tokens")
     parser.add_argument("--model", type=Path, default=ROOT / "examples" / "tiny-llama")
-    parser.add_argument("--text", default="python-stdlib", help="a named text, or a file")
+    parser.add_argument("--text", default="python-stdlib", help="a named text or a file")
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of every job")
-    parser.add_argument("--redo", action="store_true", help="measure again what was measured")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the tables")
+    parser.add_argument("--redo", action="store_true", help="measure again even if a result exists")
+    parser.add_argument("--table", action="store_true", help="only print the tables of existing results")
     parser.add_argument(
-        "--docs", type=Path, help="a document whose tables of this model are renewed"
+        "--docs", type=Path, help="document whose tables for this model are replaced"
     )
     args = parser.parse_args()
     unknown = (set(args.only) - set(TOOLS)) | {str(b) for b in args.bits if b not in GROUPS}
     if unknown:
-        parser.error(f"not known: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory() as scratch:
-        calibration, held_out = parts(args.text, Path(scratch))
+        calibration, held_out = split_source(args.text, Path(scratch))
         evaluator = Evaluator(args.model, calibration, held_out, args.tokens)
         results = Results(args.cache / "results.jsonl")
         if not args.table:
             measure(args, evaluator, results)
     records = results.of(evaluator.identity())
-    tables, single = report(records), ingredients(records)
-    print(f"{tables}\n\n{single}")
+    tables, ingredient_table = report(records), ingredients(records)
+    print(f"{tables}\n\n{ingredient_table}")
     if args.docs:
         insert(tables, args.docs, args.model.name)
-        if single:
-            insert(single, args.docs, f"{args.model.name}, ingredients")
+        if ingredient_table:
+            insert(ingredient_table, args.docs, f"{args.model.name}, ingredients")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""What rotation, activation-aware scales and chosen damping gain or cost: KL of the bundled model.
+"""Measures the KL of the bundled model with rotation, activation-aware scales and other damping.
 
-    python benchmarks/folds.py                 every row; an hour on two cores
-    python benchmarks/folds.py --only rotate   rows whose name contains it
+    python benchmarks/folds.py                 all rows; an hour on two cores
+    python benchmarks/folds.py --only rotate   rows whose name contains this
     python benchmarks/folds.py --lopsided      the same model with channels of very unequal size
 
 Calibration: 128 windows of 512 tokens of the Python standard library; KL and perplexity in float32 on
-20,480 held-out tokens of it. The lopsided model is the same function, bit for bit: in front of each
-group behind a norm, the gains of 8 random channels are multiplied by 32 and those of 8 others divided,
-and the weights' columns the other way, as trained models come to have them.
+20,480 held-out tokens of it. The lopsided model is the same function, bit for bit: in each norm whose
+output feeds linear layers, the gains of 8 random channels are multiplied by 32 and those of 8 others
+divided by 32, and the columns of the weights are scaled the other way. Trained models can have channels
+like these.
 """
 
 from __future__ import annotations
@@ -45,21 +46,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def rows(bits: int) -> dict[str, dict[str, Any]]:
-    """Name -> settings."""
-    found: dict[str, dict[str, Any]] = {
+    """Returns the settings of each row, by the row's name."""
+    settings: dict[str, dict[str, Any]] = {
         "rtn": {"method": "rtn"},
         "rtn rotate": {"method": "rtn", "rotate": True},
         "awq": {"method": "awq"},
     }
     for recipe in ("textbook", "best"):
-        found |= {
+        settings |= {
             f"{recipe}{name}": {"recipe": recipe, **changes} for name, changes in VARIANTS.items()
         }
-    return {f"{bits} bit {name}": {"bits": bits, **each} for name, each in found.items()}
+    return {f"{bits} bit {name}": {"bits": bits, **each} for name, each in settings.items()}
 
 
 def lopsided(source: Path, out: Path) -> Path:
-    """The model with channels of unequal size, the same function: powers of two change no digit."""
+    """Writes the model with channels of unequal size. Factors are powers of two, so nothing is rounded."""
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
@@ -103,10 +104,10 @@ def main() -> None:
             )  # fmt: skip
             seconds = time.monotonic() - begun
             model, _ = rw.load(Path(scratch) / "out", dtype=torch.float32)
-            found = divergence(base, model, ids)
+            result = divergence(base, model, ids)
             print(
-                f"{name:30} KL {found.kl_divergence:.5f}  perplexity {found.perplexity[1]:.3f} "
-                f"(original {found.perplexity[0]:.3f})  {seconds:.0f} s",
+                f"{name:30} KL {result.kl_divergence:.5f}  perplexity {result.perplexity[1]:.3f} "
+                f"(original {result.perplexity[0]:.3f})  {seconds:.0f} s",
                 flush=True,
             )
 

@@ -1,13 +1,13 @@
-"""Generating text with packed weights on the CPU, against bfloat16 in transformers and llama.cpp's Q4_0.
+"""Compares generation on the CPU: packed weights, transformers in bfloat16, llama.cpp's Q4_0.
 
-    python benchmarks/generate.py                        ours and transformers' bfloat16, in turns
-    python benchmarks/generate.py --llamacpp PYTHON      and llama.cpp: an interpreter that has
+    python benchmarks/generate.py                        ours and transformers in bfloat16
+    python benchmarks/generate.py --llamacpp PYTHON      llama.cpp too: an interpreter that has
                                                          llama-cpp-python and gguf
-    python benchmarks/generate.py --work DIR             keeps the models (4 GB) for the next time
+    python benchmarks/generate.py --work DIR             keep the models (4 GB) for the next run
 
-A Llama of 1.28 billion random parameters, 4 bit, groups of 128; one sequence, greedy. Each contestant is
-a process of its own that stays and is asked in turns: A B C A B C. Ratios are medians over the rounds.
-Peak memory is that of the whole process.
+A Llama of 1.28 billion random parameters, 4 bit, groups of 128; one sequence, greedy. Each program runs
+in a separate process that stays loaded; measurements alternate: A B C A B C. Ratios are medians over the
+rounds. Peak memory is that of the whole process.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ PEERS = Path(__file__).parent / "peers"
 SHAPE = SHAPES["1.2b"]
 
 
-class Contestant:
-    """A process that generates whenever it is asked to."""
+class GenerationProcess:
+    """A process that generates text each time `run` is called."""
 
     def __init__(self, command: list[Any]) -> None:
         self.process = subprocess.Popen(
@@ -40,26 +40,26 @@ class Contestant:
         )  # fmt: skip
 
     def run(self) -> dict[str, float]:
-        """One measurement."""
+        """Returns one measurement."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{self.process.args} ended with {self.process.wait()}")
+            sys.exit(f"{self.process.args} failed with exit code {self.process.wait()}")
         result: dict[str, float] = json.loads(line)
         return result
 
-    def end(self) -> None:
-        """Lets the process go."""
+    def close(self) -> None:
+        """Ends the process and waits for it."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
 
 def models(work: Path) -> tuple[Path, Path]:
-    """The model in bfloat16 and in 4 bits, made where they are not there yet."""
+    """Returns the folders of the model in bfloat16 and in 4 bits, and writes the models if missing."""
     dense, packed = work / "dense", work / "packed"
     if not (dense / "model.safetensors.index.json").exists():
         dense.mkdir(parents=True, exist_ok=True)
@@ -70,13 +70,15 @@ def models(work: Path) -> tuple[Path, Path]:
     return dense, packed
 
 
-def contestants(work: Path, prompt: int, new: int, llamacpp: str | None) -> dict[str, Contestant]:
-    """Ours first."""
+def start_processes(
+    work: Path, prompt: int, new: int, llamacpp: str | None
+) -> dict[str, GenerationProcess]:
+    """Starts one process for each program, ours first."""
     dense, packed = models(work)
     python, script = python_of("roundwise"), PEERS / "run_generate.py"
-    found = {
-        "roundwise 4 bit": Contestant([python, script, packed, prompt, new]),
-        "transformers bfloat16": Contestant([python, script, dense, prompt, new]),
+    processes = {
+        "roundwise 4 bit": GenerationProcess([python, script, packed, prompt, new]),
+        "transformers bfloat16": GenerationProcess([python, script, dense, prompt, new]),
     }
     if llamacpp:
         shape = work / "shape.json"
@@ -85,10 +87,10 @@ def contestants(work: Path, prompt: int, new: int, llamacpp: str | None) -> dict
             [sys.executable, "-c", "import torch; print(torch.get_num_threads())"],
             capture_output=True, text=True, check=True,
         ).stdout.strip()  # fmt: skip
-        found["llama.cpp Q4_0"] = Contestant(
+        processes["llama.cpp Q4_0"] = GenerationProcess(
             [llamacpp, PEERS / "run_llamacpp.py", shape, work / "q4_0.gguf", prompt, new, threads]
         )
-    return found
+    return processes
 
 
 def main() -> None:
@@ -96,30 +98,30 @@ def main() -> None:
     parser.add_argument("--llamacpp", metavar="PYTHON")
     parser.add_argument("--work", type=Path)
     parser.add_argument(
-        "--prompt", type=int, nargs="+", default=[16, 512], help="tokens of the prompt"
+        "--prompt", type=int, nargs="+", default=[16, 512], help="number of prompt tokens"
     )
-    parser.add_argument("--new", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--new", type=int, default=64, help="number of tokens to generate")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         for prompt in args.prompt:
-            table(
-                contestants(args.work or Path(scratch), prompt, args.new, args.llamacpp),
-                args,
-                prompt,
-            )
+            work = args.work or Path(scratch)
+            processes = start_processes(work, prompt, args.new, args.llamacpp)
+            print_table(processes, args, prompt)
 
 
-def table(processes: dict[str, Contestant], args: argparse.Namespace, prompt: int) -> None:
-    """Measures in turns and prints."""
+def print_table(
+    processes: dict[str, GenerationProcess], args: argparse.Namespace, prompt: int
+) -> None:
+    """Measures all processes alternately and prints the table."""
     for process in processes.values():
-        process.run()  # to warm up
+        process.run()  # warm-up
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
     for _ in range(args.rounds):
         for name, process in processes.items():
             runs[name].append(process.run())
     for process in processes.values():
-        process.end()
+        process.close()
     ours = runs["roundwise 4 bit"]
     print(f"\nPrompt of {prompt} tokens, then {args.new} more:\n")
     print(

@@ -1,12 +1,12 @@
-"""Products with packed weights on the CPU, against the memory's speed and against others.
+"""Measures the CPU kernel for packed weights against memory bandwidth and other kernels.
 
     python benchmarks/kernels.py                       one row: share of bandwidth; prompts
-    python benchmarks/kernels.py --against gptqmodel   its kernel too, in turns with ours
+    python benchmarks/kernels.py --against gptqmodel   GPTQModel's kernel too, alternating with ours
 
-One row at a time is what generating text is made of: every weight is read once a token, so the limit is
-memory. Layers are copied until no cache holds them, and the bandwidth (a sum over 256 MB) is measured
-beside each figure. Bytes are those of codes and scales. On a shared machine only ratios within one line
-mean anything; all figures are medians.
+Text generation multiplies one row at a time: every weight is read once per token, so memory bandwidth is
+the limit. Layers are copied until they exceed every cache, and the bandwidth (a sum over 256 MB) is
+measured next to each figure. Bytes count codes and scales. On a shared machine, compare only ratios
+within one line. All figures are medians.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def random_weight(
     *,
     act_order: bool = False,
 ) -> PackedWeight:
-    """Random codes, symmetric."""
+    """Returns a symmetric weight with random codes."""
     words, groups = in_features * bits // 32, in_features // group_size
     g_idx = torch.arange(in_features, dtype=torch.int32) // group_size
     zeros = torch.full((out_features, groups), 2 ** (bits - 1) - 1)
@@ -62,12 +62,12 @@ def random_weight(
 
 
 def copies(layer: Any, nbytes: float) -> list[Any]:
-    """The layer and copies of it, together more than any cache."""
+    """Returns the layer and copies of it, together larger than any cache."""
     return [layer, *(copy.deepcopy(layer) for _ in range(int(UNCACHED / nbytes)))]
 
 
 def seconds(work: Callable[[Any], Any], layers: list[Any], repeat: int = 3) -> float:
-    """Median time of `work` over the layers in turn."""
+    """Returns the median time of `work` over the layers, called one after another."""
     for layer in layers:
         work(layer)
     times = []
@@ -79,14 +79,14 @@ def seconds(work: Callable[[Any], Any], layers: list[Any], repeat: int = 3) -> f
 
 
 def bandwidth(buffer: torch.Tensor) -> float:
-    """Bytes per second of reading."""
+    """Returns the read bandwidth in bytes per second."""
     return buffer.nbytes / seconds(lambda b: b.sum(), [buffer], repeat=5)
 
 
-def others(
+def torch_products(
     in_features: int, out_features: int
 ) -> dict[str, tuple[Callable[[Any], Any], list[Any]]]:
-    """What torch has for one row: a dense bfloat16 weight, and its own 4-bit kernel."""
+    """Returns torch's own products for one row: a dense bfloat16 weight, and its 4-bit kernel."""
     x = torch.randn(1, in_features).bfloat16()
     dense = torch.randn(out_features, in_features).bfloat16()
     codes = torch.randint(0, 16, (out_features, in_features), dtype=torch.int32)
@@ -101,8 +101,8 @@ def others(
     }
 
 
-class Peer:
-    """GPTQModel's kernel for the same shape, in a process of its own."""
+class GPTQModelKernel:
+    """GPTQModel's kernel for the same shape, in a separate process."""
 
     def __init__(self, folder: Path, in_features: int, out_features: int) -> None:
         write_checkpoint(folder, in_features, out_features)
@@ -118,11 +118,11 @@ class Peer:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
         if not line:
-            sys.exit(f"gptqmodel ended with {self.process.wait()}")
+            sys.exit(f"gptqmodel failed with exit code {self.process.wait()}")
         return line
 
     def seconds(self) -> float:
-        """Median time of one row."""
+        """Returns the median time of a product with one row."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -130,7 +130,7 @@ class Peer:
 
 
 def write_checkpoint(folder: Path, hidden: int, intermediate: int) -> None:
-    """A Llama of one block with random codes, so that others can load the shape."""
+    """Writes a Llama of one block with random codes, so that GPTQModel can load this shape."""
     heads = hidden // 128
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
@@ -153,14 +153,14 @@ def write_checkpoint(folder: Path, hidden: int, intermediate: int) -> None:
             tensors[f"model.layers.0.{name}.{part}"] = getattr(weight, part)
         tensors[f"model.layers.0.{name}.g_idx"] = weight.channel_groups().to(torch.int32)
     folder.mkdir(parents=True)
-    for file in bundled_model().glob("tokenizer*"):  # GPTQModel loads none without
+    for file in bundled_model().glob("tokenizer*"):  # GPTQModel loads no checkpoint without them
         shutil.copy(file, folder)
     write_json(folder / "config.json", config)
     write_safetensors(folder / "model.safetensors", tensors)
 
 
 def one_row(against: bool, scratch: Path) -> None:
-    """The table of products with one row."""
+    """Prints the table of products with one row."""
     buffer = torch.ones(64 << 20)
     print("\n| shape | bits | ms | GB/s | share of read bandwidth | times faster than: |")
     print("|---|---|---|---|---|---|")
@@ -168,17 +168,18 @@ def one_row(against: bool, scratch: Path) -> None:
         x = torch.randn(1, in_features).bfloat16()
         nbytes = in_features * out_features * bits / 8 + in_features // GROUP * out_features * 2
         ours = copies(NativeKernel(random_weight(bits, in_features, out_features)), nbytes)
-        rest = others(in_features, out_features) if bits == 4 else {}
+        products = torch_products(in_features, out_features) if bits == 4 else {}
         peer = None
         if against and bits == 4:
-            peer = Peer(scratch / f"{in_features}x{out_features}", in_features, out_features)
+            folder = scratch / f"{in_features}x{out_features}"
+            peer = GPTQModelKernel(folder, in_features, out_features)
         mine, shares = [], []
         ratios: dict[str, list[float]] = {}
         for _ in range(ROUNDS):
             limit = bandwidth(buffer)
             mine.append(seconds(lambda kernel: kernel(x), ours))  # noqa: B023
             shares.append(nbytes / mine[-1] / limit)
-            for name, (work, layers) in rest.items():
+            for name, (work, layers) in products.items():
                 ratios.setdefault(name, []).append(seconds(work, layers) / mine[-1])
             if peer is not None:
                 ratios.setdefault(peer.name, []).append(peer.seconds() / mine[-1])
@@ -192,12 +193,10 @@ def one_row(against: bool, scratch: Path) -> None:
 
 
 def many_rows() -> None:
-    """The table of products with the rows of a prompt, against a dense bfloat16 weight."""
+    """Prints the table of products with the rows of a prompt, against a dense bfloat16 weight."""
     in_features = out_features = 4096
     dense = torch.randn(out_features, in_features).bfloat16()
-    print(
-        "\n| rows | bits | ms | billion products a second, times two | F.linear bf16, ms | ratio |"
-    )
+    print("\n| rows | bits | ms | GFLOPS | F.linear bf16, ms | ratio |")
     print("|---|---|---|---|---|---|")
     for rows, bits in itertools.product((4, 16, 128, 512), WIDTHS):
         x = torch.randn(rows, in_features).bfloat16()

@@ -1,16 +1,16 @@
-"""Products with packed weights on a GPU, against its memory's speed, bfloat16 and Marlin.
+"""Measures the GPU kernel for packed weights against memory bandwidth, bfloat16 and Marlin.
 
     python benchmarks/kernels_gpu.py                   all shapes, rows and widths
     python benchmarks/kernels_gpu.py --bits 4 --rows 1 16
-    python benchmarks/kernels_gpu.py --against marlin  vLLM's kernel too, where vllm can be imported
+    python benchmarks/kernels_gpu.py --against marlin  vLLM's kernel too, if vllm is installed
     python benchmarks/kernels_gpu.py --json figures.json
 
-It needs a CUDA device and ends with 2 where there is none. Layers are copied until the L2 cache holds
-none of them, products with all copies are captured in one CUDA graph, and a time is the median over its
-replays divided by the copies: what a kernel takes inside a model that runs as graphs. `read` is the
-share of the bandwidth, measured first, at which packed bytes (codes, scales, zero points) are read; it
-says something where rows are few. `bf16` is the time of F.linear over that of the kernel: above 1, the
-kernel is faster; `marlin` likewise. Every product is checked against float64 before it is timed.
+Needs a CUDA device; without one, the exit code is 2. Layers are copied until they exceed the L2 cache.
+Products with all copies are captured in one CUDA graph; a time is the median over its replays, divided by
+the number of copies, as in a model that runs with CUDA graphs. `read` is the speed at which packed bytes
+(codes, scales, zero points) are read, as a share of the measured bandwidth; it is meaningful for few
+rows. `bf16` is the time of F.linear divided by the time of the kernel: above 1, the kernel is faster.
+`marlin` is the same for vLLM's kernel. Every product is checked against float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from roundwise.core.quantized_weight import WIDTHS, pack
 from roundwise.inference.kernels.base import PackedWeight
 from roundwise.inference.kernels.triton import TritonKernel
 
-#: [in, out], as a linear multiplies.
+#: [in, out] of each layer.
 SHAPES = ((4096, 4096), (2048, 8192), (8192, 8192), (4096, 14336))
 ROWS = (1, 4, 16, 128, 512, 4096)
 GROUP, REPLAYS = 128, 20
-#: Bytes that copies of a layer fill: several times the L2 of any GPU (H200: 60 MB).
+#: Bytes of all copies of a layer: several times the L2 cache of any GPU (H200: 60 MB).
 UNCACHED = 512e6
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def random_weight(bits: int, channels: int, outputs: int) -> PackedWeight:
-    """Random codes, symmetric, groups of 128, on the device."""
+    """Returns a symmetric weight with random codes and groups of 128, on the device."""
     words, groups = channels * bits // 32, channels // GROUP
     zeros = torch.full((outputs, groups), 2 ** (bits - 1) - 1)
     return PackedWeight(
@@ -53,17 +53,17 @@ def random_weight(bits: int, channels: int, outputs: int) -> PackedWeight:
 
 
 def packed_bytes(weight: PackedWeight) -> int:
-    """What has to be read for one product."""
+    """Returns the number of bytes that one product reads."""
     return sum(t.nbytes for t in (weight.qweight, weight.qzeros, weight.scales))
 
 
 def copies(make: Callable[[], Any], nbytes: int) -> list[Any]:
-    """As many as no cache holds, and two at least."""
+    """Returns enough objects from `make` to exceed every cache, at least two."""
     return [make() for _ in range(max(2, int(UNCACHED / nbytes)))]
 
 
 def microseconds(calls: list[Callable[[], Any]]) -> float:
-    """Median time of a call, of all calls captured in one graph."""
+    """Returns the median time of one call when all calls are captured in one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -86,40 +86,40 @@ def microseconds(calls: list[Callable[[], Any]]) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes per second of reading: a sum over memory that no cache holds."""
+    """Returns the read bandwidth in bytes per second: a sum over memory larger than any cache."""
     buffer = torch.ones(2**30, device="cuda")
     return buffer.nbytes / microseconds([buffer.sum] * 4) * 1e6
 
 
 def timed(products: list[Product], rows: int, channels: int) -> float:
-    """Time of a product with rows of bfloat16, over the copies in turn."""
+    """Returns the microseconds of a product with rows of bfloat16, over all copies."""
     x = torch.randn(rows, channels, device="cuda").bfloat16()
     return microseconds([lambda p=p: p(x) for p in products])
 
 
 def error(product: Product, weight: PackedWeight, rows: int) -> float:
-    """Relative error of a product with the weight, against float64."""
+    """Returns the relative error of a product with the weight, against float64."""
     x = torch.randn(rows, weight.in_features, device="cuda").bfloat16()
     true = x.double() @ weight.dequantize(torch.float64)
     return float((product(x).double() - true).norm() / true.norm())
 
 
 def marlin(weight: PackedWeight) -> Product:
-    """VLLM's kernel for the same weight: 4 and 8 bits, symmetric."""
+    """Returns the product of vLLM's kernel with the same weight: 4 and 8 bits, symmetric."""
     from vllm import _custom_ops as ops
     from vllm.model_executor.layers.quantization.utils import marlin_utils as utils
     from vllm.scalar_type import scalar_types
 
     device = weight.qweight.device
     channels, outputs = weight.in_features, weight.out_features
-    nothing = torch.empty(0, dtype=torch.int32, device=device)
-    words = ops.gptq_marlin_repack(weight.qweight, nothing, channels, outputs, weight.bits)
+    empty = torch.empty(0, dtype=torch.int32, device=device)
+    words = ops.gptq_marlin_repack(weight.qweight, empty, channels, outputs, weight.bits)
     scales = utils.marlin_permute_scales(weight.scales.bfloat16(), channels, outputs, GROUP)
     workspace = utils.marlin_make_workspace_new(device)
     kind = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}[weight.bits]
     return lambda x: utils.apply_gptq_marlin_linear(
-        input=x, weight=words, weight_scale=scales, weight_zp=nothing, g_idx=nothing,
-        g_idx_sort_indices=nothing, workspace=workspace, wtype=kind,
+        input=x, weight=words, weight_scale=scales, weight_zp=empty, g_idx=empty,
+        g_idx_sort_indices=empty, workspace=workspace, wtype=kind,
         output_size_per_partition=outputs, input_size_per_partition=channels, is_k_full=True,
     )  # fmt: skip
 
@@ -127,19 +127,19 @@ def marlin(weight: PackedWeight) -> Product:
 def measured(
     bits: int, shape: tuple[int, int], rows: int, against: str | None, dense: float, speed: float
 ) -> dict[str, Any]:
-    """The figures of one line."""
+    """Returns the figures of one line of the table."""
     channels, outputs = shape
     weight = random_weight(bits, channels, outputs)
     nbytes = packed_bytes(weight)
     kernel = TritonKernel(weight)
-    wrong = error(kernel, weight, rows)
-    if not wrong < 4e-3:  # bfloat16 rounds the answer: 1.7e-3
-        sys.exit(f"{bits} bits, {shape}, {rows} rows: relative error {wrong:.1e}")
+    kernel_error = error(kernel, weight, rows)
+    if not kernel_error < 4e-3:  # rounding the result to bfloat16 gives 1.7e-3
+        sys.exit(f"{bits} bits, {shape}, {rows} rows: relative error {kernel_error:.1e}")
     others = copies(lambda: TritonKernel(random_weight(bits, channels, outputs)), nbytes)
     time = timed([kernel, *others], rows, channels)
     line = {
         "bits": bits, "in": channels, "out": outputs, "rows": rows, "microseconds": time,
-        "read": nbytes / time * 1e6 / speed, "bf16": dense / time, "error": wrong,
+        "read": nbytes / time * 1e6 / speed, "bf16": dense / time, "error": kernel_error,
     }  # fmt: skip
     if against == "marlin" and bits in (4, 8):
         del others
@@ -154,16 +154,16 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--against", choices=["marlin"])
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("kernels_gpu.py needs a CUDA device, and torch sees none", file=sys.stderr)
+        print("kernels_gpu.py needs a CUDA device, but torch finds none", file=sys.stderr)
         sys.exit(2)
     if options.against == "marlin":
         try:
             marlin(random_weight(4, 1024, 1024))
         except (ImportError, AttributeError, TypeError) as problem:
-            print(f"no Marlin here ({problem}): left out", file=sys.stderr)
+            print(f"Marlin is unavailable ({problem}): skipped", file=sys.stderr)
             options.against = None
     import triton
 

@@ -1,13 +1,13 @@
-"""Peak memory of quantizing generated Llamas: does it depend on one block, or on the model?
+"""Measures the peak memory of quantizing generated Llamas: it should not grow with the number of blocks.
 
     python benchmarks/memory.py                   1.2B and 2.4B parameters (twice as many blocks)
-    python benchmarks/memory.py --recipe textbook the same with GPTQ as published (much faster here)
-    python benchmarks/memory.py --shape 7b        a 7B-shaped model, to the end
+    python benchmarks/memory.py --recipe textbook the same with GPTQ as published (much faster)
+    python benchmarks/memory.py --shape 7b        all blocks of a model of 7B shape
     python benchmarks/memory.py --shape 8b --device cuda --samples 128 --seq-len 2048 --batch-size 4
-                                                  Llama 3.1 8B's shape on a GPU, with times by phase
+                                                  the shape of Llama 3.1 8B on a GPU, with times by phase
 
-The models are random bf16 weights in shards, written block by block. Each run is a process of its own;
-its peak is read from the kernel (VmHWM), and what the interpreter takes with torch imported is
+The models have random bfloat16 weights in shards, written block by block. Each run is a separate process.
+Its peak memory is read from the kernel (VmHWM); the memory of the interpreter with torch imported is
 subtracted.
 """
 
@@ -60,7 +60,7 @@ print(json.dumps({"base": base, "peak": peak, "seconds": result.seconds, "mode":
 def write_model(
     folder: Path, hidden: int, intermediate: int, blocks: int, heads: int, kv_heads: int
 ) -> int:
-    """Writes a Llama with random weights; the number of its parameters."""
+    """Writes a Llama with random weights and returns its number of parameters."""
     config = transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks,
         num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=VOCABULARY,
@@ -112,7 +112,7 @@ def write_model(
 
 
 def measure(shape: str, args: argparse.Namespace, scratch: Path) -> float:
-    """Generates, quantizes and deletes one model; prints a line; the peak above torch in MB."""
+    """Writes, quantizes and deletes one model, prints a line, and returns the peak above torch in MB."""
     recipe, blocks, samples, length = args.recipe, args.blocks, args.samples, args.seq_len
     source, out = scratch / f"model-{shape}", scratch / f"out-{shape}"
     source.mkdir()
@@ -124,19 +124,19 @@ def measure(shape: str, args: argparse.Namespace, scratch: Path) -> float:
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments], check=True, capture_output=True, text=True
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    above = (found["peak"] - found["base"]) / 1e6
+    result = json.loads(done.stdout.splitlines()[-1])
+    above = (result["peak"] - result["base"]) / 1e6
     print(
         f"{shape}: {parameters / 1e9:.2f}B parameters, {sizes['blocks']} blocks, "
-        f"{samples} x {length} tokens, {recipe}, mode {found['mode']}: peak {above:.0f} MB above torch "
-        f"({found['peak'] / 1e6:.0f} MB in all), {found['seconds']:.0f} s "
-        f"({found['seconds'] / sizes['blocks']:.1f} s per block), "
+        f"{samples} x {length} tokens, {recipe}, mode {result['mode']}: peak {above:.0f} MB above torch "
+        f"({result['peak'] / 1e6:.0f} MB in total), {result['seconds']:.0f} s "
+        f"({result['seconds'] / sizes['blocks']:.1f} s per block), "
         f"{time.monotonic() - begun:.0f} s wall",
         flush=True,
     )
-    if found["on_device"] is not None:
-        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found["phases"].items())
-        print(f"{found['on_device'] / 1e6:.0f} MB on {args.device}; seconds: {phases}", flush=True)
+    if result["on_device"] is not None:
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["phases"].items())
+        print(f"{result['on_device'] / 1e6:.0f} MB on {args.device}; seconds: {phases}", flush=True)
     shutil.rmtree(source)
     shutil.rmtree(out)
     return above
@@ -148,12 +148,12 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=SHAPES, action="append")
     parser.add_argument("--recipe", choices=["best", "textbook"], default="best")
-    parser.add_argument("--blocks", type=int, default=0, help="other than the shape's")
+    parser.add_argument("--blocks", type=int, default=0, help="number of blocks, instead of the shape's")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--scratch", type=Path, help="where models are written (needs their size)")
+    parser.add_argument("--scratch", type=Path, help="folder for the models (needs disk space of their size)")
     args = parser.parse_args()
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "

@@ -1,6 +1,6 @@
-"""Parts of quantizing by themselves: the solver, the Hessian, and a forward in half precision.
+"""Measures single parts of quantization: the solver, the Hessian, and a forward in half precision.
 
-`python benchmarks/quantize.py --solver` (`--hessian`, `--forward`) prints them.
+Run them with `python benchmarks/quantize.py --solver` (or `--hessian`, `--forward`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LENGTH = 512
 
 
 def seconds(work: Callable[[], Any], repeat: int = 5) -> float:
-    """Median time of `work`, after one run to warm up."""
+    """Returns the median time of `work` after one warm-up run."""
     work()
     times = []
     for _ in range(repeat):
@@ -39,7 +39,7 @@ def seconds(work: Callable[[], Any], repeat: int = 5) -> float:
 
 
 def published(W: torch.Tensor, H: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """GPTQ as published (algorithm 1 with lazy batches of 128), column by column in torch."""
+    """Quantizes with GPTQ as published (algorithm 1 with lazy batches of 128), column by column in torch."""
     W, H, width, maxq = W.clone(), H.clone(), W.shape[1], 2**bits - 1
     H.diagonal().add_(0.01 * H.diagonal().mean())
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
@@ -61,8 +61,8 @@ def published(W: torch.Tensor, H: torch.Tensor, bits: int, group: int) -> torch.
     return Q
 
 
-def rounded(W: torch.Tensor, H: torch.Tensor, config: rw.QuantizeConfig) -> ColumnSweep:
-    """What the published loop does: damping, factor, codes and scales, and the loss."""
+def round_only(W: torch.Tensor, H: torch.Tensor, config: rw.QuantizeConfig) -> ColumnSweep:
+    """Does what the published loop does, in our code: damping, factor, codes, scales and the loss."""
     prepared = prepare_hessian(H, config)
     columns = ColumnSweep(
         permuted_columns(W, prepared.order.perm), prepared.factor, prepared.order, config, None
@@ -71,8 +71,8 @@ def rounded(W: torch.Tensor, H: torch.Tensor, config: rw.QuantizeConfig) -> Colu
     return columns
 
 
-def peer(width: int) -> float:
-    """Seconds of GPTQModel's solver for a layer of this width, in its own environment."""
+def gptqmodel_seconds(width: int) -> float:
+    """Returns the seconds of GPTQModel's solver for a layer of this width, in its own environment."""
     script = Path(__file__).parent / "peers" / "run_gptqmodel_solver.py"
     done = subprocess.run(
         [python_of("gptqmodel"), script, str(width), "3"],
@@ -82,9 +82,9 @@ def peer(width: int) -> float:
 
 
 def solver(*, against: bool) -> None:
-    """4 bit, groups of 128, float32: the textbook's rounding alone, and all of `rw.solve`.
+    """Prints the solver's times: 4 bit, groups of 128, float32; rounding alone, and all of `rw.solve`.
 
-    `rw.solve` also measures the relative error, which costs a product with the Hessian.
+    `rw.solve` also measures the relative error, which needs another product with the Hessian.
     """
     names = ["published", *(["GPTQModel"] if against else []), "rounding", "ratios"]
     names += ["solve, textbook", "solve, best", "loss ratio"]
@@ -96,21 +96,21 @@ def solver(*, against: bool) -> None:
         H, W = X.T @ X / len(X), 0.02 * torch.randn(width, width)
         del X
         loop = seconds(lambda W=W, H=H: published(W, H, 4, 128), 1 if width > 2048 else 3)
-        slow = [loop, *([peer(width)] if against else [])]
-        core = seconds(lambda W=W, H=H: rounded(W, H, textbook), 9)
+        others = [loop, *([gptqmodel_seconds(width)] if against else [])]
+        core = seconds(lambda W=W, H=H: round_only(W, H, textbook), 9)
         whole = [seconds(lambda W=W, H=H, c=c: rw.solve(W, H, c), 3) for c in (textbook, best)]
         E, P = W - rw.solve(W, H, textbook).dequantize(), W - published(W, H, 4, 128)
         ratio = float(((E @ H) * E).sum() / ((P @ H) * P).sum())
         print(
             f"| {width} x {width} | {' | '.join(f'{each:.2f} s' for each in slow)} | {core:.4f} s "
-            f"| **{', '.join(f'{each / core:.1f}x' for each in slow)}** "
+            f"| **{', '.join(f'{each / core:.1f}x' for each in others)}** "
             f"| {whole[0]:.3f} s | {whole[1]:.3f} s | {ratio:.4f} |",
             flush=True,
         )
 
 
 def hessian() -> None:
-    """4096 tokens against H *= n/(n+k); X *= √(2/n); H += XᵀX, in float32."""
+    """Compares our sum over 4096 tokens with the published one: H *= n/(n+k); X *= √(2/n); H += XᵀX."""
     print("| width | input | published | ours | ratio |\n|---|---|---|---|---|")
     for width in (1024, 4096):
         for dtype in (torch.float32, torch.bfloat16):
@@ -132,14 +132,14 @@ def hessian() -> None:
 
 
 def forward() -> None:
-    """8 x 512 tokens through the bundled model: what the processor cannot multiply, and widened."""
+    """Prints the times of 8 x 512 tokens through the bundled model in half precision, with and without float32 products."""
     model = AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32).eval()
     ids = torch.randint(0, model.config.vocab_size, (8, LENGTH))
 
     def hidden() -> torch.Tensor:
         return model.model(input_ids=ids, use_cache=False).last_hidden_state.float()
 
-    print("| type | torch multiplies it here | as torch does it | as a run does it | ratio |")
+    print("| type | native instructions | torch | roundwise | ratio |")
     print("|---|---|---|---|---|")
     with torch.no_grad():
         for dtype in (torch.float16, torch.bfloat16):
@@ -147,8 +147,6 @@ def forward() -> None:
             plain = seconds(hidden, 3)
             with cpu_half_matmul():
                 ours = seconds(hidden, 3)
-            name, there = (
-                str(dtype).removeprefix("torch."),
-                "yes" if has_native_matmul(dtype) else "no",
-            )
-            print(f"| {name} | {there} | {plain:.2f} s | {ours:.2f} s | **{plain / ours:.1f}x** |")
+            name = str(dtype).removeprefix("torch.")
+            native = "yes" if has_native_matmul(dtype) else "no"
+            print(f"| {name} | {native} | {plain:.2f} s | {ours:.2f} s | **{plain / ours:.1f}x** |")

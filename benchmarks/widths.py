@@ -1,10 +1,10 @@
-"""What `--target-bpw` gains over one width for all layers at the same size: KL of the bundled model.
+"""Compares `--target-bpw` with one width for all layers at the same size: KL of the bundled model.
 
-    python benchmarks/widths.py                 3 and 4 bits, and 3.5; ten minutes on two cores
-    python benchmarks/widths.py --seeds 0 1 2   several choices of calibration windows
+    python benchmarks/widths.py                 3, 3.5 and 4 bits; ten minutes on two cores
+    python benchmarks/widths.py --seeds 0 1 2   several sets of calibration windows
 
 Calibration: 128 windows of 512 tokens of the Python standard library; KL and perplexity in float32 on
-20,480 held-out tokens of it. The target is the size that the uniform model has.
+20,480 held-out tokens of it. The target is the size of the model with one width.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def main() -> None:
                 samples=128, seq_len=512, seed=seed,
             )  # fmt: skip
             seconds = time.monotonic() - begun
-            found = divergence(base, rw.load(Path(scratch) / "out", dtype=torch.float32)[0], ids)
+            model, _ = rw.load(Path(scratch) / "out", dtype=torch.float32)
+            quality = divergence(base, model, ids)
         print(
             f"seed {seed}  {name:20} {result.bits_per_weight:.3f} bits per weight  "
-            f"KL {found.kl_divergence:.6f}  perplexity {found.perplexity[1]:.3f}  {seconds:.0f} s",
+            f"KL {quality.kl_divergence:.6f}  perplexity {quality.perplexity[1]:.3f}  {seconds:.0f} s",
             flush=True,
         )
         return result.bits_per_weight

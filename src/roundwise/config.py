@@ -18,6 +18,7 @@ Method = Literal["gptq", "rtn", "awq"]
 Prescale = Literal["none", "awq"]
 Format = Literal["gptq", "gptq_v2"]
 Experts = Literal["routed", "all"]
+Mode = Literal["true_sequential", "block"]
 
 Recipe = Literal["best", "textbook"]
 GridSearch = Literal["minmax", "mse", "pivot"]
@@ -35,14 +36,55 @@ RECIPES: dict[str, dict[str, Any]] = {
 OVERRIDABLE = ("bits", "group_size", "sym", "desc_act")
 
 
-class QuantizeConfig(BaseModel):
+class Settings(BaseModel):
+    """Base of all settings: immutable, and `ConfigError` instead of pydantic's error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, type(self))) from None
+
+
+class CalibrationConfig(Settings):
+    """How calibration text becomes batches of token windows. Immutable."""
+
+    samples: int = Field(128, description="Calibration windows.")
+    seq_len: int = Field(2048, description="Tokens of a window.")
+    batch_size: int = Field(8, description="Windows in one forward.")
+    seed: int = Field(0, description="Random seed for choosing calibration windows.")
+    only: str | None = Field(
+        None,
+        description="assistant: of chats, only what the assistant wrote counts; the rest is context.",
+    )
+
+
+class RunConfig(Settings):
+    """How a run is carried out; nothing here but `mode` and `device` changes its result. Immutable."""
+
+    mode: Mode | None = Field(
+        None,
+        description="true_sequential: each layer sees already quantized predecessors in its block; "
+        "block: all layers of a block at once, in less memory. Chosen by memory if not given.",
+    )
+    max_memory: int | str | None = Field(
+        None, description="Memory budget, such as 8GB; a run that needs more says so."
+    )
+    device: str = Field(
+        "auto", description="Device to compute on: auto (the first GPU, or the CPU), cpu, cuda, cuda:1."
+    )
+    restart: bool = Field(False, description="Discard finished blocks and begin anew.")
+    strict: bool = Field(False, description="Fail if any option cannot be honoured.")
+
+
+class QuantizeConfig(Settings):
     """How to quantize. Immutable; equal configs give equal checkpoints.
 
     Raises `ConfigError` on construction when a value cannot be. References: GPTQ is Frantar et al.,
     2022 (arXiv 2210.17323); act-order and static groups come with its reference implementation.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: Bits = Field(4, description="Width of a code.")
     group_size: int = Field(
@@ -165,10 +207,7 @@ class QuantizeConfig(BaseModel):
     )
 
     def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**{**_defaults(data), **data})
-        except ValidationError as error:
-            raise ConfigError(_explain(error)) from None
+        super().__init__(**{**_defaults(data), **data})
 
     @field_validator("group_size")
     @classmethod
@@ -281,13 +320,13 @@ def _defaults(data: dict[str, Any]) -> dict[str, Any]:
     return {**follows, **RECIPES.get(str(data.get("recipe", "best")), {})}
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     """One sentence per wrong setting, in the user's words."""
     lines = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = ", ".join(QuantizeConfig.model_fields)
+            known = ", ".join(kind.model_fields)
             lines.append(f"there is no setting {name!r}; settings are {known}")
         elif item["type"] == "literal_error":
             expected = item.get("ctx", {}).get("expected", "")

@@ -168,7 +168,7 @@ def test_a_conv1d_is_refused(quantized, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"format": "nvfp4-pack-quantized"}, "only pack-quantized is read"),
+        ({"format": "nvfp4-pack-quantized"}, "only pack-quantized is supported"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "more than weights"),
         (
             {"config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}},

@@ -181,13 +181,13 @@ def test_what_was_written_by_a_stopped_run_is_read_unless_it_changed(
 def test_a_model_that_cannot_be_differentiated(
     folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = output_gradients._gate
+    plain = output_gradients._checkpointed
 
     def broken(streamed: Any, block: Block, *args: Any) -> Any:
         forward = plain(streamed, block, *args)
         return lambda x, *a, **k: forward(x, *a, **k).detach()
 
-    monkeypatch.setattr(output_gradients, "_gate", broken)
+    monkeypatch.setattr(output_gradients, "_checkpointed", broken)
     config, folder = rw.QuantizeConfig(**QUICK), folder_of("llama")
     result = rw.quantize(folder, tmp_path / "out", config, windows(), batch_size=2)
     lines = [line for line in result.not_as_asked if "outputs" in line]

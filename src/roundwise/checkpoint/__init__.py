@@ -1,1 +1,1 @@
-"""Checkpoints as bytes on disk."""
+"""Reads and writes checkpoints on disk: safetensors files, quantization formats, manifests."""

@@ -1,16 +1,16 @@
-"""The compressed-tensors format, `pack-quantized`: what llm-compressor writes and vLLM reads.
+"""Reads and writes `pack-quantized` of compressed-tensors, the format of llm-compressor and vLLM.
 
-For a weight [out, in], the same numbers as in the GPTQ format, turned around:
+A weight [out, in] has the same numbers as in the GPTQ format, transposed:
 
     weight_packed      int32 [out, in·bits/32]      codes along the input, one bit stream a row
     weight_scale       float [out, groups]
     weight_shape       int64 [2]                    out, in
-    weight_zero_point  int32 [out·bits/32, groups]  zero points along the output; not if symmetric
+    weight_zero_point  int32 [out·bits/32, groups]  zero points along the output; absent if symmetric
     weight_g_idx       int32 [in]                   only with act-order; read, but not written
 
 Codes and zero points are unsigned, as in the GPTQ format: the signed ones of the specification, plus
-2^(bits-1). What releases of the library disagree about is not written: 3 bits, and act-order, which
-the newest cannot read.
+2^(bits-1). Two things are not written because releases of the library disagree about them: 3 bits, and
+act-order, which the newest release cannot read.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ WIDTHS = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Scheme:
-    """How some layers are quantized."""
+    """Quantization settings of a layer."""
 
     bits: int
     group_size: int
-    """-1: a scale for each row."""
+    """Input channels per scale; -1: one scale for the whole row."""
     sym: bool
 
-    def settings(self) -> dict[str, Any]:
-        """`weights` of a config group."""
+    def weights_config(self) -> dict[str, Any]:
+        """Returns the `weights` entry of a config group, as the library's QuantizationArgs has it."""
         return {
             "num_bits": self.bits,
             "type": "int",
@@ -58,19 +58,20 @@ class Scheme:
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A quantized linear as it stands in a checkpoint."""
+    """A quantized linear layer of a checkpoint."""
 
     name: str
-    parts: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo]
+    """The layer's tensors by suffix, such as weight_packed."""
 
     def shape(self) -> tuple[int, int]:
-        """Output and input channels.
+        """Returns (out_features, in_features).
 
         Raises:
-            CheckpointError: tensors that do not fit together.
+            CheckpointError: the shapes of the layer's tensors contradict each other.
         """
-        rows, columns = (int(size) for size in self.parts[SHAPE].read())
-        packed, scale = self.parts[PACKED].shape, self.parts[SCALE].shape
+        rows, columns = (int(size) for size in self.tensors[SHAPE].read())
+        packed, scale = self.tensors[PACKED].shape, self.tensors[SCALE].shape
         words = [-(-columns * bits // 32) for bits in WIDTHS]
         if len(packed) != 2 or len(scale) != 2 or packed[0] != rows or scale[0] != rows:
             raise CheckpointError(
@@ -79,49 +80,49 @@ class PackedLayer:
             )
         if columns < 1 or packed[1] not in words or not 1 <= scale[1] <= columns:
             raise CheckpointError(
-                f"{self.name}: weight_packed {list(packed)} holds no {columns} codes of 2, 4 or 8 bits"
+                f"{self.name}: weight_packed {list(packed)} does not fit {columns} codes of 2, 4 or 8 "
+                "bits"
             )
         return rows, columns
 
     def bits(self) -> int:
-        """Width of its codes."""
-        _, columns = self.shape()
-        width = self.parts[PACKED].shape[1]
-        return next(bits for bits in WIDTHS if -(-columns * bits // 32) == width)
-
-    def scheme(self) -> Scheme:
-        """How it is quantized, from its own tensors."""
-        _, columns = self.shape()
-        groups = self.parts[SCALE].shape[1]
-        return Scheme(
-            self.bits(), -1 if groups == 1 else -(-columns // groups), ZERO not in self.parts
-        )
-
-    def read(self) -> QuantizedWeight:
-        """Its codes, scales and zero points.
+        """Returns the width of the codes.
 
         Raises:
-            CheckpointError: tensors that do not fit together.
-            ConfigError: scales that float16 does not hold exactly.
+            CheckpointError: the shapes of the layer's tensors contradict each other.
+        """
+        _, columns = self.shape()
+        words = self.tensors[PACKED].shape[1]
+        return next(bits for bits in WIDTHS if -(-columns * bits // 32) == words)
+
+    def read(self) -> QuantizedWeight:
+        """Returns the layer's codes, scales and zero points.
+
+        Raises:
+            CheckpointError: the layer's tensors contradict each other.
+            ConfigError: float16 cannot represent the scales exactly.
         """
         (rows, columns), bits = self.shape(), self.bits()
-        scales = self.parts[SCALE].read()
+        scales = self.tensors[SCALE].read()
         groups = scales.shape[1]
         halves = scales.to(torch.float16)
         if not torch.equal(halves.to(torch.float32), scales.to(torch.float32)):
             raise ConfigError(
-                f"{self.name}: its scales do not fit float16, as the GPTQ format has them"
+                f"{self.name} has scales that float16, the type of the GPTQ format, cannot hold exactly"
             )
-        codes = _unpacked(self.parts[PACKED].read(), bits, columns)
-        # Symmetric: the middle code stands for zero.
+        codes = _unpack_rows(self.tensors[PACKED].read(), bits, columns)
+        # Symmetric layers store no zero points: the middle code stands for zero.
         zeros = torch.full((rows, groups), 2 ** (bits - 1), dtype=torch.int32)
-        if ZERO in self.parts:
-            words = self.parts[ZERO].read()
+        if ZERO in self.tensors:
+            words = self.tensors[ZERO].read()
             if words.shape != (-(-rows * bits // 32), groups):
-                raise CheckpointError(f"{self.name}: weight_zero_point is {list(words.shape)}")
-            zeros = _unpacked(words.T.contiguous(), bits, rows).T.contiguous().to(torch.int32)
-        if G_IDX in self.parts:
-            g_idx = self.parts[G_IDX].read().to(torch.int32)
+                raise CheckpointError(
+                    f"{self.name}: weight_zero_point {list(words.shape)} does not fit {rows} rows and "
+                    f"{groups} groups"
+                )
+            zeros = _unpack_rows(words.T.contiguous(), bits, rows).T.contiguous().to(torch.int32)
+        if G_IDX in self.tensors:
+            g_idx = self.tensors[G_IDX].read().to(torch.int32)
         else:
             g_idx = torch.arange(columns, dtype=torch.int32) // -(-columns // groups)
         if g_idx.shape != (columns,) or int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
@@ -132,11 +133,11 @@ class PackedLayer:
 
 
 def packed_layers(checkpoint: Checkpoint) -> dict[str, PackedLayer]:
-    """All quantized linears of a compressed-tensors checkpoint, by name.
+    """Returns all quantized linear layers of a compressed-tensors checkpoint, by name.
 
     Raises:
-        CheckpointError: one of a layer's tensors is missing, or there are no layers.
-        ConfigError: a format other than pack-quantized, or activations are quantized too.
+        CheckpointError: a tensor of a layer is missing, or there are no quantized layers.
+        ConfigError: the format is not pack-quantized, or activations are quantized too.
     """
     settings = checkpoint.config["quantization_config"]
     groups = settings.get("config_groups")
@@ -144,36 +145,41 @@ def packed_layers(checkpoint: Checkpoint) -> dict[str, PackedLayer]:
     formats = {settings.get("format"), *(group.get("format") for group in groups)} - {None}
     if formats != {FORMAT}:
         raise ConfigError(
-            f"compressed-tensors {', '.join(map(str, formats))}: only {FORMAT} is read"
+            f"{checkpoint.folder} is in compressed-tensors format {', '.join(map(str, formats))}: only "
+            f"{FORMAT} is supported"
         )
     activations = any(group.get("input_activations") for group in groups)
     if activations or settings.get("kv_cache_scheme") or settings.get("transform_config"):
         raise ConfigError(
-            f"{checkpoint.folder} quantizes more than weights, which the GPTQ format cannot say"
+            f"{checkpoint.folder} quantizes more than weights, which the GPTQ format cannot express"
         )
-    found = {}
+    layers = {}
     for tensor in checkpoint.tensors:
         name, _, suffix = tensor.rpartition(".")
         if suffix == PACKED:
-            parts = {
-                part: checkpoint.tensors[f"{name}.{part}"]
-                for part in SUFFIXES
-                if f"{name}.{part}" in checkpoint.tensors
+            tensors = {
+                suffix: checkpoint.tensors[f"{name}.{suffix}"]
+                for suffix in SUFFIXES
+                if f"{name}.{suffix}" in checkpoint.tensors
             }
-            missing = {SCALE, SHAPE} - set(parts)
+            missing = {SCALE, SHAPE} - set(tensors)
             if missing:
                 raise CheckpointError(f"{name} lacks {', '.join(sorted(missing))}")
-            found[name] = PackedLayer(name, parts)
-    if not found:
+            layers[name] = PackedLayer(name, tensors)
+    if not layers:
         raise CheckpointError(f"{checkpoint.folder} has no quantized layers")
-    return found
+    return layers
 
 
-def scheme_of(name: str, q: QuantizedWeight) -> Scheme:
-    """How a weight is described.
+def scheme_from_weight(name: str, q: QuantizedWeight) -> Scheme:
+    """Returns the scheme that describes a quantized weight.
+
+    Args:
+        name: the layer's name, for error messages.
+        q: the weight.
 
     Raises:
-        ConfigError: the format has no way to say it.
+        ConfigError: the format cannot express the weight's width, groups or act-order.
     """
     groups, columns = q.scales.shape[1], q.codes.shape[1]
     if q.bits not in WIDTHS:
@@ -182,74 +188,78 @@ def scheme_of(name: str, q: QuantizedWeight) -> Scheme:
         )
     if columns % groups:
         raise ConfigError(
-            f"{name}: {columns} input channels are no multiple of {groups} groups, which "
-            "compressed-tensors asks for"
+            f"{name}: {columns} input channels are not a multiple of {groups} groups, which "
+            "compressed-tensors requires"
         )
     size = columns // groups
     if not torch.equal(q.g_idx, torch.arange(columns, dtype=torch.int32) // size):
         raise ConfigError(
             f"{name} was quantized with desc_act=True, and newer releases of compressed-tensors do not "
-            "read the order of its groups: use desc_act=False"
+            "read act-order groups: use desc_act=False"
         )
     sym = bool((q.zeros == 2 ** (q.bits - 1)).all())
     return Scheme(q.bits, -1 if groups == 1 else size, sym)
 
 
-def parts_of(sym: bool) -> tuple[str, ...]:
-    """Suffixes of the tensors of a layer."""
+def suffixes(*, sym: bool) -> tuple[str, ...]:
+    """Returns the suffixes of the tensors that `encode` makes."""
     return (PACKED, SCALE, SHAPE) if sym else (PACKED, SCALE, SHAPE, ZERO)
 
 
 def encode(q: QuantizedWeight, *, sym: bool) -> dict[str, torch.Tensor]:
-    """The tensors of a quantized weight, by suffix."""
+    """Returns the tensors of a quantized weight by suffix, in the layout of the module's docstring.
+
+    Args:
+        q: the weight.
+        sym: leave zero points out; all must be 2^(bits-1).
+    """
     tensors = {
-        PACKED: _packed(q.codes, q.bits),
+        PACKED: _pack_rows(q.codes, q.bits),
         SCALE: q.scales,
         SHAPE: torch.tensor(q.codes.shape),
     }
     if not sym:
-        tensors[ZERO] = _packed(q.zeros.T, q.bits).T.contiguous()
+        tensors[ZERO] = _pack_rows(q.zeros.T, q.bits).T.contiguous()
     return tensors
 
 
-def quantization_config(schemes: dict[str, Scheme], left: Iterable[str]) -> dict[str, Any]:
-    """`quantization_config` of config.json.
+def quantization_config(schemes: dict[str, Scheme], unquantized: Iterable[str]) -> dict[str, Any]:
+    """Returns the `quantization_config` of config.json.
 
     Args:
-        schemes: of each quantized layer.
-        left: names of linear layers that are not quantized.
+        schemes: scheme of each quantized layer, by name.
+        unquantized: names of linear layers that are not quantized.
     """
-    kinds = [scheme for scheme, _ in Counter(schemes.values()).most_common()]
+    distinct = [scheme for scheme, _ in Counter(schemes.values()).most_common()]
     groups = {
         f"group_{index}": {
             "targets": ["Linear"]
-            if len(kinds) == 1
-            else [name for name, scheme in schemes.items() if scheme == kind],
-            "weights": kind.settings(),
+            if len(distinct) == 1
+            else [name for name, other in schemes.items() if other == scheme],
+            "weights": scheme.weights_config(),
             "input_activations": None,
             "output_activations": None,
             "format": FORMAT,
         }
-        for index, kind in enumerate(kinds)
+        for index, scheme in enumerate(distinct)
     }
     return {
         "quant_method": METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": sorted(left),
+        "ignore": sorted(unquantized),
         "kv_cache_scheme": None,
     }
 
 
-def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes [n, m] packed along the second axis, the last word filled with zeros."""
-    per_word = 32 // bits
-    rest = -codes.shape[1] % per_word
-    whole = torch.nn.functional.pad(codes, (0, rest)) if rest else codes
-    return pack(whole.T.contiguous(), bits).T.contiguous()
+def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packs codes [n, m] along the second axis to int32 [n, ceil(m·bits/32)], padding with zeros."""
+    padding = -codes.shape[1] % (32 // bits)
+    padded = torch.nn.functional.pad(codes, (0, padding)) if padding else codes
+    return pack(padded.T.contiguous(), bits).T.contiguous()
 
 
-def _unpacked(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """The inverse of `_packed`: uint8 [n, columns]."""
+def _unpack_rows(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Inverse of `_pack_rows`: returns uint8 [n, columns]."""
     return unpack(words.T.contiguous(), bits).T[:, :columns].contiguous()

@@ -56,7 +56,7 @@ class Drift:
         residual = None if self.residual is None else self.residual[rows].clone()
         return Drift(self.input, residual)
 
-    def target_shift(self, W: torch.Tensor, alpha: float, beta: float) -> torch.Tensor | None:
+    def take_target_shift(self, W: torch.Tensor, alpha: float, beta: float) -> torch.Tensor | None:
         """Y [out, in] = (output wanted - output now)ᵀX / n, in the moments' dtype. Ends `residual`.
 
         Args:
@@ -76,6 +76,38 @@ class Drift:
             for rows, part in _together(Y, W):
                 add_matmul(rows, part.to(Y.dtype), self.input, alpha)
         return Y
+
+
+@dataclass
+class Moments:
+    """What is summed up about a layer's input over some tokens."""
+
+    H: torch.Tensor
+    """XᵀX / n, [in, in]."""
+    drift: Drift
+    tokens: int
+
+    def divide(self, s: torch.Tensor) -> None:
+        """Makes them the moments of X diag(1/s), in place, for s [in]."""
+        s = s.to(self.H.dtype)
+        for square in (self.H, self.drift.input):
+            if square is not None:
+                square.div_(s).div_(s[:, None])
+        if self.drift.residual is not None:
+            self.drift.residual.div_(s)
+
+    def join(self, other: Moments) -> None:
+        """Makes them the moments over both parts of the tokens, in place."""
+        part = other.tokens / (self.tokens + other.tokens)
+        self.H.lerp_(other.H, part)
+        drift = self.drift
+        for name in ("input", "residual"):
+            mine, theirs = getattr(drift, name), getattr(other.drift, name)
+            if mine is None and theirs is not None:
+                setattr(drift, name, theirs * part)
+            elif mine is not None:
+                mine.lerp_(torch.zeros_like(mine) if theirs is None else theirs, part)
+        self.tokens += other.tokens
 
 
 def corrected_target(

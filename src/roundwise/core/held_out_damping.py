@@ -13,50 +13,17 @@ as for any other regression. Then all tokens are used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.drift import Drift
+from roundwise.core.drift import Moments
 from roundwise.core.solver import prepare_hessian, sample_rows, solve
 
 #: Dampings compared.
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1)
 #: What is left out of the recipe meanwhile.
 QUICK = {"grid_candidates": 1, "refine": 0}
-
-
-@dataclass
-class Moments:
-    """What is summed up about a layer's input over some tokens."""
-
-    H: torch.Tensor
-    """XᵀX / n, [in, in]."""
-    drift: Drift
-    tokens: int
-
-    def divide(self, s: torch.Tensor) -> None:
-        """Makes them the moments of X diag(1/s), in place, for s [in]."""
-        s = s.to(self.H.dtype)
-        for square in (self.H, self.drift.input):
-            if square is not None:
-                square.div_(s).div_(s[:, None])
-        if self.drift.residual is not None:
-            self.drift.residual.div_(s)
-
-    def join(self, other: Moments) -> None:
-        """Makes them the moments over both parts of the tokens, in place."""
-        part = other.tokens / (self.tokens + other.tokens)
-        self.H.lerp_(other.H, part)
-        drift = self.drift
-        for name in ("input", "residual"):
-            mine, theirs = getattr(drift, name), getattr(other.drift, name)
-            if mine is None and theirs is not None:
-                setattr(drift, name, theirs * part)
-            elif mine is not None:
-                mine.lerp_(torch.zeros_like(mine) if theirs is None else theirs, part)
-        self.tokens += other.tokens
 
 
 def held_out_losses(
@@ -89,7 +56,7 @@ def _loss(W: torch.Tensor, settings: QuantizeConfig, fit: Moments, held: Moments
     W = W[rows].to(torch.float32)
     alpha, beta = settings.alpha, settings.beta
     target_shift, missed = (
-        part.drift.rows(rows).target_shift(W, alpha, beta) for part in (fit, held)
+        part.drift.rows(rows).take_target_shift(W, alpha, beta) for part in (fit, held)
     )
     q = solve(W, prepare_hessian(fit.H, settings), settings, target_shift=target_shift)
     E, H = q.dequantize() - W, held.H.to(torch.float32)

@@ -105,14 +105,16 @@ class Hessian:
                 f"(first: channel {int(bad[0])})"
             )
 
-    def mean(self, *, keep: bool = False) -> torch.Tensor:
-        """H = XᵀX / n, [in, in], symmetric. All zeros when no token was seen. Ends the sum.
+    def mean(self) -> torch.Tensor:
+        """H = XᵀX / n, [in, in], symmetric; all zeros when no token was seen. A copy."""
+        return self._mean(self.sum.clone())
 
-        Args:
-            keep: the sum goes on; H is a copy.
-        """
-        H = self.sum.clone() if keep else self.sum
-        self.sum = self.sum if keep else torch.empty(0)
+    def take_mean(self) -> torch.Tensor:
+        """As `mean`, but in the memory of the sum, which is gone afterwards."""
+        H, self.sum = self.sum, torch.empty(0)
+        return self._mean(H)
+
+    def _mean(self, H: torch.Tensor) -> torch.Tensor:
         H /= max(self.tokens, 1)
         width = H.shape[0]
         for start in range(0, width, TILE):
@@ -163,7 +165,7 @@ class CrossMoment:
             distance += unmasked_rows(more, mask)
         add_moment(self.sum, distance, x.to(dtype))
 
-    def mean(self) -> torch.Tensor:
-        """(Ỹ - Y)ᵀX / n, [rows, columns]. Ends the sum."""
+    def take_mean(self) -> torch.Tensor:
+        """(Ỹ - Y)ᵀX / n, [rows, columns], in the memory of the sum, which is gone afterwards."""
         moment, self.sum = self.sum, torch.empty(0)
         return moment.div_(max(self.tokens, 1))

@@ -31,7 +31,7 @@ from roundwise.checkpoint.reader import read_header
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import write_json, write_safetensors
 from roundwise.core.hessian import Hessian
-from roundwise.model.blocks import Block
+from roundwise.model.blocks import Block, wrapped_forwards
 from roundwise.model.build import arguments
 from roundwise.model.streamed import StreamedModel
 from roundwise.system.device import HOST
@@ -122,7 +122,7 @@ class OutputGradients:
 
         return weights
 
-    def forget(self, index: int | None = None) -> None:
+    def clear(self, index: int | None = None) -> None:
         """Removes the gradients of a finished block; None: all, left by another run."""
         if index is None:
             self.index.unlink(missing_ok=True)
@@ -226,23 +226,28 @@ def _head(streamed: StreamedModel) -> Iterator[None]:
 def _watched(
     streamed: StreamedModel, write: Callable[[int, dict[str, torch.Tensor]], None]
 ) -> Iterator[None]:
-    """Blocks that load and forget their weights by themselves, and hand out the gradients in them."""
-    hooks: list[Any] = []
-    for index, block in enumerate(streamed.blocks):
-        found: dict[str, list[torch.Tensor]] = {}
-        block.module.forward = _gate(streamed, block, index, found, write)
+    """Context manager: blocks load and drop their weights by themselves, and hand out their gradients."""
+    handles: list[Any] = []
+    gradients: list[dict[str, list[torch.Tensor]]] = []
+    for block in streamed.blocks:
+        kept: dict[str, list[torch.Tensor]] = {}
+        gradients.append(kept)
         if not block.is_head:  # that of a head is as large as the vocabulary
-            hooks += [
-                linear.register_forward_hook(_keep(found.setdefault(name, [])))
+            handles += [
+                linear.register_forward_hook(_keep(kept.setdefault(name, [])))
                 for name, linear in block.linears.items()
             ]
+
+    def wrap(index: int, block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return _checkpointed(streamed, block, forward, gradients[index], partial(write, index))
+
     try:
-        yield
+        with wrapped_forwards(streamed.blocks, wrap):
+            yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
         for block in streamed.blocks:
-            vars(block.module).pop("forward", None)
             streamed.unload(block.module, block.prefix)
 
 
@@ -259,15 +264,14 @@ def _keep(found: list[torch.Tensor]) -> Callable[..., None]:
     return hook
 
 
-def _gate(
+def _checkpointed(
     streamed: StreamedModel,
     block: Block,
-    index: int,
+    original: Callable[..., Any],
     found: dict[str, list[torch.Tensor]],
-    write: Callable[[int, dict[str, torch.Tensor]], None],
+    write: Callable[[dict[str, torch.Tensor]], None],
 ) -> Callable[..., Any]:
-    """A block's forward that is computed again on the way back."""
-    original = block.module.forward
+    """A block's forward that is computed again on the way back (gradient checkpointing)."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         streamed.load(block.module, block.prefix)
@@ -283,7 +287,7 @@ def _gate(
         if not all(torch.isfinite(g.sum(dtype=torch.float32)) for g in kept.values()):
             raise RuntimeError("its gradients are not finite")
         if kept:
-            write(index, kept)
+            write(kept)
         for parts in found.values():
             parts.clear()
 

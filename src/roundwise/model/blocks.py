@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,21 @@ def find_blocks(model: nn.Module) -> list[Block]:
             f"{type(model).__name__} has no repeated blocks with linear layers: nothing to quantize"
         )
     return found
+
+
+@contextmanager
+def wrapped_forwards(
+    blocks: Sequence[Block],
+    wrap: Callable[[int, Block, Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Context manager: replaces the forward of each block by `wrap(index, block, forward)`."""
+    for index, block in enumerate(blocks):
+        block.module.forward = wrap(index, block, block.module.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            vars(block.module).pop("forward", None)
 
 
 def head_block(model: PreTrainedModel) -> Block:

@@ -53,6 +53,16 @@ def model_class(config: Any) -> type[transformers.PreTrainedModel]:
     return found
 
 
+def context_length(config: Any) -> int | None:
+    """The longest text that a model takes, in tokens; None: its config sets no limit.
+
+    Args:
+        config: transformers' config of the whole model.
+    """
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or 0) or None
+
+
 def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The model on the meta device, only its computed buffers (rotary tables, masks) real.
 

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.errors import ConfigError
-from roundwise.model.blocks import Block, head_of
+from roundwise.model.blocks import Block, head_of, wrapped_forwards
 from roundwise.model.build import arguments
 from roundwise.model.streamed import StreamedModel
 
@@ -149,14 +149,9 @@ def run_forward(
             _load_rows(streamed, module, path)
         elif not any(path == name or path.startswith(f"{name}.") for name in names):
             streamed.load(module, path, recurse=False)
-    for block in streamed.blocks:
-        block.module.forward = gate(block, block.module.forward)
     count = len(few[0].weight)
-    try:
+    with wrapped_forwards(streamed.blocks, lambda _, block, forward: gate(block, forward)):
         output = model(**arguments(model, torch.arange(count)[None]))
-    finally:
-        for block in streamed.blocks:
-            vars(block.module).pop("forward", None)
     logits = output.logits
     assert isinstance(logits, torch.Tensor)
     return logits

@@ -11,13 +11,13 @@ from itertools import product
 from pathlib import Path
 
 from roundwise.checkpoint.gptq_format import packed_bytes
-from roundwise.config import QuantizeConfig
+from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import OutputError
 from roundwise.model.blocks import weight_of
 from roundwise.model.streamed import StreamedModel
 from roundwise.plan import cost_model
 from roundwise.system.device import HOST
-from roundwise.system.memory import Mode, available_memory, format_size, resident_bytes
+from roundwise.system.memory import available_memory, format_size, resident_bytes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from roundwise.checkpoint import engines
 from roundwise.checkpoint.engines import conflicting_packed_modules
 from roundwise.checkpoint.gptq_format import check_shape
-from roundwise.config import QuantizeConfig
+from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import ConfigError
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import is_tied, weight_of
@@ -27,7 +27,6 @@ from roundwise.plan.memory import (
     plan_disk,
     plan_memory,
 )
-from roundwise.system.memory import Mode
 
 #: Part of all parameters below which a quantized model is hardly smaller: said as a warning.
 ADVISED_PART = 0.8

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from roundwise.checkpoint.writer import storage_error
-from roundwise.config import QuantizeConfig
+from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import Interrupted, RunError
 from roundwise.run.journal import read_journal
 from roundwise.run.loop import Progress
@@ -25,7 +25,7 @@ from roundwise.run.strict import (
     strict_progress,
 )
 from roundwise.system.device import HOST, peak_memory
-from roundwise.system.memory import Mode, peak_rss
+from roundwise.system.memory import peak_rss
 from roundwise.system.timer import timer
 
 __all__ = ["Progress", "QuantizeResult", "quantize"]

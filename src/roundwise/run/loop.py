@@ -16,7 +16,7 @@ from typing import Any
 from roundwise.calibration.dataset import Calibration
 from roundwise.checkpoint.manifest import WORK
 from roundwise.checkpoint.writer import write_safetensors
-from roundwise.config import QuantizeConfig
+from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import FallbackError, OutputError, RunError
 from roundwise.forward.batch import depth_error
 from roundwise.forward.expert_tokens import ExpertCalibration
@@ -35,7 +35,7 @@ from roundwise.run.learning_curve import learning_curve_for
 from roundwise.run.prescale import Prescaler
 from roundwise.run.resume import Checkpointer, check_finished
 from roundwise.system.distributed import Ranks
-from roundwise.system.memory import Mode, keep_freed_memory, trim_heap
+from roundwise.system.memory import keep_freed_memory, trim_heap
 from roundwise.system.timer import timer
 
 

@@ -20,7 +20,7 @@ from roundwise.calibration.self_generated import generate_windows
 from roundwise.checkpoint.gptq_format import check_shape
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.config import QuantizeConfig
+from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import CalibrationError, ConfigError
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
@@ -35,7 +35,7 @@ from roundwise.run.loop import Run
 from roundwise.run.prescale import Prescaler
 from roundwise.system.device import parse_device
 from roundwise.system.distributed import Ranks, current_ranks
-from roundwise.system.memory import Mode, parse_size, release_large_blocks
+from roundwise.system.memory import parse_size, release_large_blocks
 from roundwise.system.timer import timer
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from roundwise.config import QuantizeConfig
+from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import CalibrationError, CheckpointError, OutputError
 from roundwise.run.api import QuantizeResult, execute
 from roundwise.run.environment import describe_difference, platform_info, torch_threads
 from roundwise.run.loop import Progress
 from roundwise.run.prepare import prepare
-from roundwise.system.memory import Mode, parse_mode
+from roundwise.system.memory import parse_mode
 from roundwise.verify import MANIFEST, read_manifest
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from roundwise.config import QuantizeConfig
+from roundwise.config import Mode, QuantizeConfig
 from roundwise.core.backends import cpp, triton
 from roundwise.errors import FallbackError, StrictError
 from roundwise.model.blocks import Block, weight_of
@@ -22,7 +22,6 @@ from roundwise.model.streamed import StreamedModel
 from roundwise.plan.memory import MemoryPlan, over_budget_message
 from roundwise.run.loop import Progress
 from roundwise.system.device import HOST
-from roundwise.system.memory import Mode
 
 #: Part of the blocks' matrices that may stay as they are without a word: routers, small convolutions.
 UNSAID = 0.1

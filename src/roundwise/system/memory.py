@@ -10,14 +10,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from roundwise.config import Mode
 from roundwise.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-
-Mode = Literal["true_sequential", "block"]
 
 #: glibc's numbers for its options.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
