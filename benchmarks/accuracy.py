@@ -67,7 +67,7 @@ class Results:
 
 
 def key_of(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
-    """Returns everything that a result depends on; methods without calibration always have the first seed."""
+    """Returns everything that a result depends on; methods without calibration have seed 0."""
     return {
         **identity, "tool": job.tool, "method": job.method, "bits": job.bits, "sym": job.sym,
         "seed": job.seed, "settings": job.settings,
@@ -162,7 +162,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of every job")
     parser.add_argument("--redo", action="store_true", help="measure again even if a result exists")
-    parser.add_argument("--table", action="store_true", help="only print the tables of existing results")
+    parser.add_argument(
+        "--table", action="store_true", help="only print the tables of existing results"
+    )
     parser.add_argument(
         "--docs", type=Path, help="document whose tables for this model are replaced"
     )

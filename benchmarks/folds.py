@@ -60,7 +60,7 @@ def rows(bits: int) -> dict[str, dict[str, Any]]:
 
 
 def lopsided(source: Path, out: Path) -> Path:
-    """Writes the model with channels of unequal size. Factors are powers of two, so nothing is rounded."""
+    """Writes the model with channels of unequal size; powers of two, so that nothing is rounded."""
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     generator = torch.Generator().manual_seed(0)

@@ -5,12 +5,13 @@
     python benchmarks/kernels_gpu.py --against marlin  vLLM's kernel too, if vllm is installed
     python benchmarks/kernels_gpu.py --json figures.json
 
-Needs a CUDA device; without one, the exit code is 2. Layers are copied until they exceed the L2 cache.
-Products with all copies are captured in one CUDA graph; a time is the median over its replays, divided by
-the number of copies, as in a model that runs with CUDA graphs. `read` is the speed at which packed bytes
-(codes, scales, zero points) are read, as a share of the measured bandwidth; it is meaningful for few
-rows. `bf16` is the time of F.linear divided by the time of the kernel: above 1, the kernel is faster.
-`marlin` is the same for vLLM's kernel. Every product is checked against float64 before it is timed.
+Needs a CUDA device; without one, the exit code is 2. Layers are copied until they exceed the L2
+cache. Products with all copies are captured in one CUDA graph; a time is the median over its
+replays, divided by the number of copies, as in a model that runs with CUDA graphs. `read` is the
+speed at which packed bytes (codes, scales, zero points) are read, as a share of the measured
+bandwidth; it is meaningful for few rows. `bf16` is the time of F.linear divided by that of the
+kernel: above 1, the kernel is faster; `marlin` is the same for vLLM's kernel. Every product is
+checked against float64 before it is timed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures the peak memory of quantizing generated Llamas: it should not grow with the number of blocks.
+"""Measures the peak memory of quantizing Llamas; it should not grow with the number of blocks.
 
     python benchmarks/memory.py                   1.2B and 2.4B parameters (twice as many blocks)
     python benchmarks/memory.py --recipe textbook the same with GPTQ as published (much faster)
@@ -6,9 +6,9 @@
     python benchmarks/memory.py --shape 8b --device cuda --samples 128 --seq-len 2048 --batch-size 4
                                                   the shape of Llama 3.1 8B on a GPU, with times by phase
 
-The models have random bfloat16 weights in shards, written block by block. Each run is a separate process.
-Its peak memory is read from the kernel (VmHWM); the memory of the interpreter with torch imported is
-subtracted.
+The models have random bfloat16 weights in shards, written block by block. Each run is a separate
+process. Its peak memory is read from the kernel (VmHWM); the memory of the interpreter with torch
+imported is subtracted.
 """
 
 from __future__ import annotations
@@ -148,12 +148,16 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=SHAPES, action="append")
     parser.add_argument("--recipe", choices=["best", "textbook"], default="best")
-    parser.add_argument("--blocks", type=int, default=0, help="number of blocks, instead of the shape's")
+    parser.add_argument(
+        "--blocks", type=int, default=0, help="number of blocks, instead of the shape's"
+    )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--scratch", type=Path, help="folder for the models (needs disk space of their size)")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for the models (needs disk space of their size)"
+    )
     args = parser.parse_args()
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "

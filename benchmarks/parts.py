@@ -39,7 +39,7 @@ def seconds(work: Callable[[], Any], repeat: int = 5) -> float:
 
 
 def published(W: torch.Tensor, H: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """Quantizes with GPTQ as published (algorithm 1 with lazy batches of 128), column by column in torch."""
+    """Quantizes as published (GPTQ, algorithm 1 with lazy batches of 128), column by column."""
     W, H, width, maxq = W.clone(), H.clone(), W.shape[1], 2**bits - 1
     H.diagonal().add_(0.01 * H.diagonal().mean())
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
@@ -102,7 +102,7 @@ def solver(*, against: bool) -> None:
         E, P = W - rw.solve(W, H, textbook).dequantize(), W - published(W, H, 4, 128)
         ratio = float(((E @ H) * E).sum() / ((P @ H) * P).sum())
         print(
-            f"| {width} x {width} | {' | '.join(f'{each:.2f} s' for each in slow)} | {core:.4f} s "
+            f"| {width} x {width} | {' | '.join(f'{each:.2f} s' for each in others)} | {core:.4f} s "
             f"| **{', '.join(f'{each / core:.1f}x' for each in others)}** "
             f"| {whole[0]:.3f} s | {whole[1]:.3f} s | {ratio:.4f} |",
             flush=True,
@@ -110,7 +110,7 @@ def solver(*, against: bool) -> None:
 
 
 def hessian() -> None:
-    """Compares our sum over 4096 tokens with the published one: H *= n/(n+k); X *= √(2/n); H += XᵀX."""
+    """Compares sums over 4096 tokens: ours, and H *= n/(n+k); X *= √(2/n); H += XᵀX, as published."""
     print("| width | input | published | ours | ratio |\n|---|---|---|---|---|")
     for width in (1024, 4096):
         for dtype in (torch.float32, torch.bfloat16):
@@ -132,7 +132,7 @@ def hessian() -> None:
 
 
 def forward() -> None:
-    """Prints the times of 8 x 512 tokens through the bundled model in half precision, with and without float32 products."""
+    """Prints the times of a half-precision forward of 8 x 512 tokens, as torch runs it and as we do."""
     model = AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32).eval()
     ids = torch.randint(0, model.config.vocab_size, (8, LENGTH))
 

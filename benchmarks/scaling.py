@@ -1,11 +1,11 @@
-"""What each part of a run costs on 1, 8 or 64 processes, and how far that is from what is measured.
+"""Estimates the cost of each part of a run on 1, 8 or 64 processes, and measures one and two.
 
-    python benchmarks/scaling.py             the model: 8B to 671B parameters, on CPU cores and on GPUs
-    python benchmarks/scaling.py --measure   a generated Llama with one and two ranks of a thread each
+    python benchmarks/scaling.py             estimate: 8B to 671B parameters, on CPU cores and on GPUs
+    python benchmarks/scaling.py --measure   a generated Llama with one and two ranks, one thread each
 
-The model counts operations and bytes (`roundwise plan` counts the same) and divides by rates. Those of a
-core are measured here, in a trial. Those of a GPU are a data sheet's, with the share of them that
-each phase reaches on a core: they are assumed, not measured.
+The estimate counts operations and bytes (as `roundwise plan` does) and divides by rates. The rates
+of a core are measured in a short trial. The rates of a GPU come from a data sheet, multiplied by
+the share that each phase reaches on a core: they are assumed, not measured.
 """
 
 from __future__ import annotations
@@ -33,47 +33,47 @@ RANKS = (1, 8, 64)
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank does in a second, and what it gets from elsewhere."""
+    """Rates of one rank: operations per second, and bytes per second to other ranks and the disk."""
 
     name: str
     model_flops: float
-    """Products in the model's dtype."""
+    """Operations per second of products in the model's dtype."""
     float32_flops: float
     near: float
-    """Bytes to and from ranks on the same machine."""
+    """Bytes per second between ranks on the same machine."""
     far: float
-    """Bytes to and from ranks on others; `local` ranks are on one."""
+    """Bytes per second between ranks on different machines."""
     local: int
+    """Ranks on one machine."""
     disk: float
     paced: bool = False
-    """Batches are written down at a pace, not behind every block."""
+    """Activations are saved at a pace (`run.resume.PACE`), not after every block."""
 
 
-#: 8 x H100 SXM a node: dense bfloat16 and float32 peaks, NVLink one way, 400 Gbit/s for each GPU.
+#: 8 x H100 SXM per node: peak dense bfloat16 and float32, NVLink one way, 400 Gbit/s per GPU.
 H100 = Machine("H100 (data sheet)", 989e12, 67e12, 450e9, 50e9, 8, 5e9, paced=True)
 
 
 def llama(hidden: int, intermediate: int, blocks: int, kv: int) -> BlockShapes:
-    """A block of a dense Llama in bfloat16."""
+    """Returns the shapes of a block of a dense Llama in bfloat16."""
     q, o = LinearShape(hidden, hidden), LinearShape(hidden, hidden)
-    small, wide, down = (
-        LinearShape(kv, hidden),
-        LinearShape(intermediate, hidden),
-        LinearShape(hidden, intermediate),
-    )
-    linears = [q, small, small, o, wide, wide, down]
+    key_value, gate_up = LinearShape(kv, hidden), LinearShape(intermediate, hidden)
+    down = LinearShape(hidden, intermediate)
+    linears = [q, key_value, key_value, o, gate_up, gate_up, down]
     return BlockShapes(
-        linears, [q, o, wide, down], 2 * sum(x.entries for x in linears), hidden, 2, blocks, HOST
+        linears, [q, o, gate_up, down], 2 * sum(x.entries for x in linears), hidden, 2, blocks, HOST
     )
 
 
 def deepseek() -> BlockShapes:
-    """A block of DeepSeek-V3: 256 experts of which a token passes 8, one shared, MLA."""
-    hidden, expert, part = 7168, 2048, 8 / 256
-    attention = [LinearShape(1536, hidden), LinearShape(24576, 1536), LinearShape(576, hidden), LinearShape(32768, 512),
-                 LinearShape(hidden, 16384)]  # fmt: skip
+    """Returns the shapes of a block of DeepSeek-V3: MLA, a shared expert, 8 of 256 experts per token."""
+    hidden, expert, share = 7168, 2048, 8 / 256
+    attention = [
+        LinearShape(1536, hidden), LinearShape(24576, 1536), LinearShape(576, hidden),
+        LinearShape(32768, 512), LinearShape(hidden, 16384),
+    ]  # fmt: skip
     shared = [LinearShape(expert, hidden), LinearShape(expert, hidden), LinearShape(hidden, expert)]
-    routed = [LinearShape(x.rows, x.columns, part) for x in shared]
+    routed = [LinearShape(x.rows, x.columns, share) for x in shared]
     inputs = [*attention[1:], *shared[1:], *(256 * routed[1:])]
     linears = [*attention, *shared, *(256 * routed)]
     return BlockShapes(linears, inputs, 2 * sum(x.entries for x in linears), hidden, 2, 61, HOST)
@@ -87,37 +87,37 @@ MODELS = {
 }
 
 
-def parts(
+def seconds_of_parts(
     shapes: BlockShapes, config: QuantizeConfig, machine: Machine, ranks: int, tokens: int
 ) -> dict[str, float]:
-    """Seconds of each part of a run, as its slowest rank spends them."""
-    found: dict[str, float] = {}
+    """Returns the seconds of each part of a run on its slowest rank."""
+    seconds: dict[str, float] = {}
     for phase, flop in work(shapes, config, tokens=tokens, mode="true_sequential").items():
         peak = (
             machine.model_flops
             if phase in ("forward", "hessian", "drift")
             else machine.float32_flops
         )
-        # All ranks factor the same Hessians; all else is shared.
+        # Every rank factors all Hessians; everything else is split over the ranks.
         share = 1 if phase == "factor" else ranks
-        found[phase] = flop / (EFFICIENCY[phase] * peak) / share
+        seconds[phase] = flop / (EFFICIENCY[phase] * peak) / share
     streams = 2 if config.needs_reference else 1
     sums = sum(x.columns**2 for x in shapes.inputs)
     if config.needs_reference:
         sums += sum(min(x.rows, x.columns) * x.columns for x in shapes.inputs)
-    # A ring: each byte of a sum passes twice, each byte of codes once.
+    # Ring all-reduce: each byte of a sum is sent twice, each byte of codes once.
     sent = shapes.blocks * (8 * sums + sum(x.entries for x in shapes.linears)) * (ranks - 1) / ranks
-    found["exchange"] = sent / (machine.near if ranks <= machine.local else machine.far)
+    seconds["exchange"] = sent / (machine.near if ranks <= machine.local else machine.far)
     activations = streams * tokens * shapes.hidden * shapes.itemsize / ranks
     packed = shapes.block_bytes / shapes.itemsize / 2 * 1.06
-    found["disk"] = shapes.blocks * (shapes.block_bytes + packed) / machine.disk
+    seconds["disk"] = shapes.blocks * (shapes.block_bytes + packed) / machine.disk
     written = shapes.blocks * activations / machine.disk
-    found["disk"] += min(written, sum(found.values()) / PACE) if machine.paced else written
-    return found
+    seconds["disk"] += min(written, sum(seconds.values()) / PACE) if machine.paced else written
+    return seconds
 
 
-def print_model(config: QuantizeConfig) -> None:
-    """The table of the docs."""
+def print_estimate(config: QuantizeConfig) -> None:
+    """Prints the tables of docs/scaling.md."""
     torch.set_num_threads(1)
     rates = [rate(dtype, HOST) for dtype in (torch.bfloat16, torch.float32)]
     core = Machine("one core, measured", *rates, 2e9, 1e9, 64, 1e9)
@@ -131,14 +131,14 @@ def print_model(config: QuantizeConfig) -> None:
         print("|---" * (len(heads) + 3) + "|")
         for name, shapes in MODELS.items():
             for ranks in RANKS:
-                found = parts(shapes, config, machine, ranks, TOKENS)
-                hours = [found.get(head, 0.0) / 3600 for head in heads]
+                seconds = seconds_of_parts(shapes, config, machine, ranks, TOKENS)
+                hours = [seconds.get(head, 0.0) / 3600 for head in heads]
                 cells = " | ".join(f"{h:.3g}" for h in [*hours, sum(hours)])
                 print(f"| {name} | {ranks} | {cells} |")
 
 
 def measure(recipe: str, blocks: int) -> None:
-    """One and two ranks, a thread each, on a generated Llama; phases side by side."""
+    """Quantizes a generated Llama with one and two ranks of one thread; prints the phases."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "model"
         source.mkdir()
@@ -154,24 +154,20 @@ def measure(recipe: str, blocks: int) -> None:
             f"    rw.quantize({str(source)!r}, sys.argv[1], rw.QuantizeConfig(recipe={recipe!r}),\n"
             "        windows, samples=64, seq_len=512, batch_size=8)\n"
         )
-        found = []
+        records = []
         for ranks in (1, 2):
             out = Path(scratch) / f"out-{ranks}"
             torchrun = [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                str(ranks),
-            ]
+                "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+            ]  # fmt: skip
             subprocess.run(
                 [sys.executable, *(torchrun if ranks > 1 else []), str(script), str(out)],
                 check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
-            found.append(json.loads((out / "roundwise-run.json").read_text()))
+            records.append(json.loads((out / "roundwise-run.json").read_text()))
     print(f"{blocks} blocks, {recipe}: seconds of the first rank\n")
     print("| phase | one rank | two | ratio |\n|---|---|---|---|")
-    one, two = ({**each["phases"], "all": each["seconds"]} for each in found)
+    one, two = ({**each["phases"], "all": each["seconds"]} for each in records)
     for phase in sorted({**two, **one}, key=lambda phase: -one.get(phase, 0.0)):
         before, after = one.get(phase, 0.0), two.get(phase, 0.0)
         ratio = f"{before / after:.2f}" if min(before, after) > 0.05 else ""
@@ -189,7 +185,7 @@ def main() -> None:
     if args.measure:
         measure(args.recipe, args.blocks)
     else:
-        print_model(QuantizeConfig(recipe=args.recipe))
+        print_estimate(QuantizeConfig(recipe=args.recipe))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Trains a second model, unlike the bundled one, for `benchmarks/accuracy.py` to measure as well.
+"""Trains a second model, different from the bundled one, for `benchmarks/accuracy.py`.
 
     python benchmarks/second_model.py OUT                  ten minutes
     python benchmarks/second_model.py OUT --minutes 30
     python benchmarks/accuracy.py --model OUT --text OUT/text.txt --only roundwise
 
-A GPT-2: biases everywhere, learned positions, LayerNorm, fused q/k/v as Conv1D, a plain two-layer MLP;
-3.9M parameters. The text is English prose about code: the language reference that `help()` shows, and
-the docstrings of torch and numpy, which are installed wherever this runs. The first nine tenths are
-trained and calibrated with, the last tenth is held out.
+A GPT-2: biases everywhere, learned positions, LayerNorm, fused q/k/v as Conv1D, a plain two-layer
+MLP; 3.9M parameters. The text is English prose about code: the language reference that `help()`
+shows, and the docstrings of torch and numpy, which are always installed. The first nine tenths are
+used for training and calibration, the last tenth is held out.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from roundwise import perplexity
 
 PACKAGES = ("torch", "numpy")
-SHORTEST = 200  # characters of a docstring that is prose
+SHORTEST = 200  # characters; shorter docstrings are rarely prose
 WINDOW, BATCH, VOCABULARY = 256, 8, 2048
 
 
 def docstrings(package: str) -> Iterator[str]:
-    """Docstrings of a package's modules, classes and functions, in the order of its files."""
+    """Yields the docstrings of a package's modules, classes and functions, in file order."""
     folder = Path(str(importlib.metadata.distribution(package).locate_file(package)))
     for file in sorted(folder.rglob("*.py")):
         try:
@@ -47,7 +47,7 @@ def docstrings(package: str) -> Iterator[str]:
 
 
 def collect() -> str:
-    """All documents, each once, in a fixed order that mixes the sources."""
+    """Returns all documents without duplicates, shuffled with a fixed seed."""
     documents = [*topics.values(), *(text for name in PACKAGES for text in docstrings(name))]
     documents = list(dict.fromkeys(text for text in documents if len(text) >= SHORTEST))
     random.Random(0).shuffle(documents)
@@ -55,7 +55,7 @@ def collect() -> str:
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE."""
+    """Returns a byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,7 +69,7 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def build() -> GPT2LMHeadModel:
-    """4 blocks, hidden 256 (groups of 64 and 128 divide it), 4 heads."""
+    """Returns a model of 4 blocks, 4 heads and hidden size 256, a multiple of the group sizes."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=1024, n_embd=256, n_layer=4, n_head=4,
@@ -79,27 +79,27 @@ def build() -> GPT2LMHeadModel:
 
 
 def train(model: GPT2LMHeadModel, stream: torch.Tensor, minutes: float, rate: float) -> None:
-    """AdamW on random windows until the time is over; the rate falls with the time."""
+    """Trains with AdamW on random windows until the time is over; the learning rate falls with time."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
     begun = time.monotonic()
-    step, part = 0, 0.0
-    while part < 1:
+    step, progress = 0, 0.0
+    while progress < 1:
         starts = torch.randint(len(stream) - WINDOW, (BATCH,), generator=generator).tolist()
         batch = torch.stack([stream[start : start + WINDOW] for start in starts])
-        # Positions beyond the training window are learned too: every other batch begins at one.
+        # Every other batch starts at a random position, so that all positions are trained.
         shift = int(torch.randint(model.config.n_positions - WINDOW, (1,), generator=generator))
         positions = torch.arange(shift if step % 2 else 0, model.config.n_positions)[:WINDOW]
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 50, max(0.05, 1.0 - part))
+            group["lr"] = rate * min(1.0, (step + 1) / 50, max(0.05, 1.0 - progress))
         loss = model(input_ids=batch, position_ids=positions[None], labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        part = (time.monotonic() - begun) / (60 * minutes)
-        if step % 50 == 0 or part >= 1:
-            print(f"step {step}: loss {loss.item():.3f}, {part:.0%} of the time", flush=True)
+        progress = (time.monotonic() - begun) / (60 * minutes)
+        if step % 50 == 0 or progress >= 1:
+            print(f"step {step}: loss {loss.item():.3f}, {progress:.0%} of the time", flush=True)
         step += 1
 
 
@@ -123,8 +123,8 @@ def main() -> None:
     model.eval().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     (args.out / "text.txt").write_text(text, encoding="utf-8")
-    found = perplexity(model, tokenizer, held_out, window=512, max_tokens=20_000)
-    print(f"held-out perplexity {found.perplexity:.2f}; saved in {args.out}")
+    result = perplexity(model, tokenizer, held_out, window=512, max_tokens=20_000)
+    print(f"held-out perplexity {result.perplexity:.2f}; saved in {args.out}")
 
 
 if __name__ == "__main__":

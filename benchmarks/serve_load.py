@@ -1,11 +1,11 @@
-"""Load on `roundwise serve`: many clients at once, some of which leave in the middle of an answer.
+"""Load test of `roundwise serve`: many clients at once, some of which disconnect early.
 
     python benchmarks/serve_load.py [CHECKPOINT] [--seconds 120] [--clients 16] [--leave 0.3]
 
-Starts the server on a free port (without a CHECKPOINT: the bundled model, quantized first), lets the
-real `openai` client ask for chats and completions, whole and streamed, and drops a part of them at a
-random moment. Afterwards nothing may be open any more. Exit code 1 if something is, or if a request
-failed for another reason than a full server (429) or its own departure.
+Starts the server on a free port (without a CHECKPOINT: the bundled model, quantized first).
+`openai` clients send chat and completion requests, streamed and not, and cancel a part of them at a
+random moment. Afterwards no request may be open. Exit code 1 if one is, or if a request failed for
+another reason than a full server (429) or its own cancellation.
 """
 
 from __future__ import annotations
@@ -42,41 +42,41 @@ PROMPTS = (
 
 
 @dataclass
-class Seen:
-    """What the clients have seen."""
+class Totals:
+    """Results of all clients together."""
 
-    done: int = 0
-    skipped_linears: int = 0
-    full: int = 0
+    answered: int = 0
+    cancelled: int = 0
+    refused: int = 0
     tokens: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)
+    first_token: list[float] = field(default_factory=list)
 
 
 async def client(
-    api: openai.AsyncOpenAI, model: str, seen: Seen, end: float, leave: float, seed: int
+    api: openai.AsyncOpenAI, model: str, totals: Totals, end: float, leave: float, seed: int
 ) -> None:
-    """Asks one thing after the other."""
+    """Sends one request after another until `end`; cancels each with probability `leave`."""
     random_numbers = random.Random(seed)
     while time.monotonic() < end:
         try:
-            goes = random_numbers.random() < leave
-            async with asyncio.timeout(random_numbers.uniform(0, 3) if goes else None):
-                await ask(api, model, seen, random_numbers)
+            leaves = random_numbers.random() < leave
+            async with asyncio.timeout(random_numbers.uniform(0, 3) if leaves else None):
+                await ask(api, model, totals, random_numbers)
         except TimeoutError:
-            seen.skipped_linears += 1
+            totals.cancelled += 1
         except openai.RateLimitError:
-            seen.full += 1
+            totals.refused += 1
             await asyncio.sleep(0.5)
         except openai.OpenAIError as error:
-            seen.failures[f"{type(error).__name__}: {error}"[:120]] += 1
+            totals.failures[f"{type(error).__name__}: {error}"[:120]] += 1
 
 
 async def ask(
-    api: openai.AsyncOpenAI, model: str, seen: Seen, random_numbers: random.Random
+    api: openai.AsyncOpenAI, model: str, totals: Totals, random_numbers: random.Random
 ) -> None:
-    """One request, to its end."""
+    """Sends one request and reads the whole answer."""
     begun = time.monotonic()
     common: dict[str, Any] = {
         "model": model,
@@ -86,26 +86,26 @@ async def ask(
     prompt = random_numbers.choice(PROMPTS)
     if random_numbers.random() < 0.5:
         answer = await api.completions.create(prompt=prompt, **common)
-        seen.tokens += answer.usage.completion_tokens if answer.usage else 0
+        totals.tokens += answer.usage.completion_tokens if answer.usage else 0
     else:
         messages: Any = [{"role": "user", "content": prompt}]
         stream = await api.chat.completions.create(
             messages=messages, stream=True, stream_options={"include_usage": True}, **common
         )
-        first = None
+        first_token = None
         async with stream:
             async for chunk in stream:
-                if chunk.choices and chunk.choices[0].delta.content and first is None:
-                    first = time.monotonic() - begun
+                if chunk.choices and chunk.choices[0].delta.content and first_token is None:
+                    first_token = time.monotonic() - begun
                 if chunk.usage:
-                    seen.tokens += chunk.usage.completion_tokens
-        seen.first.append(first or time.monotonic() - begun)
-    seen.done += 1
-    seen.seconds.append(time.monotonic() - begun)
+                    totals.tokens += chunk.usage.completion_tokens
+        totals.first_token.append(first_token or time.monotonic() - begun)
+    totals.answered += 1
+    totals.seconds.append(time.monotonic() - begun)
 
 
 def start(checkpoint: Path, scratch: Path) -> tuple[subprocess.Popen[str], dict[str, str]]:
-    """The server and what it says when it is ready."""
+    """Starts the server; returns it and the JSON object that it prints when it is ready."""
     template = scratch / "chat.jinja"
     template.write_text("{% for m in messages %}# {{ m.content }}\n{% endfor %}")
     server = subprocess.Popen(
@@ -118,7 +118,7 @@ def start(checkpoint: Path, scratch: Path) -> tuple[subprocess.Popen[str], dict[
 
 
 def rss(pid: int) -> float:
-    """Resident memory in MB."""
+    """Returns the resident memory of a process in MB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
@@ -138,40 +138,41 @@ def percentiles(values: list[float]) -> str:
     )
 
 
-async def load(url: str, model: str, options: argparse.Namespace, seconds: float) -> Seen:
-    """All clients at once."""
-    seen = Seen()
+async def load(url: str, model: str, options: argparse.Namespace, seconds: float) -> Totals:
+    """Runs all clients at once and returns their totals."""
+    totals = Totals()
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as api:
         end = time.monotonic() + seconds
         await asyncio.gather(
             *(
-                client(api, model, seen, end, options.leave, options.seed + number)
+                client(api, model, totals, end, options.leave, options.seed + number)
                 for number in range(options.clients)
             )
         )
-    return seen
+    return totals
 
 
 def measure(
     server: subprocess.Popen[str], ready: dict[str, str], options: argparse.Namespace
 ) -> bool:
-    """Loads the server and prints what happened; whether all is well."""
-    asyncio.run(load(ready["url"], ready["model"], options, 10))  # warm: allocators, caches
+    """Runs the load test and prints the totals; returns True if nothing failed."""
+    asyncio.run(load(ready["url"], ready["model"], options, 10))  # warm-up: allocators, caches
     before = rss(server.pid)
-    seen = asyncio.run(load(ready["url"], ready["model"], options, options.seconds))
+    totals = asyncio.run(load(ready["url"], ready["model"], options, options.seconds))
     limit = time.monotonic() + 10
     while (stuck := open_requests(ready["url"])) and time.monotonic() < limit:
         time.sleep(0.1)
     after = rss(server.pid)
-    print(f"{options.clients} clients, {options.seconds:.0f} s, {options.leave:.0%} told to leave")
-    print(f"requests answered: {seen.done}  ({seen.tokens} tokens)")
-    print(f"left before the end: {seen.skipped_linears}  refused, server full: {seen.full}")
-    print(f"failed: {sum(seen.failures.values())}  {dict(seen.failures) or ''}")
-    print(f"latency, waiting included: {percentiles(seen.seconds)}")
-    print(f"to the first text, streamed: {percentiles(seen.first)}")
+    leave = f"{options.leave:.0%} of the requests cancelled at random"
+    print(f"{options.clients} clients, {options.seconds:.0f} s, {leave}")
+    print(f"requests answered: {totals.answered}  ({totals.tokens} tokens)")
+    print(f"cancelled: {totals.cancelled}  refused, server full: {totals.refused}")
+    print(f"failed: {sum(totals.failures.values())}  {dict(totals.failures) or ''}")
+    print(f"latency, including waiting: {percentiles(totals.seconds)}")
+    print(f"time to first token, streamed: {percentiles(totals.first_token)}")
     print(f"server memory before {before:.0f} MB, after {after:.0f} MB")
     print(f"requests still open: {stuck}")
-    return not stuck and not seen.failures
+    return not stuck and not totals.failures
 
 
 def main() -> None:
@@ -179,7 +180,9 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", type=Path)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--leave", type=float, default=0.3, help="part that may leave early")
+    parser.add_argument(
+        "--leave", type=float, default=0.3, help="share of the requests that may be cancelled"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print(
@@ -197,12 +200,12 @@ def main() -> None:
             )
         server, ready = start(checkpoint, Path(scratch))
         try:
-            well = measure(server, ready, options)
+            passed = measure(server, ready, options)
         finally:
             server.send_signal(signal.SIGTERM)
             code = server.wait(60)
-    print(f"exit code of the server, told to stop: {code}")
-    sys.exit(0 if well and code == 0 else 1)
+    print(f"exit code of the server after SIGTERM: {code}")
+    sys.exit(0 if passed and code == 0 else 1)
 
 
 if __name__ == "__main__":

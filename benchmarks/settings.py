@@ -1,11 +1,11 @@
-"""What each setting costs in bits, accuracy and speed: the tables of docs/settings.md.
+"""Measures the cost of each setting in bits, accuracy and speed: the tables of docs/settings.md.
 
-    python benchmarks/settings.py                          measures what is not measured yet (an hour)
+    python benchmarks/settings.py                          measures what has no result yet (an hour)
     python benchmarks/settings.py --table --docs docs/settings.md
 
-The model, the held-out tokens, the reader and the judge are those of accuracy.py; one seed, so that
-differences of a twentieth mean nothing. Speed is one row through a 4096 x 4096 layer, against F.linear
-in bfloat16 on the same machine, measured by --speed.
+The model, the held-out tokens, the reader and the evaluator are those of accuracy.py. There is one
+seed, so differences of 5% are noise. `--speed` measures one row through a 4096 x 4096 layer,
+against F.linear in bfloat16 on the same machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kernels import copies, random_weight, seconds
 from peers.environments import ROOT
 from peers.evaluator import LENGTH, Evaluator
 from peers.methods import Job
-from peers.texts import parts
+from peers.texts import split_source
 
 from roundwise.inference.kernels.cpp import NativeKernel
 
@@ -39,42 +39,44 @@ SAMPLES = (8, 16, 32, 64, 128)
 SIDE, ROUNDS = 4096, 5
 
 
-class Fewer:
-    """An evaluator whose calibration has only the first windows."""
+class FewerWindows:
+    """An evaluator that calibrates with only the first `samples` windows."""
 
     def __init__(self, evaluator: Evaluator, samples: int) -> None:
-        self.model, self.judge, self.samples = evaluator.model, evaluator.judge, samples
-        self.all = evaluator.windows
+        self.model, self.evaluate, self.samples = evaluator.model, evaluator.evaluate, samples
+        self.all_windows = evaluator.windows
 
     def windows(self, seed: int) -> list[list[int]]:
-        """Calibration windows."""
-        return self.all(seed)[: self.samples]
+        """Returns the calibration windows of a seed."""
+        return self.all_windows(seed)[: self.samples]
 
 
 def jobs() -> list[tuple[Job, int]]:
-    """Every job with its number of calibration windows; none twice."""
+    """Returns all jobs with their numbers of calibration windows, without duplicates."""
     wanted = [(settings, SAMPLES[-1]) for settings in [*WIDTHS, *GROUPS, *LANES, *RECIPES]]
     wanted += [(DEFAULT | {"bits": 3}, samples) for samples in SAMPLES]
-    found: dict[str, tuple[Job, int]] = {}
+    unique: dict[str, tuple[Job, int]] = {}
     for settings, samples in wanted:
         job = Job("roundwise", f"{samples} windows", settings["bits"], settings["sym"], 0, settings)
-        found[f"{sorted(settings.items())} {samples}"] = job, samples
-    return list(found.values())
+        unique[f"{sorted(settings.items())} {samples}"] = job, samples
+    return list(unique.values())
 
 
 def measure(evaluator: Evaluator, results: Results) -> None:
-    """All jobs that have no result yet."""
+    """Measures all jobs that have no result yet."""
     for job, samples in jobs():
         key = key_of(job, evaluator.identity())
         if key not in results:
             logs = results.file.parent / "logs"
-            found = run(job, Fewer(evaluator, samples), 1, logs)  # type: ignore[arg-type]
-            results.add({"key": key, **found})
-            print(job.settings, samples, found.get("error") or f"KL {found['kl']:.5f}", flush=True)
+            result = run(job, FewerWindows(evaluator, samples), 1, logs)  # type: ignore[arg-type]
+            results.add({"key": key, **result})
+            print(
+                job.settings, samples, result.get("error") or f"KL {result['kl']:.5f}", flush=True
+            )
 
 
 def table(rows: list[tuple[str, dict[str, Any]]], head: str) -> list[str]:
-    """Rows of (name, record) as markdown."""
+    """Returns rows of (name, record) as a markdown table."""
     lines = [
         f"| {head} | bits per weight | KL to the original | perplexity | top-1 agreement "
         "| CPU seconds |",
@@ -89,7 +91,7 @@ def table(rows: list[tuple[str, dict[str, Any]]], head: str) -> list[str]:
 
 
 def report(evaluator: Evaluator, results: Results) -> str:
-    """All tables."""
+    """Returns all tables as markdown."""
 
     def record(settings: dict[str, Any], samples: int = SAMPLES[-1]) -> dict[str, Any]:
         job = Job("roundwise", f"{samples} windows", settings["bits"], settings["sym"], 0, settings)
@@ -126,7 +128,7 @@ def report(evaluator: Evaluator, results: Results) -> str:
 
 
 def speed() -> str:
-    """One row through a layer, and how many times faster than bfloat16 that is."""
+    """Returns the table of one row through a layer, compared with bfloat16."""
     x = torch.randn(1, SIDE).bfloat16()
     dense = copies(torch.randn(SIDE, SIDE).bfloat16(), 2 * SIDE * SIDE)
     lines = ["| one row, 4096 x 4096 | times as fast as bfloat16 |", "|---|---|"]
@@ -149,17 +151,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=51_200, help="held-out tokens")
+    parser.add_argument("--tokens", type=int, default=51_200, help="number of held-out tokens")
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the tables")
-    parser.add_argument("--speed", action="store_true", help="only the speed of a layer")
-    parser.add_argument("--docs", type=Path, help="the document whose tables are renewed")
+    parser.add_argument(
+        "--table", action="store_true", help="only print the tables of existing results"
+    )
+    parser.add_argument("--speed", action="store_true", help="measure only the speed of a layer")
+    parser.add_argument("--docs", type=Path, help="document whose tables are replaced")
     args = parser.parse_args()
     if args.speed:
         text, name = speed(), "speed"
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            calibration, held_out = parts("python-stdlib", Path(scratch))
+            calibration, held_out = split_source("python-stdlib", Path(scratch))
             evaluator = Evaluator(
                 ROOT / "examples" / "tiny-llama", calibration, held_out, args.tokens
             )

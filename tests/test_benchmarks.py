@@ -1,4 +1,4 @@
-"""The benchmarks that the documentation names can be started."""
+"""Tests that all benchmarks named in the documentation can be loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-#: Everything but what stands behind `if __name__ == "__main__"`.
+#: Runs everything except the code under `if __name__ == "__main__"`.
 LOAD = """
 import runpy, sys
 for name in sys.argv[2:]:

@@ -1,1 +1,1 @@
-"""What `benchmarks/accuracy.py` is made of: methods, their environments, one reader, one evaluator."""
+"""Parts of `benchmarks/accuracy.py`: methods, their environments, one reader, one evaluator."""

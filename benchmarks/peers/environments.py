@@ -1,7 +1,7 @@
-"""Environments of their own, under .venv-peers, made on first use from pinned versions.
+"""Virtual environments under .venv-peers, created on first use from pinned versions.
 
-One for each peer, and one for roundwise as users install it: what the development tools bring (SciPy,
-Triton) is imported by transformers wherever it is found, and takes a hundred megabytes.
+There is one for each peer, and one for roundwise as users install it: transformers imports packages that
+the development tools bring (SciPy, Triton) if they are installed, which takes 100 MB of memory.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-#: These are clients in the tests too, and pinned there.
+#: Peers that are also clients in the tests; their versions are pinned there.
 REQUIREMENTS = {
     tool: ROOT / "tests" / "clients" / f"requirements-{tool}.txt"
     for tool in ("gptqmodel", "llmcompressor")
@@ -20,10 +20,10 @@ REQUIREMENTS = {
 
 
 def python_of(tool: str) -> Path:
-    """The interpreter that has `tool`; "roundwise" is as it is now, with nothing that it does not need.
+    """Returns the interpreter that has `tool`; "roundwise": this source tree, no optional packages.
 
-    torch goes first and alone, so that no other package chooses its version or build; then the rest,
-    which a peer's file lists completely.
+    torch is installed first and alone, so that no other package chooses its version or build; then the
+    rest, which a peer's requirements file lists completely.
     """
     if tool == "roundwise":
         return _our_python()
@@ -43,7 +43,7 @@ def _our_python() -> Path:
 
 
 def _environment(name: str, sources: list[Path], installs: list[list[Any]]) -> Path:
-    """The interpreter of an environment, made anew when its sources have changed."""
+    """Returns the interpreter of an environment; creates it again when its sources have changed."""
     environment = ROOT / ".venv-peers" / name
     python, stamp = environment / "bin" / "python", environment / "stamp"
     digest = hashlib.sha256()
@@ -51,10 +51,10 @@ def _environment(name: str, sources: list[Path], installs: list[list[Any]]) -> P
         digest.update(path.read_bytes())
     if stamp.exists() and stamp.read_text().split()[0] == digest.hexdigest():
         return python
-    print(f"making {environment} (once)", file=sys.stderr)
+    print(f"creating {environment} (once)", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for what in installs:
-        subprocess.run([*install, *what], check=True)
-    stamp.write_text(digest.hexdigest())  # last, so that a stopped installation starts anew
+    for packages in installs:
+        subprocess.run([*install, *packages], check=True)
+    stamp.write_text(digest.hexdigest())  # last: an interrupted installation starts again
     return python

@@ -1,4 +1,4 @@
-"""The one judge of all tools: calibration windows, held-out tokens, and a checkpoint's divergence."""
+"""The evaluator of all tools: calibration windows, held-out tokens, and a checkpoint's divergence."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,34 +9,35 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peers.reader import Dense, read_dense
+from roundwise.config import CalibrationConfig
 from roundwise.calibration.dataset import load_calibration
 from roundwise.calibration.sources import read_text
 from roundwise.evaluation.divergence import divergence
 
 SAMPLES, LENGTH = 128, 512
-#: Characters that are enough for one held-out token.
+#: Characters of text read per held-out token; a token is shorter on average.
 CHARACTERS = 12
 
 
-class Remembered:
-    """The original model; what it said of a batch is kept, because every checkpoint needs it again."""
+class CachedModel:
+    """The original model with cached outputs: every checkpoint is compared with the same ones."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.device = self.model.device
-        self._said: dict[bytes, Any] = {}
+        self._outputs: dict[bytes, Any] = {}
 
     def __call__(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
-        """As the model's own forward."""
+        """Returns the output of the model's forward."""
         key = input_ids.numpy().tobytes()
-        if key not in self._said:
-            self._said[key] = self.model(input_ids=input_ids, use_cache=use_cache)
-        return self._said[key]
+        if key not in self._outputs:
+            self._outputs[key] = self.model(input_ids=input_ids, use_cache=use_cache)
+        return self._outputs[key]
 
 
 @dataclass
 class Evaluator:
-    """A model, the text it is calibrated with, and the held-out text it is judged by."""
+    """A model, its calibration text, and the held-out text that it is evaluated on."""
 
     model: Path
     calibration: str
@@ -45,7 +46,7 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
-        self._base: Remembered | None = None
+        self._base: CachedModel | None = None
         text = read_text(self.held_out)[: CHARACTERS * self.tokens]
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) < self.tokens:
@@ -53,7 +54,7 @@ class Evaluator:
         self.ids = ids[: self.tokens]
 
     def identity(self) -> dict[str, Any]:
-        """What a result depends on beside the job."""
+        """Returns what a result depends on besides the job: hashes of weights and text, and sizes."""
         digest = hashlib.sha256()
         for file in sorted(self.model.glob("*.safetensors")):
             digest.update(file.read_bytes())
@@ -65,38 +66,36 @@ class Evaluator:
         }  # fmt: skip
 
     def windows(self, seed: int) -> list[list[int]]:
-        """Calibration windows, the same for every tool."""
+        """Returns the calibration windows of a seed, the same for every tool."""
         drawn = load_calibration(
-            self.calibration, self.tokenizer,
-            samples=SAMPLES, seq_len=LENGTH, batch_size=SAMPLES, seed=seed,
-        )  # fmt: skip
+            self.calibration, self.tokenizer, CalibrationConfig(samples=SAMPLES, seq_len=LENGTH, batch_size=SAMPLES, seed=seed))  # fmt: skip
         ids = [window for batch in drawn.batches for window in batch.input_ids.tolist()]
         if [len(window) for window in ids] != [LENGTH] * SAMPLES:
             raise SystemExit(f"{self.calibration} does not give {SAMPLES} windows of {LENGTH}")
         return ids
 
-    def judge(self, checkpoint: Path) -> dict[str, Any]:
-        """Divergence of a checkpoint's dense weights from the original, both in float32."""
+    def evaluate(self, checkpoint: Path) -> dict[str, Any]:
+        """Measures the divergence of a checkpoint's dense weights from the original, both in float32."""
         dense = read_dense(checkpoint)
-        quantized = self._model_of(dense)
-        self._base = self._base or Remembered(self.model)
-        found = divergence(self._base, quantized, self.ids, window=LENGTH)
+        quantized = self._load_dense(dense)
+        self._base = self._base or CachedModel(self.model)
+        result = divergence(self._base, quantized, self.ids, window=LENGTH)
         return {
-            "base_perplexity": found.perplexity[0],
-            "perplexity": found.perplexity[1],
-            "kl": found.kl_divergence,
-            "top1": found.top1_agreement,
+            "base_perplexity": result.perplexity[0],
+            "perplexity": result.perplexity[1],
+            "kl": result.kl_divergence,
+            "top1": result.top1_agreement,
             "trivial_g_idx": dense.trivial,
             "file_bytes": sum(f.stat().st_size for f in checkpoint.glob("*.safetensors")),
         }
 
-    def _model_of(self, dense: Dense) -> Any:
-        """The original's architecture with these weights; each of them must have its place."""
+    def _load_dense(self, dense: Dense) -> Any:
+        """Builds the original's architecture with these weights; every tensor must fit."""
         config = AutoConfig.from_pretrained(self.model)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         state = {name: torch.tensor(value) for name, value in dense.state.items()}
         for layer in dense.layers:
-            if type(model.get_submodule(layer)).__name__ == "Conv1D":  # keeps its weight [in, out]
+            if type(model.get_submodule(layer)).__name__ == "Conv1D":  # its weight is [in, out]
                 state[f"{layer}.weight"] = state[f"{layer}.weight"].T
         missing, unexpected = model.load_state_dict(state, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:

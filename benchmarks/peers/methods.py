@@ -1,6 +1,6 @@
-"""What is measured: every tool, its settings, and at which bits and seeds.
+"""Defines what is measured: every tool, its settings, bits and seeds.
 
-Settings of the peers are those that their own documentation recommends or offers for accuracy.
+The settings of the peers are those that their documentation recommends or offers for accuracy.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 Settings = dict[str, Any]
 
-#: Bits -> group size of the rows of the table.
+#: Group size for each bit width in the tables.
 GROUPS = {2: 64, 3: 128, 4: 128}
 
 #: roundwise: the two baselines and the default.
@@ -18,7 +18,7 @@ MAIN: dict[str, Settings] = {
     "textbook": {"recipe": "textbook"},
     "best": {},
 }
-#: One ingredient taken from `best`, or added to `textbook`.
+#: `best` without one ingredient, or `textbook` with one more.
 ABLATION: dict[str, Settings] = {
     "best, natural order": {"order": "natural"},
     "best, static groups": {"order": "static"},
@@ -81,7 +81,7 @@ PEERS: dict[str, dict[str, Settings]] = {
     },
 }  # fmt: skip
 TOOLS = ("roundwise", *PEERS)
-#: What runs with every seed; everything else runs with the first one, unless asked for.
+#: Methods that run with every seed; all others run with the first one, unless named with --method.
 ALL_SEEDS = ("textbook", "best", *(next(iter(options)) for options in PEERS.values()))
 
 
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def row(self) -> str:
-        """How the tables call it."""
+        """The name of its row in the tables."""
         return f"{self.tool} {self.method}"
 
 
@@ -110,7 +110,7 @@ def jobs(
     ablation: bool,
     wanted: str,
 ) -> Iterator[Job]:
-    """All jobs of the selected tools; `wanted` is a method's name, a part of one, or empty."""
+    """Yields all jobs of the selected tools; `wanted` is a method's name, a part of one, or empty."""
     for tool in tools:
         methods = MAIN | (ABLATION if ablation else {}) if tool == "roundwise" else PEERS[tool]
         for method, options in methods.items():
@@ -125,17 +125,17 @@ def jobs(
 
 
 def settings_of(tool: str, options: Settings, bits: int, sym: bool) -> Settings:
-    """`options` with bits, group size and symmetry in the tool's own words."""
+    """Returns `options` with bits, group size and symmetry, under the tool's own names."""
     group_size = GROUPS[bits]
     if tool == "llmcompressor":
         weights = {
             "num_bits": bits, "type": "int", "symmetric": sym, "strategy": "group",
             "group_size": group_size,
         }  # fmt: skip
-        rest = dict(options)
-        if "observer" in rest:
-            weights["observer"] = rest.pop("observer")
-        return {"weights": weights, **rest}
+        others = dict(options)
+        if "observer" in others:
+            weights["observer"] = others.pop("observer")
+        return {"weights": weights, **others}
     common = {"bits": bits, "group_size": group_size, "sym": sym}
     if tool == "gptqmodel" and not sym:
         common["format"] = "gptq_v2"  # v1 cannot hold a zero point of 0

@@ -1,13 +1,13 @@
-"""An independent reader of quantized checkpoints: numpy only, nothing of roundwise or of its peers.
+"""Independent reader of quantized checkpoints: uses numpy only, no code of roundwise or its peers.
 
-Every tool's output goes through it, so that no tool is judged by its own reader. It knows
+It reads every tool's output, so that no tool is evaluated with its own reader. It reads
 
 - the GPTQ format, v1 and v2, with any g_idx:
   W[n, k] = scales[g_idx[k], n] * (code[k, n] - zero[g_idx[k], n]);
 - compressed-tensors `pack-quantized`: W[n, k] = scale[n, g] * (code[n, k] - zero[n, g]) where codes
   and zeros are stored with 2^(bits-1) added, and a symmetric file has no zeros.
 
-Both pack codes as one continuous little-endian stream of bits.
+Both pack codes as one continuous little-endian bit stream.
 """
 
 import json
@@ -36,7 +36,7 @@ class Dense:
 
 
 def read_tensors(folder: Path) -> dict[str, NDArray[Any]]:
-    """All tensors of all safetensors files of a folder; bfloat16 becomes float32."""
+    """Returns all tensors of the safetensors files in a folder; bfloat16 becomes float32."""
     tensors: dict[str, NDArray[Any]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         content = file.read_bytes()
@@ -53,7 +53,7 @@ def read_tensors(folder: Path) -> dict[str, NDArray[Any]]:
 
 
 def unpack(words: NDArray[Any], bits: int, count: int) -> NDArray[np.int64]:
-    """`count` codes from each row of 32-bit words, lowest bits first, across word borders."""
+    """Returns `count` codes from each row of 32-bit words, lowest bits first, across word borders."""
     rows = np.ascontiguousarray(words).view(np.uint8).reshape(len(words), -1)
     stream = np.unpackbits(rows, axis=1, bitorder="little")[:, : count * bits]
     digits = stream.reshape(len(words), count, bits).astype(np.int64)
@@ -61,23 +61,23 @@ def unpack(words: NDArray[Any], bits: int, count: int) -> NDArray[np.int64]:
 
 
 def gptq_weight(tensors: dict[str, NDArray[Any]], bits: int, version: str) -> Floats:
-    """The dense weight [out, in] of the four tensors of one layer."""
+    """Returns the dense weight [out, in] from the four GPTQ tensors of one layer."""
     g_idx = tensors["g_idx"]
     scales = tensors["scales"].astype(np.float32)
     codes = unpack(tensors["qweight"].T, bits, len(g_idx))  # [out, in]
     zeros = unpack(tensors["qzeros"], bits, scales.shape[1])  # [groups, out]
     if version == "gptq":  # v1 stores zero - 1
         if bool((zeros == 2**bits - 1).any()):
-            raise ValueError("a zero point of 0 in a v1 file: readers do not agree what it means")
+            raise ValueError("a zero point of 0 in a v1 file: readers do not agree on its meaning")
         zeros = zeros + 1
     elif version != "gptq_v2":
-        raise ValueError(f"checkpoint_format {version!r} is not known")
+        raise ValueError(f"checkpoint_format {version!r} is unknown")
     weight: Floats = scales[g_idx].T * (codes - zeros[g_idx].T).astype(np.float32)
     return weight
 
 
 def packed_weight(tensors: dict[str, NDArray[Any]], bits: int) -> Floats:
-    """The dense weight [out, in] of the compressed-tensors of one layer."""
+    """Returns the dense weight [out, in] from the compressed-tensors tensors of one layer."""
     rows, columns = (int(size) for size in tensors["weight_shape"])
     scale = tensors["weight_scale"].astype(np.float32)  # [out, groups]
     offset = 2 ** (bits - 1)
@@ -93,10 +93,10 @@ def packed_weight(tensors: dict[str, NDArray[Any]], bits: int) -> Floats:
 
 
 def read_dense(folder: Path) -> Dense:
-    """Reads a checkpoint and decodes it.
+    """Reads a checkpoint and decodes its quantized layers.
 
     Raises:
-        ValueError: a format that is not known, or no quantized layer.
+        ValueError: unknown format, or no quantized layer.
     """
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     method = config["quant_method"]
@@ -117,7 +117,7 @@ def read_dense(folder: Path) -> Dense:
             weight = gptq_weight(own, config["bits"], config.get("checkpoint_format", "gptq"))
         else:
             if config["format"] != "pack-quantized":
-                raise ValueError(f"format {config['format']!r} is not known")
+                raise ValueError(f"format {config['format']!r} is unknown")
             weight = packed_weight(own, config["config_groups"]["group_0"]["weights"]["num_bits"])
         dense[f"{layer}.weight"] = weight
         order = own.get("g_idx", own.get("weight_g_idx"))

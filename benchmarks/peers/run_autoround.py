@@ -1,4 +1,4 @@
-"""AutoRound: settings are the keyword arguments of AutoRound(...); exported as auto_gptq."""
+"""Runs AutoRound; settings are keyword arguments of AutoRound(...). Exports as auto_gptq."""
 
 import os
 from typing import Any
@@ -13,7 +13,7 @@ BATCH = 8
 
 
 def quantize(model: str, out: str, windows: list[list[int]], settings: dict[str, Any]) -> None:
-    """As `measure.Quantize`."""
+    """Quantizes a model; see `measure.Quantize`."""
     ids = torch.tensor(windows)
     batches = [
         {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(BATCH)

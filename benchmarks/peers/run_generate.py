@@ -1,8 +1,8 @@
-"""Generation speed of a model opened with roundwise.load, quantized or not.
+"""Measures the generation speed of a model loaded with roundwise.load, quantized or not.
 
     python run_generate.py MODEL PROMPT_TOKENS NEW_TOKENS
 
-Prints one JSON object for each line read from stdin: tokens per second of the prompt and of generating
+Prints one JSON object for each line read from stdin: tokens per second of the prompt and of generation
 after it, and the peak memory so far.
 """
 
@@ -24,7 +24,7 @@ loading = time.perf_counter() - begun
 
 
 def seconds(tokens: int) -> float:
-    """Of generating so many tokens."""
+    """Returns the seconds of generating this many tokens."""
     ids = torch.randint(0, model.config.vocab_size, (1, prompt))
     begun = time.perf_counter()
     model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
@@ -32,6 +32,6 @@ def seconds(tokens: int) -> float:
 
 
 for _ in sys.stdin:
-    first, all_of_it = seconds(1), seconds(1 + new)
-    result = {"prompt": prompt / first, "generation": new / (all_of_it - first), "peak": peak()}
+    first, total = seconds(1), seconds(1 + new)
+    result = {"prompt": prompt / first, "generation": new / (total - first), "peak": peak()}
     print(json.dumps({**result, "loading": loading}), flush=True)

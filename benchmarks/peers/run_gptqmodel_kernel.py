@@ -1,9 +1,9 @@
-"""Times one layer of a checkpoint in GPTQModel, whenever it is asked to. Run by its own interpreter.
+"""Times one layer of a checkpoint in GPTQModel, on request. Run with GPTQModel's interpreter.
 
     python run_gptqmodel_kernel.py CHECKPOINT LAYER COPIES
 
-Prints the kernel's name, then for each line read from stdin the median seconds of a product with one
-row, over enough copies of the layer that no cache holds them.
+Prints the kernel's name. Then, for each line read from stdin, prints the median seconds of a
+product with one row, over enough copies of the layer to exceed every cache.
 """
 
 import copy
@@ -21,7 +21,7 @@ model = GPTQModel.load(folder, device="cpu", dtype=torch.bfloat16).model.eval()
 layer = model.get_submodule(name)
 x = torch.randn(1, layer.in_features).bfloat16()
 with torch.no_grad():
-    layer(x)  # some kernels lay the weight out anew at first
+    layer(x)  # some kernels change the layout of the weight in the first call
     layers = [layer, *(copy.deepcopy(layer) for _ in range(copies - 1))]
     for each in layers:
         each(x)

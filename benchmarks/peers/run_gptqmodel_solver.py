@@ -1,9 +1,9 @@
-"""Times GPTQModel's solver on one layer. Run by its own interpreter.
+"""Times GPTQModel's solver on one layer. Run with GPTQModel's interpreter.
 
     python run_gptqmodel_solver.py WIDTH REPEAT
 
-Prints the median seconds of quantizing a square float32 weight, 4 bit, groups of 128, its defaults
-otherwise, from a Hessian that is summed up already.
+Prints the median seconds of quantizing a square float32 weight with 4 bits, groups of 128 and its other
+defaults, from a finished Hessian.
 """
 
 import statistics
@@ -22,7 +22,7 @@ X = torch.randn(2 * width, width) * torch.linspace(0.2, 3.0, width)
 layer = torch.nn.Linear(width, width, bias=False)
 times = []
 with torch.inference_mode():
-    for _ in range(1 + repeat):  # the first to warm up
+    for _ in range(1 + repeat):  # the first is a warm-up
         solver = GPTQ(layer, QuantizeConfig(bits=4, group_size=128))
         solver.quantizer.configure(perchannel=True)
         solver.add_batch(X[None], layer(X[None]))

@@ -1,10 +1,10 @@
-"""Generation speed of llama.cpp for a Llama of a given shape, Q4_0, random weights.
+"""Measures the generation speed of llama.cpp for a Llama with random weights in Q4_0.
 
     python run_llamacpp.py SHAPE.json FILE.gguf PROMPT_TOKENS NEW_TOKENS THREADS
 
-Run by an interpreter with llama-cpp-python and gguf. SHAPE holds hidden, intermediate, blocks, heads,
-kv_heads and vocabulary. Writes FILE if it is not there, and prints one JSON object for each line read
-from stdin: tokens per second of the prompt and of generating, and the peak memory so far.
+Needs an interpreter with llama-cpp-python and gguf. SHAPE has the keys hidden, intermediate, blocks,
+heads, kv_heads and vocabulary. Writes FILE if it is missing. Prints one JSON object for each line read
+from stdin: tokens per second of the prompt and of generation, and the peak memory so far.
 """
 
 import json
@@ -22,14 +22,14 @@ Q4_0, Q6_K = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q6_K
 
 
 def q4_0(rows: int, columns: int) -> np.ndarray:
-    """Blocks of 32: a float16 scale and 16 bytes of codes."""
+    """Returns random weights in blocks of 32: a float16 scale and 16 bytes of codes."""
     blocks = draw.integers(0, 256, (rows, columns // 32, 18), dtype=np.uint8)
     blocks[:, :, :2] = np.frombuffer(np.float16(0.002).tobytes(), np.uint8)
     return blocks.reshape(rows, -1)
 
 
 def q6_k(rows: int, columns: int) -> np.ndarray:
-    """Blocks of 256: 192 bytes of codes, 16 scales and a float16."""
+    """Returns random weights in blocks of 256: 192 bytes of codes, 16 scales and a float16."""
     blocks = draw.integers(0, 256, (rows, columns // 256, 210), dtype=np.uint8)
     blocks[:, :, 192:208] = 20
     blocks[:, :, 208:] = np.frombuffer(np.float16(0.0001).tobytes(), np.uint8)
@@ -37,7 +37,7 @@ def q6_k(rows: int, columns: int) -> np.ndarray:
 
 
 def write(path: Path, shape: dict) -> None:
-    """The model file, as llama.cpp's own tool lays it out: the head in Q6_K, the rest in Q4_0."""
+    """Writes the model file as llama.cpp's own tool does: the head in Q6_K, the rest in Q4_0."""
     hidden, inner, vocabulary = shape["hidden"], shape["intermediate"], shape["vocabulary"]
     kv = hidden // shape["heads"] * shape["kv_heads"]
     out = gguf.GGUFWriter(path, "llama")
@@ -71,7 +71,7 @@ def write(path: Path, shape: dict) -> None:
 
 
 def main() -> None:
-    """One measurement a line."""
+    """Prints one measurement for each line of stdin."""
     shape, path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     prompt, new, threads = map(int, sys.argv[3:])
     if not path.exists():

@@ -1,4 +1,4 @@
-"""llm-compressor: settings are `weights` (QuantizationArgs), `batch_size`, and those of GPTQModifier."""
+"""Runs llm-compressor; settings: `weights` (QuantizationArgs), `batch_size`, GPTQModifier arguments."""
 
 import os
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def quantize(model: str, out: str, windows: list[list[int]], settings: dict[str, Any]) -> None:
-    """As `measure.Quantize`."""
+    """Quantizes a model; see `measure.Quantize`."""
     settings = dict(settings)
     batch_size = settings.pop("batch_size", 4)
     groups = {"group_0": {"targets": ["Linear"], "weights": settings.pop("weights")}}

@@ -1,4 +1,4 @@
-"""roundwise: settings are those of QuantizeConfig, and max_memory."""
+"""Runs roundwise; settings are fields of QuantizeConfig, and `max_memory`."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ import roundwise
 def quantize(
     model: str, out: str, windows: list[list[int]], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """As `measure.Quantize`, with the seconds of each phase and the stored bits per weight."""
+    """Quantizes a model; returns phases, mode and bits per weight. See `measure.Quantize`."""
     budget = settings.pop("max_memory", None)
-    done = roundwise.quantize(
+    result = roundwise.quantize(
         model, out, roundwise.QuantizeConfig(**settings), windows,
         samples=len(windows), seq_len=len(windows[0]), max_memory=budget,
     )  # fmt: skip
-    return {"phases": done.phases, "mode": done.mode, "bits_per_weight": done.bits_per_weight}
+    return {"phases": result.phases, "mode": result.mode, "bits_per_weight": result.bits_per_weight}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results as markdown: a summary per bits and symmetry, then every method."""
+"""Formats results as markdown: a summary by bits and symmetry, then every method."""
 
 from collections import defaultdict
 from statistics import fmean
@@ -7,8 +7,9 @@ from typing import Any
 from peers.methods import ABLATION, GROUPS, MAIN, PEERS
 
 Record = dict[str, Any]
-InputGroup = dict[str, list[Record]]
-#: KL of the default recipe over that of rounding and of textbook GPTQ: at most this is wanted.
+#: Records of one bit width and symmetry, by the name of the row.
+Rows = dict[str, list[Record]]
+#: Targets: largest KL of the default recipe divided by that of rounding, and by that of textbook GPTQ.
 TARGETS = {2: (0.10, 0.27), 3: (0.125, 0.36), 4: (0.145, 0.43)}
 ORDER = [
     *(f"roundwise {name}" for name in MAIN),
@@ -17,11 +18,11 @@ ORDER = [
 
 
 def ingredients(records: list[Record]) -> str:
-    """Roundwise's own rows with the first seed: each ingredient taken away, or added."""
+    """Returns the table of roundwise with each ingredient removed or added, first seed."""
     ours = [r for r in records if r["key"]["tool"] == "roundwise" and r["key"]["seed"] == 0]
     lines = []
-    found = {(r["key"]["bits"], r["key"]["sym"]) for r in ours if r["key"]["method"] in ABLATION}
-    for bits, sym in sorted(found, key=lambda group: (not group[1], group[0])):
+    variants = {(r["key"]["bits"], r["key"]["sym"]) for r in ours if r["key"]["method"] in ABLATION}
+    for bits, sym in sorted(variants, key=lambda group: (not group[1], group[0])):
         here = [r for r in ours if (r["key"]["bits"], r["key"]["sym"]) == (bits, sym)]
         rows = {r["key"]["method"]: r for r in here if "kl" in r}
         rtn = rows["rtn"]["kl"] if "rtn" in rows else None
@@ -42,14 +43,14 @@ def ingredients(records: list[Record]) -> str:
 
 
 def report(records: list[Record]) -> str:
-    """All tables of one model and text but that of single ingredients."""
+    """Returns all tables of one model and text, except the table of single ingredients."""
     records = [r for r in records if r["key"]["method"] not in ABLATION]
-    groups: dict[tuple[int, bool], InputGroup] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[int, bool], Rows] = defaultdict(lambda: defaultdict(list))
     for record in records:
         key = record["key"]
         groups[key["bits"], key["sym"]][f"{key['tool']} {key['method']}"].append(record)
     if not groups:
-        return "nothing is measured yet"
+        return "no results yet"
     ordered = sorted(groups, key=lambda group: (not group[1], group[0]))
     lines = _summary({group: groups[group] for group in ordered})
     for bits, sym in ordered:
@@ -61,22 +62,22 @@ def _title(bits: int, sym: bool) -> str:
     return f"{bits} bit, g{GROUPS[bits]}, {'symmetric' if sym else 'asymmetric'}"
 
 
-def _kl(group: InputGroup, row: str) -> float | None:
+def _kl(group: Rows, row: str) -> float | None:
     values = [record["kl"] for record in group.get(row, []) if "kl" in record]
     return fmean(values) if values else None
 
 
-def _best_peer(group: InputGroup) -> tuple[str, float] | None:
-    found = [
+def _best_peer(group: Rows) -> tuple[str, float] | None:
+    peers = [
         (row, kl)
         for row in group
         if not row.startswith("roundwise") and (kl := _kl(group, row)) is not None
     ]
-    return min(found, key=lambda item: item[1], default=None)
+    return min(peers, key=lambda item: item[1], default=None)
 
 
-def _summary(groups: dict[tuple[int, bool], InputGroup]) -> list[str]:
-    """One row per bits and symmetry: the default recipe against the baselines and the best peer."""
+def _summary(groups: dict[tuple[int, bool], Rows]) -> list[str]:
+    """Returns one row per width and symmetry: the default recipe, the baselines and the best peer."""
     lines = [
         "| | KL of roundwise | over RTN's (wanted) | over textbook GPTQ's (wanted) "
         "| best peer | its KL | roundwise over it |",
@@ -96,8 +97,8 @@ def _summary(groups: dict[tuple[int, bool], InputGroup]) -> list[str]:
     return lines
 
 
-def _details(group: InputGroup) -> list[str]:
-    """One row per method."""
+def _details(group: Rows) -> list[str]:
+    """Returns one row per method."""
     base = next(r["base_perplexity"] for records in group.values() for r in records if "kl" in r)
     lines = [
         f"| method (original perplexity {base:.3f}) | seeds | perplexity | KL to the original "
@@ -124,7 +125,7 @@ def _details(group: InputGroup) -> list[str]:
 
 
 def _spread(records: list[Record], field: str, digits: int) -> str:
-    """Mean, and half of the range over the seeds."""
+    """Returns the mean, and half of the range over the seeds."""
     values = [record[field] for record in records]
     mean = f"{fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
@@ -135,7 +136,7 @@ def _escaped(text: str) -> str:
 
 
 def _provenance(records: list[Record]) -> list[str]:
-    """Versions and machines of the results."""
+    """Returns a line with the versions and machines of the results."""
     versions = {f"{r['key']['tool']} {r['version']}" for r in records if "version" in r}
     machines = {record["machine"] for record in records}
     key = records[0]["key"]

@@ -1,4 +1,4 @@
-"""A text as two: what is calibrated (or trained) with, and what is held out for the judge."""
+"""Splits a text into a part for calibration (or training) and a held-out part for evaluation."""
 
 from pathlib import Path
 
@@ -6,13 +6,16 @@ HELD_OUT = 0.1
 
 
 def split(text: str) -> tuple[str, str]:
-    """The first nine tenths and the last tenth, cut at the end of a line."""
+    """Returns the first nine tenths and the last tenth, split at the end of a line."""
     cut = text.index("\n", int(len(text) * (1 - HELD_OUT))) + 1
     return text[:cut], text[cut:]
 
 
-def parts(source: str, scratch: Path) -> tuple[str, str]:
-    """A source as two: files in `scratch`; a named text has a held-out part of its own."""
+def split_source(source: str, scratch: Path) -> tuple[str, str]:
+    """Returns the sources of both parts: two files in `scratch`, or the named text twice.
+
+    A named text has its own held-out part.
+    """
     file = Path(source)
     if not file.is_file():
         return source, source

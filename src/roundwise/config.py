@@ -1,12 +1,16 @@
-"""QuantizeConfig: every decision about how weights become codes, in one frozen object.
+"""All settings, as frozen pydantic models: `QuantizeConfig`, `CalibrationConfig`, `RunConfig`.
 
-Knows the settings and which of them go together; knows nothing of models, files or tensors.
+The command line makes its options from their fields: the description is the help text, `Panel` the
+place in `--help`. This module knows which settings go together; it does not know models, files or
+tensors.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,7 +27,7 @@ Mode = Literal["true_sequential", "block"]
 Recipe = Literal["best", "textbook"]
 GridSearch = Literal["minmax", "mse", "pivot"]
 
-#: What a recipe sets; each setting can still be given.
+#: Defaults that a recipe changes; a setting that is given explicitly wins.
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
     "textbook": {
@@ -32,12 +36,36 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-#: What a per-module override may change; the keys are those of `quantization_config.dynamic`.
+#: Settings whose default depends on another one: on `recipe`, or on `sym`.
+DEPENDENT_DEFAULTS = frozenset(
+    {"format", *(name for settings in RECIPES.values() for name in settings)}
+)
+
+#: Settings that a per-module override may change; the keys are those of `quantization_config.dynamic`.
 OVERRIDABLE = ("bits", "group_size", "sym", "desc_act")
 
 
+class Panel(StrEnum):
+    """Panel of a setting in `roundwise quantize --help`; they appear in this order."""
+
+    MODEL = "Model and output"
+    FORMAT = "Format"
+    CALIBRATION = "Calibration"
+    RECIPE = "Recipe (for experts)"
+    MEMORY = "Memory and devices"
+    RUN = "Run"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Command-line options of a setting that is not given as `--its-name VALUE`."""
+
+    options: dict[str, str]
+    """Declaration, such as "--sym/--asym" -> help text; empty: the field's description."""
+
+
 class Settings(BaseModel):
-    """Base of all settings: immutable, and `ConfigError` instead of pydantic's error."""
+    """Base of all settings: immutable; raises `ConfigError` instead of pydantic's error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,159 +79,193 @@ class Settings(BaseModel):
 class CalibrationConfig(Settings):
     """How calibration text becomes batches of token windows. Immutable."""
 
-    samples: int = Field(128, description="Calibration windows.")
-    seq_len: int = Field(2048, description="Tokens of a window.")
-    batch_size: int = Field(8, description="Windows in one forward.")
-    seed: int = Field(0, description="Random seed for choosing calibration windows.")
-    only: str | None = Field(
+    samples: Annotated[int, Panel.CALIBRATION] = Field(
+        128, description="Number of calibration windows."
+    )
+    seq_len: Annotated[int, Panel.CALIBRATION] = Field(
+        2048, description="Tokens per calibration window."
+    )
+    batch_size: Annotated[int, Panel.CALIBRATION] = Field(
+        8, description="Calibration windows per forward pass."
+    )
+    seed: Annotated[int, Panel.CALIBRATION] = Field(
+        0, description="Random seed for choosing calibration windows."
+    )
+    only: Annotated[str | None, Panel.CALIBRATION] = Field(
         None,
-        description="assistant: of chats, only what the assistant wrote counts; the rest is context.",
+        description="assistant: fit only to what the assistant wrote in chats; the rest is context.",
     )
 
 
 class RunConfig(Settings):
-    """How a run is carried out; nothing here but `mode` and `device` changes its result. Immutable."""
+    """How a run is carried out; only `mode` and `device` change its result. Immutable."""
 
-    mode: Mode | None = Field(
+    mode: Annotated[Mode | None, Panel.MEMORY] = Field(
         None,
         description="true_sequential: each layer sees already quantized predecessors in its block; "
-        "block: all layers of a block at once, in less memory. Chosen by memory if not given.",
+        "block: all layers of a block at once, in less memory (default: chosen by memory).",
     )
-    max_memory: int | str | None = Field(
-        None, description="Memory budget, such as 8GB; a run that needs more says so."
+    max_memory: Annotated[int | str | None, Panel.MEMORY] = Field(
+        None, description="Memory budget, such as 8GB; a run that needs more reports it."
     )
-    device: str = Field(
-        "auto", description="Device to compute on: auto (the first GPU, or the CPU), cpu, cuda, cuda:1."
+    device: Annotated[str, Panel.MEMORY] = Field(
+        "auto",
+        description="Device to compute on: auto (the first GPU, else the CPU), cpu, cuda, cuda:1.",
     )
-    restart: bool = Field(False, description="Discard finished blocks and begin anew.")
-    strict: bool = Field(False, description="Fail if any option cannot be honoured.")
+    restart: Annotated[bool, Panel.RUN] = Field(
+        False, description="Discard finished blocks and start again."
+    )
+    strict: Annotated[bool, Panel.RUN] = Field(
+        False, description="Fail if any option cannot be honoured."
+    )
 
 
 class QuantizeConfig(Settings):
     """How to quantize. Immutable; equal configs give equal checkpoints.
 
-    Raises `ConfigError` on construction when a value cannot be. References: GPTQ is Frantar et al.,
+    Raises `ConfigError` on construction when a value is invalid. References: GPTQ is Frantar et al.,
     2022 (arXiv 2210.17323); act-order and static groups come with its reference implementation.
     """
 
-    bits: Bits = Field(4, description="Width of a code.")
-    group_size: int = Field(
+    bits: Annotated[Bits, Panel.FORMAT] = Field(4, description="Bits per weight: 2, 3, 4 or 8.")
+    group_size: Annotated[int, Panel.FORMAT] = Field(
         128, description="Input channels that share a scale and a zero point; -1: all of them."
     )
-    sym: bool = Field(True, description="Symmetric grid: the zero point is fixed in the middle.")
-    desc_act: bool = Field(
+    sym: Annotated[bool, Panel.FORMAT, Flags({"--sym/--asym": ""})] = Field(
+        True,
+        description="Symmetric grid (fixed zero point) or asymmetric grid (searched zero point).",
+    )
+    desc_act: Annotated[bool, Panel.FORMAT] = Field(
         False,
-        description="Act-order in the file: groups are formed in order of sensitivity (g_idx).",
+        description="Act-order in the file: groups are formed in order of sensitivity and g_idx is "
+        "stored (few engines support it).",
     )
-    order: Order = Field(
+    order: Annotated[Order, Panel.RECIPE] = Field(
         "group_aware",
-        description="Order of columns when desc_act is off: natural; static (grids fixed per group "
-        "first, then most sensitive column first); group_aware (sorted inside each group, groups "
-        "by their most sensitive column). All three leave g_idx trivial.",
+        description="Column order without --desc-act: natural; static (grids fixed per group first, "
+        "then most sensitive column first); group_aware (sorted inside each group, groups by their "
+        "most sensitive column). All three leave g_idx trivial.",
     )
-    damp_percent: float | Literal["auto"] = Field(
+    damp_percent: Annotated[float | Literal["auto"], Panel.RECIPE] = Field(
         0.01,
-        description="Damping: this part of mean(diag H) is added to diag H. auto: whichever of a few "
-        "loses least on calibration tokens that are held out, for each layer input.",
+        description="Damping: fraction of mean(diag H) that is added to diag H; auto: for each layer "
+        "input, the candidate with the lowest loss on held-out calibration tokens.",
     )
-    method: Method = Field(
+    method: Annotated[Method, Panel.RECIPE] = Field(
         "gptq",
         description="gptq; awq: activation-aware scales, then round to nearest on searched grids; "
         "rtn: round to nearest, the baseline.",
     )
-    prescale: Prescale = Field(
+    prescale: Annotated[Prescale, Panel.RECIPE] = Field(
         "none",
-        description="awq: before quantizing, input channels that carry much are scaled up and the "
-        "gains of the norm in front as much down; the model's function stays as it is.",
+        description="awq: before quantizing, scale input channels with large activations up and the "
+        "norm in front of them down; the model computes the same function. none: no scaling.",
     )
-    format: Format = Field(
+    format: Annotated[Format, Panel.FORMAT] = Field(
         "gptq",
-        description="Zero points minus one (gptq) or as they are (gptq_v2, the default if not sym).",
+        description="How zero points are stored: gptq (v1, minus one; default with --sym) or gptq_v2 "
+        "(unchanged; default with --asym).",
     )
-    recipe: Recipe = Field(
+    recipe: Annotated[Recipe, Panel.RECIPE] = Field(
         "best",
-        description="Where order, grid, grid_candidates, alpha, beta, refine, exchange and "
-        "output_tokens start from: best, or textbook: GPTQ exactly as published.",
+        description="Defaults of --order, --grid, --grid-candidates, --alpha, --beta, --refine, "
+        "--exchange and --output-tokens: best, or textbook (GPTQ exactly as published).",
     )
-    grid: GridSearch = Field(
+    grid: Annotated[GridSearch, Panel.RECIPE] = Field(
         "pivot",
-        description="Range of a group: minmax; mse (least squared error); pivot (errors weighed by what "
-        "they cost after compensation).",
+        description="Range of each group: minmax; mse (least squared error); pivot (errors weighted by "
+        "their cost after compensation).",
     )
-    positive_scales: bool = Field(
-        False,
-        description="Symmetric ranges are never turned around by a negative scale, which would put the "
-        "one code more on the other side of zero; for readers that take scales to be positive.",
+    positive_scales: Annotated[bool, Panel.FORMAT] = Field(
+        False, description="Use positive scales only (some readers need it)."
     )
-    grid_candidates: int = Field(
+    grid_candidates: Annotated[int, Panel.RECIPE] = Field(
         8,
         ge=1,
         le=64,
-        description="Grids per group that are rounded with to compare their true loss.",
+        description="Grids per group that are tried, by the true loss after rounding.",
     )
-    alpha: float = Field(
+    alpha: Annotated[float, Panel.RECIPE] = Field(
         1.0,
         ge=0.0,
         le=1.0,
-        description="Correction for the drift of a layer's input (GPTAQ, Qronos).",
+        description="Correction for the drift of a layer's input, 0 to 1 (GPTAQ, Qronos).",
     )
-    beta: float = Field(
-        1.0, ge=0.0, le=1.0, description="Correction for the drift of the residual stream added to."
+    beta: Annotated[float, Panel.RECIPE] = Field(
+        1.0,
+        ge=0.0,
+        le=1.0,
+        description="Correction for the drift of the residual stream, 0 to 1.",
     )
-    refine: int = Field(
+    refine: Annotated[int, Panel.RECIPE] = Field(
         1,
         ge=0,
         le=20,
-        description="Rounds of scale refit and better codes after rounding (QuantEase, CDQuant).",
+        description="Rounds of scale and code improvement after rounding (QuantEase, CDQuant).",
     )
-    exchange: int = Field(
+    exchange: Annotated[int, Panel.RECIPE] = Field(
         8,
         ge=1,
         le=64,
-        description="Codes of a row that may move together while refining; 1: coordinate descent.",
+        description="Codes of a row that may change together in --refine; 1: coordinate descent.",
     )
-    output_tokens: int = Field(
+    output_tokens: Annotated[int, Panel.RECIPE] = Field(
         4096,
         ge=0,
-        description="Calibration tokens that go through the original model and back beforehand, so "
-        "that errors are weighed by what they cost the model, and outputs make up for each other "
-        "(YAQA). 0: all outputs alike, each by itself.",
+        description="Calibration tokens of a forward and backward pass through the original model, "
+        "which tells how much the error of each output costs the model and lets outputs compensate "
+        "for each other (YAQA); 0: every output counts the same and stands alone.",
     )
-    experts: Experts = Field(
+    experts: Annotated[Experts, Panel.CALIBRATION] = Field(
         "routed",
-        description="Calibration tokens of an expert: routed, those its router sends there, or all of "
-        "them if that is fewer than expert_tokens; all: every token passes every expert.",
+        description="Calibration tokens of an expert: routed (those its router sends to it; all of them "
+        "if that is fewer than --expert-tokens) or all (every token).",
     )
-    expert_tokens: int = Field(
-        256, ge=0, description="Fewest routed tokens that an expert's Hessian may be made from."
+    expert_tokens: Annotated[int, Panel.CALIBRATION] = Field(
+        256,
+        ge=0,
+        description="Fewest routed tokens for the Hessian of an expert; one with fewer gets all tokens "
+        "and is reported.",
     )
-    lm_head: bool = Field(
+    lm_head: Annotated[bool, Panel.FORMAT] = Field(
         False,
-        description="Quantize the output head too; one that is tied to the embedding gets a weight of "
-        "its own.",
+        description="Quantize the output head too; if it is tied to the embedding, it is untied first.",
     )
-    target_bpw: float | None = Field(
+    target_bpw: Annotated[float | None, Panel.FORMAT] = Field(
         None,
         gt=0.0,
         le=16.0,
-        description="Bits per weight, everything counted: each layer gets the width and group size that "
-        "lose least together. bits and group_size are left to layers that nothing is chosen for.",
+        description="Bits per weight of the result, scales and zero points included: each layer gets "
+        "the width and group size that together lose least. Other layers use --bits and --group-size.",
     )
-    target_widths: tuple[Literal[2, 3, 4, 8], ...] = Field(
+    target_widths: Annotated[tuple[Literal[2, 3, 4, 8], ...], Panel.FORMAT] = Field(
         (2, 3, 4, 8),
         min_length=1,
-        description="Widths that target_bpw chooses from: 4 and 8 are what vLLM serves.",
+        description="Widths that --target-bpw chooses from; vLLM serves 4,8.",
     )
-    rotate: bool = Field(
+    rotate: Annotated[bool, Panel.RECIPE] = Field(
         False,
-        description="Rotate the residual stream before quantizing, folded into the weights (QuaRot): "
-        "outlier channels are spread over all others. The model's function stays as it is.",
+        description="Rotate the residual stream before quantizing, folded into the weights (QuaRot), to "
+        "spread outlier channels over all channels; the model computes the same function.",
     )
-    rotation_seed: int = Field(0, ge=0, description="Which rotation.")
-    dynamic: dict[str, dict[str, Any] | None] = Field(
+    rotation_seed: Annotated[int, Panel.RECIPE] = Field(
+        0, ge=0, description="Seed of the random rotation."
+    )
+    dynamic: Annotated[
+        dict[str, dict[str, Any] | None],
+        Panel.FORMAT,
+        Flags(
+            {
+                "--override": "Other settings for modules whose name matches, as "
+                "'REGEX=bits:8,group_size:32'; can be repeated.",
+                "--skip": "Regular expression: modules whose name matches are not quantized; can be "
+                "repeated.",
+            }
+        ),
+    ] = Field(
         default_factory=dict,
         description="Overrides by module name: regex -> {bits, group_size, sym, desc_act}, or None "
-        "to leave the module as it is. The first pattern found in the name wins.",
+        "to leave the module unquantized. The first pattern found in the name wins.",
     )
 
     def __init__(self, **data: Any) -> None:
@@ -252,20 +314,20 @@ class QuantizeConfig(Settings):
     @model_validator(mode="after")
     def _target_needs_activations(self) -> QuantizeConfig:
         if self.method == "rtn" and self.target_bpw is not None:
-            raise ValueError("target_bpw looks at activations, which rtn does not: use method=gptq")
+            raise ValueError("target_bpw needs activations, which rtn does not use: use method=gptq")
         return self
 
     @model_validator(mode="after")
     def _prescale_needs_activations(self) -> QuantizeConfig:
         if self.method == "rtn" and self.prescale != "none":
             raise ValueError(
-                "prescale=awq looks at activations, which rtn does not: use method=awq"
+                "prescale=awq needs activations, which rtn does not use: use method=awq"
             )
         return self
 
     @property
     def prescales(self) -> bool:
-        """Activation-aware scales are folded into norms."""
+        """True if activation-aware scales are folded into norms before quantizing."""
         return self.prescale == "awq" or self.method == "awq"
 
     @property
@@ -280,17 +342,17 @@ class QuantizeConfig(Settings):
 
     @property
     def needs_gradients(self) -> bool:
-        """The original model must be run forward and backward beforehand."""
+        """True if the original model must be run forward and backward before quantizing."""
         return self.method == "gptq" and self.output_tokens > 0
 
     @property
     def needs_reference(self) -> bool:
-        """The original model must be run beside the quantized one."""
+        """True if the original model must be run next to the quantized one."""
         each = [self, *(self.merged(changes) for changes in self.dynamic.values() if changes)]
         return self.method == "gptq" and any(config.alpha > 0 or config.beta > 0 for config in each)
 
     def columns_per_group(self, in_features: int) -> int:
-        """Input channels that share a grid."""
+        """Number of input channels that share a grid."""
         return in_features if self.group_size == -1 else self.group_size
 
     def groups(self, in_features: int) -> int:
@@ -298,15 +360,15 @@ class QuantizeConfig(Settings):
         return -(-in_features // self.columns_per_group(in_features))
 
     def merged(self, changes: dict[str, Any]) -> QuantizeConfig:
-        """This config with some settings replaced and no overrides of its own."""
+        """Returns this config with some settings replaced, and without `dynamic`."""
         return QuantizeConfig(**{**self.model_dump(exclude={"dynamic"}), **changes})
 
     def is_overridden(self, name: str) -> bool:
-        """Whether a pattern of `dynamic` decides about the module `name`."""
+        """Returns True if a pattern of `dynamic` matches the module `name`."""
         return any(re.search(pattern, name) for pattern in self.dynamic)
 
     def for_module(self, name: str) -> QuantizeConfig | None:
-        """Settings for the module `name`; None: leave it as it is."""
+        """Returns the settings of the module `name`; None: it is not quantized."""
         for pattern, changes in self.dynamic.items():
             if re.search(pattern, name):
                 return None if changes is None else self.merged(changes)
@@ -314,14 +376,14 @@ class QuantizeConfig(Settings):
 
 
 def _defaults(data: dict[str, Any]) -> dict[str, Any]:
-    """What follows from other settings, unless given."""
-    # GPTQModel reads asymmetric v1 files only if it wrote them itself; v2 it reads from everyone.
-    follows = {} if data.get("sym", True) else {"format": "gptq_v2"}
-    return {**follows, **RECIPES.get(str(data.get("recipe", "best")), {})}
+    """Returns defaults that depend on other settings."""
+    # GPTQModel reads asymmetric v1 files only if it wrote them itself, but v2 files of any tool.
+    file_format = {} if data.get("sym", True) else {"format": "gptq_v2"}
+    return {**file_format, **RECIPES.get(str(data.get("recipe", "best")), {})}
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
-    """One sentence per wrong setting, in the user's words."""
+    """Returns one sentence per invalid setting, without pydantic's vocabulary."""
     lines = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])

@@ -305,14 +305,14 @@ class Source:
         layer = self.layers[name]
         if isinstance(layer, PackedLayer):
             return layer.shape()
-        return layer.parts["scales"].shape[1], layer.in_features()
+        return layer.tensors["scales"].shape[1], layer.in_features()
 
     def replaced(
         self, checkpoint: Checkpoint, make: Callable[[str], Iterable[Piece]]
     ) -> Iterator[Piece]:
         """All tensors of the checkpoint: those of a layer as `make` has them, others as they are."""
         owner = {
-            f"{name}.{part}": name for name, layer in self.layers.items() for part in layer.parts
+            f"{name}.{part}": name for name, layer in self.layers.items() for part in layer.tensors
         }
         begun = set()
         for name, info in checkpoint.tensors.items():

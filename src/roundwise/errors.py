@@ -1,54 +1,54 @@
-"""Every error that roundwise raises on purpose.
+"""The exceptions that roundwise raises.
 
     RoundwiseError
-    ├── UsageError            bad argument, bad input, nothing has been started          exit code 2
-    │   ├── ConfigError       a setting that cannot be, or does not fit the model
-    │   ├── CheckpointError   a model folder that is missing, damaged or unsafe to open
-    │   ├── CalibrationError  text that is empty, unreadable or too short
-    │   ├── StrictError       --strict, and something cannot go as asked
-    │   └── OutputError       an output folder that holds something else, or is in use
-    └── RunError              the work itself failed                                     exit code 1
-        ├── NumericalError    NaN, infinity, or a scale that does not fit its type
-        │   └── SingularError a Hessian that is zero or stays indefinite: the layer falls back
-        ├── FallbackError     --strict, and a layer did not go as asked
+    ├── UsageError            invalid argument or input; nothing has been started        exit code 2
+    │   ├── ConfigError       a setting is invalid or does not fit the model
+    │   ├── CheckpointError   a model folder is missing, damaged or unsafe to open
+    │   ├── CalibrationError  calibration text is empty, unreadable or too short
+    │   ├── StrictError       --strict: an option cannot be honoured
+    │   └── OutputError       an output folder holds other files or is in use
+    └── RunError              the work was started and failed                            exit code 1
+        ├── NumericalError    NaN, infinity, or a scale outside the range of its type
+        │   └── SingularError a Hessian is zero or stays indefinite: the layer falls back
+        ├── FallbackError     --strict: a layer could not be quantized as requested
         ├── StorageError      the disk is full or failed
-        ├── Interrupted       Ctrl-C or SIGTERM; what is finished is kept
-        └── VerificationError the finished files are not what was computed
+        ├── Interrupted       Ctrl-C or SIGTERM; finished blocks are kept
+        └── VerificationError the finished files differ from what was computed
 
-Each message is one sentence that names the thing and, where there is one, the fix.
+Each message is one sentence that names the cause and, if there is one, the fix.
 """
 
 
 class RoundwiseError(Exception):
-    """Base of all errors below; its message is meant for the user, without a traceback."""
+    """Base class of all errors below; users see its message without a traceback."""
 
     exit_code = 1
 
 
 class UsageError(RoundwiseError):
-    """The call cannot work as given; nothing has been started."""
+    """An argument or input is invalid; nothing has been started."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """A setting that cannot be, or that does not fit this model."""
+    """A setting is invalid or does not fit the model."""
 
 
 class CheckpointError(UsageError):
-    """A model folder that is missing, damaged, or unsafe to open."""
+    """A model folder is missing, damaged or unsafe to open."""
 
 
 class CalibrationError(UsageError):
-    """Calibration text that is empty, unreadable or too short."""
+    """Calibration text is empty, unreadable or too short."""
 
 
 class StrictError(UsageError):
-    """A strict run in which something cannot go as asked; nothing has been started."""
+    """A strict run cannot honour an option; nothing has been started."""
 
 
 class OutputError(UsageError):
-    """An output folder that holds something else or is in use by another process."""
+    """An output folder holds other files or is in use by another process."""
 
 
 class RunError(RoundwiseError):
@@ -56,19 +56,19 @@ class RunError(RoundwiseError):
 
 
 class NumericalError(RunError):
-    """NaN, infinity, or a scale that does not fit its type."""
+    """A value is NaN or infinite, or a scale is outside the range of its type."""
 
 
 class SingularError(NumericalError):
-    """A Hessian that is zero or stays indefinite; a run rounds that layer to nearest and says so."""
+    """A Hessian is zero or stays indefinite; a run rounds that layer to nearest and reports it."""
 
 
 class FallbackError(RunError):
-    """A strict run in which a layer did not go as asked."""
+    """A strict run could not quantize a layer as requested."""
 
 
 class StorageError(RunError):
-    """A write failed, most often because the disk is full."""
+    """A write failed, usually because the disk is full."""
 
 
 class Interrupted(RunError):
@@ -76,4 +76,9 @@ class Interrupted(RunError):
 
 
 class VerificationError(RunError):
-    """What is on disk is not what was computed."""
+    """The files on disk differ from what was computed."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, to quote it in a message of one sentence."""
+    return str(error).strip().split("\n", 1)[0]

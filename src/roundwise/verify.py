@@ -13,19 +13,16 @@ from typing import Any
 import torch
 
 from roundwise.checkpoint.gptq_format import quantized_layers, read_quantization_config
-from roundwise.checkpoint.manifest import Manifest, RunRecord, validation_error
-from roundwise.checkpoint.reader import OWN_FILES, Checkpoint
-from roundwise.checkpoint.untrusted import file_digest, read_json
+from roundwise.checkpoint.manifest import LayerRecord, Manifest, changed_files, read_manifest
+from roundwise.checkpoint.reader import Checkpoint
 from roundwise.core.quantized_weight import QuantizedWeight
-from roundwise.errors import CheckpointError, RoundwiseError, VerificationError
+from roundwise.errors import RoundwiseError, VerificationError
 from roundwise.model.dequantized_view import dequantized_checkpoint
 from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.norm_scaling import as_prescaled
 from roundwise.model.rotate import as_quantized
 from roundwise.model.streamed import split_into_linears
 
-#: The second says how the run went: equal runs have equal manifests, but other times.
-MANIFEST, RUN = OWN_FILES[:2]
 #: Recorded and recomputed weight errors may differ by summation order only.
 TOLERANCE = 1e-3
 #: Mean error in steps of the grid beyond which the zero points must have been misread.
@@ -71,8 +68,8 @@ def audit(
     try:
         manifest = read_manifest(folder)
         if manifest is not None:
-            report.checked["files"] = len(manifest["files"])
-            report.failures += changed_files(folder, manifest["files"], config_file)
+            report.checked["files"] = len(manifest.files)
+            report.failures += changed_files(folder, manifest.files, config_file)
         if not report.failures:
             checkpoint = Checkpoint(folder, config_file=config_file)
             if against is not None:
@@ -81,7 +78,7 @@ def audit(
                     lm_head=bool(read_quantization_config(checkpoint).get("lm_head")),
                 )  # fmt: skip
                 against = as_quantized(against, read_quantization_config(checkpoint))
-                against = as_prescaled(against, checkpoint, (manifest or {}).get("layers", []))
+                against = as_prescaled(against, checkpoint, manifest.layers if manifest else [])
             _check_layers(report, checkpoint, against, manifest)
             if against is not None:
                 _check_rest(report, checkpoint, against)
@@ -90,61 +87,14 @@ def audit(
     return report
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """roundwise.json of a checkpoint; None when it was not made by roundwise.
-
-    Args:
-        folder: of the checkpoint, or the manifest itself.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    return _record(folder / MANIFEST if folder.is_dir() else folder, Manifest)
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """roundwise-run.json of a checkpoint, as `read_manifest`."""
-    return _record(folder / RUN, RunRecord)
-
-
-def _record(file: Path, kind: Any) -> dict[str, Any] | None:
-    if not file.exists():
-        return None
-    found = read_json(file)
-    wrong = validation_error(kind, found)
-    if wrong:
-        raise CheckpointError(f"{file} is damaged: {wrong}")
-    return found
-
-
-def changed_files(
-    folder: Path, files: dict[str, str], config_file: str = "config.json"
-) -> list[str]:
-    """A line for each file that is missing, or has not the bytes that the manifest says.
-
-    Args:
-        folder: of the checkpoint.
-        files: names and hashes, of the manifest.
-        config_file: where its config stands.
-    """
-    found = []
-    for name, digest in files.items():
-        path = folder / (config_file if name == "config.json" else name)
-        if not path.is_file():
-            found.append(f"{name} is missing")
-        elif file_digest(path) != digest:
-            found.append(f"{name} was changed since it was written")
-    return found
-
-
 def _check_layers(
     report: Audit,
     checkpoint: Checkpoint,
     against: Checkpoint | None,
-    manifest: dict[str, Any] | None,
+    manifest: Manifest | None,
 ) -> None:
     settings = read_quantization_config(checkpoint)
-    recorded = {layer["name"]: layer for layer in (manifest or {}).get("layers", [])}
+    recorded = {layer.name: layer for layer in (manifest.layers if manifest else [])}
     layers = list(quantized_layers(checkpoint))
     report.check("readable", None if layers else "no quantized layers")
     if settings.get("lm_head"):
@@ -178,7 +128,7 @@ def _wrong_values(name: str, q: QuantizedWeight, settings: dict[str, Any]) -> st
 
 
 def _wrong_error(
-    name: str, q: QuantizedWeight, against: Checkpoint, line: dict[str, Any] | None
+    name: str, q: QuantizedWeight, against: Checkpoint, line: LayerRecord | None
 ) -> str | None:
     info = against.tensors.get(f"{name}.weight")
     if info is None:
@@ -195,7 +145,7 @@ def _wrong_error(
         if abs(steps) > ONE_OFF:
             return f"{name} is off by one step everywhere: is checkpoint_format right?"
         return f"{name} is no better than nothing: weight error {error:.2f}" if error > 1 else None
-    expected = float(line["weight_error"])
+    expected = line.weight_error
     if abs(error - expected) > TOLERANCE * max(expected, 1e-6):
         return f"{name} has weight error {error:.6g}, but {expected:.6g} was recorded"
     return None

@@ -1,4 +1,4 @@
-"""The judge of `benchmarks/accuracy.py`: its reader, its split of texts, its tables."""
+"""Tests of `benchmarks/accuracy.py`: its reader, its split of texts, its tables."""
 
 import json
 import sys

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roundwise.calibration.dataset import Calibration, load_calibration, shares
+from roundwise.config import CalibrationConfig
 from roundwise.errors import CalibrationError
 from tests.helpers import windows
 
@@ -36,9 +36,10 @@ class Letters:
         return self(text)
 
 
-def load(source: Any, tokenizer: Any = None, **changes: Any) -> Calibration:
+def load(source: Any, tokenizer: Any = None, widest: int = 0, **changes: Any) -> Calibration:
     usual: dict[str, Any] = {"samples": 4, "seq_len": 10, "batch_size": 2, "seed": 0}
-    return load_calibration(source, tokenizer or Letters(), **{**usual, **changes})
+    settings = CalibrationConfig(**{**usual, **changes})
+    return load_calibration(source, tokenizer or Letters(), settings, widest=widest)
 
 
 def rows(calibration: Calibration) -> list[list[int]]:
@@ -89,9 +90,9 @@ class TestText:
         state = random.getstate(), torch.get_rng_state()
         again, other = load(str(counted), seed=1), load(str(counted), seed=2)
         assert rows(again) == rows(first)
-        assert again.describe() == first.describe()
+        assert again.record.as_json() == first.record.as_json()
         assert rows(other) != rows(first)
-        assert other.digest != first.digest
+        assert other.record.sha256 != first.record.sha256
         # The generator is private: nobody else's random numbers change.
         assert random.getstate() == state[0]
         assert torch.equal(torch.get_rng_state(), state[1])
@@ -100,7 +101,7 @@ class TestText:
         (tmp_path / "short.txt").write_text("short")
         found = load(str(tmp_path / "short.txt"))
         assert [text_of(row) for row in rows(found)] == ["short"]
-        assert (found.samples, found.tokens) == (1, 5)
+        assert (found.record.samples, found.record.tokens) == (1, 5)
 
     def test_a_long_text_is_not_tokenized_whole(self, tmp_path: Path) -> None:
         (tmp_path / "long.txt").write_text("".join(f"{n:07} " for n in range(1 << 20)))
@@ -175,7 +176,7 @@ class TestPythonList:
         ]
         found = load(items, batch_size=1)
         assert sorted(rows(found)) == [[1, 2, 3], [4, 5, 6], [7, 8]]
-        assert found.tokens == 8
+        assert found.record.tokens == 8
 
     def test_what_a_tokenizer_returns(self, tiny: Path) -> None:
         import transformers
@@ -199,7 +200,7 @@ class TestPythonList:
         items = [list(range(100 * i + 1, 100 * i + 1 + n)) for i, n in enumerate(lengths)]
         found = load(items, samples=99, seq_len=99, batch_size=batch_size)
         assert sorted(rows(found)) == items
-        assert found.tokens == sum(lengths)
+        assert found.record.tokens == sum(lengths)
         assert all(len(batch.input_ids) <= batch_size for batch in found.batches)
         for batch in found.batches:
             padded = len(set(map(len, rows(Calibration([batch], 0, 0, ""))))) > 1
@@ -260,20 +261,19 @@ class TestNotAsAsked:
 
 
 def test_the_description_tells_calibrations_apart(counted: Path) -> None:
-    base = load(str(counted)).describe()
+    base = load(str(counted)).record.as_json()
     assert base["source"] == "numbers.txt"
-    assert base == load(str(counted)).describe()
+    assert base == load(str(counted)).record.as_json()
     for changes in ({"samples": 5}, {"seq_len": 9}, {"batch_size": 1}, {"seed": 1}):
-        assert load(str(counted), **changes).describe() != base
+        assert load(str(counted), **changes).record.as_json() != base
     counted.write_text(counted.read_text()[::-1])
-    assert load(str(counted)).describe() != base
+    assert load(str(counted)).record.as_json() != base
 
 
 def test_the_place_of_the_file_does_not_matter(counted: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    to_device = counted.rename(tmp_path / "elsewhere" / counted.name)
-    before: Callable[[], dict[str, Any]] = load(str(to_device)).describe
-    assert str(tmp_path) not in json.dumps(before())
+    moved = counted.rename(tmp_path / "elsewhere" / counted.name)
+    assert str(tmp_path) not in json.dumps(load(str(moved)).record.as_json())
 
 
 def test_a_mixture_takes_windows_as_the_weights_say(tiny: Path, tmp_path: Path) -> None:
@@ -283,14 +283,18 @@ def test_a_mixture_takes_windows_as_the_weights_say(tiny: Path, tmp_path: Path) 
     (tmp_path / "b.txt").write_text("omega " * 4000)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     source = f"{tmp_path}/a.txt:0.7,{tmp_path}/b.txt:0.3"
-    found = load_calibration(source, tokenizer, samples=20, seq_len=16, batch_size=5, seed=0)
+    found = load_calibration(
+        source, tokenizer, CalibrationConfig(samples=20, seq_len=16, batch_size=5, seed=0)
+    )
     windows = [row for batch in found.batches for row in batch.input_ids.tolist()]
     kinds = ["alpha" in tokenizer.decode(window) for window in windows]
     assert (kinds.count(True), len(kinds)) == (14, 20)
     assert kinds != sorted(kinds, reverse=True)  # mixed, not one after the other
-    assert found.settings["source"] == "a.txt: 14, b.txt: 6"
-    again = load_calibration(source, tokenizer, samples=20, seq_len=16, batch_size=5, seed=0)
-    assert again.digest == found.digest
+    assert found.record.source == "a.txt: 14, b.txt: 6"
+    again = load_calibration(
+        source, tokenizer, CalibrationConfig(samples=20, seq_len=16, batch_size=5, seed=0)
+    )
+    assert again.record.sha256 == found.record.sha256
 
 
 def test_shares_add_up() -> None:
@@ -307,7 +311,9 @@ class TestWhatCannotBeTokens:
     def read(self, folder: Path, record: str, tokenizer: Any) -> None:
         (folder / "x.jsonl").write_text(f'{{"text": "fine"}}\n{record}\n')
         load_calibration(
-            str(folder / "x.jsonl"), tokenizer, samples=1, seq_len=4, batch_size=1, seed=0
+            str(folder / "x.jsonl"),
+            tokenizer,
+            CalibrationConfig(samples=1, seq_len=4, batch_size=1, seed=0),
         )
 
     def test_half_a_character(self, tokenizer: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import roundwise as rw
 from roundwise.calibration import self_generated
 from roundwise.calibration.self_generated import generate_windows
 from roundwise.checkpoint.reader import Checkpoint
+from roundwise.config import CalibrationConfig
 from roundwise.errors import CalibrationError
 
 SETTINGS: dict[str, Any] = {"samples": 5, "seq_len": 24, "batch_size": 2}
@@ -25,14 +26,18 @@ def tokenizer(tiny: Path) -> Any:
 
 def test_windows_are_drawn_from_the_model(tiny: Path, tokenizer: Any) -> None:
     before = torch.get_rng_state()
-    windows = generate_windows(Checkpoint(tiny), tokenizer, **SETTINGS, seed=3)
+    windows = generate_windows(Checkpoint(tiny), tokenizer, CalibrationConfig(**SETTINGS, seed=3))
     assert torch.equal(before, torch.get_rng_state())
     assert [len(window) for window in windows] == [24] * 5
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     assert {window[0] for window in windows} == {start}
     assert len({tuple(window) for window in windows}) == 5
-    assert windows == generate_windows(Checkpoint(tiny), tokenizer, **SETTINGS, seed=3)
-    assert windows != generate_windows(Checkpoint(tiny), tokenizer, **SETTINGS, seed=4)
+    assert windows == generate_windows(
+        Checkpoint(tiny), tokenizer, CalibrationConfig(**SETTINGS, seed=3)
+    )
+    assert windows != generate_windows(
+        Checkpoint(tiny), tokenizer, CalibrationConfig(**SETTINGS, seed=4)
+    )
     # To the model they are text: far more likely than tokens drawn at random.
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval()
     drawn = torch.tensor(windows)
@@ -71,7 +76,7 @@ def test_who_writes_no_text(
     )  # fmt: skip
     transformers.BertModel(config).save_pretrained(tmp_path)
     with pytest.raises(CalibrationError, match="BertModel writes no text"):
-        generate_windows(Checkpoint(tmp_path), tokenizer, **SETTINGS, seed=0)
+        generate_windows(Checkpoint(tmp_path), tokenizer, CalibrationConfig(**SETTINGS, seed=0))
     monkeypatch.setattr(self_generated, "available_memory", lambda _: 1000)
     with pytest.raises(CalibrationError, match="must be in memory"):
-        generate_windows(Checkpoint(tiny), tokenizer, **SETTINGS, seed=0)
+        generate_windows(Checkpoint(tiny), tokenizer, CalibrationConfig(**SETTINGS, seed=0))

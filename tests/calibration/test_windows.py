@@ -15,6 +15,7 @@ from roundwise.calibration.dataset import load_calibration
 from roundwise.calibration.windows import assistant_tokens
 from roundwise.checkpoint.gptq_format import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
+from roundwise.config import CalibrationConfig
 from roundwise.errors import CalibrationError
 
 CHAT = [
@@ -74,15 +75,17 @@ def test_a_template_that_forgets_is_refused(tokenizer: Any) -> None:
 
 def test_batches_know_what_counts(tokenizer: Any, chats: Path) -> None:
     tokenizer.chat_template = PLAIN
-    found = load_calibration(str(chats), tokenizer, **SETTINGS, only="assistant")
-    every = load_calibration(str(chats), tokenizer, **SETTINGS)
-    assert found.digest != every.digest
-    assert found.describe()["only"] == "assistant"
-    assert "only" not in every.describe()
+    found = load_calibration(str(chats), tokenizer, CalibrationConfig(**SETTINGS, only="assistant"))
+    every = load_calibration(str(chats), tokenizer, CalibrationConfig(**SETTINGS))
+    assert found.record.sha256 != every.record.sha256
+    assert found.record.as_json()["only"] == "assistant"
+    assert "only" not in every.record.as_json()
     assert all(batch.counted is None for batch in every.batches)
     counting = [batch.counting for batch in found.batches]
     assert (
-        found.tokens == sum(int(mask.sum()) for mask in counting if mask is not None) < every.tokens
+        found.record.tokens
+        == sum(int(mask.sum()) for mask in counting if mask is not None)
+        < every.record.tokens
     )
     for batch in found.batches:
         assert batch.counted is not None
@@ -98,12 +101,12 @@ def test_windows_without_an_answer_are_not_drawn(tokenizer: Any, tmp_path: Path)
     chat = [user, {"role": "assistant", "content": "y = 2"}, user]
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps({"messages": chat}))
-    found = load_calibration(str(file), tokenizer, **SETTINGS, only="assistant")
-    assert found.samples <= 2
+    found = load_calibration(str(file), tokenizer, CalibrationConfig(**SETTINGS, only="assistant"))
+    assert found.record.samples <= 2
     assert any("gives only" in line for line in found.not_as_asked)
     file.write_text(json.dumps({"messages": chat[:1]}))
     with pytest.raises(CalibrationError, match="no tokens by the assistant"):
-        load_calibration(str(file), tokenizer, **SETTINGS, only="assistant")
+        load_calibration(str(file), tokenizer, CalibrationConfig(**SETTINGS, only="assistant"))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,7 @@ def test_refusals(
     tokenizer.chat_template = PLAIN
     given: Any = {"text": str(text), "chats": str(chats), "list": [[1, 2, 3]]}[source]
     with pytest.raises(CalibrationError, match=why):
-        load_calibration(given, tokenizer, **SETTINGS, only=only)
+        load_calibration(given, tokenizer, CalibrationConfig(**SETTINGS, only=only))
 
 
 def test_only_the_answers_are_fitted(
@@ -132,7 +135,7 @@ def test_only_the_answers_are_fitted(
     config = rw.QuantizeConfig(
         recipe="textbook", damp_percent=0.01, dynamic={r"layers\.[^0]": None}
     )
-    found = load_calibration(str(chats), tokenizer, **SETTINGS, only="assistant")
+    found = load_calibration(str(chats), tokenizer, CalibrationConfig(**SETTINGS, only="assistant"))
     answers = [ids for b in found.batches for ids in b.input_ids[b.counted].tolist()]
     options = {"samples": 4, "seq_len": 32, "batch_size": 2}
     made = rw.quantize(tiny, tmp_path / "a", config, str(chats), **options, only="assistant")
@@ -140,7 +143,7 @@ def test_only_the_answers_are_fitted(
         tiny, tmp_path / "b", config, [answers], samples=1, seq_len=len(answers), batch_size=1
     )
     every = rw.quantize(tiny, tmp_path / "c", config, str(chats), **options)
-    assert made.layers[0]["tokens"] == len(answers) == found.tokens
+    assert made.layers[0]["tokens"] == len(answers) == found.record.tokens
     errors = [result.layers[0]["relative_error"] for result in (made, same, every)]
     # The model computes in bfloat16, and batches of other shapes are rounded otherwise.
     assert errors[0] == pytest.approx(errors[1], rel=2e-3)

@@ -1,14 +1,26 @@
-"""Who serves what, and tensor parallelism."""
+"""Engines refuse what they do not support; fused layers and tensor parallelism."""
+
+from dataclasses import replace
 
 import pytest
 
-from roundwise.checkpoint.engines import served_by, tensor_parallel
+import roundwise as rw
+from roundwise.checkpoint.engines import (
+    ServedLayer,
+    conflicting_packed_modules,
+    expert_naming,
+    packed_modules,
+    served_by,
+    tensor_parallel_degrees,
+    with_packed_names,
+)
 
-LANE = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "format": "gptq"}
+#: The layer that every engine serves.
+COMMON = ServedLayer(bits=4, group_size=128, sym=True, desc_act=False, format="gptq")
 
 
 def refusing(**changes) -> set[str]:
-    return {engine for engine, reason in served_by([LANE | changes]).items() if reason}
+    return {engine for engine, why in served_by([replace(COMMON, **changes)]).items() if why}
 
 
 @pytest.mark.parametrize(
@@ -21,10 +33,11 @@ def refusing(**changes) -> set[str]:
         ({"sym": False}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "GPTQModel"}),
         ({"desc_act": True}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
         ({"group_size": 16}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
-        ({"experts": "gate_proj"}, {"vLLM, CPU"}),
-        ({"experts": "w1"}, {"vLLM, CPU", "GPTQModel"}),
-        ({"experts": "together"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
-        ({"experts": "mixed"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
+        ({"expert_naming": "gate_proj"}, {"vLLM, CPU"}),
+        ({"expert_naming": "w1"}, {"vLLM, CPU", "GPTQModel"}),
+        ({"expert_naming": "fused"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
+        ({"expert_naming": "mixed"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
+        ({"conflicting_module": "a.qkv_proj"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
     ],
 )
 def test_engines(changes, engines):
@@ -32,13 +45,34 @@ def test_engines(changes, engines):
 
 
 def test_one_layer_decides_for_the_model():
-    assert served_by([LANE, LANE | {"bits": 8}])["ExLlamaV2"] is not None
+    assert served_by([COMMON, replace(COMMON, bits=8)])["ExLlamaV2"] is not None
+
+
+def test_only_complete_fused_layers_count():
+    attention = [f"a.{part}_proj" for part in "qkv"]
+    assert list(packed_modules([*attention, "b.q_proj", "b.k_proj", "gate_proj", "up_proj"])) == [
+        ("a.qkv_proj", attention),
+        ("gate_up_proj", ["gate_proj", "up_proj"]),
+    ]
+    assert with_packed_names(["a.o_proj", *attention]) == ["a.o_proj", *attention, "a.qkv_proj"]
+
+
+def test_fused_layers_whose_members_differ_are_named():
+    names = [f"{i}.{part}_proj" for i in range(2) for part in "qkv"]
+    config = rw.QuantizeConfig(dynamic={r"1\.v_proj": {"bits": 8}})
+    assert conflicting_packed_modules(config, names) == ["1.qkv_proj"]
+
+
+def test_naming_of_experts():
+    assert expert_naming("w3", fused=False) == "w1"
+    assert expert_naming("up_proj", fused=False) == "gate_proj"
+    assert expert_naming("up_proj", fused=True) == "fused"
 
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "down", "group", "degrees"),
     [
-        (32, 8, 14336, 128, [1, 2, 4, 8, 16]),  # Llama 3 8B: 14336 / 32 is no multiple of 128
+        (32, 8, 14336, 128, [1, 2, 4, 8, 16]),  # Llama 3 8B: 14336 / 32 is not a multiple of 128
         (32, 8, 14336, 64, [1, 2, 4, 8, 16, 32]),
         (32, 32, 11008, 128, [1, 2]),  # Llama 2 7B: 11008 = 86 groups of 128
         (12, 12, 14336, 128, [1, 2, 4]),
@@ -47,4 +81,4 @@ def test_one_layer_decides_for_the_model():
 )
 def test_tensor_parallelism_needs_whole_groups_and_heads(heads, kv_heads, down, group, degrees):
     linears = [(4096, 4096, group), (1024, 4096, group), (down, 4096, group), (4096, down, group)]
-    assert tensor_parallel(linears, hidden=4096, heads=heads, kv_heads=kv_heads) == degrees
+    assert tensor_parallel_degrees(linears, hidden=4096, heads=heads, kv_heads=kv_heads) == degrees

@@ -67,7 +67,7 @@ class TestModel:
         self, commands: Commands, text: Path, tmp_path: Path
     ) -> None:
         ended = commands.run("quantize", text, tmp_path / "out", "--calibration", text)
-        refused(ended, "is not a folder with a model in it")
+        refused(ended, "is not a folder with a model")
 
     def test_config_is_no_json(self, quantize: Callable[..., Ended], model: Path) -> None:
         (model / "config.json").write_text("{oops")
@@ -89,13 +89,13 @@ class TestModel:
     )
     def test_corrupt_header(self, data: bytes, quantize: Callable[..., Ended], model: Path) -> None:
         (model / SINGLE_FILE).write_bytes(data)
-        refused(quantize(), SINGLE_FILE, "is damaged or no safetensors file")
+        refused(quantize(), SINGLE_FILE, "is damaged or not a safetensors file")
 
     @pytest.mark.parametrize("kept", [0.5, 0.999])
     def test_truncated_file(self, kept: float, quantize: Callable[..., Ended], model: Path) -> None:
         data = (model / SINGLE_FILE).read_bytes()
         (model / SINGLE_FILE).write_bytes(data[: int(kept * len(data))])
-        refused(quantize(), SINGLE_FILE, "is damaged or no safetensors file")
+        refused(quantize(), SINGLE_FILE, "is damaged or not a safetensors file")
 
     def test_truncated_shard(self, quantize: Callable[..., Ended], model: Path) -> None:
         self.shard(model)
@@ -448,7 +448,7 @@ def test_an_error_with_json_is_one_object_too(commands: Commands) -> None:
     ended = commands.run("inspect", "nowhere", "--json")
     assert ended.code == 2
     assert ended.json == {
-        "error": "there is no folder nowhere, and it is no model id of the form owner/name",
+        "error": "there is no folder nowhere, and it is not a model id of the form owner/name",
         "kind": "CheckpointError",
     }
     assert ended.sentence == ended.json["error"]

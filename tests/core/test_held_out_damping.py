@@ -56,7 +56,7 @@ def test_with_drift_the_output_aimed_at_is_the_original_models() -> None:
     constant = (held @ W.T - wanted).square().sum() / (held @ W.T).square().sum()
     for damping, loss in losses.items():
         fit = moments(X, original)
-        target_shift = fit.drift.target_shift(W, 1.0, 1.0)
+        target_shift = fit.drift.take_target_shift(W, 1.0, 1.0)
         q = solve(W, fit.H, BEST.merged({"damp_percent": damping}), target_shift=target_shift)
         expected = (held @ q.dequantize().T - wanted).square().sum()
         expected = expected / (held @ W.T).square().sum() - constant

@@ -115,7 +115,7 @@ def test_cross_moments_are_those_of_the_distance(dtype: torch.dtype) -> None:
     exact = distance.T @ x.double().reshape(120, 16) / 120
     # A distance is rounded to the inputs' type, half of 2⁻⁸ of itself.
     tolerance = 1e-6 if dtype == torch.float32 else 4e-3 * float(exact.abs().max())
-    torch.testing.assert_close(moment.mean().double(), exact, rtol=0, atol=tolerance)
+    torch.testing.assert_close(moment.take_mean().double(), exact, rtol=0, atol=tolerance)
 
 
 def test_a_drift_may_be_summed_up_as_it_reaches_the_output() -> None:
@@ -128,13 +128,13 @@ def test_a_drift_may_be_summed_up_as_it_reaches_the_output() -> None:
     apart[1].add(r0, r, x, None)
     together = CrossMoment(16, 24)
     together.add(r0, r, x, None, (x0 - x) @ W.T * (0.5 / 0.8))
-    wanted = Drift(*(moment.mean() for moment in apart)).target_shift(W, 0.5, 0.8)
-    found = Drift(None, together.mean()).target_shift(W, 0.5, 0.8)
+    wanted = Drift(*(moment.take_mean() for moment in apart)).take_target_shift(W, 0.5, 0.8)
+    found = Drift(None, together.take_mean()).take_target_shift(W, 0.5, 0.8)
     torch.testing.assert_close(found, wanted)
     # And of (X̃ - X)Wᵀ, X̃Wᵀ with the batch and XWᵀ in the end.
     outputs, H = CrossMoment(16, 24), Hessian(24)
     outputs.add(r0, r, x, None, x0 @ W.T * (0.5 / 0.8))
     H.add(x)
-    drift = Drift(None, outputs.mean())
+    drift = Drift(None, outputs.take_mean())
     drift.subtract_output(W, H.mean(), 0.5 / 0.8)
-    torch.testing.assert_close(drift.target_shift(W, 0.5, 0.8), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drift.take_target_shift(W, 0.5, 0.8), wanted, rtol=1e-4, atol=1e-5)

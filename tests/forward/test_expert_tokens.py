@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 
 from roundwise.calibration.dataset import load_calibration
 from roundwise.calibration.windows import Batch
+from roundwise.config import CalibrationConfig
 from roundwise.core.drift import Drift
 from roundwise.forward.expert_tokens import ExpertCalibration
 from roundwise.forward.input_groups import InputGroup
@@ -121,7 +123,7 @@ def test_what_the_model_computes_stays(
     fresh = open_streamed_model(folder(name))
     behind = conduct(fresh, played, policy=policy, sequential=sequential, reference=reference)
     for block, (_, scheduler) in zip(fresh.blocks, behind, strict=False):
-        for player in [*scheduler.quantized, *scheduler.originals]:
+        for player in [*scheduler.quantized, *scheduler.references]:
             torch.testing.assert_close(
                 hidden(player.output), expected[block.name][player.number], rtol=1e-4, atol=1e-5
             )
@@ -205,7 +207,9 @@ def test_padding_does_not_count(
     rows = [row[:length] for row, length in zip(windows(), (32, 21, 30, 9), strict=True)]
 
     def with_batches_of(size: int) -> list[InputGroup]:
-        texts = load_calibration(rows, None, samples=4, seq_len=32, batch_size=size, seed=0)
+        texts = load_calibration(
+            rows, None, CalibrationConfig(samples=4, seq_len=32, batch_size=size, seed=0)
+        )
         return collected(folder("mixtral"), texts.batches, policy, sequential=sequential)
 
     together, alone = with_batches_of(4), with_batches_of(1)
@@ -236,7 +240,9 @@ def test_drift_compares_the_same_tokens_of_both_models(
         gates = [name for name in group.names if name.startswith(path) and name.endswith("w1")]
         if gates:
             assert group.hessian is not None
-            both = group.hessian.tokens, group.drift(group.hessian.mean(keep=True))
+            moments = copy.deepcopy(group).take_moments()
+            assert moments is not None
+            both = moments.tokens, moments.drift
             found.update({int(name.split(".")[5]): both for name in gates})
 
     streamed.load_outside_blocks()

@@ -16,7 +16,7 @@ import roundwise as rw
 from roundwise.calibration.windows import Batch
 from roundwise.errors import StorageError
 from roundwise.forward import offload
-from roundwise.forward.batch import ENTER, PausedBatch, stop
+from roundwise.forward.batch import ENTER, PausedBatch, pause
 from roundwise.forward.offload import DiskOffload
 from roundwise.system import madvise
 from tests.helpers import ARCHITECTURES, Stop, contents, random_model, stop_after, windows
@@ -28,7 +28,7 @@ CONFIGS = {name: each.config for name, each in {**ARCHITECTURES, **MIXTURES}.ite
 
 
 @pytest.fixture
-def to_device(monkeypatch):
+def transfers(monkeypatch):
     """Storages that were written and read, however small they are."""
     seen = {"out": 0, "back": 0}
     transfer = DiskOffload._transfer
@@ -48,21 +48,21 @@ def quantize(model, out, **options):
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_a_run_whose_batches_wait_in_a_file_writes_the_same_bytes(name, tmp_path, to_device):
+def test_a_run_whose_batches_wait_in_a_file_writes_the_same_bytes(name, tmp_path, transfers):
     random_model(CONFIGS[name]()).save_pretrained(tmp_path / "model")
     plain = quantize(tmp_path / "model", tmp_path / "plain", mode="true_sequential")
-    assert to_device == {"out": 0, "back": 0}
+    assert transfers == {"out": 0, "back": 0}
     waited = quantize(
         tmp_path / "model", tmp_path / "waited", mode="true_sequential", max_memory=NOTHING
     )
-    assert to_device["out"] > 0 and to_device["back"] > 0
+    assert transfers["out"] > 0 and transfers["back"] > 0
     first, second = (contents(result.output) for result in (plain, waited))
     assert {k: v for k, v in first.items() if k.endswith(".safetensors")} == {
         k: v for k, v in second.items() if k.endswith(".safetensors")
     }
 
 
-def test_an_encoder_decoder_too(tmp_path, to_device):
+def test_an_encoder_decoder_too(tmp_path, transfers):
     sizes = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4}
     torch.manual_seed(0)
     transformers.T5ForConditionalGeneration(
@@ -71,12 +71,12 @@ def test_an_encoder_decoder_too(tmp_path, to_device):
     options = {"mode": "true_sequential"}
     plain = quantize(tmp_path / "model", tmp_path / "plain", **options)
     waited = quantize(tmp_path / "model", tmp_path / "waited", max_memory=NOTHING, **options)
-    assert to_device["out"] > 0
+    assert transfers["out"] > 0
     name = "model-00001-of-00005.safetensors"
     assert contents(plain.output)[name] == contents(waited.output)[name]
 
 
-def test_it_goes_on_where_it_was(tmp_path, to_device):
+def test_it_goes_on_where_it_was(tmp_path, transfers):
     random_model(CONFIGS["llama"]()).save_pretrained(tmp_path / "model")
     options = {"mode": "true_sequential", "max_memory": NOTHING}
     whole = quantize(tmp_path / "model", tmp_path / "whole", **options)
@@ -117,7 +117,7 @@ class Waiting(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         held = {"whole": (x * 2,), "table": self.table, "weight": self.weight}
         view, chosen = held["whole"][0][:, 3:].T, torch.arange(4096)
-        stop(ENTER)
+        pause(ENTER)
         return view.sum() + chosen.sum() + held["table"].sum() + held["weight"].sum()
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from roundwise.calibration.dataset import load_calibration
+from roundwise.config import CalibrationConfig
 from roundwise.errors import NumericalError, RunError
 from roundwise.forward.input_groups import InputGroup
 from roundwise.forward.scheduler import ForwardScheduler
@@ -38,8 +39,8 @@ def collected(
 ) -> list[InputGroup]:
     """All groups with their Hessians, nothing replaced. The rows may differ in length."""
     calibration = load_calibration(
-        rows, None, samples=len(rows), seq_len=32, batch_size=size, seed=0
-    )  # fmt: skip
+        rows, None, CalibrationConfig(samples=len(rows), seq_len=32, batch_size=size, seed=0
+    ))  # fmt: skip
     found: list[InputGroup] = []
 
     def keep(group: InputGroup) -> None:
@@ -61,8 +62,8 @@ def test_hidden_states_are_those_of_the_plain_model_bit_for_bit(
     streamed = open_streamed_model(folder)
     behind = conduct(streamed, played, sequential=sequential, reference=reference)
     for index, (_, scheduler) in enumerate(behind):
-        assert len(scheduler.originals) == (len(played) if reference else 0)
-        for player in [*scheduler.quantized, *scheduler.originals]:
+        assert len(scheduler.references) == (len(played) if reference else 0)
+        for player in [*scheduler.quantized, *scheduler.references]:
             assert torch.equal(hidden(player.output), expected[player.number][index])
     assert index == len(streamed.blocks) - 1
 
@@ -94,7 +95,7 @@ def test_the_reference_stays_the_original_whatever_is_replaced(
 
     behind = conduct(streamed, played, double, sequential=sequential, reference=True)
     for index, (_, scheduler) in enumerate(behind):
-        for player in scheduler.originals:
+        for player in scheduler.references:
             assert torch.equal(hidden(player.output), expected[player.number][index])
         for player in scheduler.quantized:
             assert not torch.equal(hidden(player.output), expected[player.number][index])

@@ -21,6 +21,7 @@ from roundwise.calibration.dataset import load_calibration
 from roundwise.checkpoint.hub import bundled_model
 from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from roundwise.cli.commands.inspect import describe
+from roundwise.config import CalibrationConfig
 from roundwise.convert import convert
 from roundwise.errors import Interrupted, RoundwiseError
 from roundwise.model.streamed import open_streamed_model
@@ -215,7 +216,7 @@ class Targets:
     def texts(self, data: bytes) -> None:
         path = self.dense / "texts.jsonl"
         path.write_bytes(data)
-        load_calibration(str(path), self.speaker, samples=2, seq_len=8, batch_size=1, seed=0)
+        load_calibration(str(path), self.speaker, CalibrationConfig(samples=2, seq_len=8, batch_size=1, seed=0))
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:

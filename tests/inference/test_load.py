@@ -128,7 +128,7 @@ class TestOldAutoGPTQ:
 
     def test_without_any_settings_is_refused(self, old: Path) -> None:
         (old / "quantize_config.json").unlink()
-        with pytest.raises(CheckpointError, match="there is no quantization_config"):
+        with pytest.raises(CheckpointError, match="it has no quantization_config"):
             rw.load(old)
 
 

@@ -278,7 +278,9 @@ def test_layers_that_vllm_joins_must_agree(override, split, text_model):
         if split is None or (engine == "vLLM, CPU" and "q_proj" in override):
             assert (why_not is None) == (split is None)  # there, 8 bits are the first reason
         else:
-            assert why_not == f"it computes {split} as one, and its layers have different settings"
+            assert why_not == (
+                f"it fuses layers into {split}, but these layers have different settings"
+            )
     assert found.served_by["GPTQModel"] is None
 
 

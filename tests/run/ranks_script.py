@@ -54,14 +54,14 @@ def main() -> None:
                 found.append({"layers": result.layers, "experts": result.experts})
             except rw.RoundwiseError as error:
                 found.append({"error": f"{type(error).__name__}: {error}"})
-        uneven = torch.arange(3 * 5).view(5, 3)[ranks.rows(5)].to(torch.float16)
-        few = torch.ones(1, 2, dtype=torch.uint8)[ranks.rows(1)]
+        uneven = torch.arange(3 * 5).view(5, 3)[ranks.row_range(5)].to(torch.float16)
+        few = torch.ones(1, 2, dtype=torch.uint8)[ranks.row_range(1)]
         tools = {
             "rank": int(os.environ["RANK"]),
             "agree": ranks.broadcast_object(lambda: ["of", ranks.rank]),
             "each": ranks.all_gather_object({"rank": ranks.rank, "long": "x" * 100 * ranks.rank}),
             "largest": ranks.all_reduce_max(ranks.rank, -ranks.rank),
-            "sum": ranks.sum(torch.tensor([1.0, ranks.rank])).tolist(),
+            "sum": ranks.all_reduce_sum(torch.tensor([1.0, ranks.rank])).tolist(),
             "rows": ranks.all_gather_rows(uneven, 5).tolist(),
             "few": ranks.all_gather_rows(few, 1).tolist(),
             "share": list(ranks.shard("abcde").items()),

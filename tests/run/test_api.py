@@ -93,7 +93,7 @@ class Plain:
                 for linear in group:
                     name = prefix + linear
                     W = weight_of(self.model.get_submodule(name)).detach()
-                    target_shift = now[1] and now[1].target_shift(W, config.alpha, config.beta)
+                    target_shift = now[1] and now[1].take_target_shift(W, config.alpha, config.beta)
                     solved[name] = rw.solve(W.clone(), now[0], config, target_shift=target_shift)
                     assign(self.model, name, ours[name].dequantize())
         return solved
@@ -318,7 +318,7 @@ def test_the_result_says_what_was_done(llama: Path, tmp_path: Path) -> None:
     stored = sum(
         8 * info.nbytes
         for layer in quantized_layers(Checkpoint(result.output))
-        for info in layer.parts.values()
+        for info in layer.tensors.values()
     )
     weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
     assert result.bits_per_weight == pytest.approx(stored / weights)

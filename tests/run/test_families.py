@@ -66,7 +66,7 @@ def test_hidden_states_are_those_of_the_plain_model(
     sequential = mode == "true_sequential"
     for _, scheduler in conduct(streamed, played, sequential=sequential, reference=True):
         name = next(names)
-        for player in [*scheduler.quantized, *scheduler.originals]:
+        for player in [*scheduler.quantized, *scheduler.references]:
             assert torch.equal(hidden(player.output), seen[name][player.number])
 
 

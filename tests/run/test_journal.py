@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from roundwise.checkpoint.manifest import BlockRecord, Fingerprint, SavedActivations
 from roundwise.errors import OutputError, RunError
 from roundwise.run.journal import Journal, load_outputs, save_outputs
 from tests.helpers import raw
@@ -23,48 +24,51 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     journal.close()
 
 
-def line(block: int, activations: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {
-        "block": block, "shard": f"{block}.safetensors", "sha256": "0", "activations": activations,
-        "layers": [], "experts": {}, "seconds": {"solve": 1.5}, "name": "layers.0",
-        "depth_error": None, "saturation": None,
-    }  # fmt: skip
+def record(block: int, activations: SavedActivations | None = None) -> BlockRecord:
+    return BlockRecord(
+        block=block, shard=f"{block}.safetensors", sha256="0", activations=activations,
+        layers=[], experts={}, seconds={"solve": 1.5}, name="layers.0",
+        depth_error=None, saturation=None,
+    )  # fmt: skip
+
+
+RUN = Fingerprint(threads=4)
 
 
 def test_lines_come_back_in_their_order(journal: Journal) -> None:
     assert journal.read() == (None, [])
-    journal.start({"bits": 4})
-    assert journal.read() == ({"bits": 4}, [])
+    journal.start(RUN)
+    assert journal.read() == (RUN, [])
     for block in range(3):
-        journal.blocks_done([line(block)], keep=set())
-    assert journal.read() == ({"bits": 4}, [line(0), line(1), line(2)])
+        journal.blocks_done([record(block)], keep=set())
+    assert journal.read() == (RUN, [record(0), record(1), record(2)])
 
 
 def test_a_line_is_on_the_disk_before_work_goes_on(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal.start({})
+    journal.start(RUN)
     synced: list[str] = []
     sync = os.fsync
 
-    def record(descriptor: int) -> None:
+    def sync_and_note(descriptor: int) -> None:
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
         sync(descriptor)
 
-    monkeypatch.setattr("roundwise.run.journal.os.fsync", record)
-    journal.blocks_done([line(0)], keep=set())
+    monkeypatch.setattr("roundwise.run.journal.os.fsync", sync_and_note)
+    journal.blocks_done([record(0)], keep=set())
     assert str(journal.path) in synced
 
 
 def test_a_torn_line_does_not_count_and_is_cut_off(journal: Journal) -> None:
-    journal.start({})
-    journal.blocks_done([line(0)], keep=set())
+    journal.start(RUN)
+    journal.blocks_done([record(0)], keep=set())
     with journal.path.open("a") as file:
         file.write('{"block": 1')
-    assert journal.read()[1] == [line(0)]
+    assert journal.read()[1] == [record(0)]
     journal.trim()
-    journal.blocks_done([line(1)], keep=set())
-    assert journal.read()[1] == [line(0), line(1)]
+    journal.blocks_done([record(1)], keep=set())
+    assert journal.read()[1] == [record(0), record(1)]
 
 
 def test_a_torn_first_line_is_a_fresh_folder(journal: Journal) -> None:
@@ -73,7 +77,7 @@ def test_a_torn_first_line_is_a_fresh_folder(journal: Journal) -> None:
 
 
 def test_files_that_were_being_written_are_removed(journal: Journal) -> None:
-    journal.start({})
+    journal.start(RUN)
     out = journal.folder.parent
     for path in (out / "model-00001.safetensors.partial", journal.folder / "x.partial"):
         path.touch()
@@ -96,7 +100,8 @@ def test_what_blocks_return_comes_back_bit_for_bit(journal: Journal, outputs: li
     # Of two ranks, each writes what its players have; either reads what both wrote.
     given = [{f"player-{i}": outputs[i]} for i in range(2)]
     saved = [save_outputs(out, 3, rank, given[rank]) for rank in range(2)]
-    loaded = load_outputs(out, {**saved[0], "files": {**saved[0]["files"], **saved[1]["files"]}})
+    files = {**saved[0].files, **saved[1].files}
+    loaded = load_outputs(out, SavedActivations(files=files, places=saved[0].places))
     assert loaded.keys() == {"player-0", "player-1"}
     for before, after in zip(outputs, loaded.values(), strict=True):
         assert isinstance(after, tuple) == isinstance(before, tuple)
@@ -116,11 +121,11 @@ def test_a_block_that_returns_something_else_is_refused(journal: Journal) -> Non
 
 
 def test_only_activations_that_are_needed_are_kept(journal: Journal) -> None:
-    journal.start({})
+    journal.start(RUN)
     for block in range(3):
         saved = save_outputs(journal.folder.parent, block, 0, {"probe": torch.ones(2)})
-        keep = {"activations-00000-0.safetensors", *saved["files"]}
-        journal.blocks_done([line(block, saved)], keep=keep)
+        keep = {"activations-00000-0.safetensors", *saved.files}
+        journal.blocks_done([record(block, saved)], keep=keep)
         assert {path.name for path in journal.folder.glob("activations-*")} == keep
 
 
@@ -135,10 +140,10 @@ def test_one_at_a_time(journal: Journal) -> None:
 def test_a_lock_that_cannot_be_had_is_not_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def raise_if_strict(*_: Any) -> None:
+    def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("roundwise.run.journal.fcntl.flock", raise_if_strict)
+    monkeypatch.setattr("roundwise.run.journal.fcntl.flock", refuse)
     with pytest.raises(OutputError, match=r"cannot lock .*lock: No locks available"):
         Journal(tmp_path / "out")
 

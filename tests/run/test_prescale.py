@@ -211,7 +211,7 @@ def test_without_scales_nothing_is_said_of_them(llama: Path, tmp_path: Path) -> 
 
 
 def test_a_run_needs_activations(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"prescale=awq looks at activations.*use method=awq"):
+    with pytest.raises(ConfigError, match=r"prescale=awq needs activations.*use method=awq"):
         rw.QuantizeConfig(method="rtn", prescale="awq")
     with pytest.raises(rw.RoundwiseError, match="awq needs calibration text"):
         quantize(llama, tmp_path / "out", config=AWQ, calibration=None)

@@ -158,11 +158,11 @@ def test_what_ranks_tell_each_other(together: tuple[list[Path], list[dict[str, A
 
 def test_one_rank_is_alone() -> None:
     ranks, values = Ranks(), torch.ones(3)
-    assert ranks.first
+    assert ranks.is_first
     assert ranks.broadcast_object(lambda: values) is values
-    assert ranks.sum(values) is ranks.all_gather_rows(values, 3) is values
+    assert ranks.all_reduce_sum(values) is ranks.all_gather_rows(values, 3) is values
     assert ranks.shard("ab") == {0: "a", 1: "b"}
-    assert [Ranks(i, 3).rows(7) for i in range(3)] == [slice(0, 2), slice(2, 4), slice(4, 7)]
+    assert [Ranks(i, 3).row_range(7) for i in range(3)] == [slice(0, 2), slice(2, 4), slice(4, 7)]
 
 
 def test_a_lost_rank_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,12 +171,14 @@ def test_a_lost_rank_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("torch.distributed.all_reduce", fail)
     with pytest.raises(RunError, match=r"another rank has ended .*closed by peer\); finished"):
-        Ranks(0, 2).sum(torch.ones(1))
+        Ranks(0, 2).all_reduce_sum(torch.ones(1))
 
 
 def test_unlike_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(0, 2)
-    monkeypatch.setattr(ranks, "all_gather_object", lambda mine: [mine, {**mine, "processor": "AVX2"}])
+    monkeypatch.setattr(
+        ranks, "all_gather_object", lambda mine: [mine, {**mine, "processor": "AVX2"}]
+    )
     with pytest.raises(rw.RoundwiseError, match="rank 1 differs from rank 0 in processor"):
         ranks.check_identical({"threads": 1, "processor": "AVX512"})
 

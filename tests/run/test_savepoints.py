@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 import roundwise as rw
+from roundwise.checkpoint.manifest import Fingerprint, SavedActivations
 from roundwise.model.blocks import Block
 from roundwise.model.streamed import StreamedModel
 from roundwise.run import resume
@@ -16,7 +17,7 @@ from roundwise.run.journal import Journal
 from roundwise.run.resume import Checkpointer, WritePace
 from roundwise.system.distributed import Ranks
 from tests.helpers import LLAMA, Stop, windows
-from tests.run.test_journal import line
+from tests.run.test_journal import record
 
 
 def test_writing_takes_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,15 +76,15 @@ def test_a_finished_block_is_recorded(llama: Path, tmp_path: Path) -> None:
 
 def test_finished_blocks_are_recorded_together(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.start({})
+    journal.start(Fingerprint())
     blocks = [Block(f"layers.{index}", nn.Module(), {}) for index in range(4)]
     points = Checkpointer(tmp_path, blocks, [], journal, Ranks())
-    saved = {"files": {"activations-00001-0.safetensors": "0"}, "places": None}
+    saved = SavedActivations(files={"activations-00001-0.safetensors": "0"}, places=None)
     recorded = []
     for index, activations in enumerate([None, saved, None, None]):
-        points.finished(line(index, activations), played=True)
+        points.block_finished(record(index, activations), needs_activations=True)
         recorded.append(len(journal.path.read_text().splitlines()) - 1)
-        read = [block["block"] for block in journal.read()[1]]
+        read = [block.block for block in journal.read()[1]]
         assert read == ([], [0, 1], [0, 1], [0, 1, 2, 3])[index]
     assert recorded == [0, 1, 1, 2]  # the last needs nothing to go on from
     journal.close()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from roundwise.calibration.windows import (
     item_tokens,
     tokenize,
 )
+from roundwise.checkpoint.manifest import CalibrationRecord
+from roundwise.config import CalibrationConfig
 from roundwise.errors import CalibrationError
 
 #: Tokenizing is slow: of a long text, this many characters per wanted token are tokenized, which is
@@ -35,127 +37,114 @@ PIECE_TOKENS = 8
 ADVISED_SAMPLES = 128
 
 
-@dataclass
+@dataclass(frozen=True)
 class Calibration:
-    """Batches, and what is to be said about them."""
+    """Batches of calibration windows, and what is to be said about them."""
 
     batches: list[Batch]
-    samples: int
-    tokens: int
-    """Those that count."""
-    digest: str
-    """SHA-256 of the windows: equal digests mean equal calibration."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Where the windows came from and how they were picked."""
-    warnings: list[str] = field(default_factory=list)
+    record: CalibrationRecord
+    """Where the windows came from and their hash: equal records mean equal windows."""
+    warnings: tuple[str, ...] = ()
     """Advice."""
-    not_as_asked: list[str] = field(default_factory=list)
-    """Where the text gives less than was asked for."""
-
-    def describe(self) -> dict[str, Any]:
-        """For the record: two calibrations that describe themselves alike are alike."""
-        return {
-            "samples": self.samples, "tokens": self.tokens, "sha256": self.digest, **self.settings
-        }  # fmt: skip
+    not_as_asked: tuple[str, ...] = ()
+    """Issues: where the text gives less than was asked for."""
 
 
 def load_calibration(
     source: str | Sequence[Any],
     tokenizer: Any,
+    config: CalibrationConfig,
     *,
-    samples: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
     widest: int = 0,
-    only: str | None = None,
     generate: Callable[[int], list[list[int]]] | None = None,
 ) -> Calibration:
-    """Token windows from a named source, a file, or a Python list.
+    """Cuts token windows from a named source, a file, or a Python list, and makes batches of them.
 
     Args:
         source: what `read_documents` takes, several with weights (see `mixture`); or a list of
             strings, of token id lists, or of dicts with `input_ids` (and `attention_mask`), each
             item one window, used in the given order.
         tokenizer: transformers tokenizer.
-        samples: windows wanted.
-        seq_len: tokens of a window, at most.
-        batch_size: windows that go through the model together.
-        seed: of the private generator that picks windows.
-        widest: largest in_features, for the warning about too few tokens.
-        only: "assistant": of chats, only what the assistant wrote counts; the rest is what it is an
-            answer to.
-        own: draws windows from the model itself, for the source `self`.
+        config: number of windows, their length, batch size and seed.
+        widest: largest in_features of the model, for the warning about too few tokens.
+        generate: draws so many windows from the model itself, for the source `self`.
 
     Raises:
         CalibrationError: no text, no tokens, or settings below 1.
     """
-    for name, value in (("samples", samples), ("seq_len", seq_len), ("batch_size", batch_size)):
-        if value < 1:
-            raise CalibrationError(f"{name}={value}: must be at least 1")
-    if only not in (None, "assistant"):
-        raise CalibrationError(f"only={only!r} is not supported: use assistant")
+    _check(config)
     names, texts, not_as_asked = ["list"], list[list[str]](), list[str]()
     if isinstance(source, str):
-        windows, names, texts = _from_sources(
-            source, tokenizer, samples=samples, seq_len=seq_len, only=only, generate=generate,
-            generator=random.Random(seed),
-        )  # fmt: skip
-    elif only is not None:
+        windows, names, texts = _from_sources(source, tokenizer, config, generate)
+    elif config.only is not None:
         raise CalibrationError("only: a list holds no chats whose turns could be told apart")
     else:
-        items = [item_tokens(item, tokenizer) for item in islice(source, samples)]
-        not_as_asked = _cut_off(items, len(source), seq_len)
-        windows = [Window(item[:seq_len]) for item in items if item]
+        items = [item_tokens(item, tokenizer) for item in islice(source, config.samples)]
+        not_as_asked = _cut_off(items, len(source), config.seq_len)
+        windows = [Window(item[: config.seq_len]) for item in items if item]
     if not windows:
-        by = f" by the {only}" if only else ""
+        by = f" by the {config.only}" if config.only else ""
         raise CalibrationError(f"the calibration text holds no tokens{by}")
-    if len(windows) < samples:
-        not_as_asked.append(f"the calibration text gives only {len(windows)} of {samples} windows")
+    if len(windows) < config.samples:
+        not_as_asked.append(
+            f"the calibration text gives only {len(windows)} of {config.samples} windows"
+        )
+    record = _record(windows, names, texts, config)
+    return Calibration(
+        batches=batches_of(windows, config.batch_size),
+        record=record,
+        warnings=(*_warnings(record, widest),),
+        not_as_asked=(*not_as_asked,),
+    )
+
+
+def _check(config: CalibrationConfig) -> None:
+    for name in ("samples", "seq_len", "batch_size"):
+        if getattr(config, name) < 1:
+            raise CalibrationError(f"{name}={getattr(config, name)}: must be at least 1")
+    if config.only not in (None, "assistant"):
+        raise CalibrationError(f"only={config.only!r} is not supported: use assistant")
+
+
+def _record(
+    windows: list[Window], names: list[str], texts: list[list[str]], config: CalibrationConfig
+) -> CalibrationRecord:
+    """The record of some windows."""
     digest = hashlib.sha256()
     for window in windows:
         digest.update(torch.tensor([len(window.tokens), *window.tokens]).numpy().tobytes())
         if window.counted is not None:
             digest.update(bytes(window.counted))
-    tokens = sum(window.count() for window in windows)
     ids = [window.tokens for window in windows]
-    different = unique_share(ids)
-    return Calibration(
-        batches=batches_of(windows, batch_size),
+    return CalibrationRecord(
         samples=len(windows),
-        tokens=tokens,
-        digest=digest.hexdigest(),
-        settings={
-            "source": ", ".join(names),
-            "texts": texts,
-            "wanted": samples,
-            "seq_len": seq_len,
-            "batch_size": batch_size,
-            "seed": seed,
-            **({"only": only} if only else {}),
-            "distinct": len({token for window in ids for token in window}),
-            "unique_share": different,
-            "sketch": minhash(ids),
-        },
-        warnings=_warnings(len(windows), tokens, widest, different),
-        not_as_asked=not_as_asked,
+        tokens=sum(window.count() for window in windows),
+        sha256=digest.hexdigest(),
+        source=", ".join(names),
+        texts=texts,
+        wanted=config.samples,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        **({"only": config.only} if config.only else {}),
+        distinct=len({token for window in ids for token in window}),
+        unique_share=unique_share(ids),
+        sketch=minhash(ids),
     )
 
 
 def _from_sources(
     source: str,
     tokenizer: Any,
-    *,
-    samples: int,
-    seq_len: int,
-    only: str | None,
+    config: CalibrationConfig,
     generate: Callable[[int], list[list[int]]] | None,
-    generator: random.Random,
 ) -> tuple[list[Window], list[str], list[list[str]]]:
-    """Windows of all sources; their names, with what each gives; their names and hashes."""
+    """Windows of all sources; the name of each, with its number of windows; names and hashes."""
+    generator, seq_len = random.Random(config.seed), config.seq_len
     parts = mixture(source)
+    counts = shares(config.samples, [weight for _, weight in parts])
     windows, names, texts = list[Window](), [], []
-    for (name, _), count in zip(parts, shares(samples, [w for _, w in parts]), strict=True):
+    for (name, _), count in zip(parts, counts, strict=True):
         if name == SELF and generate is not None:
             drawn = [Window(tokens) for tokens in generate(count)]
             texts.append([SELF, _digest([window.tokens for window in drawn])])
@@ -164,7 +153,8 @@ def _from_sources(
             whole = read_documents(name)
             texts.append([Path(name).name, _digest(whole)])
             documents = _sample_documents(whole, wanted, generator)
-            drawn = cut_windows(tokenize(documents, tokenizer, only), count, seq_len, generator)
+            stream = tokenize(documents, tokenizer, config.only)
+            drawn = cut_windows(stream, count, seq_len, generator)
         windows += drawn
         names.append(Path(name).name if len(parts) == 1 else f"{Path(name).name}: {len(drawn)}")
     if len(parts) > 1:
@@ -222,21 +212,21 @@ def _cut_off(items: list[list[int]], given: int, seq_len: int) -> list[str]:
     return found
 
 
-def _warnings(windows: int, tokens: int, widest: int, different: float) -> list[str]:
-    found = []
-    if windows < ADVISED_SAMPLES:
-        found.append(f"{windows} calibration samples: {ADVISED_SAMPLES} or more are advised")
-    if tokens < widest:
-        found.append(
-            f"{tokens} calibration tokens are fewer than the {widest} input channels of the widest "
-            "layer: its Hessian has not full rank and rests on damping"
+def _warnings(record: CalibrationRecord, widest: int) -> list[str]:
+    lines = []
+    if record.samples < ADVISED_SAMPLES:
+        lines.append(f"{record.samples} calibration samples: {ADVISED_SAMPLES} or more are advised")
+    if record.tokens < widest:
+        lines.append(
+            f"{record.tokens} calibration tokens are fewer than the {widest} input channels of the "
+            "widest layer: its Hessian has not full rank and rests on damping"
         )
-    if different < 0.5:
-        found.append(
-            f"the calibration text is mostly repetition: only {different:.0%} of its pieces of "
-            f"{PIECE_TOKENS} tokens are different"
+    if record.unique_share < 0.5:
+        lines.append(
+            f"the calibration text is mostly repetition: only {record.unique_share:.0%} of its pieces "
+            f"of {PIECE_TOKENS} tokens are different"
         )
-    return found
+    return lines
 
 
 def unique_share(windows: list[list[int]]) -> float:

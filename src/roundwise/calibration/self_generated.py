@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from roundwise.checkpoint.reader import Checkpoint
+from roundwise.config import CalibrationConfig
 from roundwise.errors import CalibrationError
 from roundwise.model.build import load_config, model_class
 from roundwise.system.device import HOST
@@ -27,11 +28,8 @@ SELF = "self"
 def generate_windows(
     checkpoint: Checkpoint,
     tokenizer: Any,
+    wanted: CalibrationConfig,
     *,
-    samples: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
     device: torch.device = HOST,
 ) -> list[list[int]]:
     """Windows [samples][seq_len] of tokens drawn from the model; the same for the same seed.
@@ -61,17 +59,17 @@ def generate_windows(
     model = model.to(device).eval()
     model.generation_config = GenerationConfig()  # nothing of what the model's files prefer
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    generator = random.Random(seed)
+    generator = random.Random(wanted.seed)
     vocabulary = int(config.get_text_config().vocab_size)
     windows: list[list[int]] = []
     others = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
-        torch.manual_seed(seed)
-        while len(windows) < samples:
-            count = min(batch_size, samples - len(windows))
+        torch.manual_seed(wanted.seed)
+        while len(windows) < wanted.samples:
+            count = min(wanted.batch_size, wanted.samples - len(windows))
             first = [generator.randrange(vocabulary) if start is None else start] * count
             settings = GenerationConfig(
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(seq_len - 1, 1),
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(wanted.seq_len - 1, 1),
                 eos_token_id=None, pad_token_id=first[0],
             )  # fmt: skip
             ids = torch.tensor(first, device=device)[:, None]
@@ -79,5 +77,5 @@ def generate_windows(
                 drawn = model.generate(
                     ids, attention_mask=torch.ones_like(ids), generation_config=settings
                 )
-            windows += drawn[:, :seq_len].tolist()
+            windows += drawn[:, : wanted.seq_len].tolist()
     return windows

@@ -1,14 +1,14 @@
-"""The standard GPTQ format: names, tensors and the configuration that readers look for.
+"""Reads and writes the standard GPTQ format: tensor names, packed tensors and quantization_config.
 
-v1 ("gptq") stores zero points minus one, "gptq_v2" stores them as they are. Both are written by
-AutoGPTQ, GPTQModel and us, and read by vLLM, transformers and others.
+v1 ("gptq") stores zero points minus one, v2 ("gptq_v2") stores them unchanged. AutoGPTQ, GPTQModel and
+roundwise write both; vLLM, transformers and others read them. docs/format.md describes the format.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,32 +21,49 @@ from roundwise.core.quantized_weight import QuantizedWeight, codes_per_block, pa
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.version import __version__
 
-#: What replaces NAME.weight.
+#: Suffixes of the tensors that replace NAME.weight.
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def check_shape(name: str, out_features: int, in_features: int, config: QuantizeConfig) -> None:
-    """Raises ConfigError, with the sizes that would fit, when a weight cannot be stored."""
+    """Checks that the format can store a weight with these settings.
+
+    Args:
+        name: the layer's name, for error messages.
+        out_features: output channels.
+        in_features: input channels.
+        config: settings of the layer.
+
+    Raises:
+        ConfigError: the group size does not divide the input channels, or codes do not fill whole
+            32-bit words; the message names settings that work.
+    """
     size = config.group_size
     if size != -1 and in_features % size:
-        fits = [str(n) for n in (16, 32, 64, 128, 256, 512) if in_features % n == 0] + ["-1"]
+        valid = [str(n) for n in (16, 32, 64, 128, 256, 512) if in_features % n == 0] + ["-1"]
         raise ConfigError(
             f"{name} has {in_features} input channels, which group_size={size} does not divide: "
-            f"use {' or '.join(fits)}, for this module alone with "
-            f"--override '{name}=group_size:{fits[-2] if len(fits) > 1 else -1}'"
+            f"use {' or '.join(valid)}, for this module alone with "
+            f"--override '{name}=group_size:{valid[-2] if len(valid) > 1 else -1}'"
         )
     block = codes_per_block(config.bits)
     for label, features in (("input", in_features), ("output", out_features)):
         if features % block:
             raise ConfigError(
                 f"{name} has {features} {label} channels; {config.bits}-bit codes pack in multiples "
-                f"of {block}: give it another width with --override '{name}=bits:8' "
-                f"or leave it as it is with --skip '{name}'"
+                f"of {block}: choose another width with --override '{name}=bits:8' "
+                f"or skip the layer with --skip '{name}'"
             )
 
 
 def packed_bytes(rows: int, columns: int, config: QuantizeConfig) -> int:
-    """Bytes of qweight, qzeros, scales and g_idx of a weight [rows, columns]."""
+    """Returns the bytes of qweight, qzeros, scales and g_idx of a weight.
+
+    Args:
+        rows: output channels.
+        columns: input channels.
+        config: settings of the layer.
+    """
     groups = config.groups(columns)
     block = codes_per_block(config.bits)
     words = (columns // block) * rows + groups * (rows // block)
@@ -54,10 +71,15 @@ def packed_bytes(rows: int, columns: int, config: QuantizeConfig) -> int:
 
 
 def encode(q: QuantizedWeight, config: QuantizeConfig) -> dict[str, torch.Tensor]:
-    """The four tensors of a quantized weight, by suffix.
+    """Returns the four tensors of a quantized weight by suffix, as docs/format.md describes them.
 
-    qweight int32 [in·bits/32, out], qzeros int32 [groups, out·bits/32], scales float16
-    [groups, out], g_idx int32 [in].
+    Args:
+        q: the weight.
+        config: settings of the layer; `format` decides how zero points are stored.
+
+    Returns:
+        qweight int32 [in·bits/32, out], qzeros int32 [groups, out·bits/32], scales float16
+        [groups, out] and g_idx int32 [in].
     """
     zeros = (q.zeros - 1) & config.maxq if config.format == "gptq" else q.zeros
     return {
@@ -69,20 +91,20 @@ def encode(q: QuantizedWeight, config: QuantizeConfig) -> dict[str, torch.Tensor
 
 
 def decode(tensors: dict[str, torch.Tensor], checkpoint_format: str, name: str) -> QuantizedWeight:
-    """The inverse of `encode` for any tool's file; the width follows from the shapes.
+    """Inverse of `encode`, for files of any tool; the width follows from the shapes.
 
     Args:
-        tensors: qweight, qzeros, scales and, unless trivial, g_idx.
-        checkpoint_format: "gptq" (zeros stored minus one) or "gptq_v2".
-        name: for messages.
+        tensors: qweight, qzeros, scales and, unless group k holds channels k·g … k·g + g - 1, g_idx.
+        checkpoint_format: "gptq" (zero points stored minus one) or "gptq_v2".
+        name: the layer's name, for error messages.
 
     Raises:
-        CheckpointError: shapes that contradict each other.
+        CheckpointError: shapes or types contradict each other, or g_idx names groups that do not exist.
     """
     qweight, qzeros, scales = (tensors[suffix] for suffix in SUFFIXES[:3])
     bits, groups = infer_bits(tensors, name), scales.shape[0]
-    whole = {qweight.dtype, qzeros.dtype} == {torch.int32}
-    if not whole or not scales.is_floating_point():
+    packed_as_int32 = {qweight.dtype, qzeros.dtype} == {torch.int32}
+    if not packed_as_int32 or not scales.is_floating_point():
         raise CheckpointError(
             f"{name}: qweight and qzeros must be int32 and scales floating point, they are "
             f"{qweight.dtype}, {qzeros.dtype} and {scales.dtype}"
@@ -105,12 +127,20 @@ def decode(tensors: dict[str, torch.Tensor], checkpoint_format: str, name: str) 
 
 
 def infer_bits(tensors: dict[str, torch.Tensor], name: str) -> int:
-    """Width of the codes: qzeros is [groups, out·bits/32] and scales is [groups, out]."""
+    """Returns the width of the codes, from qzeros [groups, out·bits/32] and scales [groups, out].
+
+    Args:
+        tensors: qweight, qzeros and scales; only their shapes are used.
+        name: the layer's name, for error messages.
+
+    Raises:
+        CheckpointError: the shapes contradict each other.
+    """
     qzeros, scales, qweight = tensors["qzeros"], tensors["scales"], tensors["qweight"]
     if any(t.ndim != 2 for t in (qzeros, scales, qweight)) or not scales.numel():
         raise CheckpointError(f"{name}: qweight, qzeros and scales must be matrices")
-    bits, rest = divmod(qzeros.shape[1] * 32, scales.shape[1])
-    if rest or bits not in (2, 3, 4, 8) or qzeros.shape[0] != scales.shape[0]:
+    bits, remainder = divmod(qzeros.shape[1] * 32, scales.shape[1])
+    if remainder or bits not in (2, 3, 4, 8) or qzeros.shape[0] != scales.shape[0]:
         raise CheckpointError(
             f"{name}: qzeros {list(qzeros.shape)} and scales {list(scales.shape)} do not fit together"
         )
@@ -128,17 +158,17 @@ def quantization_config(
     left: Iterable[str] = (),
     names: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """`quantization_config` of config.json, with the keys that vLLM, transformers and others read.
+    """Returns the `quantization_config` of config.json that vLLM, transformers and others read.
 
     Args:
-        config: settings.
-        true_sequential: the mode.
-        left: names of linears that stay whatever the settings say.
-        names: of all others.
+        config: settings of the run.
+        true_sequential: the run was in true_sequential mode.
+        left: names of linear layers that are never quantized, whatever the settings say.
+        names: names of all other linear layers.
     """
     dynamic = {**_skip_rules(left), **packed_rules(config, names)}
     for pattern, changes in config.dynamic.items():
-        # Readers match dynamic patterns from the start of the name; ours may stand anywhere in it.
+        # Readers match dynamic patterns from the start of the name; ours may match anywhere in it.
         anchored = f".*(?:{pattern})"
         dynamic[f"-:{anchored}" if changes is None else f"+:{anchored}"] = changes or {}
     return {
@@ -150,7 +180,7 @@ def quantization_config(
         "lm_head": config.lm_head,
         "checkpoint_format": config.format,
         "true_sequential": true_sequential,
-        # Readers expect a number, or nothing.
+        # Readers expect a number here, so "auto" goes under meta.
         **({"damp_percent": config.damp_percent} if config.damp_percent != "auto" else {}),
         **({"dynamic": dynamic} if dynamic else {}),
         "meta": {
@@ -165,44 +195,64 @@ def quantization_config(
 
 
 def _skip_rules(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Rules of `dynamic` that leave some linears as they are, in every block."""
+    """Returns `dynamic` rules that skip these layers in every block."""
     patterns = (re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names)
     return {f"-:.*{pattern}": {} for pattern in dict.fromkeys(patterns)}
 
 
-def settings_from_weight(q: QuantizedWeight) -> dict[str, Any]:
-    """The settings of a weight that can be told from the weight itself."""
+@dataclass(frozen=True)
+class LayerSettings:
+    """Settings of a quantized layer that its weight alone reveals, under their names in the config."""
+
+    bits: int
+    group_size: int
+    """Input channels per group; -1: one group for all."""
+    sym: bool
+    desc_act: bool
+
+
+def settings_from_weight(q: QuantizedWeight) -> LayerSettings:
+    """Infers a layer's settings from its codes, zero points and group indices."""
     groups, columns = q.scales.shape[1], len(q.g_idx)
     size = -(-columns // groups)
-    return {
-        "bits": q.bits,
-        "group_size": -1 if groups == 1 else size,
-        "sym": bool((q.zeros == 2 ** (q.bits - 1)).all()),
-        "desc_act": not torch.equal(q.g_idx, torch.arange(columns, dtype=torch.int32) // size),
-    }
+    return LayerSettings(
+        bits=q.bits,
+        group_size=-1 if groups == 1 else size,
+        sym=bool((q.zeros == 2 ** (q.bits - 1)).all()),
+        desc_act=not torch.equal(q.g_idx, torch.arange(columns, dtype=torch.int32) // size),
+    )
 
 
 def config_from_settings(
-    kinds: dict[str, dict[str, Any]], checkpoint_format: str, left: Iterable[str], *, lm_head: bool
+    layers: dict[str, LayerSettings],
+    checkpoint_format: str,
+    unquantized: Iterable[str],
+    *,
+    lm_head: bool,
 ) -> dict[str, Any]:
-    """`quantization_config` of a checkpoint of which nothing is known but its weights.
+    """Returns the `quantization_config` of a checkpoint of which only the weights are known.
+
+    The most common settings become the defaults; other layers get `dynamic` rules.
 
     Args:
-        kinds: what `settings_from_weight` says of each layer.
+        layers: settings of each quantized layer, by name.
         checkpoint_format: gptq or gptq_v2.
-        left: names of linears that are not quantized.
-        lm_head: whether the head is.
+        unquantized: names of linear layers that are not quantized.
+        lm_head: the output head is quantized.
     """
-    alike: dict[tuple[Any, ...], list[str]] = {}
-    for name, kind in kinds.items():
-        alike.setdefault(tuple(kind.values()), []).append(name)
-    usual, *others = sorted(alike.values(), key=len, reverse=True)
-    dynamic = _skip_rules(left)
-    for names in others:
-        dynamic[f"+:(?:{'|'.join(map(re.escape, with_packed_names(names)))})$"] = kinds[names[0]]
+    names_by_settings: dict[LayerSettings, list[str]] = {}
+    for name, settings in layers.items():
+        names_by_settings.setdefault(settings, []).append(name)
+    (default, _), *others = sorted(
+        names_by_settings.items(), key=lambda item: len(item[1]), reverse=True
+    )
+    dynamic = _skip_rules(unquantized)
+    for settings, names in others:
+        pattern = "|".join(map(re.escape, with_packed_names(names)))
+        dynamic[f"+:(?:{pattern})$"] = asdict(settings)
     return {
         "quant_method": "gptq",
-        **kinds[usual[0]],
+        **asdict(default),
         "lm_head": lm_head,
         "checkpoint_format": checkpoint_format,
         **({"dynamic": dynamic} if dynamic else {}),
@@ -211,76 +261,92 @@ def config_from_settings(
 
 
 def parse_dynamic_rules(settings: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
-    """`QuantizeConfig.dynamic` from the `dynamic` of a quantization_config, ours or another tool's."""
-    found: dict[str, dict[str, Any] | None] = {}
+    """Converts the `dynamic` rules of a quantization_config to those of `QuantizeConfig.dynamic`.
+
+    Args:
+        settings: a quantization_config, of roundwise or another tool.
+
+    Returns:
+        Pattern -> changed settings; None: layers that match are not quantized.
+    """
+    rules: dict[str, dict[str, Any] | None] = {}
     for rule, changes in (settings.get("dynamic") or {}).items():
         pattern = rule.removeprefix("-:").removeprefix("+:")
-        # There, patterns match from the start of the name; `.*(?:…)` is how ours were made to.
+        # In the file, patterns match from the start of the name; roundwise writes its own as `.*(?:…)`.
         ours = pattern.startswith(".*(?:") and pattern.endswith(")")
         pattern = pattern[5:-1] if ours else f"^(?:{pattern})"
-        found[pattern] = None if rule.startswith("-:") else dict(changes)
-    return found
+        rules[pattern] = None if rule.startswith("-:") else dict(changes)
+    return rules
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A quantized linear as it stands in a checkpoint."""
+    """A quantized linear layer of a checkpoint."""
 
     name: str
-    parts: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo]
+    """The layer's tensors by suffix, such as qweight."""
 
     def bits(self) -> int:
-        """Width of its codes, from the shapes alone; CheckpointError when they contradict each other."""
-        shapes = {key: torch.empty(info.shape, device="meta") for key, info in self.parts.items()}
+        """Returns the width of the codes; reads no data.
+
+        Raises:
+            CheckpointError: the shapes of the layer's tensors contradict each other.
+        """
+        shapes = {key: torch.empty(info.shape, device="meta") for key, info in self.tensors.items()}
         return infer_bits(shapes, self.name)
 
     def in_features(self) -> int:
-        """Input channels, from the shapes alone."""
-        return self.parts["qweight"].shape[0] * 32 // self.bits()
+        """Returns the number of input channels; reads no data.
+
+        Raises:
+            CheckpointError: the shapes of the layer's tensors contradict each other.
+        """
+        return self.tensors["qweight"].shape[0] * 32 // self.bits()
 
     def read(self, checkpoint_format: str) -> QuantizedWeight:
-        """Its codes, scales and zeros."""
-        tensors = {suffix: info.read() for suffix, info in self.parts.items()}
+        """Returns the layer's codes, scales and zero points; Args and Raises as for `decode`."""
+        tensors = {suffix: info.read() for suffix, info in self.tensors.items()}
         return decode(tensors, checkpoint_format, self.name)
 
 
 def quantized_layers(checkpoint: Checkpoint) -> Iterator[QuantizedLayer]:
-    """All quantized linears of a GPTQ checkpoint, recognised by their tensors.
+    """Yields all quantized linear layers of a GPTQ checkpoint, found by their qweight tensors.
 
     Raises:
-        CheckpointError: one of a layer's tensors is missing.
+        CheckpointError: a layer has no qzeros or no scales.
     """
     for tensor in checkpoint.tensors:
         if tensor.endswith(".qweight"):
             name = tensor.removesuffix(".qweight")
-            parts = {
+            tensors = {
                 suffix: checkpoint.tensors[f"{name}.{suffix}"]
                 for suffix in SUFFIXES
                 if f"{name}.{suffix}" in checkpoint.tensors
             }
-            missing = {"qweight", "qzeros", "scales"} - set(parts)
+            missing = {"qweight", "qzeros", "scales"} - set(tensors)
             if missing:
                 raise CheckpointError(f"{name} lacks {', '.join(sorted(missing))}")
-            yield QuantizedLayer(name, parts)
+            yield QuantizedLayer(name, tensors)
 
 
 def read_quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`quantization_config` of config.json, or the quantize_config.json of older tools.
+    """Returns the `quantization_config` of config.json, or the quantize_config.json of older tools.
 
     Raises:
-        CheckpointError: neither is there, or the method is not gptq.
+        CheckpointError: the checkpoint has neither, or its method is not gptq.
     """
     settings = checkpoint.config.get("quantization_config")
     if settings is None and (checkpoint.folder / "quantize_config.json").exists():
         settings = read_json(checkpoint.folder / "quantize_config.json")
     if not isinstance(settings, dict):
         raise CheckpointError(
-            f"{checkpoint.folder} is not quantized: there is no quantization_config"
+            f"{checkpoint.folder} is not quantized: it has no quantization_config"
         )
     method = settings.get("quant_method", "gptq")
     if method != "gptq":
-        packed = method == "compressed-tensors"
-        hint = ": `roundwise convert --to gptq` makes it that" if packed else ""
+        convertible = method == "compressed-tensors"
+        hint = ": run `roundwise convert --to gptq` first" if convertible else ""
         raise CheckpointError(
             f"{checkpoint.folder} is quantized with {method}, not in the GPTQ format{hint}"
         )

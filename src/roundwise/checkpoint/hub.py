@@ -1,6 +1,6 @@
-"""The small trained model that comes with roundwise, for demos, tests and first steps offline.
+"""Finds model folders: a local path, an id on the Hugging Face hub, or the bundled tiny Llama.
 
-Model names: a local folder, or an id on the Hugging Face hub that is downloaded first.
+The bundled model is small and trained; demos, tests and first steps use it offline.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from roundwise.errors import CheckpointError
 
 
 def bundled_model() -> Path:
-    """Folder of the tiny Llama: inside an installed package, or in examples/ of a source checkout.
+    """Returns the folder of the tiny Llama, in the installed package or examples/ of a source checkout.
 
     Raises:
-        CheckpointError: it is in neither place.
+        CheckpointError: the model is in neither place.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "tiny-llama", package.parents[1] / "examples" / "tiny-llama"):
         if (folder / "config.json").exists():
             return folder
     raise CheckpointError(
-        "the bundled model is missing from this installation: install roundwise again"
+        "the bundled model is missing from this installation: reinstall roundwise"
     )
 
 
-#: Everything a checkpoint is made of; pickled weights and other frameworks' are left out.
-PATTERNS = [
+#: Files to download: everything a checkpoint needs, without pickled weights or other frameworks'.
+DOWNLOAD_PATTERNS = [
     "*.safetensors",
     "*.json",
     "*.txt",
@@ -43,22 +43,22 @@ PATTERNS = [
 
 
 def local_folder(model: str | os.PathLike[str]) -> Path:
-    """The folder of a model, downloaded from the hub if `model` is an id such as Qwen/Qwen3-0.6B.
+    """Returns the folder of a model; downloads it if `model` is a hub id such as Qwen/Qwen3-0.6B.
 
     Raises:
-        CheckpointError: neither a folder nor an id, or the download failed.
+        CheckpointError: `model` is neither a folder nor an id, or the download failed.
     """
     path = Path(model)
     if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise CheckpointError(
-            f"there is no folder {model}, and it is no model id of the form owner/name"
+            f"there is no folder {model}, and it is not a model id of the form owner/name"
         )
     try:
-        return Path(snapshot_download(str(model), allow_patterns=PATTERNS))
-    except Exception as error:  # network, authorisation, unknown id: the library has many kinds
+        return Path(snapshot_download(str(model), allow_patterns=DOWNLOAD_PATTERNS))
+    except Exception as error:  # the library raises many types: network, authorisation, unknown id
         reason = str(error).strip().split("\n", 1)[0]
         raise CheckpointError(
-            f"{model} is no folder here and cannot be downloaded: {reason}"
+            f"{model} is not a local folder and cannot be downloaded: {reason}"
         ) from error

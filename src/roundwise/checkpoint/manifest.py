@@ -1,17 +1,29 @@
-"""What a run writes down, as it must look when it is read again: files can be damaged, or another's.
+"""Records that a run writes: manifest, journal lines, timings. Each is made once, and checked when read.
 
-Keys that are not named here are kept and not looked at.
+    OUT/roundwise.json        `Manifest`: what was made, from what, how; equal runs write equal manifests
+    OUT/roundwise-run.json    `RunRecord`: how long it took, and what could not be done as asked
+    OUT/.roundwise/           work folder of an unfinished run (`run.journal`)
+
+The files can be damaged, or somebody else's. Keys that are not named here are kept and not checked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from roundwise.checkpoint.reader import OWN_FILES
+from roundwise.checkpoint.untrusted import file_digest, read_json
+from roundwise.errors import CheckpointError
+
 #: Folder in the output folder that holds what an unfinished run needs.
 WORK = ".roundwise"
+MANIFEST, RUN = OWN_FILES[:2]
+
+R = TypeVar("R", bound="Record")
 
 
 def _plain_file_name(name: str) -> str:
@@ -24,66 +36,125 @@ FileName = Annotated[str, AfterValidator(_plain_file_name)]
 
 
 class Record(BaseModel):
-    """A JSON object of ours."""
+    """A JSON object of ours, frozen. It can also be read like one: `record["bits"]`, `dict(record)`."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values; fields that were not set are left out."""
+        return self.model_dump(exclude_unset=True)
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.model_fields_set:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.model_fields_set
+
+    def keys(self) -> Iterator[str]:
+        """Names of the fields that are set, in order."""
+        return (name for name, _ in self if name in self.model_fields_set)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a field, or `default` if it is not set."""
+        return getattr(self, key) if key in self.model_fields_set else default
+
+
+class PrescaleRecord(Record):
+    """The scales that a linear shares with the norm in front of it; names are those of tensors."""
+
+    ratio: float
+    """Exponent of the activation sizes."""
+    norm: str
+    bias: str | None
+    offset: float
+    """The norm's gains are its tensor plus this."""
+    weight: str
+    axis: int
+    """Axis of the input channels in `weight`."""
 
 
 class LayerRecord(Record):
-    """A quantized layer."""
+    """One quantized linear layer."""
 
     name: str
     bits: int
     group_size: int
     relative_error: float | None
+    """||(W - Q)X||² / ||WX||²; None: there was no Hessian."""
     weight_error: float
+    """||W - Q||² / ||W||²."""
     damp_percent: float | None
     damp_tried: list[float]
+    """Every damping tried, in order."""
     tokens: int
+    """Calibration tokens in its Hessian."""
     fallback: str | None
+    """Reason why it was rounded to nearest, or its Hessian is not that of its own tokens; None."""
+    gradients: int = 0
+    """Tokens whose gradients weigh its outputs."""
+    prescale: PrescaleRecord | None = None
+    """Set only with --prescale; None: no scales were better."""
+    damp_losses: dict[str, float] | None = None
+    """Damping -> loss on held-out tokens. Set only with damp_percent=auto; None: no held-out token
+    reached the layer."""
 
 
 class SavedActivations(Record):
-    """What a block returned to every batch."""
+    """What a block returned to every batch, in files of the work folder."""
 
     files: dict[FileName, str]
+    """File -> SHA-256."""
     places: int | None
+    """Length of the tuple that the block returned; None: a tensor."""
 
 
 class CurvePoint(Record):
-    """How well codes from so many tokens do on others."""
+    """Error of codes that were solved from so many tokens, on other tokens."""
 
     tokens: int
     relative_error: float
 
 
 class LearningCurveRecord(Record):
-    """Whether more calibration text would help a layer."""
+    """How a layer's error falls with the number of calibration tokens."""
 
     name: str
     held_out_tokens: int
     rtn: float
+    """Error of rounding to nearest."""
     points: list[CurvePoint]
 
 
 class BlockSummary(Record):
-    """What is known of a block as a whole."""
+    """One block as a whole."""
 
     name: str
     depth_error: float | None
+    """‖h - h̃‖² / ‖h̃‖² of the hidden states behind it; None: the original model did not run."""
     saturation: LearningCurveRecord | None
 
 
 class BlockRecord(BlockSummary):
-    """One of the journal."""
+    """One finished block in the journal."""
 
     block: int
+    """Its number."""
     shard: FileName
     sha256: str
     activations: SavedActivations | None
     layers: list[LayerRecord]
     experts: dict[str, list[int]]
+    """Module of experts -> tokens that its router sent to each."""
     seconds: dict[str, float]
+    """Phase -> seconds."""
+
+    def summary(self) -> BlockSummary:
+        """The part of it that the manifest keeps."""
+        return BlockSummary(
+            name=self.name, depth_error=self.depth_error, saturation=self.saturation
+        )
 
 
 class ExpertCoverage(Record):
@@ -98,26 +169,75 @@ class RunRecord(Record):
 
     seconds: float
     phases: dict[str, float]
+    """Phase -> seconds."""
     blocks: list[float]
+    """Seconds of each block."""
     peak_rss_bytes: int
     warnings: list[str]
     not_as_asked: list[str]
 
 
-class Fingerprint(Record):
-    """What a run was made with: only what is taken over from it is looked at, the rest is compared."""
+class ModelIdentity(Record):
+    """Hashes of a model's config.json and weights."""
 
+    config: str = ""
+    files: dict[str, str] = {}
+
+
+class CalibrationRecord(Record):
+    """Calibration windows: equal records mean equal windows."""
+
+    samples: int
+    tokens: int
+    """Tokens that count."""
+    sha256: str
+    source: str
+    texts: list[list[str]] = []
+    """Name and SHA-256 of each text."""
+    wanted: int
+    """Windows asked for."""
+    seq_len: int
+    batch_size: int
+    seed: int
+    only: str | None = None
+    distinct: int = 0
+    """Distinct tokens."""
+    unique_share: float = 1.0
+    """Part of the pieces of a few tokens that occur once."""
+    sketch: list[int] = []
+    """MinHash of the windows (`calibration.overlap`)."""
+
+
+class Fingerprint(Record):
+    """Everything that decides the bytes of a run's result."""
+
+    config: dict[str, Any] = {}
+    """`QuantizeConfig`, its `dynamic` as a list of pairs, because their order counts."""
+    model: ModelIdentity = ModelIdentity()
+    calibration: CalibrationRecord | None = None
     mode: Literal["true_sequential", "block", "none"] = "none"
+    device: str = "cpu"
     threads: int = Field(1, ge=1, le=4096)
     """At most more than any machine has."""
-    config: dict[str, Any] = {}
-    model: dict[str, Any] = {}
+    processor: str = ""
+    solver: str = ""
+    versions: dict[str, str] = {}
+
+
+class GivenNames(Record):
+    """Model and calibration text as the user named them."""
+
+    model: str
+    calibration: str | None
 
 
 class Manifest(Record):
     """roundwise.json."""
 
     run: Fingerprint
+    given: GivenNames | None = None
+    platform: dict[str, Any] = {}
+    """The machine; see `run.environment.platform_info`."""
     mode: str
     bits_per_weight: float
     bytes_before: int
@@ -126,19 +246,72 @@ class Manifest(Record):
     blocks: list[BlockSummary] = []
     experts: list[ExpertCoverage] = []
     files: dict[FileName, str]
+    """File -> SHA-256."""
 
 
 def validation_error(kind: Any, value: Any) -> str | None:
-    """Where a value does not look like a record, or a list of them; None: it does.
+    """The first place where parsed JSON is not a record of some kind; None: it is one.
 
     Args:
-        kind: `Manifest`, `list[BlockRecord]` …
+        kind: a record, or a list of them: `Manifest`, `list[BlockRecord]` …
         value: parsed JSON.
     """
     try:
         TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        return f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        return explain(error)
     return None
+
+
+def explain(error: ValidationError) -> str:
+    """One line about the first thing that is wrong with a record."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"])) or "it"
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """roundwise.json of a checkpoint; None when roundwise did not make it.
+
+    Args:
+        folder: the checkpoint, or the manifest itself.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    return _read(folder / MANIFEST if folder.is_dir() else folder, Manifest)
+
+
+def read_run(folder: Path) -> RunRecord | None:
+    """roundwise-run.json of a checkpoint, as `read_manifest`."""
+    return _read(folder / RUN, RunRecord)
+
+
+def _read(file: Path, kind: type[R]) -> R | None:
+    if not file.exists():
+        return None
+    value = read_json(file)
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise CheckpointError(f"{file} is damaged: {explain(error)}") from None
+
+
+def changed_files(
+    folder: Path, files: dict[str, str], config_file: str = "config.json"
+) -> list[str]:
+    """One line for each file that is missing, or whose bytes are not those of the manifest.
+
+    Args:
+        folder: the checkpoint.
+        files: name -> SHA-256, from the manifest.
+        config_file: file that holds its config; an unfinished run has another name for it.
+    """
+    lines = []
+    for name, digest in files.items():
+        file = folder / (config_file if name == "config.json" else name)
+        if not file.is_file():
+            lines.append(f"{name} is missing")
+        elif file_digest(file) != digest:
+            lines.append(f"{name} was changed")
+    return lines

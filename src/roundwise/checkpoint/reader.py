@@ -1,7 +1,7 @@
-"""Reading a Hugging Face checkpoint tensor by tensor, each through a memory map of its own bytes.
+"""Reads a Hugging Face checkpoint tensor by tensor, each through a memory map of its own bytes.
 
-Only safetensors are read: nothing is unpickled, no model code runs. A tensor's pages belong to the
-process only while the tensor lives, so a block's weights cost memory only while they are in use.
+Only safetensors are read: nothing is unpickled and no model code runs. The memory map of a tensor exists
+only as long as the tensor, so a block's weights take memory only while they are in use.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-#: What a run says about itself: manifest, times, report.
+#: Files that a run writes about itself: manifest, timings, report.
 OWN_FILES = ("roundwise.json", "roundwise-run.json", "roundwise-report.html")
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 #: Bytes copied or hashed at a time.
 CHUNK = 8 << 20
-#: Of a tensor in memory; torch's own allocations have it too.
+#: Alignment of tensors in memory, in bytes; torch's own allocations have it too.
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor's bytes are."""
+    """Location, type and shape of a tensor in a file."""
 
     path: Path
     dtype: str
@@ -60,14 +60,21 @@ class TensorInfo:
     nbytes: int
 
     def read(self) -> torch.Tensor:
-        """The tensor, as a private memory map: writable, and writing changes only this copy."""
+        """Returns the tensor in a private memory map: writing to it does not change the file.
+
+        Raises:
+            CheckpointError: torch does not know the type, or the file was changed or removed.
+        """
         return self.memory_mapped(aligned=True)[0]
 
     def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
-        """The tensor, and the private map that it lives in, so that its memory can be given back.
+        """Returns the tensor and its private memory map, so that the caller can release the pages.
 
         Args:
-            aligned: a tensor that is not aligned for fast kernels in its file is copied (no map).
+            aligned: copy the tensor if the file does not align it to `ALIGNMENT`; a copy has no map.
+
+        Raises:
+            CheckpointError: torch does not know the type, or the file was changed or removed.
         """
         if self.dtype not in DTYPES:
             raise CheckpointError(
@@ -83,14 +90,14 @@ class TensorInfo:
                     file.fileno(), self.start - page + self.nbytes,
                     access=mmap.ACCESS_COPY, offset=page,
                 )  # fmt: skip
-        except (OSError, ValueError) as error:  # the latter: the file is too short for it
+        except (OSError, ValueError) as error:  # ValueError: the file is now too short
             raise CheckpointError(
-                f"{self.path} cannot be read any more, it was changed since it was opened: {error}"
+                f"{self.path} cannot be read because it was changed since it was opened: {error}"
             ) from None
         offset = self.start - page
         if offset % (ALIGNMENT if aligned else dtype.itemsize):
-            # Kernels may sum up unaligned data in another order: copied, so that equal weights give
-            # equal results wherever they stand in their file.
+            # Kernels may sum unaligned data in another order. The copy makes equal weights give equal
+            # results at any offset in the file.
             copy = torch.empty(self.shape, dtype=dtype)
             copy.view(-1).view(torch.uint8).numpy()[:] = memoryview(view)[
                 offset : offset + self.nbytes
@@ -101,60 +108,68 @@ class TensorInfo:
         return flat.reshape(self.shape), view
 
     def prefetch(self) -> None:
-        """Has the system read its bytes while others are worked on, where it can."""
+        """Asks the operating system to read the tensor in the background, if it supports that."""
         advise = getattr(os, "posix_fadvise", None)
         if advise is not None:
             with suppress(OSError), self.path.open("rb") as file:
                 advise(file.fileno(), self.start, self.nbytes, os.POSIX_FADV_WILLNEED)
 
     def rows(self, start: int, count: int) -> TensorInfo:
-        """Where `count` of its rows are, from row `start` on."""
-        size = self.nbytes // self.shape[0]
+        """Returns the location of `count` rows of the tensor, from row `start` on.
+
+        Raises:
+            CheckpointError: the tensor is computed in a way that mixes rows (subclasses only).
+        """
+        row_bytes = self.nbytes // self.shape[0]
         return replace(
             self,
             shape=(count, *self.shape[1:]),
-            start=self.start + start * size,
-            nbytes=count * size,
+            start=self.start + start * row_bytes,
+            nbytes=count * row_bytes,
         )
 
     def chunks(self) -> Iterator[bytes]:
-        """The raw bytes, a few MB at a time."""
+        """Yields the raw bytes, at most `CHUNK` at a time.
+
+        Raises:
+            CheckpointError: the file was removed or cut.
+        """
         try:
             file = self.path.open("rb")
         except OSError as error:
             raise CheckpointError(
-                f"{self.path} cannot be read any more: {error.strerror}"
+                f"{self.path} cannot be read: {error.strerror}"
             ) from None
         with file:
             file.seek(self.start)
-            left = self.nbytes
-            while left:
-                chunk = file.read(min(CHUNK, left))
+            remaining = self.nbytes
+            while remaining:
+                chunk = file.read(min(CHUNK, remaining))
                 if not chunk:
                     raise CheckpointError(f"{self.path} ends in the middle of a tensor")
-                left -= len(chunk)
+                remaining -= len(chunk)
                 yield chunk
 
 
 class Checkpoint:
-    """A folder with config.json and safetensors: names, shapes and bytes, nothing loaded.
+    """A folder with config.json and safetensors files; opening it loads no tensor.
 
     Args:
         folder: a local folder.
-        config_file: name of its config; only a run that is not finished uses another one.
+        config_file: name of its config; only an unfinished run uses another one.
 
     Raises:
-        CheckpointError: no folder, no config.json, no safetensors, a damaged or missing shard, an
-            index or a link that points outside the folder.
+        CheckpointError: there is no folder, config.json or safetensors file, a shard is damaged or
+            missing, or an index or a link points outside the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, config_file: str = "config.json") -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is not a folder with a model in it")
+            raise CheckpointError(f"{self.folder} is not a folder with a model")
         self.config = read_json(self.folder / config_file)
         check_config(self.config)
-        #: What the model's config is to say instead of config.json.
+        #: Settings that replace those of config.json when the model is built.
         self.overrides: dict[str, Any] = {}
         self.files = self._weight_files()
         check_links(self.folder, [self.folder / config_file, *self.files, *self.side_files()])
@@ -177,21 +192,21 @@ class Checkpoint:
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
                 raise CheckpointError(f"{index} has no weight_map from tensor to file names")
-            files = sorted({self._inside(name) for name in names.values()})
+            files = sorted({self._file_in_folder(name) for name in names.values()})
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise CheckpointError(
-                    f"{self.folder} lacks {', '.join(missing)}, named in its index"
+                    f"{self.folder} lacks {', '.join(missing)}, which its index names"
                 )
             return files
         if (self.folder / SINGLE_FILE).is_file():
             return [self.folder / SINGLE_FILE]
-        found = sorted(file for file in self.folder.glob("*.safetensors") if file.is_file())
-        if len(found) == 1:  # names of older tools, such as gptq_model-4bit-128g.safetensors
-            return found
-        if found:
+        files = sorted(file for file in self.folder.glob("*.safetensors") if file.is_file())
+        if len(files) == 1:  # names of older tools, such as gptq_model-4bit-128g.safetensors
+            return files
+        if files:
             raise CheckpointError(
-                f"{self.folder} has {len(found)} safetensors files and no {INDEX_FILE}"
+                f"{self.folder} has {len(files)} safetensors files and no {INDEX_FILE}"
             )
         pickles = sorted([*self.folder.glob("*.bin"), *self.folder.glob("*.pt")])
         if pickles:
@@ -201,16 +216,16 @@ class Checkpoint:
             )
         raise CheckpointError(f"{self.folder} has no safetensors files")
 
-    def _inside(self, name: str) -> Path:
+    def _file_in_folder(self, name: str) -> Path:
         if Path(name).name != name or name in ("", ".", ".."):
             raise CheckpointError(f"the index of {self.folder} names {name!r}, outside the folder")
         return self.folder / name
 
     def side_files(self) -> list[Path]:
-        """Everything beside the weights that makes the checkpoint complete: tokenizer, licence …
+        """Returns the files beside the weights that belong to the checkpoint, such as tokenizer and licence.
 
-        Left out: other copies of the weights, config.json (it is rewritten), hidden files, and what an
-        earlier run of roundwise says about itself.
+        Not included: other copies of the weights, config.json (it is rewritten), hidden files, and files
+        that an earlier run of roundwise wrote about itself.
         """
         weights = (
             ".safetensors",
@@ -234,13 +249,13 @@ class Checkpoint:
         ]
 
     def nbytes(self) -> int:
-        """Bytes of all tensors in the folder."""
+        """Returns the bytes of all tensors in the folder."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from a changed one: hashes of config.json and all weights.
+        """Returns SHA-256 hashes of config.json and all weight files, to detect a changed checkpoint.
 
-        Every byte is read, once for each checkpoint that is opened, several files at a time.
+        The first call reads every byte, several files in parallel; the result is kept.
         """
         if self._identity is None:
             config = json.dumps(self.config, sort_keys=True).encode()
@@ -251,19 +266,23 @@ class Checkpoint:
         return self._identity
 
     def check_unchanged(self) -> None:
-        """Raises CheckpointError when a file with weights is not the one that was opened."""
+        """Checks that no weight file was changed or replaced since the checkpoint was opened.
+
+        Raises:
+            CheckpointError: one was.
+        """
         for file, before in self._states.items():
             if file_state(file) != before:
                 raise CheckpointError(f"{file} was changed while it was being read")
 
 
 class CheckpointView(Checkpoint):
-    """Another checkpoint, some of whose tensors or settings look otherwise.
+    """A checkpoint with some tensors or settings of another one replaced.
 
     Args:
-        source: the checkpoint as it is on the disk, or another view.
+        source: the checkpoint on disk, or another view.
         tensors: all tensors of the view.
-        config: its config.json.
+        config: config.json of the view; None: that of `source`.
     """
 
     def __init__(
@@ -278,25 +297,29 @@ class CheckpointView(Checkpoint):
         self.tensors = tensors
 
     def nbytes(self) -> int:
-        """Bytes of all tensors in the folder."""
+        """Returns the bytes of all tensors in the folder on disk, not of the view."""
         return self.source.nbytes()
 
     def identity(self) -> dict[str, Any]:
-        """That of the source: what looks otherwise, and how, follows from it and the settings."""
+        """Returns the identity of the source: it and the run's settings determine the view."""
         return self.source.identity()
 
     def check_unchanged(self) -> None:
-        """That of the source."""
+        """Checks that no file of the source was changed; Raises as `Checkpoint.check_unchanged`."""
         self.source.check_unchanged()
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Tensor names and places of one safetensors file, validated by the safetensors library."""
+    """Returns the name and location of each tensor of one safetensors file.
+
+    Raises:
+        CheckpointError: the safetensors library does not accept the file.
+    """
     try:
         with safe_open(file, framework="pt"):
             header = _header_bytes(file)
-    except (SafetensorError, OSError, RuntimeError) as error:  # the last: no room to map it
-        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from None
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: mapping it failed
+        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from None
     entries = json.loads(header)
     entries.pop("__metadata__", None)
     base = 8 + len(header)

@@ -1,8 +1,8 @@
-"""A checkpoint seen through an exact change of its weights: tensors come out folded as they are read.
+"""A view of a checkpoint that scales or rotates tensors while they are read.
 
-Everything that reads a checkpoint reads this one the same way, so that the rest of a run knows nothing
-of it, and one block's weights are in memory at a time. What may be folded is found by
-`models/residual.py` and planned by `models/fold.py`; here it is done.
+Everything that reads a checkpoint reads this view the same way, so the rest of a run does not depend on
+it, and only one block's weights are in memory at a time. `model/rotate.py` and `model/norm_scaling.py`
+decide which tensors are transformed.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from roundwise.checkpoint.reader import (
 from roundwise.core.hadamard import Rotation
 from roundwise.errors import CheckpointError
 
-#: Numbers that are worked on at a time, in float64: few enough for the processor's cache.
-PART = 1 << 18
+#: Numbers transformed at a time, in float64: few enough for the processor's cache.
+CHUNK_NUMEL = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
 class TensorTransform:
-    """What becomes of one tensor: channels scaled, then rotated, along one of its axes."""
+    """A transform of one tensor: its channels are scaled, then rotated, along one axis."""
 
     axis: int = -1
-    """The axis of the stream's channels: the last, or 0 of a matrix."""
+    """Axis of the channels: the last one, or 0 of a matrix."""
     gain: torch.Tensor | None = None
     """float64 [channels]: factor of each channel."""
     rotation: Rotation | None = None
     fill: float | None = None
-    """The tensor becomes this number everywhere."""
+    """Value of the whole tensor; None: the tensor is transformed instead."""
     offset: float = 0.0
-    """What is scaled is the tensor plus this, which is taken away again."""
+    """Added before scaling and subtracted after it."""
 
-    def rows(self, X: torch.Tensor) -> torch.Tensor:
-        """X [rows, channels] of any dtype, changed, float64."""
+    def apply(self, X: torch.Tensor) -> torch.Tensor:
+        """Returns the transformed rows X [rows, channels] of any dtype, in float64."""
         X = X.to(torch.float64)
         if self.gain is not None:
             X = (X + self.offset) * self.gain - self.offset
@@ -53,67 +53,81 @@ class TensorTransform:
 
 @dataclass(frozen=True)
 class TransformedInfo(TensorInfo):
-    """A tensor that is changed whenever it is read; its place is that of its source."""
+    """A tensor that is transformed whenever it is read; its location is that of its source."""
 
     source: TensorInfo
-    change: TensorTransform
+    transform: TensorTransform
 
     @classmethod
-    def of(
-        cls, source: TensorInfo, change: TensorTransform, dtype: str | None = None
+    def from_source(
+        cls, source: TensorInfo, transform: TensorTransform, dtype: str | None = None
     ) -> TransformedInfo:
-        """`source` changed, computed in float64 and rounded to `dtype`, or to its own.
+        """Returns `source` with a transform that is computed in float64 and rounded to `dtype`.
+
+        Args:
+            source: the tensor.
+            transform: the transform.
+            dtype: safetensors code of the result; None: that of `source`.
 
         Raises:
-            CheckpointError: it holds no numbers that can be folded.
+            CheckpointError: `source` is not a tensor of floating point numbers of 16 bits or more.
         """
         if source.dtype not in ("F64", "F32", "F16", "BF16"):
             raise CheckpointError(
-                f"{source.path.name} holds weights as {source.dtype}, which cannot be folded: "
+                f"{source.path.name} holds weights as {source.dtype}, which cannot be scaled or rotated: "
                 "start from a checkpoint in bfloat16, float16 or float32"
             )
         code = dtype or source.dtype
         nbytes = source.nbytes // DTYPES[source.dtype].itemsize * DTYPES[code].itemsize
-        return cls(source.path, code, source.shape, source.start, nbytes, source, change)
+        return cls(source.path, code, source.shape, source.start, nbytes, source, transform)
 
     def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
-        """The changed tensor; it is computed, so there is no map."""
+        """Returns the transformed tensor and None: it is computed, so it has no memory map."""
         result = torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        before = self.source.read()
-        # A change along axis 0 works on the columns, which are the rows of the transposed matrix.
-        by_rows = self.change.axis != 0 or result.ndim < 2
-        flat, found = (
-            (T.reshape(-1, self.shape[-1]) if by_rows else T.T) for T in (before, result)
+        original = self.source.read()
+        # Along axis 0 the channels of a column are transformed: rows of the transposed matrix.
+        by_rows = self.transform.axis != 0 or result.ndim < 2
+        flat, flat_result = (
+            (T.reshape(-1, self.shape[-1]) if by_rows else T.T) for T in (original, result)
         )
-        step = max(1, PART // flat.shape[1])
+        step = max(1, CHUNK_NUMEL // flat.shape[1])
         for start in range(0, len(flat), step):
-            part = slice(start, start + step)
-            if self.change.fill is None:
-                found[part] = self.change.rows(flat[part])
+            rows = slice(start, start + step)
+            if self.transform.fill is None:
+                flat_result[rows] = self.transform.apply(flat[rows])
             else:
-                found[part] = self.change.fill
+                flat_result[rows] = self.transform.fill
         return result, None
 
     def rows(self, start: int, count: int) -> TensorInfo:
-        """Some of its rows; CheckpointError when the change mixes rows."""
-        if self.change.axis == 0:
-            raise CheckpointError("the rows of a tensor folded along them do not stand alone")
-        return TransformedInfo.of(self.source.rows(start, count), self.change, self.dtype)
+        """Returns `count` rows of the transformed tensor, from row `start` on.
+
+        Raises:
+            CheckpointError: the transform mixes rows.
+        """
+        if self.transform.axis == 0:
+            raise CheckpointError(
+                f"a tensor of {self.path.name} is transformed across its rows, so single rows cannot be "
+                "read"
+            )
+        return TransformedInfo.from_source(
+            self.source.rows(start, count), self.transform, self.dtype
+        )
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes of the changed tensor, as `TensorInfo.chunks` cuts them."""
+        """Yields the bytes of the transformed tensor, `CHUNK` at a time."""
         pending = bytearray()
-        for part in self._parts():
-            pending += part.reshape(-1).view(torch.uint8).numpy().data
+        for rows in self._row_slices():
+            pending += rows.reshape(-1).view(torch.uint8).numpy().data
             while len(pending) >= CHUNK:
                 yield bytes(pending[:CHUNK])
                 del pending[:CHUNK]
         if pending:
             yield bytes(pending)
 
-    def _parts(self) -> Iterator[torch.Tensor]:
-        """The changed tensor, whole or a few rows after another: embeddings are large."""
-        if self.change.axis == 0 or len(self.shape) < 2:
+    def _row_slices(self) -> Iterator[torch.Tensor]:
+        """Yields the transformed tensor a few rows at a time (embeddings are large), or whole."""
+        if self.transform.axis == 0 or len(self.shape) < 2:
             yield self.read()
             return
         step = max(1, CHUNK * self.shape[0] // max(1, self.nbytes))
@@ -122,20 +136,24 @@ class TransformedInfo(TensorInfo):
 
 
 class TransformedCheckpoint(CheckpointView):
-    """The tensors of another checkpoint, some of them changed.
+    """A view of another checkpoint in which some tensors are transformed.
 
     Args:
-        source: the checkpoint as it is on the disk.
-        changes: by tensor name.
-        added: further tensors of the same folder, by name; changed like the others.
-        overrides: what the model's config is to say instead.
-        exact: changed tensors come in float32 instead of being rounded to their source's type.
+        source: the checkpoint on disk, or another view.
+        transforms: transforms by tensor name.
+        added: further tensors by name; `transforms` apply to them too.
+        overrides: settings that replace those of config.json.
+        exact: return transformed tensors in float32 instead of rounding them to their source's type.
+
+    Raises:
+        CheckpointError: a tensor to be transformed does not hold floating point numbers.
+        KeyError: `transforms` names a tensor that does not exist.
     """
 
     def __init__(
         self,
         source: Checkpoint,
-        changes: dict[str, TensorTransform],
+        transforms: dict[str, TensorTransform],
         *,
         added: dict[str, TensorInfo] | None = None,
         overrides: dict[str, Any] | None = None,
@@ -147,5 +165,5 @@ class TransformedCheckpoint(CheckpointView):
         )
         self.overrides = {**source.overrides, **overrides}
         dtype = DTYPE_CODES[torch.float32] if exact else None
-        for name, change in changes.items():
-            self.tensors[name] = TransformedInfo.of(self.tensors[name], change, dtype)
+        for name, transform in transforms.items():
+            self.tensors[name] = TransformedInfo.from_source(self.tensors[name], transform, dtype)

@@ -1,11 +1,10 @@
-"""What a config may cost before its weights are looked at: it is data, and may claim anything.
+"""Checks on the files of a model folder, which may be damaged or malicious.
 
-A model is built from it without memory for its weights, but each layer is a Python object, each list of
-layer types a Python list, and each computed table real memory.
+JSON is read up to a bounded size, symbolic links must not leave the folder, and a config must not ask for
+unbounded work: a model is built from it without memory for its weights, but each layer is a Python object,
+each list of layer types a Python list, and each computed table takes real memory.
 
-Files of a model folder as what they are to a reader who trusts none of them: data of bounded size.
-
-Knows JSON, hashes and links; nothing of tensors.
+This module knows JSON, hashes, links and configs; `reader.py` reads tensors.
 """
 
 from __future__ import annotations
@@ -23,63 +22,71 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from roundwise.errors import CheckpointError
 
-#: Names of settings that count what a model is made of, those of its sizes among them, and the largest
-#: count taken for one: Doge has 16384 experts, each a row of a table.
-COUNTS, SIZES = "layer|block|depth|expert|stage|stack|codebook", "size|dim|width|len|capacity|token"
-LARGEST = 20_000
-#: Modules that a model may have for each tensor in its files, and beyond.
-PER_TENSOR, MODULES = 16, 10_000
-#: Bytes of tables that a model computes instead of storing: rotary frequencies, masks.
-COMPUTED = 1 << 30
+#: Names of settings that count parts of a model, except for those that match `SIZE_NAMES`.
+COUNT_NAMES = "layer|block|depth|expert|stage|stack|codebook"
+SIZE_NAMES = "size|dim|width|len|capacity|token"
+#: Largest accepted count: Doge has 16384 experts, each a row of a table.
+MAX_COUNT = 20_000
+#: A model may have MODULES_PER_TENSOR modules for each tensor in its files, and BASE_MODULES more.
+MODULES_PER_TENSOR, BASE_MODULES = 16, 10_000
+#: Maximum bytes of the buffers that a model computes instead of storing: rotary frequencies, masks.
+MAX_COMPUTED_BYTES = 1 << 30
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Refuses a config that no model has, or that asks for code.
+    """Refuses a config with implausible counts, or one that would run code from the hub.
+
+    Args:
+        config: the parsed config.json.
 
     Raises:
-        CheckpointError: it counts too much of something, or names a kernel on the hub, which would be
-            downloaded and run without `trust_remote_code`.
+        CheckpointError: a count is larger than `MAX_COUNT`, or an implementation names a kernel on the
+            hub, which transformers would download and run even without `trust_remote_code`.
     """
-    left: list[tuple[str, Any]] = list(config.items())
-    while left:  # no recursion: the data may be nested as deeply as its parser allows
-        key, value = left.pop()
+    pending: list[tuple[str, Any]] = list(config.items())
+    while pending:  # no recursion: the data may be nested as deeply as its parser allows
+        key, value = pending.pop()
         if isinstance(value, dict):
-            # What an implementation is chosen for is named below the setting.
-            inherit = key if key.endswith("_implementation") else None
-            left += [(inherit or below, item) for below, item in value.items()]
+            # An implementation may be a dict with one entry per part of the model.
+            inherited = key if key.endswith("_implementation") else None
+            pending += [(inherited or child, item) for child, item in value.items()]
         elif isinstance(value, list):
-            left += [(key, item) for item in value]
-        elif isinstance(value, int | float) and value > LARGEST and _counts(key):
-            raise CheckpointError(f"config.json says {key}={value}, which no model has")
+            pending += [(key, item) for item in value]
+        elif isinstance(value, int | float) and value > MAX_COUNT and _is_count(key):
+            raise CheckpointError(
+                f"config.json says {key}={value}, but no known model has more than {MAX_COUNT}"
+            )
         elif isinstance(value, str) and "/" in value and key.endswith("_implementation"):
             raise CheckpointError(
-                f"config.json says {key}={value[:80]!r}: code from the hub is not run, take it out"
+                f"config.json says {key}={value[:80]!r}: code from the hub is not run, remove the setting"
             )
 
 
-def _counts(key: str) -> bool:
-    return re.search(COUNTS, key) is not None and re.search(SIZES, key) is None
+def _is_count(key: str) -> bool:
+    """Tells whether a setting counts parts of a model, such as num_hidden_layers."""
+    return re.search(COUNT_NAMES, key) is not None and re.search(SIZE_NAMES, key) is None
 
 
 @contextmanager
 def limit_module_count(tensors: int) -> Iterator[None]:
-    """While a model is built: ends it when it grows beyond what its files could fill.
+    """Context manager: limits the number of modules of a model that is built inside.
 
     Args:
-        tensors: in its files.
+        tensors: number of tensors in the model's files.
 
     Raises:
-        CheckpointError: the config asks for far more modules than there are tensors.
+        CheckpointError: the config asks for far more modules than the files could fill.
     """
-    left = MODULES + PER_TENSOR * tensors
+    limit = BASE_MODULES + MODULES_PER_TENSOR * tensors
+    count = 0
 
     def hook(*_: object) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
+        nonlocal count
+        count += 1
+        if count > limit:
             raise CheckpointError(
-                f"config.json asks for more than {MODULES + PER_TENSOR * tensors} modules, but the "
-                f"files hold {tensors} tensors: is it another model's?"
+                f"config.json asks for more than {limit} modules, but the files hold {tensors} tensors: "
+                "does config.json belong to another model?"
             )
 
     handle = register_module_module_registration_hook(hook)
@@ -90,37 +97,45 @@ def limit_module_count(tensors: int) -> Iterator[None]:
 
 
 def check_computed_buffers(model: Any) -> None:
-    """Raises CheckpointError when a model on the meta device computes tables beyond COMPUTED bytes."""
+    """Checks the size of the buffers that a model on the meta device computes instead of loading.
+
+    Raises:
+        CheckpointError: they take more than `MAX_COMPUTED_BYTES`.
+    """
     total = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
-    if total > COMPUTED:
+    if total > MAX_COMPUTED_BYTES:
         raise CheckpointError(
-            f"config.json asks for {total / 1e9:.0f} GB of tables that are computed, such as masks and "
-            "rotary frequencies: is its longest text right?"
+            f"config.json asks for {total / 1e9:.0f} GB of computed buffers, such as masks and rotary "
+            "frequencies: check max_position_embeddings"
         )
 
 
 def parse_model_dtype(name: object) -> torch.dtype:
-    """The floating point type that a config names.
+    """Returns the floating point type that a config names, such as "bfloat16".
 
     Raises:
-        CheckpointError: there is none of that name.
+        CheckpointError: torch has no floating point type of that name.
     """
-    found = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise CheckpointError(
             f"config.json says dtype {str(name)[:40]!r}: it must be a floating point type"
         )
-    return found
+    return dtype
 
 
-#: Bytes of a JSON file; an index of a million tensors has fewer.
+#: Maximum bytes of a JSON file; an index of a million tensors is smaller.
 MAX_JSON = 256 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing, damaged or no object."""
+    """Returns the JSON object in a file.
+
+    Raises:
+        CheckpointError: the file is missing, larger than `MAX_JSON`, damaged, or not a JSON object.
+    """
     try:
-        if not path.is_file():  # to read a pipe would wait for ever
+        if not path.is_file():  # reading a named pipe would block forever
             raise FileNotFoundError
         with path.open("rb") as file:
             data = file.read(MAX_JSON + 1)
@@ -132,44 +147,44 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+        raise CheckpointError(f"{path} is not a JSON object")
     return value
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_state(file: Path) -> tuple[int, ...] | None:
-    """What changes with a file's content, short of its content; None: it is gone."""
+    """Returns (device, inode, size, modification time), to detect a changed file; None if it is missing."""
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def check_links(folder: Path, files: Iterable[Path]) -> None:
-    """Refuses links to elsewhere: side files are copied, and with them what a link points to.
+    """Refuses links that leave the folder: side files are copied, so a link could leak another file.
 
-    A folder of the hub's cache is made of links to the files of all its revisions (../../blobs).
+    A snapshot in the hub's cache is allowed to link to the cache's files in ../../blobs.
 
     Args:
-        folder: of a model.
-        files: some of its files.
+        folder: folder of a model.
+        files: files in it that will be read.
 
     Raises:
-        CheckpointError: one of them is a link out of the folder.
+        CheckpointError: a file is a link out of the folder.
     """
-    home = folder.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
     for file in files:
-        target = file.resolve() if file.is_symlink() else home
-        if not any(target.is_relative_to(place) for place in allowed):
+        target = file.resolve() if file.is_symlink() else root
+        if not any(target.is_relative_to(parent) for parent in allowed):
             raise CheckpointError(
                 f"{file} is a link to {target}, outside the folder: copy that file into the folder"
             )

@@ -1,7 +1,7 @@
-"""Writing shards, indexes and side files so that a file is either whole under its name or not there.
+"""Writes shards, indexes and side files atomically: a file is either complete or does not exist.
 
-Every file is written to a temporary name in the same folder, flushed to the disk and renamed. The
-bytes depend only on the tensors and their order, and the hash is taken on the way.
+Every file is written to a temporary name in the same folder, flushed to disk and renamed. The bytes
+depend only on the tensors and their order; the hash is computed while writing.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ import torch
 from roundwise.checkpoint.reader import ALIGNMENT, DTYPE_CODES, TensorInfo
 from roundwise.errors import StorageError
 
-#: Suffix of files being written; whatever carries it after a crash is worthless.
+#: Suffix of files being written; files with it that remain after a crash can be deleted.
 PARTIAL = ".partial"
 
 
 def write_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor | TensorInfo], *, sync: bool = True
 ) -> str:
-    """Writes one safetensors file atomically; returns its SHA-256.
+    """Writes one safetensors file atomically.
 
     Args:
         path: final name.
-        tensors: in the order in which their bytes are laid out. A `TensorInfo` is copied byte for
-            byte from its file in small pieces and never held whole in memory.
-        sync: flush to the disk before renaming; off only for files that can be made again.
+        tensors: tensors by name, in the order of their bytes in the file. A `TensorInfo` is copied byte
+            for byte from its file in small chunks and is never whole in memory.
+        sync: flush to disk before renaming; off only for files that can be recreated.
+
+    Returns:
+        SHA-256 of the file, in hexadecimal.
 
     Raises:
-        StorageError: the disk is full or failed; nothing is left under `path`.
+        StorageError: the disk is full or failed; no file remains under `path`.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -53,15 +56,16 @@ def write_safetensors(
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     digest = hashlib.sha256()
     with atomic_write(path, sync=sync) as file:
-        for piece in _pieces(text, tensors.values()):
-            digest.update(piece)
-            file.write(piece)
+        for chunk in _file_chunks(text, tensors.values()):
+            digest.update(chunk)
+            file.write(chunk)
     return digest.hexdigest()
 
 
-def _pieces(
+def _file_chunks(
     header: bytes, tensors: Iterable[torch.Tensor | TensorInfo]
 ) -> Iterator[bytes | memoryview]:
+    """Yields the bytes of a safetensors file: the header's length, the header, the tensors."""
     yield len(header).to_bytes(8, "little")
     yield header
     for tensor in tensors:
@@ -73,28 +77,40 @@ def _pieces(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically, keys in the order given."""
+    """Writes a value as JSON atomically, keys in their order.
+
+    Raises:
+        StorageError: the disk is full or failed; no file remains under `path`.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         data = text.encode()
-    except UnicodeEncodeError:  # half a character, which JSON can hold and UTF-8 cannot
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and UTF-8 cannot
         data = json.dumps(value, indent=2).encode()
     with atomic_write(path) as file:
         file.write(data + b"\n")
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Copies a file's bytes atomically."""
+    """Copies a file atomically.
+
+    Raises:
+        StorageError: the disk is full or failed, or `source` cannot be read.
+    """
     with atomic_write(path) as file, source.open("rb") as original:
         shutil.copyfileobj(original, file)
 
 
 @contextmanager
 def atomic_write(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write whose content appears under `path` when the block ends without an error.
+    """Context manager: a file to write, which is renamed to `path` if no error was raised inside.
+
+    Args:
+        path: final name.
+        sync: flush the file and its folder to disk.
 
     Raises:
-        StorageError: it could not be written, renamed or flushed; nothing is left under either name.
+        StorageError: the file could not be written, renamed or flushed; neither name remains.
     """
     partial = path.with_name(path.name + PARTIAL)
     written = partial
@@ -109,8 +125,8 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
         if sync:
             sync_folder(path.parent)
     except BaseException as error:
-        # What could not be made durable does not count, even if it has its name already. Where the disk
-        # does not let it be removed either, the first error is the one to tell.
+        # A file that could not be flushed is removed even if it has its final name already. If removing
+        # it fails too, the first error is reported.
         with suppress(OSError):
             written.unlink()
         if isinstance(error, OSError):
@@ -119,7 +135,7 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` survive a power cut."""
+    """Flushes a folder to disk, so that renames in it survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -128,7 +144,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """One sentence for a failed write."""
+    """Returns the StorageError that describes a failed write.
+
+    Args:
+        error: the operating system's error.
+        path: the file that was being written.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(
             f"the disk is full while writing {path}: free some space and run the same command again, "

@@ -31,13 +31,13 @@ PARTS, FEWEST, VECTORS = 12, 8, 32
 class ProcessGroup(Protocol):
     """Processes that solve the rows of each part together: each a share of them (`pipeline.ranks`)."""
 
-    def rows(self, total: int) -> slice:
+    def row_range(self, total: int) -> slice:
         """This process's share of so many rows."""
 
     def all_gather_rows(self, part: torch.Tensor, total: int) -> torch.Tensor:
         """All of a tensor [total, ...] of which each process has its `rows`."""
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Adds up tensors of one shape over all processes, in place."""
 
 
@@ -75,7 +75,7 @@ class OutputWeighting:
         step = min(most, step)
         for rows in row_parts(len(self.perm), step):
             total = rows.stop - rows.start
-            mine = slice(0, total) if self.process_group is None else self.process_group.rows(total)
+            mine = slice(0, total) if self.process_group is None else self.process_group.row_range(total)
             self.idle = mine.start == mine.stop
             self._rows, self._mine = rows, slice(0, 1) if self.idle else mine
             self._totals.append(total)

@@ -155,7 +155,7 @@ def solve(
             loss = max(loss - H.factor.shift * errors, 0.0)
             sums += torch.tensor([loss, errors, float(part.square().sum())])
     if coupling is not None and process_group is not None:
-        process_group.sum(sums)
+        process_group.all_reduce_sum(sums)
     loss, errors, weights = sums.tolist()
     energy = _energy(W, H.H)
     join = torch.cat if coupling is None else coupling.in_order

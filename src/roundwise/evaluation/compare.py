@@ -25,6 +25,7 @@ import torch
 from roundwise.calibration.overlap import overlap
 from roundwise.checkpoint.gptq_format import parse_dynamic_rules, read_quantization_config
 from roundwise.checkpoint.hub import local_folder
+from roundwise.checkpoint.manifest import read_manifest
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import QuantizeConfig
 from roundwise.errors import CalibrationError, CheckpointError, RunError
@@ -33,7 +34,6 @@ from roundwise.evaluation.perplexity import perplexity
 from roundwise.evaluation.tasks import evaluate_tasks
 from roundwise.inference.load import load
 from roundwise.run.api import quantize
-from roundwise.verify import read_manifest
 
 #: Metrics of lm-eval that are parts of a whole, 1 being best; the first that a task has is its score.
 SCORES = ("acc_norm", "acc", "exact_match", "f1", "mc2", "pass@1")
@@ -286,9 +286,9 @@ def by_part(values: list[float]) -> list[tuple[int, float]]:
 
 def _contamination(model: str | os.PathLike[str], ids: list[int]) -> list[str]:
     """Says so when the text was, in part, calibrated with; known only of our own checkpoints."""
-    manifest = read_manifest(local_folder(model)) or {}
-    calibration = (manifest.get("run") or {}).get("calibration") or {}
-    shared = overlap(calibration.get("sketch") or [], ids)
+    manifest = read_manifest(local_folder(model))
+    calibration = manifest.run.calibration if manifest is not None else None
+    shared = overlap(calibration.sketch, ids) if calibration is not None else 0.0
     if shared <= CONTAMINATED:
         return []
     return [

@@ -1,11 +1,12 @@
-"""A batch on its way through the model, and the places where it stops."""
+"""PausedBatch: one calibration batch whose forward stops on the way, and the places where it stops."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from enum import IntEnum
+from typing import Any, NamedTuple
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -14,121 +15,175 @@ from roundwise.calibration.windows import Batch
 from roundwise.forward.expert_tokens import RoutedBatch
 from roundwise.forward.input_groups import ReferenceActivations
 from roundwise.system.distributed import Ranks
+from roundwise.system.half_matmul import outside_model
 
-ENTER, COUNTED, GATHERED, EXIT = -2, -1, 1 << 20, 1 << 21
-#: Tokens that are compared at a time.
+#: Tokens that are compared at a time in `depth_error`.
 ROWS = 1024
+
+
+class Phase(IntEnum):
+    """The places where a batch stops at a block, in the order in which it reaches them."""
+
+    ENTER = 0
+    """In front of the block, before it needs the block's weights."""
+    COUNTED = 1
+    """After a pass that only counted the tokens of each expert (block mode)."""
+    GROUP = 2
+    """Inside the block, in front of a group of linears (sequential mode) or its experts."""
+    GATHERED = 3
+    """After a pass that only summed up Hessians (block mode)."""
+    EXIT = 4
+    """Behind the block, with its output."""
+
+
+class Stop(NamedTuple):
+    """Where a batch stands. Stops compare in the order in which a batch reaches them."""
+
+    phase: Phase
+    group: int = 0
+    """With `Phase.GROUP`: number of the group in its block."""
+    routed: bool = False
+    """With `Phase.GROUP`. False: in front of the experts of `group`, whose router has chosen; True: in
+    front of the first linear of `group`."""
+
+
+ENTER, COUNTED = Stop(Phase.ENTER), Stop(Phase.COUNTED)
+GATHERED, EXIT = Stop(Phase.GATHERED), Stop(Phase.EXIT)
+
+
+def at_experts(group: int) -> Stop:
+    """The stop in front of the experts whose first group is number `group`."""
+    return Stop(Phase.GROUP, group, routed=False)
+
+
+def at_group(group: int) -> Stop:
+    """The stop in front of the first linear of group number `group`."""
+    return Stop(Phase.GROUP, group, routed=True)
+
+
+def pause(stop: Stop) -> None:
+    """Hands control from a batch back to the scheduler, until it resumes the batch."""
+    parent = getcurrent().parent
+    assert parent is not None
+    with outside_model():
+        parent.switch(stop)
 
 
 @dataclass
 class PausedBatch:
-    """One batch on its way through the model."""
+    """One batch on its way through the model, in a greenlet of its own."""
 
     batch: Batch
     number: int
-    """Place among the batches; -1 is the probe."""
+    """Its number among all batches; -1 is the probe."""
     reference: PausedBatch | None = None
-    """The player of the same batch in the original model; of such a one, that in the quantized model."""
+    """The same batch in the other model (quantized or original)."""
     is_reference: bool = False
-    """Plays the original weights."""
+    """It runs through the original model, with the original weights."""
     task: greenlet | None = None
-    stopped_at: int = EXIT
+    stopped_at: Stop = EXIT
     block_inputs: Any = None
-    """What the block was called with, while the player stands in front of it."""
+    """Arguments of the block, while the batch stands in front of it."""
     output: Any = None
-    """What the block returned, while the player stands behind it."""
+    """Return value of the block, while the batch stands behind it."""
     candidate_output: Any = None
-    """What the block returned with other weights than its own."""
+    """Return value of the block with other weights than its own; see `ForwardScheduler.try_weights`."""
     resumed_outputs: dict[int, Any] = field(default_factory=dict)
-    """What the last block returned that an earlier run has finished, by `Block.stack`."""
+    """`Block.stack` -> return value of that stack's last block that an earlier run has finished."""
     reference_activations: dict[str, ReferenceActivations] = field(default_factory=dict)
-    """Of an original player: what it met in front of each group that its twin has yet to reach."""
+    """Of a reference: first linear of a group -> activations that the quantized batch has yet to meet."""
     residual_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Inputs of the modules that see the residual stream."""
+    """Module name -> its input, for the modules that read the residual stream."""
     expert_tokens: dict[str, RoutedBatch] = field(default_factory=dict)
-    """Its tokens in each module of experts."""
+    """Module of experts -> the batch's tokens there."""
+    counting: torch.Tensor | None = field(init=False)
+    """Bool [windows, length]: the tokens that count; None: all."""
+
+    def __post_init__(self) -> None:
+        self.counting = self.batch.counting
 
     @property
     def key(self) -> str:
-        """What it is called where activations are kept; the same on whichever rank it plays."""
+        """Name of the batch in saved activations; the same on whichever rank it runs."""
         if self.number < 0:
             return "probe"
         return f"{'original' if self.is_reference else 'quantized'}-{self.number}"
 
+    def clear_block(self) -> None:
+        """Drops what was kept for the groups of the block that is behind it."""
+        for kept in (self.reference_activations, self.residual_inputs, self.expert_tokens):
+            kept.clear()
+
 
 class WeightSwap:
-    """The solved linears of a block with both of their weights; one of them is in place."""
+    """The solved linears of a block, with their original and their quantized weights.
+
+    One of both is in place: batches of the original model need the one, all others the other.
+    """
 
     def __init__(self) -> None:
         self._weights: list[tuple[Any, Any, Any]] = []
         self._original = False
 
     def add(self, linears: Sequence[Any], before: Sequence[Any]) -> None:
-        """Linears that have their new weights, and what they had before."""
+        """Adds linears that have their quantized weights by now, and the weights they had before."""
         self._weights += [(x, w, x.weight) for x, w in zip(linears, before, strict=True)]
 
-    def show(self, *, is_reference: bool) -> None:
-        """Gives all of them their original or their quantized weights."""
-        if is_reference != self._original:
+    def use(self, *, original: bool) -> None:
+        """Puts the original or the quantized weights in place; a no-op where they are."""
+        if original != self._original:
             for linear, before, after in self._weights:
-                linear.weight = before if is_reference else after
-            self._original = is_reference
+                linear.weight = before if original else after
+            self._original = original
 
 
 def hidden(output: Any) -> torch.Tensor:
-    """The hidden states among what a block returned."""
-    found = output[0] if isinstance(output, tuple) else output
-    assert isinstance(found, torch.Tensor)
-    return found
+    """The hidden states in a block's return value: the value itself, or the first of a tuple."""
+    states = output[0] if isinstance(output, tuple) else output
+    assert isinstance(states, torch.Tensor)
+    return states
 
 
 def depth_error(
-    players: Sequence[PausedBatch],
+    batches: Sequence[PausedBatch],
     ranks: Ranks,
     onloaded: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> float | None:
-    """How far the quantized model is from the original behind a block: ‖h - h̃‖² / ‖h̃‖².
+    """Distance of the quantized model from the original behind a block: ‖h - h̃‖² / ‖h̃‖².
 
     Args:
-        players: of the quantized model, standing behind the block with their twins.
-        ranks: who have the others.
-        present: see `ForwardScheduler.onloaded`.
+        batches: of the quantized model, standing behind the block with their references.
+        ranks: all processes of the run; the sums are over the batches of all of them.
+        onloaded: see `ForwardScheduler.onloaded`.
 
     Returns:
-        Over the hidden states h of all tokens that count; None where the original is not played.
+        The error over the hidden states h of all tokens that count; None without references.
     """
     lost = whole = 0.0
-    for player in players:
-        if player.reference is None:
+    for batch in batches:
+        if batch.reference is None:
             return None
-        with onloaded(player.key), onloaded(player.reference.key):
-            mine, all_ = _distance(player, player.reference)
-        lost, whole = lost + mine, whole + all_
-    lost, whole = ranks.sum(torch.tensor([lost, whole], dtype=torch.float64)).tolist()
+        with onloaded(batch.key), onloaded(batch.reference.key):
+            error, energy = _distance(batch, batch.reference)
+        lost, whole = lost + error, whole + energy
+    lost, whole = ranks.all_reduce_sum(torch.tensor([lost, whole], dtype=torch.float64)).tolist()
     return lost / whole if whole else None
 
 
-def _distance(player: PausedBatch, reference: PausedBatch) -> tuple[float, float]:
+def _distance(batch: PausedBatch, reference: PausedBatch) -> tuple[float, float]:
     """‖h - h̃‖² and ‖h̃‖² of one batch."""
-    width = hidden(player.output).shape[-1]
-    h, is_reference = (hidden(p.output).reshape(-1, width) for p in (player, reference))
-    mask = player.batch.counting
+    width = hidden(batch.output).shape[-1]
+    h, original = (hidden(b.output).reshape(-1, width) for b in (batch, reference))
+    mask = batch.counting
     counting = (
         mask.reshape(-1).to(h.device) if mask is not None and mask.numel() == len(h) else None
     )
     lost = whole = 0.0
     for start in range(0, len(h), ROWS):  # float32 copies of a few rows only
         rows = slice(start, start + ROWS)
-        now, then = h[rows].float(), is_reference[rows].float()
+        now, then = h[rows].float(), original[rows].float()
         if counting is not None:
             now, then = now[counting[rows]], then[counting[rows]]
         lost += float((now - then).square().sum())
         whole += float(then.square().sum())
     return lost, whole
-
-
-def stop(place: int) -> None:
-    """Hands control from a player back to the conductor."""
-    parent = getcurrent().parent
-    assert parent is not None
-    parent.switch(place)

@@ -1,6 +1,7 @@
-"""What is summed up while a block is played: the inputs of its groups, and how far they have drifted.
+"""CalibrationHooks: sums up the inputs of linear layers, and their drift, while a block runs.
 
-Hooks in front of linears and of experts; they run inside the players, and stop them.
+The hooks stand in front of linears and of experts. They run inside the greenlets of the batches, and
+stop them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from roundwise.errors import NumericalError
-from roundwise.forward.batch import GATHERED, PausedBatch, stop
+from roundwise.forward.batch import GATHERED, PausedBatch, Stop, at_experts, at_group, pause
 from roundwise.forward.expert_tokens import (
     ExpertCalibration,
     ExpertRouting,
@@ -23,14 +24,15 @@ from roundwise.forward.expert_tokens import (
 from roundwise.forward.input_groups import InputGroup, ReferenceActivations
 from roundwise.model.blocks import Block, weight_of
 from roundwise.model.moe import Visits
+from roundwise.system.half_matmul import outside_model
 from roundwise.system.timer import timer
 
 
 class CalibrationHooks:
-    """Sums up what the players meet in front of the groups of one block.
+    """The hooks in the linears of one block, and what they sum up for its groups.
 
     Args:
-        current: the player that is running.
+        current: returns the batch that is running.
         held_out, ratio, policy: see `ForwardScheduler`.
     """
 
@@ -44,70 +46,94 @@ class CalibrationHooks:
     ) -> None:
         self._current, self.held_out, self.ratio, self.policy = current, held_out, ratio, policy
         self.sequential = True
-        """Players stop at every group."""
+        """Batches stop in front of every group."""
         self.counting = False
-        """Nothing is summed up yet: only the tokens of experts are counted."""
-        self.expert_routings: list[ExpertRouting] = []
-        self._leaders: dict[str, tuple[int, InputGroup]] = {}
+        """Only the tokens of experts are counted; nothing is summed up yet."""
+        self.routings: list[ExpertRouting] = []
+        """The modules of experts in the block, in the order in which they are reached."""
+        self._leaders: dict[str, tuple[Stop, InputGroup]] = {}
         self._experts: dict[str, tuple[ExpertRouting, int]] = {}
-        self._hooks: list[Any] = []
+        self._handles: list[Any] = []
 
-    def begin(
+    def install(
         self, block: Block, groups: list[InputGroup], *, sequential: bool, drift: bool
     ) -> None:
-        """Puts the hooks into a block; `drift`: the original model is played beside."""
+        """Registers the hooks of a block.
+
+        Args:
+            block: the block.
+            groups: its groups, in the order in which they are reached.
+            sequential: stop in front of every group.
+            drift: batches run through the original model too, whose activations are compared.
+        """
         self.sequential = sequential
-        self._leaders = {group.names[0]: (2 * i + 1, group) for i, group in enumerate(groups)}
-        self.expert_routings = expert_routings(block, groups, self.policy)
-        for routing in self.expert_routings:
+        self._leaders = {group.names[0]: (at_group(i), group) for i, group in enumerate(groups)}
+        self.routings = expert_routings(block, groups, self.policy)
+        for routing in self.routings:
             routing.experts.visits = partial(self._visits, routing)
             self._experts |= {n: (routing, expert) for n, expert in routing.expert_of.items()}
-        self._hooks = [
-            block.linears[name].register_forward_pre_hook(self._hook(name))
+        self._handles = [
+            block.linears[name].register_forward_pre_hook(self._before_linear(name))
             for name in self._leaders
         ]
         if drift:
-            self._hooks += self._tap(block, groups)
-            self._hooks += [
-                block.linears[group.names[0]].register_forward_hook(self._behind(group))
+            self._handles += self._keep_residuals(block, groups)
+            self._handles += [
+                block.linears[group.names[0]].register_forward_hook(self._after_linear(group))
                 for group in groups
-                if self._by_output(block, group)
+                if self._compares_outputs(block, group)
             ]
 
-    def end(self) -> None:
-        """Takes the hooks out again."""
-        for hook in self._hooks:
-            hook.remove()
-        for routing in self.expert_routings:
+    def remove(self) -> None:
+        """Removes all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        for routing in self.routings:
             vars(routing.experts).pop("visits", None)
-        self._hooks, self._leaders, self._experts, self.expert_routings = [], {}, {}, []
+        self._handles, self._leaders, self._experts, self.routings = [], {}, {}, []
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        """In front of a linear: sums up what it is fed with, and stops."""
+    def _before_linear(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """Forward pre-hook: sums up the linear's input, and stops."""
+        stop, group = self._leaders[name]
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            player = self._current()
-            place, group = self._leaders.get(name, (GATHERED, None))
-            if self.counting or group is None or place <= player.stopped_at:
+            batch = self._current()
+            if self.counting or stop <= batch.stopped_at:
                 return
-            if player.is_reference and group.linear is not None:
-                return  # `_behind` keeps its output
-            stream = player.residual_inputs.get(group.residual or "")
-            x, rows, shared = args[0], *self._rows(player, name)
-            if player.is_reference:
-                player.reference_activations[name] = ReferenceActivations(
-                    stream, x if shared is None else x[shared]
-                )
-            else:
-                mask = _fitting_mask(player.batch.counting, x, rows)
-                self._add(player, name, group, x, stream, mask)
+            if batch.is_reference and group.linear is not None:
+                return  # `_after_linear` keeps its output
+            with outside_model():
+                stream = batch.residual_inputs.get(group.residual or "")
+                x, rows, shared = args[0], *self._rows(batch, name)
+                if batch.is_reference:
+                    x = x if shared is None else x[shared]
+                    batch.reference_activations[name] = ReferenceActivations(stream, x)
+                else:
+                    self._add(batch, group, x, stream, _matching_mask(batch.counting, x, rows))
             if self.sequential:
-                stop(place)
+                pause(stop)
 
         return hook
 
-    def _by_output(self, block: Block, group: InputGroup) -> bool:
-        """Its drift is summed up as it reaches the output: less work unless the linear widens."""
+    def _after_linear(self, group: InputGroup) -> Callable[..., None]:
+        """Forward hook: stores the reference model's output and does not pause."""
+
+        def hook(_: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
+            batch = self._current()
+            if batch.is_reference:
+                with outside_model():
+                    # Copies, because the model may add to one or the other in place.
+                    stream = batch.residual_inputs[group.residual or ""].clone()
+                    kept = ReferenceActivations(stream, y=output.clone())
+                    batch.reference_activations[group.names[0]] = kept
+
+        return hook
+
+    def _compares_outputs(self, block: Block, group: InputGroup) -> bool:
+        """Whether a group's drift is summed up as it reaches the output, and notes that in the group.
+
+        That is less work unless the linear has more outputs than inputs.
+        """
         if group.residual is None or self.ratio is None:
             return False
         linear = block.linears[group.names[0]]
@@ -116,78 +142,64 @@ class CalibrationHooks:
             group.linear, group.ratio = linear, self.ratio
         return rows <= columns
 
-    def _behind(self, group: InputGroup) -> Callable[..., None]:
-        """Behind a linear: keeps what the original model returns, and goes on: nothing waits for it."""
-
-        def hook(_: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
-            player = self._current()
-            if player.is_reference:
-                # Copies, because the model may add to one or the other in place.
-                stream = player.residual_inputs[group.residual or ""].clone()
-                player.reference_activations[group.names[0]] = ReferenceActivations(
-                    stream, y=output.clone()
-                )
-
-        return hook
-
     def _add(
         self,
-        player: PausedBatch,
-        name: str,
+        batch: PausedBatch,
         group: InputGroup,
         x: torch.Tensor,
         stream: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> None:
-        captured = (
-            player.reference.reference_activations.pop(name, None)
-            if player.reference is not None
-            else None
-        )
+        """Adds a batch's input, and its drift from the reference, to the sums of a group."""
+        name, kept = group.names[0], None
+        if batch.reference is not None:
+            kept = batch.reference.reference_activations.pop(name, None)
         if not x.numel():  # none of this batch's tokens were sent to an expert
             return
-        group = group.part(held=player.number in self.held_out)
+        part = group.part(held=batch.number in self.held_out)
         try:
             with timer.phase("hessian"):
-                group.add(x, mask)
+                part.add(x, mask)
         except NumericalError as error:
-            raise NumericalError(f"{name}, calibration batch {player.number}: {error}") from None
-        if captured is not None:
+            raise NumericalError(f"{name}, calibration batch {batch.number}: {error}") from None
+        if kept is not None:
             with timer.phase("drift"):
-                group.add_drift(x, captured, stream, mask)
+                part.add_drift(x, kept, stream, mask)
 
     def _visits(self, routing: ExpertRouting, x: torch.Tensor, index: torch.Tensor) -> Visits:
-        """In front of experts: decides which tokens of the current player pass which."""
-        player = self._current()
-        if player.stopped_at >= GATHERED:
-            return routing.experts.routed(x, index)
-        if not player.is_reference and routing.name not in player.expert_tokens:
-            routing.count(index, player.batch.counting)
-        passing = player.expert_tokens[routing.name] = RoutedBatch(index)
-        if self.counting:
-            return routing.experts.routed(x, index)
-        reference = None
-        if self.policy.gather == "routed":
-            stop(2 * routing.first)  # until it is known what all batches, and the twin, chose
-            if player.is_reference and player.reference is not None:
-                reference = player.reference.expert_tokens[routing.name]
-        routing.send(passing, reference)
-        return passing.visits()
+        """In front of experts: decides which tokens of the current batch pass which expert."""
+        batch = self._current()
+        with outside_model():
+            if batch.stopped_at >= GATHERED:
+                return routing.experts.routed(x, index)
+            if not batch.is_reference and routing.name not in batch.expert_tokens:
+                routing.count(index, batch.counting)
+            routed = batch.expert_tokens[routing.name] = RoutedBatch(index)
+            if self.counting:
+                return routing.experts.routed(x, index)
+            quantized = None
+            if self.policy.gather == "routed":
+                # Until it is known what the routers of all batches, and of the other model, chose.
+                pause(at_experts(routing.first))
+                if batch.is_reference and batch.reference is not None:
+                    quantized = batch.reference.expert_tokens[routing.name]
+            routing.assign(routed, quantized)
+            return routed.visits()
 
     def _rows(
-        self, player: PausedBatch, name: str
+        self, batch: PausedBatch, name: str
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Of an expert's linear: `RoutedBatch.rows` and `RoutedBatch.shared`; None: all tokens."""
+        """`RoutedBatch.rows` and `RoutedBatch.shared` of an expert's linear; None, None: all tokens."""
         if name not in self._experts:
             return None, None
         routing, expert = self._experts[name]
-        passing = player.expert_tokens[routing.name]
-        return passing.rows[expert], passing.shared[expert]
+        routed = batch.expert_tokens[routing.name]
+        return routed.rows[expert], routed.shared[expert]
 
-    def _tap(self, block: Block, groups: list[InputGroup]) -> list[Any]:
-        """Hooks that keep the residual stream where a group adds to it."""
+    def _keep_residuals(self, block: Block, groups: list[InputGroup]) -> list[Any]:
+        """Pre-hooks that keep the residual stream where a group adds to it."""
 
-        def tap(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
                 self._current().residual_inputs[name] = args[0]
 
@@ -197,21 +209,31 @@ class CalibrationHooks:
         return [
             block.module.get_submodule(
                 name.removeprefix(f"{block.name}.")
-            ).register_forward_pre_hook(tap(name))
+            ).register_forward_pre_hook(keep(name))
             for name in sorted(names)
         ]
 
 
-def _fitting_mask(
+def _matching_mask(
     mask: torch.Tensor | None, x: torch.Tensor, rows: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Which tokens count of `x` [..., in], which has a row per token, or for each of `rows`."""
+    """The tokens of `x` [..., in] that count.
+
+    Args:
+        mask: bool, of all tokens of the batch; None: all count.
+        x: has a row for each token, or for each of `rows`.
+        rows: numbers of the tokens that an expert is given; None: all.
+
+    Raises:
+        NumericalError: the tokens of `x` are not those of the batch.
+    """
     if mask is None:
         return None
     if rows is not None:
         return mask.reshape(-1)[rows]
     if x.numel() // x.shape[-1] != mask.numel():
         raise NumericalError(
-            "padding, or tokens that do not count, cannot be told in a layer that sees only some"
+            "the layer sees only some of the tokens, so padding cannot be told from text there: use "
+            "windows of one length (--batch-size 1 needs no padding)"
         )
     return mask

@@ -1,6 +1,7 @@
-"""What one small forward tells about a block: which linears share an input, which add to the stream.
+"""InputGroup: linear layers that read the same input, found by one small forward, and their sums.
 
-Nothing is known about the architecture; everything is read off the tensors that pass by.
+Nothing is known about the architecture: which linears share an input, and which add to the residual
+stream, is read off the tensors that pass while the probe runs through a block.
 """
 
 from __future__ import annotations
@@ -14,55 +15,74 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from roundwise.core.drift import Drift
+from roundwise.core.drift import Drift, Moments
 from roundwise.core.hessian import CrossMoment, Hessian
 from roundwise.errors import RunError
 from roundwise.model.blocks import Block, weight_of
 from roundwise.system.distributed import Ranks
+from roundwise.system.timer import timer
 
 
 class BatchObserver(Protocol):
-    """Sees each batch of a group's input right after it was summed up."""
+    """Sees each batch of a group's input right after it was added to the Hessian."""
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None, hessian: Hessian) -> None:
-        """Called with the batch `x` [..., in], its mask and the sums that it is in."""
+        """Called with the batch `x` [..., in], its mask, and the sum that it is in by now."""
+
+
+@dataclass
+class ReferenceActivations:
+    """Activations of the original model at a group: the residual stream, and input or output."""
+
+    stream: torch.Tensor | None
+    """Residual stream [..., hidden] that the group adds to; None: it adds to none."""
+    x: torch.Tensor | None = None
+    """Input [..., in]; None where the output is enough."""
+    y: torch.Tensor | None = None
+    """Output [..., out] of `InputGroup.linear`."""
 
 
 @dataclass
 class InputGroup:
-    """Linears of one block that read the same input, and what is summed up about it."""
+    """Linears of one block that read the same input, and the sums over that input."""
 
     names: list[str]
+    """Full module names, in the order in which they are called."""
     hessian: Hessian | None = None
-    """Set when the first batch gets here; still None when none did."""
+    """Sum of XᵀX; None until a token gets here."""
     residual: str | None = None
     """Module whose input is the residual stream that the group's one linear adds to."""
     input_drift: CrossMoment | None = None
     residual_drift: CrossMoment | None = None
     linear: nn.Module | None = None
-    """Its one linear, where `residual_drift` holds the original model's output X̃Wᵀ of it as well."""
+    """The group's one linear, where `residual_drift` also holds the original model's output X̃Wᵀ."""
     ratio: float = 1.0
-    """How much of X̃Wᵀ: α/β."""
+    """Factor of X̃Wᵀ in `residual_drift`: α/β."""
     held: InputGroup | None = None
-    """The sums over batches that are held out."""
-    watch: BatchObserver | None = None
-    """Sees each batch that is summed up."""
+    """Sums over the batches that are held out."""
+    observer: BatchObserver | None = None
     fallback: str | None = None
-    """Why its sums are not those of the tokens that pass in the model."""
+    """Reason why the sums are not those of the tokens that the model sends here; None: they are."""
 
     def part(self, *, held: bool) -> InputGroup:
-        """What a batch is summed up in."""
-        if held and self.held is None:
-            self.held = self._alike()
-        return self.held if held and self.held else self
+        """The sums that a batch belongs to: its own, or those that are held out."""
+        if not held:
+            return self
+        if self.held is None:
+            self.held = self._new_part()
+        return self.held
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Adds a batch of inputs to the Hessian."""
+        """Adds a batch of inputs `x` [..., in] to the Hessian; False in `mask` marks padding.
+
+        Raises:
+            NumericalError: see `Hessian.add`.
+        """
         if self.hessian is None:
             self.hessian = Hessian(x.shape[-1], device=x.device)
         self.hessian.add(x, mask)
-        if self.watch is not None:
-            self.watch.add(x, mask, self.hessian)
+        if self.observer is not None:
+            self.observer.add(x, mask, self.hessian)
 
     def add_drift(
         self,
@@ -71,37 +91,43 @@ class InputGroup:
         stream: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> None:
-        """Adds how far a batch's input and residual stream are from the original model's.
+        """Adds a batch's distance from the original model to the drift sums.
 
         Args:
-            x, stream: input, and the residual stream that the group's linear adds to.
-            original: the same in the original model.
-            mask: False marks padding.
+            x: input [..., in] in the quantized model.
+            original: the same batch in the original model.
+            stream: residual stream [..., hidden] that the group's linear adds to.
+            mask: bool, False marks padding.
         """
         width = x.shape[-1]
         if stream is not None and original.stream is not None:
             if self.residual_drift is None:
                 self.residual_drift = CrossMoment(stream.shape[-1], width, device=x.device)
-            self.residual_drift.add(original.stream, stream, x, mask, self._reached(original))
+            output = self._scaled_output(original)
+            self.residual_drift.add(original.stream, stream, x, mask, output)
         if original.x is not None:
             if self.input_drift is None:
                 self.input_drift = CrossMoment(width, width, device=x.device)
             self.input_drift.add(original.x, x, x, mask)
 
-    def _reached(self, original: ReferenceActivations) -> torch.Tensor | None:
-        """X̃Wᵀ α/β, without the linear's bias."""
+    def _scaled_output(self, original: ReferenceActivations) -> torch.Tensor | None:
+        """X̃Wᵀ α/β, without the linear's bias; None where it is not summed up."""
         if self.linear is None or original.y is None:
             return None
         bias = self.linear.bias
         y = original.y - bias if isinstance(bias, torch.Tensor) else original.y
         return y if self.ratio == 1.0 else y * self.ratio
 
-    def _alike(self) -> InputGroup:
-        """Another part of the sums."""
+    def _new_part(self) -> InputGroup:
         return InputGroup(self.names, residual=self.residual, linear=self.linear, ratio=self.ratio)
 
-    def join(self, ranks: Ranks, device: torch.device) -> None:
-        """Makes the sums those over all ranks, of which some may have met no token."""
+    def all_reduce(self, ranks: Ranks, device: torch.device) -> None:
+        """Makes the sums those over all ranks, some of which may have seen no token.
+
+        Args:
+            ranks: the processes of the run.
+            device: where sums are made that this rank does not have yet.
+        """
         if ranks.is_single:
             return
         for name, make in (
@@ -114,50 +140,48 @@ class InputGroup:
             if rows:
                 mine = mine or make(rows, columns)
                 setattr(self, name, mine)
-                ranks.sum(mine.sum)
-                mine.tokens = int(ranks.sum(torch.tensor([mine.tokens])))
+                ranks.all_reduce_sum(mine.sum)
+                mine.tokens = int(ranks.all_reduce_sum(torch.tensor([mine.tokens])))
         if any(ranks.all_reduce_max(self.held is not None)):
-            self.held = self.held or self._alike()
-            self.held.join(ranks, device)
+            self.held = self.held or self._new_part()
+            self.held.all_reduce(ranks, device)
 
-    def drift(self, H: torch.Tensor) -> Drift:
-        """The mean cross moments, H being the Hessian's mean. Ends the sums; no weight is new yet."""
-        moments = (self.input_drift, self.residual_drift)
-        drift = Drift(*(moment.mean() if moment else None for moment in moments))
-        if self.linear is not None:
-            drift.subtract_output(weight_of(self.linear), H, self.ratio)
-        return drift
+    def take_moments(self) -> Moments | None:
+        """Turns the sums into means over tokens, in place, and gives them up; None: no token was seen.
 
-    def forget(self) -> None:
-        """Frees the sums."""
-        self.hessian = self.input_drift = self.residual_drift = self.held = self.watch = None
-        self.linear = None
+        Call it before the group's linears get new weights: the drift is completed with W.
+        """
+        hessian, self.hessian = self.hessian, None
+        if hessian is None:
+            return None
+        H = hessian.take_mean()
+        with timer.phase("drift"):
+            moments = (self.input_drift, self.residual_drift)
+            drift = Drift(*(moment.take_mean() if moment else None for moment in moments))
+            if self.linear is not None:
+                drift.subtract_output(weight_of(self.linear), H, self.ratio)
+        self.input_drift = self.residual_drift = None
+        return Moments(H, drift, hessian.tokens)
 
-
-@dataclass
-class ReferenceActivations:
-    """What the original model feeds a group with, and the residual stream beside it."""
-
-    stream: torch.Tensor | None
-    x: torch.Tensor | None = None
-    """Its input; None where the output tells all that counts."""
-    y: torch.Tensor | None = None
-    """The output of `InputGroup.linear`."""
+    def clear(self) -> None:
+        """Drops all sums and frees their memory."""
+        self.hessian = self.input_drift = self.residual_drift = None
+        self.held = self.observer = self.linear = None
 
 
 @dataclass
 class BlockTrace:
-    """Tensors that passed during a probe, in order of time."""
+    """Tensors that passed through a block while the probe ran, in order of time."""
 
     inputs: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     """(linear, its input)."""
     outputs: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)
-    """(linear, its output, how many of `stream` had been seen by then)."""
+    """(linear, its output, length of `stream` at that time)."""
     stream: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     """(module, its input) for every module of the block; last, the block's output."""
 
     def groups(self) -> list[InputGroup]:
-        """Groups in the order in which they are reached.
+        """The groups, in the order in which they are reached.
 
         Raises:
             RunError: a linear is called more than once.
@@ -169,19 +193,18 @@ class BlockTrace:
                 f"{twice} is called more than once in its block; leave it out with --skip"
             )
         # Same memory, size and version: the same values, also when seen through another view.
-        found: dict[tuple[int, int, int], InputGroup] = {}
+        groups: dict[tuple[int, int, int], InputGroup] = {}
         for name, x in self.inputs:
-            found.setdefault((x.data_ptr(), x.numel(), x._version), InputGroup([])).names.append(
-                name
-            )
+            key = (x.data_ptr(), x.numel(), x._version)
+            groups.setdefault(key, InputGroup([])).names.append(name)
         outputs = {name: (y, seen) for name, y, seen in self.outputs}
-        for group in found.values():
+        for group in groups.values():
             if len(group.names) == 1 and group.names[0] in outputs:
                 group.residual = self._added_to(*outputs[group.names[0]])
-        return list(found.values())
+        return list(groups.values())
 
     def _added_to(self, y: torch.Tensor, seen: int) -> str | None:
-        """The module whose input r gave r + y, exactly, something that was seen after y."""
+        """The module whose input r gave r + y, exactly, something that passed after y."""
         for module, r in self.stream[:seen]:
             if r.numel() == y.numel() and r.shape[-1] == y.shape[-1]:
                 total = (r.reshape(y.shape) + y).reshape(-1)
@@ -193,35 +216,37 @@ class BlockTrace:
 
 @contextmanager
 def trace_block(block: Block) -> Iterator[BlockTrace]:
-    """Hooks on every module of the block while the probe plays it."""
-    notes = BlockTrace()
-    hooks: list[Any] = []
+    """Context manager: records the tensors that pass through a block, with hooks on all its modules."""
+    trace = BlockTrace()
+    handles: list[Any] = []
 
     def before(name: str, *, linear: bool, stream: bool) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], torch.Tensor):
                 if stream:
-                    notes.stream.append((name, args[0]))
+                    trace.stream.append((name, args[0]))
                 if linear:
-                    notes.inputs.append((name, args[0]))
+                    trace.inputs.append((name, args[0]))
 
         return hook
 
     def after(name: str) -> Any:
         def hook(_: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
-            notes.outputs.append((name, output, len(notes.stream)))
+            trace.outputs.append((name, output, len(trace.stream)))
 
         return hook
 
     experts = tuple(f"{path}." for path in block.experts)
     for path, module in block.modules():
-        # The stream does not pass inside experts, and no single one's output is all that is added to it.
+        # The stream does not pass inside experts, and no expert's output alone is added to it.
         outside, linear = not path.startswith(experts), path in block.linears
-        hooks.append(module.register_forward_pre_hook(before(path, linear=linear, stream=outside)))
+        handles.append(
+            module.register_forward_pre_hook(before(path, linear=linear, stream=outside))
+        )
         if linear and outside:
-            hooks.append(module.register_forward_hook(after(path)))
+            handles.append(module.register_forward_hook(after(path)))
     try:
-        yield notes
+        yield trace
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()

@@ -117,7 +117,7 @@ class OutputGradients:
                 total = Hessian(found[0].shape[1])
                 for info in found:
                     total.add(info.read())
-                tokens, B = total.tokens, total.mean()
+                tokens, B = total.tokens, total.take_mean()
             return (B, tokens) if float(B.diagonal().sum()) > 0 else (None, 0)
 
         return weights

@@ -1,29 +1,20 @@
-"""The paused forward: the model's own forward runs, we only stop it in front of groups of linears.
+"""ForwardScheduler: runs the model's own forward for all calibration batches, one block at a time.
 
-The conductor leads all players (`stage.py`) from one stop to the next, so it knows that every batch
-has reached the same place. The first player is a probe of a few tokens: it finds out which linears read
-the same input and in which order. With a reference, each batch has a *twin* that plays the original
-weights in lock-step: what it meets in front of a group tells how far the quantized model has drifted.
+Each batch runs `model(input_ids, use_cache=False)`, just as transformers wrote it, in a greenlet of its
+own that stops at the places of `forward.batch.Phase`. The scheduler resumes one batch after the other, so
+it knows that all have reached the same place before anything happens there. All run on one thread.
 
-Knows hooks and what they sum up; nothing of files, solving, or formats.
+The first batch is a probe of a few tokens: it shows which linears read the same input, and in which
+order. With a reference, each batch has a second one that runs through the original model in lock-step:
+its activations in front of a group show how far the quantized model has drifted.
 
-The stage of the paused forward: a greenlet for each batch, and the gates where it stops.
-
-Each calibration batch is a *player*: a greenlet that runs `model(input_ids, use_cache=False)` just as
-transformers wrote it. Only one player runs at a time, all on one thread. A player stops
-
-    ENTER      in front of a block, before it needs the block's weights
-    COUNTED    after a pass through a block with experts that only counted their tokens (block mode)
-    1, 3, …    in front of the first linear of each group that shares an input (sequential mode)
-    0, 2, …    in front of experts, whose first group comes next: the router has chosen
-    GATHERED   after a pass through the block that only gathered Hessians (block mode)
-    EXIT       behind the block, with its output
+Knows hooks and their sums; nothing of files, solving, or formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -39,15 +30,18 @@ from roundwise.forward.batch import (
     EXIT,
     GATHERED,
     PausedBatch,
+    Stop,
     WeightSwap,
+    at_experts,
+    at_group,
     hidden,
-    stop,
+    pause,
 )
 from roundwise.forward.expert_tokens import ExpertCalibration
 from roundwise.forward.hooks import CalibrationHooks
 from roundwise.forward.input_groups import InputGroup, trace_block
 from roundwise.forward.offload import CpuOffload, DiskOffload
-from roundwise.model.blocks import Block
+from roundwise.model.blocks import Block, wrapped_forwards
 from roundwise.model.build import arguments
 from roundwise.model.moe import visit_all
 from roundwise.system.device import HOST, to_device
@@ -59,23 +53,24 @@ from roundwise.system.timer import timer
 PROBE_TOKENS = 8
 
 
-class _Stage:
-    """All players and the gates of all blocks; use as a context manager.
+class ForwardScheduler:
+    """Leads all calibration batches through the blocks of a model; use it as a context manager.
 
     Args:
-        model: its parameters outside the blocks are loaded; those of a block are when it is played.
+        model: its parameters outside the blocks are loaded; those of a block are when it runs.
         blocks: the repeated blocks, in the order in which the model calls them.
-        batches: calibration batches; all of them, whichever of them this rank plays.
-        reference: also play the original model.
-        skip: resuming, the number of finished blocks; they are not played.
-        outputs: resuming, what the last finished block returned to each player by its key, by
-            `Block.stack`.
-        held_out: numbers of the batches that are summed up apart (`InputGroup.held`).
-        ratio: see `InputGroup.add_drift`.
+        batches: all calibration batches; this rank runs its share of them.
+        reference: also run the original model.
+        skip: number of blocks that an earlier run has finished; they are not run again.
+        outputs: with `skip`, what the last finished block returned, by `Block.stack` and then by
+            `PausedBatch.key`.
+        held_out: numbers of the batches whose sums are kept apart (`InputGroup.held`).
+        ratio: factor of the original model's outputs; see `InputGroup.add_drift`.
         policy: which tokens an expert's Hessian is made from.
-        ranks: with whom the work is shared.
-        device: where blocks are loaded and players play.
-        parking: where players wait that find no room: on the host (only in block mode), or in a file.
+        ranks: the processes of the run, which share the batches.
+        device: where blocks are loaded and batches run.
+        offload: where batches wait for which memory has no room: on the host (block mode only), or in
+            a file. None: in memory.
     """
 
     def __init__(
@@ -94,145 +89,68 @@ class _Stage:
         device: torch.device = HOST,
         offload: CpuOffload | DiskOffload | None = None,
     ) -> None:
-        self.device, self.offload = device, offload
         self.model, self.blocks, self.skip = model, blocks, skip
         self.policy, self.ranks = policy or ExpertCalibration(), ranks or Ranks()
+        self.device, self.offload = device, offload
         self.hooks = CalibrationHooks(
             self._current, held_out=held_out, ratio=ratio, policy=self.policy
         )
         batches = [batch.to(device) for batch in batches]
-        probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
-        self.probe_player = PausedBatch(probe, -1)
+        self.probe = PausedBatch(Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None), -1)
         self.quantized = [PausedBatch(batch, i) for i, batch in self.ranks.shard(batches).items()]
         if reference:
-            for player in self.quantized:
-                player.reference = PausedBatch(
-                    player.batch, player.number, player, is_reference=True
-                )
-        self.originals = [player.reference for player in self.quantized if player.reference]
-        self.players = [self.probe_player, *self.originals, *self.quantized]
+            for batch in self.quantized:
+                batch.reference = PausedBatch(batch.batch, batch.number, batch, is_reference=True)
+        self.references = [batch.reference for batch in self.quantized if batch.reference]
+        self.batches = [self.probe, *self.references, *self.quantized]
         for stack, saved in (outputs or {}).items():
-            for player in self.players:
-                player.resumed_outputs[stack] = saved[player.key]
+            for batch in self.batches:
+                batch.resumed_outputs[stack] = saved[batch.key]
         self._trying = False
-        self._playing: dict[greenlet, PausedBatch] = {}
-        self._variants = WeightSwap()
-        self._grad = True
+        self._running: dict[greenlet, PausedBatch] = {}
+        self._weights = WeightSwap()
+        self._exit = ExitStack()
 
     def __enter__(self) -> Self:
-        # Grad mode belongs to the thread, which all players share: switched off here, once.
-        self._grad = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
-        for index, block in enumerate(self.blocks):
-            block.module.forward = self._paused_forward(index, block.module.forward)
-        for player in self.players:
-            player.task = greenlet(self._run_model)
-            self._playing[player.task] = player
+        # Grad mode belongs to the thread, which all batches share: switched off here, once.
+        self._exit.enter_context(torch.no_grad())
+        self._exit.enter_context(wrapped_forwards(self.blocks, self._paused_forward))
+        for batch in self.batches:
+            batch.task = greenlet(self._run_model)
+            self._running[batch.task] = batch
         return self
 
     def __exit__(self, *_: object) -> None:
-        for player in self.players:
-            if player.task:  # running: unwind its frames
-                player.task.throw(GreenletExit)
-        for block in self.blocks:
-            vars(block.module).pop("forward", None)
-        self.hooks.end()
+        for batch in self.batches:
+            if batch.task:  # running: unwind its frames
+                batch.task.throw(GreenletExit)
+        self.hooks.remove()
         if self.offload is not None:
             self.offload.close()
-        torch.set_grad_enabled(self._grad)
-
-    def onloaded(self, key: str) -> AbstractContextManager[None]:
-        """While it is entered, what the player of a key holds can be looked at."""
-        if self.offload is None or key == self.probe_player.key:
-            return nullcontext()
-        return self.offload.onloaded(next(p for p in self.players if p.key == key))
-
-    def outputs(self) -> dict[str, Any]:
-        """What the block returned to each player by its key, all standing behind it."""
-        return {player.key: player.output for player in self.players}
-
-    def replace_outputs(self, outputs: dict[str, Any]) -> None:
-        """Lets the players go on with these outputs instead of their own."""
-        for player in self.players:
-            player.output = outputs[player.key]
-
-    def _run_model(self, player: PausedBatch) -> None:
-        self.model(**arguments(self.model, player.batch.input_ids, player.batch.mask))
-
-    def _advance(self, player: PausedBatch, target: int) -> None:
-        """Lets a player run until it stops at `target` or beyond."""
-        while player.stopped_at < target:
-            self._resume(player)
-
-    def _resume(self, player: PausedBatch) -> None:
-        assert player.task is not None
-        self._variants.show(is_reference=player.is_reference)
-        offload = self.offload if player.number >= 0 else None
-        with timer.phase("forward"), cpu_half_matmul():
-            if offload is not None:
-                offload.onload(player)
-            stopped = player.task.switch() if player.task else player.task.switch(player)
-            player.stopped_at = EXIT if player.task.dead else stopped
-            if offload is not None:
-                offload.offload(player)
-
-    def _paused_forward(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A block's forward with the stops around it."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            player, surveyed = self._current(), False
-            if index < self.skip:
-                # Finished earlier: all of them return what the last one did, only that one counts.
-                return to_device(player.resumed_outputs[self.blocks[index].stack], self.device)
-            player.block_inputs, player.output = (args, kwargs), None
-            stop(ENTER)
-            if player.number >= 0 and not self.hooks.sequential:
-                if self.hooks.counting:
-                    original(*args, **kwargs)
-                    stop(COUNTED)
-                player.output = original(*args, **kwargs)
-                surveyed = self._trying
-                stop(GATHERED)
-                while self._trying:
-                    player.candidate_output = original(*args, **kwargs)
-                    stop(GATHERED)
-            if player.output is None or not (player.is_reference or surveyed):
-                player.output = original(*args, **kwargs)
-            stop(EXIT)
-            output, player.block_inputs, player.output = player.output, None, None
-            return to_device(output, self.device)
-
-        return forward
-
-    def _current(self) -> PausedBatch:
-        return self._playing[getcurrent()]
-
-
-class ForwardScheduler(_Stage):
-    """Leads all players through the blocks in lock-step; arguments are those of `_Stage`."""
+        self._exit.close()
 
     def advance_to_block(self) -> None:
-        """Brings every player to the entrance of the next block."""
-        self._variants = WeightSwap()
+        """Runs every batch to the entrance of the next block."""
+        self._weights = WeightSwap()
         if self.offload is not None:
             self.offload.mark_shared()
-        for player in self.players:
-            self._resume(player)
-            if player.stopped_at != ENTER:
+        for batch in self.batches:
+            self._resume(batch)
+            if batch.stopped_at != ENTER:
                 raise RunError("the model does not call its blocks one after another, each once")
 
     def discover_groups(self, block: Block) -> list[InputGroup]:
-        """Plays the block with the probe: its groups, in the order in which they are reached.
+        """Runs the probe through the block; its groups, in the order in which they are reached.
 
         Raises:
             RunError: the block calls a linear more than once.
         """
         for experts in block.experts.values():
             experts.visits = partial(visit_all, experts, as_one=self.policy.gather == "all")
-        with trace_block(block) as notes:
-            self._advance(self.probe_player, EXIT)
-        notes.stream.append((block.name, hidden(self.probe_player.output)))
-        return notes.groups()
+        with trace_block(block) as trace:
+            self._advance([self.probe], EXIT)
+        trace.stream.append((block.name, hidden(self.probe.output)))
+        return trace.groups()
 
     def run_block(
         self,
@@ -242,40 +160,33 @@ class ForwardScheduler(_Stage):
         *,
         sequential: bool,
     ) -> dict[str, list[int]]:
-        """Plays the block with all batches and solves its groups.
+        """Runs the block with all batches and solves its groups.
 
         Args:
-            block: the block all players have entered.
-            groups: what `discover_groups` returned.
-            solve: replaces the weights of a group's linears; its Hessian is complete.
+            block: the block that all batches have entered.
+            groups: from `discover_groups`.
+            solve: replaces the weights of a group's linears; the group's Hessian is complete then.
             sequential: stop at every group, so that each sees already quantized predecessors;
-                otherwise gather all Hessians in a first pass, and play the block again. The head
-                is played in sequence always, so that there are no logits to keep.
+                otherwise sum up all Hessians in a first pass, and run the block again. The head is
+                always run in sequence, so that no logits are kept.
 
         Returns:
-            For each module of experts, how many tokens its router sent to each.
+            Module of experts -> how many tokens its router sent to each.
         """
         sequential = sequential or block.is_head
-        self.hooks.begin(block, groups, sequential=sequential, drift=bool(self.originals))
+        self.hooks.install(block, groups, sequential=sequential, drift=bool(self.references))
         if not sequential:
             self._gather(groups)
         for index, group in enumerate(groups):
             if sequential:
-                self._reach(index, groups)
+                self._advance_to_group(index, groups)
             self._solve(block, group, solve)
-        for player in [*self.originals, *self.quantized]:
+        for batch in [*self.references, *self.quantized]:
             if not block.is_head:  # nobody needs logits
-                self._advance(player, EXIT)
-            for held in (
-                player.reference_activations,
-                player.residual_inputs,
-                player.expert_tokens,
-            ):
-                held.clear()
-        for routing in self.hooks.expert_routings:
-            routing.join(self.ranks)
-        tokens = {routing.name: routing.tokens.tolist() for routing in self.hooks.expert_routings}
-        self.hooks.end()
+                self._advance([batch], EXIT)
+            batch.clear_block()
+        tokens = {routing.name: routing.all_tokens(self.ranks) for routing in self.hooks.routings}
+        self.hooks.remove()
         return tokens
 
     def try_weights(
@@ -286,71 +197,141 @@ class ForwardScheduler(_Stage):
         *,
         tokens: int,
     ) -> None:
-        """Plays the block with its own weights, and as often with others as it takes to compare them.
+        """Runs the block with its own weights, and again with others as often as `measure` asks for.
 
         Args:
-            block: the block all players have entered.
-            groups: what `discover_groups` returned; their Hessians are complete when `measure` is called.
-            measure: called with a function that plays the block with its present weights, and with
-                what the block returned with its own; it leaves the weights as they were.
-            tokens: of the first batches that are played again, about.
+            block: the block that all batches have entered.
+            groups: from `discover_groups`; their Hessians are complete when `measure` is called.
+            measure: called with a function that runs the block with its present weights and returns
+                its outputs, and with the outputs that its own weights gave; it leaves the weights as
+                they were.
+            tokens: about how many tokens are run again; whole batches, from the first on.
         """
-        self.hooks.begin(block, groups, sequential=False, drift=False)
+        self.hooks.install(block, groups, sequential=False, drift=False)
         self._trying = True
         self._gather(groups)
-        again, played = [], 0
-        for player in self.quantized:
-            if played < tokens:
-                again.append(player)
-                played += player.batch.input_ids.numel()
+        again, count = [], 0
+        for batch in self.quantized:
+            if count < tokens:
+                again.append(batch)
+                count += batch.batch.input_ids.numel()
 
         def attempt() -> list[torch.Tensor]:
-            for player in again:
-                self._resume(player)
-            return [hidden(player.candidate_output) for player in again]
+            for batch in again:
+                self._resume(batch)
+            return [hidden(batch.candidate_output) for batch in again]
 
-        measure(attempt, [hidden(player.output) for player in again])
+        measure(attempt, [hidden(batch.output) for batch in again])
         self._trying = False
-        for player in self.quantized:
-            self._advance(player, EXIT)
-            player.candidate_output = None
-            player.expert_tokens.clear()
-        self.hooks.end()
+        for batch in self.quantized:
+            self._advance([batch], EXIT)
+            batch.candidate_output = None
+            batch.clear_block()
+        self.hooks.remove()
 
-    def _reach(self, index: int, groups: list[InputGroup]) -> None:
-        """Sequential mode: leads all players in front of a group."""
-        players = [*self.originals, *self.quantized]
-        for routing in self.hooks.expert_routings:
+    def outputs(self) -> dict[str, Any]:
+        """`PausedBatch.key` -> what the block returned, for all batches standing behind it."""
+        return {batch.key: batch.output for batch in self.batches}
+
+    def replace_outputs(self, outputs: dict[str, Any]) -> None:
+        """Continues all batches with these outputs instead of their own."""
+        for batch in self.batches:
+            batch.output = outputs[batch.key]
+
+    def onloaded(self, key: str) -> AbstractContextManager[None]:
+        """Context manager: the tensors of the batch with this key are in memory."""
+        if self.offload is None or key == self.probe.key:
+            return nullcontext()
+        return self.offload.onloaded(next(batch for batch in self.batches if batch.key == key))
+
+    def _advance_to_group(self, index: int, groups: list[InputGroup]) -> None:
+        """Sequential mode: runs all batches up to group number `index`."""
+        batches = [*self.references, *self.quantized]
+        for routing in self.hooks.routings:
             if routing.first == index:
-                for player in players:
-                    self._advance(player, 2 * index)
+                self._advance(batches, at_experts(index))
                 routing.decide(groups, self.ranks)
-        for player in players:
-            self._advance(player, 2 * index + 1)
+        self._advance(batches, at_group(index))
 
     def _gather(self, groups: list[InputGroup]) -> None:
-        """Block mode: gathers all Hessians, one batch after another."""
-        found = self.hooks.expert_routings
-        if found and self.policy.gather == "routed":
+        """Block mode: sums up all Hessians, one batch after another."""
+        routings = self.hooks.routings
+        if routings and self.policy.gather == "routed":
             self.hooks.counting = True
-            for player in self.quantized:
-                self._advance(player, COUNTED)
+            self._advance(self.quantized, COUNTED)
             self.hooks.counting = False
-            for routing in found:
+            for routing in routings:
                 routing.decide(groups, self.ranks)
-        for player in self.quantized:
-            both = [player.reference, player] if player.reference is not None else [player]
-            for place in [*(2 * routing.first for routing in found), GATHERED]:
-                for each in both:
-                    self._advance(each, place)
+        for batch in self.quantized:
+            both = [batch.reference, batch] if batch.reference is not None else [batch]
+            for stop in [*(at_experts(routing.first) for routing in routings), GATHERED]:
+                self._advance(both, stop)
 
     def _solve(self, block: Block, group: InputGroup, solve: Callable[[InputGroup], None]) -> None:
-        """Solves a group, and remembers its original weights for the original players."""
-        self._variants.show(is_reference=False)
-        group.join(self.ranks, self.device)
+        """Solves a group; keeps its original weights for the batches of the original model."""
+        self._weights.use(original=False)
+        group.all_reduce(self.ranks, self.device)
         linears = [block.linears[name] for name in group.names]
         before: list[Any] = [linear.weight for linear in linears]
         solve(group)
-        group.forget()
-        if self.originals:
-            self._variants.add(linears, before)
+        group.clear()
+        if self.references:
+            self._weights.add(linears, before)
+
+    def _advance(self, batches: Sequence[PausedBatch], target: Stop) -> None:
+        """Resumes each batch until it has stopped at `target` or beyond."""
+        for batch in batches:
+            while batch.stopped_at < target:
+                self._resume(batch)
+
+    def _resume(self, batch: PausedBatch) -> None:
+        """Runs a batch up to its next stop."""
+        assert batch.task is not None
+        self._weights.use(original=batch.is_reference)
+        offload = self.offload if batch.number >= 0 else None
+        with timer.phase("forward"):
+            if offload is not None:
+                offload.onload(batch)
+            stopped = batch.task.switch() if batch.task else batch.task.switch(batch)
+            batch.stopped_at = EXIT if batch.task.dead else stopped
+            if offload is not None:
+                offload.offload(batch)
+
+    def _run_model(self, batch: PausedBatch) -> None:
+        """The body of a batch's greenlet: the whole forward, with its stops."""
+        with cpu_half_matmul():
+            self.model(**arguments(self.model, batch.batch.input_ids, batch.batch.mask))
+
+    def _paused_forward(
+        self, index: int, block: Block, original: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """A block's forward with the stops around it."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            batch, tried = self._current(), False
+            if index < self.skip:
+                # Finished earlier: all of them return what the last one did, only that one counts.
+                return to_device(batch.resumed_outputs[block.stack], self.device)
+            batch.block_inputs, batch.output = (args, kwargs), None
+            pause(ENTER)
+            if batch.number >= 0 and not self.hooks.sequential:
+                if self.hooks.counting:
+                    original(*args, **kwargs)
+                    pause(COUNTED)
+                batch.output = original(*args, **kwargs)
+                tried = self._trying
+                pause(GATHERED)
+                while self._trying:
+                    batch.candidate_output = original(*args, **kwargs)
+                    pause(GATHERED)
+            if batch.output is None or not (batch.is_reference or tried):
+                batch.output = original(*args, **kwargs)
+            pause(EXIT)
+            output, batch.block_inputs, batch.output = batch.output, None, None
+            return to_device(output, self.device)
+
+        return forward
+
+    def _current(self) -> PausedBatch:
+        """The batch that is running."""
+        return self._running[getcurrent()]

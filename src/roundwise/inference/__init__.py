@@ -1,1 +1,1 @@
-"""Running quantized checkpoints: QuantLinear, loading, the hook into transformers."""
+"""Runs quantized checkpoints: loading, QuantLinear and its kernels, text generation, serving."""

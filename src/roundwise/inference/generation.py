@@ -1,6 +1,6 @@
-"""Generating text, piece by piece: what `generate` and the server share, so that they agree.
+"""Text generation in pieces, used by both `roundwise generate` and the server.
 
-Knows token ids, a transformers model and its tokenizer; nothing of prompts, chats or requests.
+Works with token ids, a transformers model and its tokenizer; knows nothing of prompts, chats or requests.
 """
 
 from __future__ import annotations
@@ -15,64 +15,68 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from roundwise.errors import ConfigError
 
-#: Tokens of the prompt that are decoded with the answer: some decoders drop a leading space.
-CONTEXT = 6
-#: What a decoder writes for bytes that are no character, or not yet one.
+#: Last tokens of the prompt that are decoded with the answer: some decoders drop a leading space.
+CONTEXT_TOKENS = 6
+#: Decoders write this for bytes that are not a complete character (yet).
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. None: what the model's generation_config.json says, or no limit."""
+    """Sampling parameters. None: the value in the model's generation_config.json, else no limit."""
 
     max_new_tokens: int
     temperature: float = 0.0
-    """0: always the likeliest token."""
+    """0: greedy, always the most likely token."""
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
+    """Stop strings: the answer ends in front of the first one."""
 
-    def arguments(self, model: Any) -> dict[str, Any]:
-        """For `model.generate`."""
-        own = model.generation_config
-        chosen: dict[str, Any] = {
+    def generate_kwargs(self, model: Any) -> dict[str, Any]:
+        """Returns keyword arguments for `model.generate`."""
+        defaults = model.generation_config
+        kwargs: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,
-            "repetition_penalty": _first(self.repetition_penalty, own.repetition_penalty, 1.0),
+            "repetition_penalty": _first_set(
+                self.repetition_penalty, defaults.repetition_penalty, 1.0
+            ),
         }
         if self.temperature > 0:
-            chosen["temperature"] = self.temperature
-            chosen["top_p"] = _first(self.top_p, own.top_p, 1.0)
-            chosen["top_k"] = _first(self.top_k, own.top_k, 0)
-            chosen["min_p"] = _first(self.min_p, own.min_p)
-        return chosen
+            kwargs["temperature"] = self.temperature
+            kwargs["top_p"] = _first_set(self.top_p, defaults.top_p, 1.0)
+            kwargs["top_k"] = _first_set(self.top_k, defaults.top_k, 0)
+            kwargs["min_p"] = _first_set(self.min_p, defaults.min_p)
+        return kwargs
 
 
 @dataclass(frozen=True)
 class Generated:
-    """An answer and how it came about."""
+    """A generated answer, its token counts and timings."""
 
     text: str
     prompt_tokens: int
     tokens: int
-    """Generated ones, the end-of-text token included."""
+    """Number of generated tokens, the end-of-text token included."""
     finish: Literal["stop", "length", "cancelled"]
+    """Reason for the end: an end-of-text token or stop string, the token limit, or the caller."""
     first_token_seconds: float
-    """From the call to the first token: the time the prompt takes."""
+    """Seconds from the call to the first token: the time that the prompt takes."""
     seconds: float
+    """Seconds from the call to the last token."""
 
     @property
     def prompt_tokens_per_second(self) -> float:
-        """Tokens of the prompt over the time to the first token."""
+        """Prompt tokens per second, until the first token."""
         return self.prompt_tokens / self.first_token_seconds
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Generated tokens after the first over their time; None if there was only one."""
+        """Generated tokens per second after the first token; None if there was only one."""
         rest = self.seconds - self.first_token_seconds
         return (self.tokens - 1) / rest if self.tokens > 1 and rest > 0 else None
 
@@ -86,106 +90,116 @@ def generate(
     on_text: Callable[[str], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Generated:
-    """Goes on from token ids until the end of the text, a stop text or the limit.
+    """Generates until the end-of-text token, a stop string or the token limit.
 
     Args:
         model: transformers causal language model.
         tokenizer: its tokenizer.
-        ids: what to go on from.
-        sampling: how tokens are chosen.
-        on_text: called with each piece of text; joined they are the answer.
-        cancelled: asked after each token; True ends the generation.
+        ids: token ids of the prompt.
+        sampling: sampling parameters.
+        on_text: called with each new piece of text; the joined pieces are the answer.
+        cancelled: called after each token; generation ends when it returns True.
 
     Raises:
         ConfigError: no ids, or a limit below one token.
     """
     if not ids or sampling.max_new_tokens < 1:
-        raise ConfigError("a prompt of at least one token and one token to generate are needed")
+        raise ConfigError("generation needs a prompt of at least one token and max_new_tokens >= 1")
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     inputs = torch.tensor([ids], device=model.device)
-    watch = _Watch(Detokenizer(tokenizer, ids), StopTexts(sampling.stop), on_text, cancelled)
-    begun = time.monotonic()
+    streamer = _Streamer(Detokenizer(tokenizer, ids), StopStrings(sampling.stop), on_text, cancelled)
+    begin = time.monotonic()
     model.generate(
         input_ids=inputs,
         attention_mask=torch.ones_like(inputs),
-        stopping_criteria=StoppingCriteriaList([watch]),
+        stopping_criteria=StoppingCriteriaList([streamer]),
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        **sampling.arguments(model),
+        **sampling.generate_kwargs(model),
     )
-    seconds = time.monotonic() - begun
-    if watch.finish is None:
-        watch.emit(watch.detokenizer.rest())
-        watch.emit_last(watch.stops.rest())
-    ended = watch.last in _end_tokens(model)
-    finish = watch.finish or ("stop" if ended else "length")
-    assert watch.first is not None
+    seconds = time.monotonic() - begin
+    if streamer.finish is None:
+        streamer.flush()
+    at_end = streamer.last_token in _eos_token_ids(model)
+    finish = streamer.finish or ("stop" if at_end else "length")
+    assert streamer.first_token_at is not None
     return Generated(
-        "".join(watch.pieces), len(ids), watch.count, finish, watch.first - begun, seconds
+        text="".join(streamer.pieces),
+        prompt_tokens=len(ids),
+        tokens=streamer.tokens,
+        finish=finish,
+        first_token_seconds=streamer.first_token_at - begin,
+        seconds=seconds,
     )
 
 
-def _first(*values: Any) -> Any:
+def _first_set(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _end_tokens(model: Any) -> list[int]:
-    end = model.generation_config.eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
+def _eos_token_ids(model: Any) -> list[int]:
+    eos = model.generation_config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
-class _Watch(StoppingCriteria):  # type: ignore[misc]  # untyped there
-    """Called by `generate` after each token: hands the text on and says when to stop."""
+class _Streamer(StoppingCriteria):  # type: ignore[misc]  # untyped there
+    """Stopping criterion that `generate` calls after each token: sends new text, and ends generation."""
 
     def __init__(
         self,
         detokenizer: Detokenizer,
-        stops: StopTexts,
+        stop_strings: StopStrings,
         on_text: Callable[[str], None],
         cancelled: Callable[[], bool],
     ) -> None:
-        self.detokenizer, self.stops = detokenizer, stops
+        self.detokenizer, self.stop_strings = detokenizer, stop_strings
         self.on_text, self.cancelled = on_text, cancelled
         self.pieces: list[str] = []
-        self.count, self.last = 0, -1
-        self.first: float | None = None
+        self.tokens, self.last_token = 0, -1
+        self.first_token_at: float | None = None
         self.finish: Literal["stop", "cancelled"] | None = None
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        self.last = int(input_ids[0, -1])
-        if self.first is None:
-            self.first = time.monotonic()
-        self.count += 1
-        self.emit(self.detokenizer.add(self.last))
-        if self.stops.found:
+        self.last_token = int(input_ids[0, -1])
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        self.tokens += 1
+        self._send(self.stop_strings.add(self.detokenizer.add(self.last_token)))
+        if self.stop_strings.matched:
             self.finish = "stop"
         elif self.cancelled():
             self.finish = "cancelled"
         return torch.tensor([self.finish is not None], device=input_ids.device)
 
-    def emit(self, piece: str) -> None:
-        """Passes a piece through the search for stop texts."""
-        self.emit_last(self.stops.add(piece))
+    def flush(self) -> None:
+        """Sends the text that was held back."""
+        self._send(self.stop_strings.add(self.detokenizer.flush()))
+        self._send(self.stop_strings.flush())
 
-    def emit_last(self, piece: str) -> None:
-        """Hands a piece on."""
+    def _send(self, piece: str) -> None:
         if piece:
             self.pieces.append(piece)
             self.on_text(piece)
 
 
 class Detokenizer:
-    """Token ids to text as they come: never half a character, and joined what all of them decode to.
+    """Streaming detokenizer: never returns half a character; the joined pieces equal one decode.
+
+    `tokenizers.decoders.DecodeStream` does not replace it: with byte-fallback vocabularies (Llama 2,
+    Gemma) it raises an error on generated bytes that are not UTF-8, it has no flush at the end, and slow
+    tokenizers do not have it.
 
     Args:
-        tokenizer: decodes lists of ids.
-        prompt: what the answer follows; its end is decoded along, so that a space at the seam stays.
+        tokenizer: transformers tokenizer, fast or slow.
+        prompt: token ids of the prompt; the last ones are decoded along, which keeps a space between
+            prompt and answer.
     """
 
     def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt[-CONTEXT:])
-        self._context, self._given = 0, len(self._ids)
+        self._ids = list(prompt[-CONTEXT_TOKENS:])
+        # Tokens from `_context` to `_returned` are decoded only as context; their text was returned.
+        self._context, self._returned = 0, len(self._ids)
 
     def _decode(self, begin: int, end: int) -> str:
         text: str = self._tokenizer.decode(
@@ -194,48 +208,49 @@ class Detokenizer:
         return text
 
     def add(self, token: int) -> str:
-        """The text that is certain after one more token."""
+        """Returns the text that one more token completes; "" if it ends inside a character."""
         self._ids.append(token)
-        piece = self.rest()
+        piece = self.flush()
         if not piece or piece.endswith(INCOMPLETE):
             return ""
-        self._context, self._given = self._given, len(self._ids)
+        self._context, self._returned = self._returned, len(self._ids)
         return piece
 
-    def rest(self) -> str:
-        """What `add` has not given yet."""
-        before = self._decode(self._context, self._given)
-        return self._decode(self._context, len(self._ids))[len(before) :]
+    def flush(self) -> str:
+        """Returns the text that `add` has not returned yet."""
+        context = self._decode(self._context, self._returned)
+        return self._decode(self._context, len(self._ids))[len(context) :]
 
 
-class StopTexts:
-    """Finds stop texts in a text that comes in pieces, and holds back what may be the start of one."""
+class StopStrings:
+    """Finds stop strings in a text that arrives in pieces; holds back what may be the start of one."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
-        self.found = False
+        self.matched = False
+        """A stop string was found."""
 
     def add(self, piece: str) -> str:
-        """The part of the text that belongs to the answer for certain."""
-        if self.found:
+        """Returns the text up to here that certainly belongs to the answer and is new."""
+        if self.matched:
             return ""
         text = self._held + piece
-        hits = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if hits:
-            self.found, self._held = True, ""
-            return text[: min(hits)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        positions = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if positions:
+            self.matched, self._held = True, ""
+            return text[: min(positions)]
+        keep = max((_partial_match(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
-    def rest(self) -> str:
-        """What was held back, at the end of the answer."""
+    def flush(self) -> str:
+        """Returns the text that was held back, at the end of the answer."""
         held, self._held = self._held, ""
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that is a beginning of the stop text."""
+def _partial_match(text: str, stop: str) -> int:
+    """Returns the length of the longest end of `text` that `stop` begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

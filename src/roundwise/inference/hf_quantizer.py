@@ -1,8 +1,8 @@
-"""The hook into transformers: `from_pretrained` of any GPTQ checkpoint builds QuantLinear layers.
+"""Quantizer plug-in for transformers: `from_pretrained` builds QuantLinear layers for GPTQ checkpoints.
 
-transformers' own class for the format needs two other packages. Ours takes its place (autoload.py), and
-decides by the tensors in the files, not by what the config promises, which layers are quantized and how
-wide their codes are.
+transformers' own quantizer for the format needs two other packages (optimum and gptqmodel);
+import_hooks.py registers ours in its place. Which layers are quantized, and how wide their codes are, is
+read from the tensors in the files, not from the config.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from transformers.quantizers.base import HfQuantizer
 from roundwise.checkpoint.reader import TensorInfo, read_header
 from roundwise.errors import CheckpointError
 from roundwise.inference.cpu.attention import use_grouped_attention
-from roundwise.inference.cpu.mmap_embedding import MappedFiles, keep_embeddings_on_disk
-from roundwise.inference.cpu.streamed_linear import stream_large
+from roundwise.inference.cpu.mmap_embedding import MappedFiles, use_mmap_embeddings
+from roundwise.inference.cpu.streamed_linear import use_streamed_linears
 from roundwise.inference.quant_linear import QuantLinear
 from roundwise.inference.replace_modules import replace_linears
 
 
 class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
-    """Loads `quant_method: gptq` without optimum or gptqmodel; quantizing is `roundwise.quantize`."""
+    """Loads `quant_method: gptq` without optimum or gptqmodel.
+
+    It only loads checkpoints; `roundwise.quantize` makes them.
+    """
 
     requires_calibration = True
 
@@ -43,29 +46,30 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
-        files = MappedFiles()
+        mapped = MappedFiles()
         for name, module in model.named_modules():
             if not isinstance(module, QuantLinear) or module.qweight.device.type == "meta":
-                continue  # not ours, or left in its file until it is needed
+                continue  # on the meta device: offloaded to disk, loaded for each forward
             if module.g_idx is not None:
                 low, high = int(module.g_idx.min()), int(module.g_idx.max())
                 if low < 0 or high >= module.groups:
                     raise CheckpointError(
-                        f"{name}.g_idx names groups {low} … {high}; there are {module.groups}"
+                        f"{name}.g_idx has groups {low} … {high}, but the layer has "
+                        f"{module.groups} groups"
                     )
-            stored = [module.qweight, module.qzeros, module.scales]
+            file_tensors = [module.qweight, module.qzeros, module.scales]
             module.prepare()
-            files.release(stored)
-        keep_embeddings_on_disk(model, files)
-        stream_large(model)
+            mapped.release(file_tensors)
+        use_mmap_embeddings(model, mapped)
+        use_streamed_linears(model)
         use_grouped_attention(model)
         return model
 
     def is_serializable(self) -> bool:
-        """A state dict of QuantLinear layers is a checkpoint in the same format."""
+        """Returns True: a state dict of QuantLinear layers is a checkpoint in the same format."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Gradients reach the input, so adapters can be trained; the codes stay."""
+        """True: gradients reach the inputs, so adapters can be trained; the codes never change."""
         return True

@@ -1,8 +1,12 @@
-"""Why `import roundwise` is enough for transformers and PEFT to know GPTQ layers, and costs nothing.
+"""Registers our classes with transformers and PEFT, without importing either.
 
-Transformers looks quantizers up in a mapping, PEFT the classes of its adapters in a chain of functions.
-Importing either takes seconds, so the entries are made when they are imported, and what is behind them
-is loaded when a checkpoint is.
+Importing transformers or PEFT takes seconds, so `import roundwise` only adds import hooks: an entry in
+`sys.meta_path` for each module that needs a change. The hook patches the module when it is imported:
+
+    transformers.quantizers.auto    the quantizer for `quant_method: gptq` is ours (hf_quantizer.py)
+    peft.tuners.lora.model          LoRA adapters accept QuantLinear layers (peft_patch.py)
+
+A module that is imported already is patched at once.
 """
 
 from __future__ import annotations
@@ -15,68 +19,82 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-AUTO = "transformers.quantizers.auto"
-LORA = "peft.tuners.lora.model"
+TRANSFORMERS_MODULE = "transformers.quantizers.auto"
+PEFT_MODULE = "peft.tuners.lora.model"
 
-#: What is done with a module once it is imported.
-Then = Callable[[ModuleType], None]
+#: A function that patches a module after its import.
+Patch = Callable[[ModuleType], None]
 
 
 def register() -> None:
-    """Makes transformers load GPTQ checkpoints with us, and PEFT adapt them, now or once imported."""
-    _when_imported(AUTO, _enter)
-    _when_imported(LORA, _teach)
+    """Makes transformers load GPTQ checkpoints with our quantizer, and PEFT accept QuantLinear.
+
+    Takes effect now for modules that are imported, otherwise at their import. May be called again.
+    """
+    _patch_after_import(TRANSFORMERS_MODULE, _register_quantizer)
+    _patch_after_import(PEFT_MODULE, _patch_peft)
 
 
-def _enter(module: ModuleType) -> None:
-    module.AUTO_QUANTIZER_MAPPING["gptq"] = _quantizer
+def _register_quantizer(module: ModuleType) -> None:
+    module.AUTO_QUANTIZER_MAPPING["gptq"] = _make_quantizer
 
 
-def _quantizer(*args: Any, **kwargs: Any) -> Any:
-    """Transformers' call for a quantizer of the format."""
+def _make_quantizer(*args: Any, **kwargs: Any) -> Any:
+    """Creates the quantizer: stands in for the class, whose import takes seconds."""
     from roundwise.inference.hf_quantizer import RoundwiseHfQuantizer
 
     return RoundwiseHfQuantizer(*args, **kwargs)
 
 
-def _teach(module: ModuleType) -> None:
+def _patch_peft(module: ModuleType) -> None:
     from roundwise.inference import peft_patch
 
     peft_patch.patch_peft(module)
 
 
-def _when_imported(name: str, then: Then) -> None:
+def _patch_after_import(name: str, patch: Patch) -> None:
+    """Patches a module now if it is imported, otherwise adds a finder that does so at its import."""
     if name in sys.modules:
-        then(sys.modules[name])
-    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(name, then))
+        patch(sys.modules[name])
+    elif not any(
+        isinstance(finder, PatchFinder) and finder.name == name for finder in sys.meta_path
+    ):
+        sys.meta_path.insert(0, PatchFinder(name, patch))
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Waits for one module, has the others find it, and stays behind its loader."""
+class PatchFinder(importlib.abc.MetaPathFinder):
+    """Import finder for one module: lets the other finders find it, and wraps its loader.
 
-    def __init__(self, name: str, then: Then) -> None:
-        self.name, self.then = name, then
+    Removes itself from `sys.meta_path` when the module is looked up.
+    """
+
+    def __init__(self, name: str, patch: Patch) -> None:
+        self.name, self.patch = name, patch
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Returns the module's spec with our loader; None for every other module."""
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.then)
+            spec.loader = PatchLoader(spec.loader, self.patch)
         return spec
 
 
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, then: Then) -> None:
-        self.loader, self.then = loader, then
+class PatchLoader(importlib.abc.Loader):
+    """Import loader: executes a module with its own loader, then patches it."""
+
+    def __init__(self, loader: importlib.abc.Loader, patch: Patch) -> None:
+        self.loader, self.patch = loader, patch
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """Creates the module as its own loader does."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Executes the module, then patches it."""
         self.loader.exec_module(module)
-        self.then(module)
+        self.patch(module)

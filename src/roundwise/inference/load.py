@@ -1,4 +1,4 @@
-"""Loading any checkpoint for inference: GPTQ ones of every tool and age, and plain ones."""
+"""Loads checkpoints for inference: GPTQ checkpoints of all common tools and versions, and plain ones."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from roundwise.checkpoint.gptq_format import read_quantization_config
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.reader import SINGLE_FILE, Checkpoint
 from roundwise.checkpoint.untrusted import limit_module_count
-from roundwise.errors import CheckpointError, ConfigError, RoundwiseError
+from roundwise.errors import CheckpointError, ConfigError, RoundwiseError, first_line
 from roundwise.inference import import_hooks
 from roundwise.model.build import load_config, model_class
 
+#: Files of which a checkpoint with a tokenizer has at least one.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
     "vocab.json", "vocab.txt", "tekken.json",
@@ -31,49 +32,65 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> tuple[Any, Any]:
-    """Opens a checkpoint as a transformers model and its tokenizer.
+    """Loads a checkpoint as a transformers model and its tokenizer.
 
     Args:
         model: folder, or id on the Hugging Face hub. Quantized in the GPTQ format (v1 or v2, by
             roundwise, GPTQModel or AutoGPTQ, 2, 3, 4 or 8 bit), or not quantized.
-        dtype: what the model computes in; "auto" takes the checkpoint's.
-        device: where it goes.
+        dtype: dtype of activations and of unquantized weights; "auto" is the checkpoint's own.
+        device: device to put the model on.
 
     Returns:
         The model in evaluation mode, and the tokenizer (None if the checkpoint has none).
 
     Raises:
-        CheckpointError: no such model, damaged files, another quantization format.
+        CheckpointError: no such model, damaged files, or another quantization format.
     """
-    import_hooks.register()  # again, should someone have taken the place
+    import_hooks.register()  # again: another package may have replaced our quantizer since import
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)
     if "quantization_config" in checkpoint.config:
-        read_quantization_config(checkpoint)  # refuses other methods, by name
+        read_quantization_config(checkpoint)  # raises for methods other than GPTQ
     with tempfile.TemporaryDirectory() as scratch:
-        if _is_old(checkpoint):
-            folder = _modernised(checkpoint, Path(scratch))
+        if _has_old_layout(checkpoint):
+            folder = _link_in_current_layout(checkpoint, Path(scratch))
         try:
-            kind = model_class(load_config(checkpoint))
+            cls = model_class(load_config(checkpoint))
             with limit_module_count(len(checkpoint.tensors)):
-                loaded, info = kind.from_pretrained(
+                loaded, info = cls.from_pretrained(
                     folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
                     output_loading_info=True,
                 )  # fmt: skip
         except RoundwiseError:
             raise
-        except Exception as error:  # transformers raises many kinds; all mean the same to a user
-            reason = str(error).strip().split("\n", 1)[0]
-            raise CheckpointError(f"{model} cannot be loaded: {reason}") from error
-    if info["missing_keys"]:  # transformers would make them up
-        raise CheckpointError(f"{model} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
-    if torch.device(device) != loaded.device:  # else every layer would be repacked to no end
+        except Exception as error:  # transformers raises many types; all mean the same to a user
+            raise CheckpointError(f"{model} cannot be loaded: {first_line(error)}") from error
+    missing = sorted(info["missing_keys"])  # transformers fills these with random values
+    if missing:
+        raise CheckpointError(f"{model} is incomplete: it lacks {', '.join(missing[:3])}")
+    if torch.device(device) != loaded.device:  # moving to the same device would repack every layer
         loaded.to(device)
-    return loaded.eval(), _tokenizer(checkpoint.folder)
+    return loaded.eval(), _load_tokenizer(checkpoint.folder)
 
 
-def _tokenizer(folder: Path) -> Any:
-    # Without files, transformers would make up an empty tokenizer of the model's kind.
+def require_tokenizer(tokenizer: Any, model: str | os.PathLike[str]) -> None:
+    """Fails if `load` returned no tokenizer for a model.
+
+    Args:
+        tokenizer: what `load` returned.
+        model: name of the model, for the message.
+
+    Raises:
+        CheckpointError: the tokenizer is None.
+    """
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{model} has no usable tokenizer: copy the original model's tokenizer files to its folder"
+        )
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    # Without any file, transformers would return an empty tokenizer of the model's type.
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     try:
@@ -82,15 +99,22 @@ def _tokenizer(folder: Path) -> Any:
         return None
 
 
-def _is_old(checkpoint: Checkpoint) -> bool:
-    """AutoGPTQ's early layout: settings beside config.json, weights under a name of its own."""
+def _has_old_layout(checkpoint: Checkpoint) -> bool:
+    """Tells whether a checkpoint has AutoGPTQ's early layout.
+
+    Its settings are in quantize_config.json, not in config.json, and the weight file has any name.
+    """
     return "quantization_config" not in checkpoint.config and any(
         name.endswith(".qweight") for name in checkpoint.tensors
     )
 
 
-def _modernised(checkpoint: Checkpoint, scratch: Path) -> Path:
-    """A folder of links that shows an old checkpoint in today's layout."""
+def _link_in_current_layout(checkpoint: Checkpoint, scratch: Path) -> Path:
+    """Fills `scratch` with links to the files of an old checkpoint, named as in the current layout.
+
+    Returns:
+        `scratch`, now a checkpoint with settings in config.json and the standard weight file name.
+    """
     settings = {"quant_method": "gptq", **read_quantization_config(checkpoint)}
     settings.pop("model_file_base_name", None)
     single = len(checkpoint.files) == 1
@@ -104,14 +128,14 @@ def _modernised(checkpoint: Checkpoint, scratch: Path) -> Path:
 
 
 def parse_dtype(name: str) -> torch.dtype | str:
-    """A dtype by its name; "auto" stays as it is.
+    """Returns the torch dtype of a name; "auto" is returned as it is.
 
     Raises:
         ConfigError: another name.
     """
-    known: dict[str, torch.dtype | str] = {
+    dtypes: dict[str, torch.dtype | str] = {
         "auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16
     }  # fmt: skip
-    if name not in known:
-        raise ConfigError(f"dtype {name!r} is not supported: use {', '.join(known)}")
-    return known[name]
+    if name not in dtypes:
+        raise ConfigError(f"dtype {name!r} is not supported: use {', '.join(dtypes)}")
+    return dtypes[name]

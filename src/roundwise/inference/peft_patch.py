@@ -1,8 +1,8 @@
-"""PEFT: LoRA adapters on QuantLinear layers, with PEFT's own class for GPTQ layers.
+"""Lets PEFT put LoRA adapters on QuantLinear layers, with PEFT's own class for GPTQ layers.
 
-PEFT looks up the class of a layer in a chain of functions, each of which knows one library's layers;
-there is no place to enter others for good (`LoraConfig._register_custom_module` is for one config).
-So the link of the chain that is for GPTQ learns about ours, when PEFT is imported (autoload.py).
+PEFT chooses the adapter class of a layer by trying a list of dispatch functions, one for each library's
+layers. It offers no permanent registration of others (`LoraConfig._register_custom_module` holds for one
+config only), so we wrap its function for GPTQ layers when PEFT is imported (import_hooks.py).
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from roundwise.inference.quant_linear import QuantLinear
 
 
 def patch_peft(module: ModuleType) -> None:
-    """The function for GPTQ layers in PEFT's chain takes ours too; doing it again does nothing.
+    """Wraps PEFT's `dispatch_gptq` so that it accepts QuantLinear too; a second call does nothing.
 
     Args:
-        module: where PEFT keeps the chain.
+        module: PEFT's module that calls `dispatch_gptq` (`peft.tuners.lora.model`).
     """
-    theirs = getattr(module, "dispatch_gptq", None)
-    if theirs is None or hasattr(theirs, "knows_roundwise"):
+    original = getattr(module, "dispatch_gptq", None)
+    if original is None or hasattr(original, "accepts_quant_linear"):
         return
 
     def dispatch_gptq(target: Any, adapter_name: str, **settings: Any) -> Any:
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if not isinstance(base, QuantLinear):
-            return theirs(target, adapter_name, **settings)
+            return original(target, adapter_name, **settings)
         from peft.tuners.lora.gptq import GPTQLoraLinear
 
-        # What PEFT asks a GPTQ layer for: sizes by their old names, and a device by its qweight. The
-        # next product prepares the layer again.
+        # PEFT reads these old names of the sizes, and takes the device from qweight, so the kernel has
+        # to return it. The next forward prepares the layer again.
         base.infeatures, base.outfeatures = base.in_features, base.out_features  # type: ignore[assignment]
         base.unprepare()
         return GPTQLoraLinear(target, adapter_name, **settings)
 
-    dispatch_gptq.knows_roundwise = True  # type: ignore[attr-defined]
+    dispatch_gptq.accepts_quant_linear = True  # type: ignore[attr-defined]
     module.dispatch_gptq = dispatch_gptq  # type: ignore[attr-defined]

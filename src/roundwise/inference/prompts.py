@@ -1,4 +1,4 @@
-"""From a text or a conversation to the token ids that a model goes on from."""
+"""Converts a text or a conversation to the token ids of a prompt."""
 
 from __future__ import annotations
 
@@ -7,26 +7,34 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from roundwise.errors import CheckpointError, ConfigError
+from roundwise.errors import CheckpointError, ConfigError, first_line
 
 #: {"role": "user", "content": "..."}, as chat templates take it.
 Message = dict[str, Any]
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text to go on with, with the special tokens the tokenizer begins with.
+    """Returns the token ids of a text, with the special tokens that the tokenizer adds in front.
+
+    Args:
+        tokenizer: transformers tokenizer.
+        text: the prompt.
 
     Raises:
         ConfigError: the text is empty, or the tokenizer makes no token of it.
     """
     ids = tokenizer(text, verbose=False)["input_ids"] if text else []
     if not ids:
-        raise ConfigError("the prompt is empty: give some text to go on with")
+        raise ConfigError("the prompt is empty: give some text to continue")
     return list(ids)
 
 
 def encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation, up to where the answer begins, by the model's chat template.
+    """Returns the token ids of a conversation, up to where the answer begins.
+
+    Args:
+        tokenizer: transformers tokenizer with a chat template.
+        messages: the conversation, oldest message first.
 
     Raises:
         CheckpointError: the model has no chat template.
@@ -42,13 +50,14 @@ def encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
             messages, add_generation_prompt=True, tokenize=True, return_dict=True
         )
     except (TemplateError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ConfigError(f"the chat template refuses these messages: {reason}") from error
+        raise ConfigError(
+            f"the chat template refuses these messages: {first_line(error)}"
+        ) from error
     return list(encoded["input_ids"])
 
 
 def read_chat_template(tokenizer: Any, file: Path) -> None:
-    """Gives the tokenizer a chat template from a Jinja file.
+    """Sets the tokenizer's chat template to the content of a Jinja file.
 
     Raises:
         ConfigError: the file cannot be read.

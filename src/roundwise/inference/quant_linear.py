@@ -1,8 +1,9 @@
 """QuantLinear: a linear layer that computes from packed weights.
 
-Its buffers carry the names and shapes of the file format, so a state dict is a checkpoint. Before the
-first product a kernel takes them over, in the layout it computes from, so that there is one copy; who
-asks for the state dict, or moves the layer elsewhere, gets the file's layout back.
+Its buffers have the names and shapes of the GPTQ file format, so its state dict is a checkpoint. Before
+the first forward a kernel takes the weight over, in its own memory layout, and the buffers are dropped,
+so that there is one copy. `state_dict()`, and a move to another device or dtype, restore the layout of
+the file.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from torch import nn
 
 from roundwise.core.quantized_weight import codes_per_block
 from roundwise.inference.kernels.base import Kernel, PackedWeight
-from roundwise.inference.kernels.dispatch import choose
+from roundwise.inference.kernels.dispatch import choose_kernel
 
-#: What kernels multiply; anything else goes through the dequantized weight.
+#: Dtypes of x that kernels support; others are multiplied with the dequantized weight.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: Buffers that a kernel takes over.
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -25,13 +27,17 @@ class QuantLinear(nn.Module):
     """y = x Qᵀ + bias with Q = scales · (codes - zeros), all [out, in].
 
     Args:
-        in_features, out_features: of the layer.
+        in_features, out_features: numbers of channels.
         bits: 2, 3, 4 or 8.
         groups: number of groups along the input channels.
-        bias: whether there is one.
-        stored_g_idx: whether the file says which group a channel belongs to (None: channel order).
+        bias: True if the layer has a bias.
+        stored_g_idx: True if the file has a g_idx, the group of each input channel; False if groups
+            are consecutive channels.
         zero_offset: 1 if the file stores zero points minus one (v1), else 0.
-        dtype: of the bias.
+        dtype: dtype of the bias.
+
+    Raises:
+        ConfigError: another width.
     """
 
     def __init__(
@@ -47,7 +53,7 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        codes_per_block(bits)  # refuses other widths
+        codes_per_block(bits)  # raises for other widths
         self.in_features, self.out_features = in_features, out_features
         self.dtype = dtype or torch.get_default_dtype()
         self.bits, self.groups, self.zero_offset = bits, groups, zero_offset
@@ -63,26 +69,27 @@ class QuantLinear(nn.Module):
         self.g_idx: torch.Tensor | None
         g_idx = torch.zeros(in_features, dtype=torch.int32) if stored_g_idx else None
         self.register_buffer("g_idx", g_idx)
-        self.has_bias = bias  # looking a buffer up takes as long as adding it
+        self.has_bias = bias  # a plain attribute: looking a buffer up takes as long as adding it
         self.bias: torch.Tensor | None
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
         self.kernel: Kernel | None = None
-        self.device: torch.device | None = None  # where the kernel is
+        self.device: torch.device | None = None
+        """Device of the kernel."""
 
     @property
     def weight(self) -> torch.Tensor:
-        """Empty: for model code that asks a linear's weight for its dtype or device.
+        """An empty tensor, for model code that reads the dtype or device of a linear's weight.
 
-        Some models initialise `layer.weight` by name when they are loaded; the mark makes
-        transformers pass over it.
+        Some models initialize `layer.weight` by name when they are loaded; the attribute
+        `_is_hf_initialized` makes transformers skip it.
         """
         device = self.device if self.kernel is not None else self.qweight.device
-        stand_in = torch.empty(0, dtype=self.dtype, device=device)
-        stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
-        return stand_in
+        placeholder = torch.empty(0, dtype=self.dtype, device=device)
+        placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+        return placeholder
 
     def packed(self) -> PackedWeight:
-        """The quantized weight in the file's layout."""
+        """Returns the quantized weight in the layout of the file."""
         if self.kernel is not None:
             return self.kernel.packed()
         return PackedWeight(
@@ -90,45 +97,52 @@ class QuantLinear(nn.Module):
         )
 
     def prepare(self, kernel: str | None = None) -> Kernel:
-        """Hands the weight to a kernel, by name or the best there is, and keeps no other copy.
+        """Hands the weight to a kernel and drops the buffers, so that one copy remains.
+
+        Args:
+            kernel: name of the kernel; None: the best one for this weight and device.
 
         Raises:
-            ConfigError: the named kernel cannot compute this layer.
+            ConfigError: the named kernel does not exist or does not support this layer.
         """
         weight = self.packed()
         self.device = weight.qweight.device
-        chosen = choose(weight, kernel)
+        chosen = choose_kernel(weight, kernel)
         if self.kernel is None or type(self.kernel) is not chosen:
             self.kernel = chosen(weight)
         for name in PACKED:
             setattr(self, name, None)
         return self.kernel
 
-    def _kernel(self) -> Kernel:
+    def _kernel_for_forward(self) -> Kernel:
         if getattr(getattr(self, "_hf_hook", None), "offload", False):
-            # Accelerate has brought the buffers here for this product, and takes them away again.
+            # Accelerate has loaded the buffers for this forward and drops them after it: keep nothing.
             weight = self.packed()
-            return choose(weight)(weight)
+            return choose_kernel(weight)(weight)
         return self.prepare()
 
     def unprepare(self) -> None:
-        """Takes the weight back from the kernel: the buffers are those of the file again."""
+        """Takes the weight back from the kernel: the buffers have the layout of the file again."""
         if self.kernel is not None:
             weight, self.kernel = self.kernel.packed(), None
             for name in PACKED:
                 setattr(self, name, getattr(weight, name))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Q as [in, out]: the transpose of a linear's weight, which is how it is stored."""
+        """Returns Qᵀ [in, out], the transpose of a linear's weight: codes are stored in this order."""
         return self.packed().dequantize(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X [..., in] -> [..., out], in the dtype of x."""
-        kernel = self.kernel or self._kernel()
+        """Multiplies x [..., in] with the weight and adds the bias.
+
+        Returns:
+            [..., out], in the dtype of x.
+        """
+        kernel = self.kernel or self._kernel_for_forward()
         if x.dtype not in KERNEL_DTYPES:
             y = x @ self.dequantize(x.dtype)
         elif x.requires_grad and torch.is_grad_enabled():
-            y = _Product.apply(x, kernel)  # type: ignore[no-untyped-call]
+            y = _KernelFunction.apply(x, kernel)  # type: ignore[no-untyped-call]
         else:
             y = kernel(x)
         if self.has_bias:
@@ -137,7 +151,7 @@ class QuantLinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        """For print(model)."""
+        """Returns the sizes and the kernel, for print(model)."""
         kernel = self.kernel.name if self.kernel else "not chosen yet"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
@@ -145,7 +159,8 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
-        # To another device or dtype: as the file has it. The next product chooses a kernel there.
+        # Buffers move to another device or dtype in the layout of the file; the next forward chooses a
+        # kernel there.
         self.unprepare()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -163,8 +178,8 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(*args)
 
 
-class _Product(torch.autograd.Function):
-    """The kernel's product, with a gradient for the input: adapters train, the codes stay."""
+class _KernelFunction(torch.autograd.Function):
+    """A kernel's product with a gradient for x only: adapters can be trained, the codes are fixed."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, kernel: Kernel) -> torch.Tensor:

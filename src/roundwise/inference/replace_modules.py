@@ -1,4 +1,4 @@
-"""From the tensors in the files to the layers of the model: QuantLinear wherever there are codes."""
+"""Replaces layers of a model by QuantLinear: every layer that has packed codes in the files."""
 
 from __future__ import annotations
 
@@ -25,80 +25,94 @@ from roundwise.model.moe import (
     split_name,
 )
 
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+#: dtype in a safetensors header -> torch dtype of scales; any other is read as float16.
+SCALE_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def replace_linears(
     model: PreTrainedModel, tensors: dict[str, TensorInfo], *, zero_offset: int
 ) -> None:
-    """Puts a QuantLinear wherever the files hold a qweight, into mixtures of experts too.
+    """Replaces every layer that has a qweight in the files, experts included.
 
     Args:
-        model: on the meta device.
-        tensors: of all files, by name.
+        model: transformers model on the meta device; changed in place.
+        tensors: headers of the tensors of all files, by name.
         zero_offset: 1 if zero points are stored minus one (v1), else 0.
 
     Raises:
-        CheckpointError: a qweight that belongs to no module, or whose shape does not fit it.
+        CheckpointError: a qweight that belongs to no layer, or whose shape does not fit it, or a
+            block of which only some experts are quantized.
     """
-    names = _Names(model)
+    resolver = _NameResolver(model)
     experts: dict[str, dict[tuple[int, str], QuantLinear]] = defaultdict(dict)
     for name in [t.removesuffix(".qweight") for t in tensors if t.endswith(".qweight")]:
-        target, part = names.find(name)
+        target, expert = resolver.resolve(name)
         module = model.get_submodule(target)
-        if part is None:
+        if expert is None:
             weight = weight_of(module)
             shape = (weight.shape[0], weight.shape[1])
         else:
-            weight, shape = module.down_proj, shape_of(module, ROLES[part[1]])
-        layer = _layer(name, tensors, shape, zero_offset, weight.dtype).train(module.training)
-        if part is None:
+            weight, shape = module.down_proj, shape_of(module, ROLES[expert[1]])
+        layer = _make_layer(name, tensors, shape, zero_offset, weight.dtype)
+        layer.train(module.training)
+        if expert is None:
             model.set_submodule(target, layer)
         else:
-            experts[target][part] = layer
+            experts[target][expert] = layer
     for target, layers in experts.items():
-        original = model.get_submodule(target)
-        _check_experts(target, original, layers)
-        model.set_submodule(target, LinearExperts(original, {**layers}))
+        fused = model.get_submodule(target)
+        _check_experts(target, fused, layers)
+        model.set_submodule(target, LinearExperts(fused, {**layers}))
 
 
 def _check_experts(
-    name: str, original: nn.Module, layers: dict[tuple[int, str], QuantLinear]
+    name: str, fused: nn.Module, layers: dict[tuple[int, str], QuantLinear]
 ) -> None:
-    """Refuses files that hold some of a block's experts, or more than there are."""
-    count, wanted = count_of(original), set(roles_of(original))
+    """Fails if the files have quantized layers for only some experts, or for more than there are."""
+    count, wanted = count_of(fused), set(roles_of(fused))
     for expert in range(count):
         roles = {ROLES[projection] for number, projection in layers if number == expert}
         if roles != wanted:
             raise CheckpointError(
                 f"{name}.{expert} has no quantized {', '.join(sorted(wanted - roles))} projection: "
-                "experts of a block are quantized all or none"
+                "either all experts of a block must be quantized, or none"
             )
     if len(layers) != count * len(wanted):
-        raise CheckpointError(f"{name}: the files hold more than the model's {count} experts")
+        raise CheckpointError(f"{name}: the files have more than the model's {count} experts")
 
 
-class _Names:
-    """Where the model has what the files call by an older name, or without the base model's prefix."""
+class _NameResolver:
+    """Finds the module of a layer whose name in the files can be outdated or lack the model's prefix."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.prefix = model, f"{model.base_model_prefix}."
         transforms = get_model_conversion_mapping(model)
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
 
-    def find(self, name: str) -> tuple[str, tuple[int, str] | None]:
-        """A layer's module, or its experts' module and its place there."""
+    def resolve(self, name: str) -> tuple[str, tuple[int, str] | None]:
+        """Finds the module of a layer.
+
+        Args:
+            name: name of the layer in the files.
+
+        Returns:
+            Name of the module, and None; for a layer of an expert, name of the module that holds all
+            experts, and the expert's (index, projection).
+
+        Raises:
+            CheckpointError: the model has no such layer.
+        """
         renamed = rename_source_key(f"{name}.weight", self.renamings, [])[0].removesuffix(".weight")
-        for known in (renamed, name):
-            for full in (known, self.prefix + known, known.removeprefix(self.prefix)):
+        for candidate in (renamed, name):
+            for full in (candidate, self.prefix + candidate, candidate.removeprefix(self.prefix)):
                 module = self._module(full)
                 if module is not None and hasattr(module, "weight"):
                     return full, None
-                part = split_name(full)
-                experts = self._module(part[0]) if part else None
-                if part and experts is not None and is_fused(experts):
-                    return part
-        raise CheckpointError(f"the files hold {name}.qweight, but the model has no such layer")
+                parts = split_name(full)
+                experts = self._module(parts[0]) if parts else None
+                if parts and experts is not None and is_fused(experts):
+                    return parts
+        raise CheckpointError(f"the files have {name}.qweight, but the model has no such layer")
 
     def _module(self, name: str) -> nn.Module | None:
         try:
@@ -108,11 +122,22 @@ class _Names:
         return module
 
 
-def _layer(
+def _make_layer(
     name: str, tensors: dict[str, TensorInfo], shape: tuple[int, int], zero_offset: int,
     dtype: torch.dtype,
 ) -> QuantLinear:  # fmt: skip
-    """The layer of `name` on the meta device, as wide as its tensors say."""
+    """Creates the QuantLinear of a layer on the meta device, with the width that its tensors have.
+
+    Args:
+        name: name of the layer in the files.
+        tensors: headers of the tensors of all files, by name.
+        shape: output and input channels of the layer that is replaced.
+        zero_offset: 1 if zero points are stored minus one (v1), else 0.
+        dtype: dtype of the bias.
+
+    Raises:
+        CheckpointError: a tensor is missing or its shape does not fit.
+    """
     parts = {
         suffix: torch.empty(tensors[f"{name}.{suffix}"].shape, device="meta")
         for suffix in ("qweight", "qzeros", "scales")
@@ -131,12 +156,12 @@ def _layer(
     g_idx = tensors.get(f"{name}.g_idx")
     if g_idx is not None and tuple(g_idx.shape) != (in_features,):
         raise CheckpointError(
-            f"{name}.g_idx {[*g_idx.shape]} does not name a group for each of {in_features} channels"
+            f"{name}.g_idx {[*g_idx.shape]} does not have one entry per input channel ({in_features})"
         )
     if g_idx is None and in_features % parts["scales"].shape[0]:
         raise CheckpointError(
-            f"{name} has {in_features} input channels in {parts['scales'].shape[0]} groups, and no "
-            "g_idx that says which channel belongs to which"
+            f"{name} has {in_features} input channels in {parts['scales'].shape[0]} groups, and no g_idx "
+            "that assigns channels to groups of unequal size"
         )
     with torch.device("meta"):
         layer = QuantLinear(
@@ -149,5 +174,5 @@ def _layer(
             zero_offset=zero_offset,
             dtype=dtype,
         )
-        layer.scales = layer.scales.to(DTYPES.get(tensors[f"{name}.scales"].dtype, torch.float16))
+        layer.scales = layer.scales.to(SCALE_DTYPES.get(tensors[f"{name}.scales"].dtype, torch.float16))
     return layer

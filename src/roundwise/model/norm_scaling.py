@@ -7,12 +7,13 @@ that rounding, and whoever has both checkpoints can tell s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.checkpoint.transformed_view import TensorTransform, TransformedCheckpoint
 from roundwise.errors import CheckpointError, ConfigError
@@ -99,7 +100,7 @@ def _by_tensors(
 
 
 def as_prescaled(
-    source: Checkpoint, quantized: Checkpoint, layers: list[dict[str, Any]]
+    source: Checkpoint, quantized: Checkpoint, layers: Sequence[LayerRecord]
 ) -> Checkpoint:
     """The original with the scales that a quantized checkpoint's norms show.
 
@@ -114,22 +115,22 @@ def as_prescaled(
     norms: dict[str, TensorTransform] = {}
     weights: dict[str, TensorTransform] = {}
     for line in layers:
-        record = line.get("prescale")
+        record = line.prescale
         if record is None:
             continue
         try:
-            norm = ScalableNorm(record["norm"], record["bias"], float(record["offset"]), {})
+            norm = ScalableNorm(record.norm, record.bias, record.offset, {})
             before, after = (
                 c.tensors[norm.weight].read().to(torch.float64) + norm.offset
                 for c in (source, quantized)
             )
             # A gain of zero stays as it is: nothing passes.
             s = torch.where(before == after, 1.0, before / after)
-            weights[record["weight"]] = TensorTransform(int(record["axis"]), gain=s)
+            weights[record.weight] = TensorTransform(record.axis, gain=s)
             norms |= norm.changes(s)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"roundwise.json of {quantized.folder} describes the scales of {line['name']} in a "
+                f"roundwise.json of {quantized.folder} describes the scales of {line.name} in a "
                 f"way that cannot be followed: {error}"
             ) from None
     if not weights:

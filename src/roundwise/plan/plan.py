@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from roundwise.checkpoint import engines
-from roundwise.checkpoint.engines import conflicting_packed_modules
+from roundwise.checkpoint.engines import ServedLayer, conflicting_packed_modules
 from roundwise.checkpoint.gptq_format import check_shape
 from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import ConfigError
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import is_tied, weight_of
+from roundwise.model.build import context_length
 from roundwise.model.expert_weights import ExpertSlice
 from roundwise.model.fake_forward import drop_uncalled_linears
 from roundwise.model.streamed import StreamedModel
@@ -97,7 +98,7 @@ def plan(
         mode, budget: as for `plan_memory`.
     """
     text = streamed.model.config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or seq_len
+    limit = context_length(streamed.model.config) or seq_len
     warnings = [*streamed.notes]
     if seq_len > limit:
         seq_len = limit
@@ -150,7 +151,7 @@ def plan(
         disk=plan_disk(streamed, config, memory, tokens=tokens),
         phases=cost_model.seconds(flops, streamed.dtype, streamed.device) if flops else {},
         served_by=engines.served_by(_served(streamed, config)),
-        tensor_parallel=engines.tensor_parallel(
+        tensor_parallel=engines.tensor_parallel_degrees(
             [(*m.shape, m.group_size or -1) for m in modules if m.bits],
             hidden=int(text.hidden_size), heads=heads,
             kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
@@ -160,33 +161,40 @@ def plan(
     )  # fmt: skip
 
 
-def _served(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[dict[str, Any]]:
-    """What engines go by: the settings of each quantized layer, and what kind of expert it is."""
+def _served(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[ServedLayer]:
+    """Yields the settings of each quantized layer as engines see them, conflicts between layers too."""
     for block in streamed.blocks:
-        mixed = {path: set[str]() for path in block.experts}
-        layers = []
+        expert_settings = {path: set[ServedLayer]() for path in block.experts}
+        layers: list[ServedLayer] = []
         for name in block.linears:
             settings = config.for_module(name)
             if settings is None:
                 continue
-            layer = settings.model_dump(include={"bits", "group_size", "sym", "desc_act", "format"})
-            path = next((path for path in mixed if name.startswith(f"{path}.")), None)
+            layer = ServedLayer(
+                bits=settings.bits, group_size=settings.group_size, sym=settings.sym,
+                desc_act=settings.desc_act, format=settings.format,
+            )  # fmt: skip
+            path = next((path for path in expert_settings if name.startswith(f"{path}.")), None)
             if path is not None:
-                mixed[path].add(repr(layer))
+                expert_settings[path].add(layer)
                 info = streamed.checkpoint.tensors[streamed.checkpoint_name_of[f"{name}.weight"]]
-                together = isinstance(info, ExpertSlice)
-                layer["experts"] = engines.expert_naming(name.rpartition(".")[2], together=together)
+                naming = engines.expert_naming(
+                    name.rpartition(".")[2], fused=isinstance(info, ExpertSlice)
+                )
+                layer = replace(layer, expert_naming=naming)
             layers.append(layer)
             if config.target_bpw and not block.is_head and not config.is_overridden(name):
-                # Each width that may be chosen; groups are such as everyone takes.
-                layers += [{**layer, "bits": bits} for bits in config.target_widths]
+                # Every width that may be chosen; every engine supports the group sizes that may be.
+                layers += [replace(layer, bits=bits) for bits in config.target_widths]
         yield from layers
         yield from (
-            {**layers[-1], "split": joint}
-            for joint in conflicting_packed_modules(config, block.linears)
+            replace(layers[-1], conflicting_module=module)
+            for module in conflicting_packed_modules(config, block.linears)
         )
         yield from (
-            {**layers[-1], "experts": "mixed"} for found in mixed.values() if len(found) > 1
+            replace(layers[-1], expert_naming="mixed")
+            for settings_of_experts in expert_settings.values()
+            if len(settings_of_experts) > 1
         )
 
 

@@ -1,4 +1,4 @@
-"""`roundwise.quantize`: checks everything that can be checked beforehand, runs, and reports."""
+"""quantize: checks everything that can be checked beforehand, runs, and reports."""
 
 from __future__ import annotations
 
@@ -11,24 +11,20 @@ from typing import Any
 
 import torch
 
+from roundwise.checkpoint.manifest import ExpertCoverage, LayerRecord, Manifest
 from roundwise.checkpoint.writer import storage_error
-from roundwise.config import Mode, QuantizeConfig
+from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
 from roundwise.errors import Interrupted, RunError
 from roundwise.run.journal import read_journal
-from roundwise.run.loop import Progress
-from roundwise.run.prepare import Prepared, prepare
-from roundwise.run.resume import finished, lock_output_dir
-from roundwise.run.strict import (
-    layer_issues,
-    raise_if_layers_strict,
-    raise_if_strict,
-    strict_progress,
-)
+from roundwise.run.loop import Progress, Run
+from roundwise.run.prepare import RunPlan, prepare
+from roundwise.run.resume import begin_run, broadcast_record, finished_manifest, lock_output_dir
+from roundwise.run.strict import layer_issues, raise_if_layers_strict, raise_if_strict
 from roundwise.system.device import HOST, peak_memory
 from roundwise.system.memory import peak_rss
 from roundwise.system.timer import timer
 
-__all__ = ["Progress", "QuantizeResult", "quantize"]
+__all__ = ["Progress", "QuantizeResult", "execute", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -40,28 +36,32 @@ class QuantizeResult:
     peak_rss_bytes: int
     device: str
     peak_device_bytes: int | None
-    """Most that tensors held on it; None: it is the CPU."""
+    """Peak memory of tensors on the device; None: it is the CPU."""
     planned_peak_bytes: int
-    """What the plan expected of a run from the first block to the last, where it computes."""
+    """Peak memory that the plan expected of a run from the first block to the last, on its device."""
     phases: dict[str, float]
     """Seconds by kind of work: start (all before the first block), gradients, read, forward, hessian,
     drift, watch, factor, solve, refine, pack, write, exchange (between ranks, with waiting), finish; of
-    this process, where it went on with another's run."""
+    this process, where it resumed another's run."""
     bits_per_weight: float
     bytes_before: int
     bytes_after: int
     mode: str
-    layers: list[dict[str, Any]]
-    experts: list[dict[str, Any]]
+    layers: list[LayerRecord]
+    experts: list[ExpertCoverage]
     """For each module of experts, its name and how many calibration tokens its router sent to each."""
     warnings: list[str]
-    """Advice: worth knowing, though everything went as asked."""
+    """Advice: worth knowing, though everything was done as asked."""
     not_as_asked: list[str]
-    """What did not go as asked; with `strict` an error instead."""
+    """Issues: what could not be done as asked; with `strict` an error instead."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**vars(self), "output": str(self.output)}
+        return {
+            **vars(self), "output": str(self.output),
+            "layers": [layer.as_json() for layer in self.layers],
+            "experts": [module.as_json() for module in self.experts],
+        }  # fmt: skip
 
 
 def quantize(
@@ -91,96 +91,121 @@ def quantize(
         config: settings; the default is 4 bit, symmetric, groups of 128.
         calibration: text file, JSONL file, named set, Python list (see `load_calibration`), or "self":
             text that the model writes. Needed unless the method is rtn.
-        samples, seq_len, batch_size, seed: windows of calibration tokens and how they are picked.
-        only: "assistant": of chats, only the assistant's turns count.
-        mode: true_sequential or block (see `ForwardScheduler.run_block`); None: as memory allows.
-        max_memory: budget for that choice, such as "8GB", of the memory of the device.
-        device: that computes, "cpu", "cuda" or "cuda:1"; "auto": the first GPU, or the CPU. Blocks are
-            read onto it one after another.
-        restart: begin anew even if finished blocks are there.
-        strict: what does not go as asked is an error, before work begins where it can be told, instead
-            of a line in the result.
+        samples, seq_len, batch_size, seed, only: see `CalibrationConfig`.
+        mode, max_memory, device, restart, strict: see `RunConfig`.
         progress: called after each layer and each block.
 
     Raises:
         UsageError: input or settings that cannot work; nothing has been written.
         RunError: the work failed or was interrupted; finished blocks are kept.
-        StrictError, FallbackError: among these two, what `strict` does not let pass.
+        StrictError, FallbackError: among these two, the issues that `strict` refuses.
     """
-    prepared = prepare(
-        model, out, config or QuantizeConfig(), calibration,
-        samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
-        mode=mode, max_memory=max_memory, device=device,
-    )  # fmt: skip
-    return execute(prepared, restart=restart, strict=strict, progress=progress)
+    windows = CalibrationConfig(
+        samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only
+    )
+    options = RunConfig(
+        mode=mode, max_memory=max_memory, device=device, restart=restart, strict=strict
+    )
+    plan = prepare(model, out, config or QuantizeConfig(), calibration, windows, options)
+    return execute(plan, Path(out), options, progress)
 
 
 def execute(
-    prepared: Prepared,
-    *,
-    restart: bool,
-    strict: bool,
-    progress: Callable[[Progress], None] | None,
+    plan: RunPlan,
+    out: Path,
+    options: RunConfig,
+    progress: Callable[[Progress], None] | None = None,
 ) -> QuantizeResult:
-    """Does what was prepared; arguments and errors as for `quantize`."""
-    run, not_as_asked = prepared.run, prepared.not_as_asked
-    first = run.ranks.first
-    run.notes = {"warnings": prepared.warnings, "not_as_asked": not_as_asked}
-    run.progress, run.strict = strict_progress(progress) if strict else progress, strict
-    raise_if_strict(not_as_asked if strict else [])
-    source = run.streamed.checkpoint.folder
-    journal = lock_output_dir(run.out, source, restart=restart) if first else None
+    """Carries out a plan; errors as for `quantize`.
+
+    Args:
+        plan: from `prepare`.
+        out: output folder.
+        options: `restart` and `strict` count here.
+        progress: called after each layer and each block.
+    """
+    strict = options.strict
+    if strict:
+        raise_if_strict(plan.issues)
+        progress = _strict_progress(progress)
+    source = plan.streamed.checkpoint.folder
+    first = plan.ranks.is_first
+    journal = lock_output_dir(out, source, restart=options.restart) if first else None
+    run = Run(plan, out, progress, strict=strict)
     try:
-        raise_if_layers_strict(journal.layers() if journal and strict else [])
-        manifest = run.ranks.broadcast_object(lambda: finished(run.out, run.fingerprint))
-        manifest = manifest or run.work(journal)
-        # A finished checkpoint that was found may be of a run that was not strict.
-        raise_if_layers_strict(manifest["layers"] if strict else [])
+        if strict and journal is not None:
+            raise_if_layers_strict(journal.layers())
+        manifest = broadcast_record(plan.ranks, Manifest, lambda: finished_manifest(out, plan))
+        if manifest is None:
+            plan, done = begin_run(plan, out, journal)
+            run = Run(plan, out, progress, strict=strict)
+            manifest = run.execute(done, journal)
+        if strict:  # a finished checkpoint that was found may be of a run that was not strict
+            raise_if_layers_strict(manifest.layers)
         if journal is not None:
             journal.finish()
-    except KeyboardInterrupt:
-        done, blocks = len(read_journal(run.out)[1]), len(run.streamed.blocks)
-        raise Interrupted(
-            f"stopped; {done} of {blocks} blocks are finished and kept in {run.out}: "
-            "run the same command again to go on"
-        ) from None
-    except OSError as error:
-        raise storage_error(error, Path(error.filename or run.out)) from error
-    except (MemoryError, RuntimeError) as error:
-        lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if lacking or "allocate memory" in str(error):
-            raise RunError(
-                "out of memory; finished blocks are kept: make room and run the same command again, or "
-                "--restart with fewer --samples (`roundwise plan` says what is needed)"
-            ) from error
-        raise
+    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
+        explained = _explained(error, plan, out)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         timer.device = HOST
         if journal is not None:
             journal.close()
-    run.lap()
-    seconds = time.monotonic() - prepared.begun
-    memory = run.memory or run.forecast(run.mode)
+    return _result(run, manifest)
+
+
+def _strict_progress(progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
+    """`progress` that also ends the run at the first layer with an issue."""
+
+    def step(reached: Progress) -> None:
+        raise_if_layers_strict([reached.layer] if reached.layer else [])
+        if progress is not None:
+            progress(reached)
+
+    return step
+
+
+def _explained(error: BaseException, plan: RunPlan, out: Path) -> RunError | None:
+    """An error that says what ended a run and what is kept; None: `error` is a fault of ours."""
+    if isinstance(error, KeyboardInterrupt):
+        done, blocks = len(read_journal(out)[1]), len(plan.streamed.blocks)
+        return Interrupted(
+            f"stopped; {done} of {blocks} blocks are finished and kept in {out}: "
+            "run the same command again to resume"
+        )
+    if isinstance(error, OSError):
+        return storage_error(error, Path(error.filename or out))
+    lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if lacking or "allocate memory" in str(error):
+        return RunError(
+            "out of memory; finished blocks are kept: free some memory and run the same command again, "
+            "or --restart with fewer --samples (`roundwise plan` says what is needed)"
+        )
+    return None
+
+
+def _result(run: Run, manifest: Manifest) -> QuantizeResult:
+    run.take_seconds()
+    plan, phases = run.plan, run.seconds
+    seconds = time.monotonic() - plan.begun
+    start = seconds - sum(phases.values()) + phases.get("start", 0.0)
+    device = plan.streamed.device
     return QuantizeResult(
         output=run.out,
         seconds=seconds,
-        phases={
-            **run.spent,
-            "start": seconds - sum(run.spent.values()) + run.spent.get("start", 0.0),
-        },
         peak_rss_bytes=peak_rss(),
-        device=str(run.streamed.device),
-        peak_device_bytes=peak_memory(run.streamed.device),
-        planned_peak_bytes=memory.peak_bytes,
-        bits_per_weight=manifest["bits_per_weight"],
-        bytes_before=manifest["bytes_before"],
-        bytes_after=manifest["bytes_after"],
-        mode=manifest["mode"],
-        layers=manifest["layers"],
-        experts=manifest["experts"],
-        warnings=prepared.warnings,
-        not_as_asked=[
-            *not_as_asked,
-            *layer_issues(manifest["layers"]),
-        ],
+        device=str(device),
+        peak_device_bytes=peak_memory(device),
+        planned_peak_bytes=plan.memory.peak_bytes,
+        phases={**phases, "start": start},
+        bits_per_weight=manifest.bits_per_weight,
+        bytes_before=manifest.bytes_before,
+        bytes_after=manifest.bytes_after,
+        mode=manifest.mode,
+        layers=manifest.layers,
+        experts=manifest.experts,
+        warnings=[*plan.warnings],
+        not_as_asked=[*run.issues, *layer_issues(manifest.layers)],
     )

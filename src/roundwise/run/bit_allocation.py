@@ -28,6 +28,7 @@ import torch
 from roundwise.calibration.dataset import Calibration
 from roundwise.checkpoint.engines import with_packed_names
 from roundwise.checkpoint.gptq_format import check_shape, packed_bytes
+from roundwise.checkpoint.manifest import read_manifest
 from roundwise.config import QuantizeConfig
 from roundwise.core.solver import PreparedHessian, prepare_hessian, round_to_nearest, solve
 from roundwise.errors import ConfigError, SingularError
@@ -39,7 +40,6 @@ from roundwise.model.streamed import StreamedModel
 from roundwise.plan.cost_model import OPTION_GROUPS, OPTION_TOKENS
 from roundwise.run.journal import read_journal
 from roundwise.system.timer import timer
-from roundwise.verify import read_manifest
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ Played = list[torch.Tensor]
 
 
 def measure_sensitivity(
-    streamed: StreamedModel, config: QuantizeConfig, texts: Calibration
+    streamed: StreamedModel, config: QuantizeConfig, calibration: Calibration
 ) -> list[LayerGroup]:
     """One pass through the model that measures every option of every unit.
 
@@ -148,7 +148,7 @@ def measure_sensitivity(
     streamed.load_outside_blocks()
     units: list[LayerGroup] = []
     with ForwardScheduler(
-        streamed.model, streamed.blocks, texts.batches,
+        streamed.model, streamed.blocks, calibration.batches,
         policy=ExpertCalibration(config.experts, config.expert_tokens), device=streamed.device,
     ) as scheduler:  # fmt: skip
         for block in streamed.blocks:
@@ -186,11 +186,11 @@ def _units(
         ]
         weights = {name: weight_of(block.linears[name]) for name in names}
         options = []
-        moments = [_moment(group) for group in members]
+        hessians = [_take_hessian(group) for group in members]
         for settings in _candidates(names, weights, config):
             before = {name: block.linears[name].weight for name in names}
             nbytes = 0
-            for group, H in zip(members, moments, strict=True):
+            for group, H in zip(members, hessians, strict=True):
                 ready = _prepared(H, settings)
                 for name in (name for name in group.names if name in weights):
                     W = weights[name]
@@ -247,10 +247,11 @@ def _candidates(
             yield settings
 
 
-def _moment(group: InputGroup) -> torch.Tensor | None:
-    H = group.hessian.mean() if group.hessian is not None else None
-    group.forget()
-    return H
+def _take_hessian(group: InputGroup) -> torch.Tensor | None:
+    """The group's Hessian; all its sums are gone afterwards."""
+    moments = group.take_moments()
+    group.clear()
+    return moments.H if moments is not None else None
 
 
 def _prepared(H: torch.Tensor | None, settings: QuantizeConfig) -> PreparedHessian | None:
@@ -275,46 +276,46 @@ def _distance(found: Played, base: Played) -> float:
 def allocate_bits(
     streamed: StreamedModel,
     config: QuantizeConfig,
-    texts: Calibration,
+    calibration: Calibration,
     out: Path,
     again: Callable[[], StreamedModel],
 ) -> QuantizeConfig:
     """`config` with a width for every layer in `dynamic`: that of a run in `out`, or chosen now.
 
     Args:
-        skeleton: of the model.
+        streamed: the model.
         config: with `target_bpw`; what its `dynamic` settles stays.
-        texts: calibration.
+        calibration: calibration windows.
         out: folder of the result, where an earlier run of the same command may have chosen.
-        again: opens another skeleton, which the survey uses up.
+        again: opens the model once more, for the measurement, which consumes it.
 
     Raises:
         ConfigError: the size cannot be reached.
     """
     if config.target_bpw is None or not _undecided(streamed, config):
         return config
-    found = _earlier(streamed, config, texts, out)
+    found = _earlier(streamed, config, calibration, out)
     if found is None:
-        units = measure_sensitivity(again(), config, texts)
+        units = measure_sensitivity(again(), config, calibration)
         found = {**config.dynamic, **as_dynamic(choose_candidates(units, config.target_bpw))}
     return config.model_copy(update={"dynamic": found})
 
 
 def _earlier(
-    streamed: StreamedModel, config: QuantizeConfig, texts: Calibration, out: Path
+    streamed: StreamedModel, config: QuantizeConfig, calibration: Calibration, out: Path
 ) -> dict[str, dict[str, Any] | None] | None:
     """What an earlier run of the same command chose, finished or not."""
     manifest = read_manifest(out) if out.is_dir() else None
-    known = manifest["run"] if manifest else read_journal(out)[0]
-    if known is None or known["calibration"] != texts.describe():
+    known = manifest.run if manifest else read_journal(out)[0]
+    if known is None or known.calibration != calibration.record:
         return None
-    rules = [(pattern, changes) for pattern, changes in known["config"]["dynamic"]]
-    own = [*config.dynamic.items()]
+    rules = [(pattern, changes) for pattern, changes in known.config["dynamic"]]
+    given = [*config.dynamic.items()]
     wanted = config.model_dump(mode="json")
-    alike = {**known["config"], "dynamic": None} == {**wanted, "dynamic": None}
-    if not alike or rules[: len(own)] != own:
+    alike = {**known.config, "dynamic": None} == {**wanted, "dynamic": None}
+    if not alike or rules[: len(given)] != given:
         return None
-    return dict(rules) if known["model"] == streamed.checkpoint.identity() else None
+    return dict(rules) if known.model.as_json() == streamed.checkpoint.identity() else None
 
 
 def _undecided(streamed: StreamedModel, config: QuantizeConfig) -> bool:

@@ -1,27 +1,24 @@
-"""From what is summed up about a group's input to packed weights, for all groups of one block.
+"""BlockSolver: from the sums over a group's input to packed weights, for all groups of one block.
 
-Each weight is solved, put into the running model as what its codes stand for, and packed for the shard.
-Of several ranks each solves its share of the rows, which are independent given the Hessian.
-
-What a group of linears is solved with: the moments of its input, damping, and one factor for all.
-
-What is written of a block: the tensors of its shard, and a record of each of its layers.
+Each weight is solved, put into the running model as the values that its codes stand for, and packed for
+the shard. Of several ranks, each solves its share of the rows, which are independent given the Hessian.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import torch
 
 from roundwise.checkpoint.gptq_format import encode
+from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.config import QuantizeConfig
 from roundwise.core.activation_scales import round_searched
-from roundwise.core.drift import Drift
+from roundwise.core.drift import Drift, Moments
 from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.core.solver import PreparedHessian, prepare_hessian, round_to_nearest, solve
 from roundwise.errors import NumericalError, SingularError
@@ -29,148 +26,76 @@ from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import Block, set_weight, weight_of
 from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.streamed import StreamedModel
-from roundwise.run.held_out_damping import Damping, choose_damping, moments
+from roundwise.run.held_out_damping import Damping, choose_damping
 from roundwise.run.prescale import NormScaling, Prescaler
 from roundwise.system.device import HOST
 from roundwise.system.distributed import Ranks
 from roundwise.system.memory import reuse_small_blocks
 from roundwise.system.timer import timer
 
+#: Linear -> B [out, out], what errors of two of its outputs cost together (None: unknown), and the
+#: number of tokens it was made from.
+OutputWeights = Callable[[str], tuple[torch.Tensor | None, int]]
 
+
+@dataclass(frozen=True)
 class GroupStatistics:
-    """What is known of a group's input; its Hessian is factored once for all linears alike."""
+    """What the linears of a group are solved with: the moments of their input, and damping."""
 
-    def __init__(self, group: InputGroup) -> None:
-        self.fit, self.held = moments(group), moments(group.held)
-        if self.fit is None:
-            self.fit, self.held = self.held, None
-        self.tokens = sum(part.tokens for part in (self.fit, self.held) if part)
-        self.damping = Damping()
-        self._waiting = len(group.names)
-        self._known: dict[tuple[Any, ...], PreparedHessian] = {}
+    moments: Moments | None
+    """None: no calibration token reached the group."""
+    damping: Damping
+    _factors: dict[tuple[Any, ...], PreparedHessian] = field(default_factory=dict)
 
-    def choose_damping(self, weights: Iterator[tuple[torch.Tensor, QuantizeConfig]]) -> None:
-        """Settles damping on the tokens held out, if any; from then on `fit` holds all tokens."""
-        if self.fit is not None and self.held is not None:
-            with timer.phase("choose"):
-                self.damping, self.held = choose_damping([*weights], self.fit, self.held), None
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens in the moments."""
+        return self.moments.tokens if self.moments is not None else 0
 
-    def target_shift(
-        self, W: torch.Tensor, settings: QuantizeConfig, rows: slice | None
-    ) -> torch.Tensor | None:
-        """What the weight W is to make up for; asked once for each linear, and freed with the last.
+    @property
+    def H(self) -> torch.Tensor:  # noqa: N802
+        """The Hessian [in, in].
 
-        `rows`: those of the whole weight that W has; None: all.
+        Raises:
+            SingularError: there is none.
         """
-        if self.fit is None:
-            return None
-        with timer.phase("drift"):
-            drift = self.fit.drift if rows is None else self.fit.drift.rows(rows)
-            Y = drift.target_shift(W, settings.alpha, settings.beta)
-        self._waiting -= 1
-        if not self._waiting:
-            # A moment may be as large as H, whose factor is still to come.
-            self.fit.drift = Drift()
-        return Y
+        if self.moments is None:
+            raise SingularError("no calibration token reached this layer")
+        return self.moments.H
 
     def prepared(self, settings: QuantizeConfig) -> PreparedHessian:
-        """Order and factor; SingularError when there is no Hessian."""
-        H, settings = self.moment(), self.damping.settled(settings)
+        """Order and factor of the Hessian, computed once for linears with the same settings.
+
+        Raises:
+            SingularError: see `prepare_hessian`, or there is no Hessian.
+        """
+        H, settings = self.H, self.damping.settle(settings)
         key = (settings.group_size, settings.desc_act, settings.order, settings.damp_percent)
-        if key not in self._known:
+        if key not in self._factors:
+            self._factors.clear()  # a factor is as large as H: one at a time
             with timer.phase("factor"):
-                self._known = {key: prepare_hessian(H, settings)}
-        return self._known[key]
+                self._factors[key] = prepare_hessian(H, settings)
+        return self._factors[key]
 
-    def moment(self) -> torch.Tensor:
-        """The Hessian; SingularError when there is none."""
-        if self.fit is None:
-            raise SingularError("no calibration token reached this layer")
-        return self.fit.H
+    def take_target_shift(
+        self, W: torch.Tensor, settings: QuantizeConfig, rows: slice | None, *, last: bool
+    ) -> torch.Tensor | None:
+        """What the weight W is to make up for, [out, in]; None: nothing.
 
-
-def layer_record(
-    name: str, q: QuantizedWeight, settings: QuantizeConfig, tokens: int
-) -> dict[str, Any]:
-    """A layer in the result; `tokens` is how many its Hessian was made from."""
-    return {
-        "name": name,
-        "bits": q.bits,
-        "group_size": settings.group_size,
-        "relative_error": q.relative_error,
-        "weight_error": q.weight_error,
-        "damp_percent": q.damp_percent,
-        "damp_tried": list(q.damp_tried),
-        "tokens": tokens,
-        "fallback": q.fallback,
-    }
-
-
-def widths(layers: list[dict[str, Any]]) -> dict[str, str]:
-    """For each kind of layer, bits and group sizes from the first block on; none if all agree."""
-    found: dict[str, list[str]] = {}
-    for layer in layers:
-        kind = re.sub(r"\d+(?=\.)", "*", layer["name"])
-        found.setdefault(kind, []).append(f"{layer['bits']}/{layer['group_size']}")
-    if len({width for each in found.values() for width in each}) < 2:
-        return {}
-    return {
-        kind: ", ".join(f"{width} x{len([*same])}" for width, same in groupby(each))
-        for kind, each in found.items()
-    }
-
-
-def join_parts(q: QuantizedWeight, count: int, total: int, ranks: Ranks) -> QuantizedWeight:
-    """A weight of `total` rows from the parts that the ranks have solved.
-
-    Args:
-        q: this rank's.
-        count: how many of its rows count.
-        total: rows of the weight.
-        ranks: who have the others.
-    """
-    codes, scales, zeros = (
-        ranks.all_gather_rows(part[:count], total) for part in (q.codes, q.scales, q.zeros)
-    )
-    known = q.relative_error is not None
-    sums = [(q.relative_error or 0.0) * q.energy, q.energy]
-    sums += [q.weight_error * q.weight_energy, q.weight_energy]
-    mine = torch.tensor(sums if count else [0.0] * 4, dtype=torch.float64)
-    target_shift, energy, error, weight = ranks.sum(mine).tolist()
-    return replace(
-        q, codes=codes, scales=scales, zeros=zeros, energy=energy, weight_energy=weight,
-        relative_error=(target_shift / energy if energy else 0.0) if known else None,
-        weight_error=error / weight if weight else 0.0,
-    )  # fmt: skip
-
-
-def shard_tensors(
-    streamed: StreamedModel,
-    index: int,
-    solved: dict[str, dict[str, torch.Tensor]],
-    folded: dict[str, torch.Tensor],
-) -> dict[str, Any]:
-    """A block's tensors as they go to disk: quantized ones packed, all others as they were.
-
-    Args:
-        skeleton: the model.
-        index: of the block.
-        solved: linear -> suffix -> packed tensor.
-        folded: tensors that scales were moved into, by name.
-    """
-    stems = {
-        streamed.checkpoint_name_of[f"{name}.weight"].removesuffix(".weight"): name
-        for name in solved
-    }
-    tensors: dict[str, Any] = {}
-    for tensor, info in streamed.block_tensors(index).items():
-        stem, _, kind = tensor.rpartition(".")
-        if stem in stems and kind == "weight":
-            parts = solved[stems[stem]].items()
-            tensors |= {f"{stem}.{suffix}": part for suffix, part in parts}
-        else:
-            tensors |= unquantized_tensors({tensor: folded.get(tensor, info)}, {*stems})
-    return tensors
+        Args:
+            W: weight, or some rows of it.
+            settings: its `alpha` and `beta` count.
+            rows: the rows of the whole weight that W has; None: all.
+            last: the drift is dropped: a moment may be as large as H, whose factor is still to come.
+        """
+        if self.moments is None:
+            return None
+        with timer.phase("drift"):
+            drift = self.moments.drift if rows is None else self.moments.drift.rows(rows)
+            Y = drift.take_target_shift(W, settings.alpha, settings.beta)
+        if last:
+            self.moments.drift = Drift()
+        return Y
 
 
 class BlockSolver:
@@ -179,12 +104,11 @@ class BlockSolver:
     Args:
         block: its weights are loaded.
         config: settings.
-        prescaler: finds scales for groups; None: none are wanted.
-        ranks: with whom the rows are shared.
-        release: called with the names of the linears that are solved: their pages are not read again.
-        tell: called with the record of each layer.
-        outputs: what errors of a linear's outputs cost together, and from how many gradients that is
-            known; see `OutputGradients.weights_of_block`.
+        prescaler: finds scales for groups; None: not wanted.
+        ranks: the processes of the run, which share the rows.
+        release: called with the names of solved linears: their pages are not read again.
+        on_layer: called with the record of each layer.
+        output_weights: see `OutputGradients.weights_of_block`.
     """
 
     def __init__(
@@ -195,108 +119,213 @@ class BlockSolver:
         prescaler: Prescaler | None,
         ranks: Ranks,
         release: Callable[[list[str]], None],
-        tell: Callable[[dict[str, Any]], None],
-        outputs: Callable[[str], tuple[torch.Tensor | None, int]],
+        on_layer: Callable[[LayerRecord], None],
+        output_weights: OutputWeights,
     ) -> None:
         self.block, self.config, self.ranks = block, config, ranks
-        self._prescaler, self._release, self._tell = prescaler, release, tell
-        self._outputs = outputs
+        self._prescaler, self._release, self._on_layer = prescaler, release, on_layer
+        self._output_weights = output_weights
         self.packed: dict[str, dict[str, torch.Tensor]] = {}
         """Linear -> suffix -> tensor of the format."""
-        self.folded: dict[str, torch.Tensor] = {}
-        """Tensors that scales were moved into."""
-        self.layers: list[dict[str, Any]] = []
+        self.scaled: dict[str, torch.Tensor] = {}
+        """Tensors of norms that scales were moved into, by name."""
+        self.layers: list[LayerRecord] = []
         """Records, in the order of solving."""
 
     @reuse_small_blocks()
     def solve(self, group: InputGroup) -> None:
         """Quantizes the linears of a group whose sums are complete."""
-        # Everybody is behind the linears of earlier groups by now.
+        # All batches are behind the linears of earlier groups by now.
         self._release(list(self.packed))
-        inputs = GroupStatistics(group)
-        scaling = self._prescale(group, inputs)
-        self.folded.update(scaling.tensors)
-        inputs.choose_damping(self._weights(group, scaling))
+        moments = group.take_moments()
+        held = group.held.take_moments() if group.held is not None else None
+        if moments is None:
+            moments, held = held, None
+        scaling = self._prescale(group, moments, held)
+        weights = self._weights(group, scaling)
+        damping = Damping()
+        if moments is not None and held is not None:
+            with timer.phase("choose"):
+                damping = choose_damping([*weights], moments, held)
+        statistics, left = GroupStatistics(moments, damping), len(group.names)
         for name in group.names:
             settings = self.config.for_module(name)
-            if settings is None:
-                continue
-            linear = self.block.linears[name]
-            B, gradients = self._outputs(name) if settings.needs_gradients else (None, 0)
-            with timer.phase("solve"):
-                q = self._weight(name, scaling.apply(weight_of(linear)), inputs, settings, B)
-            with timer.phase("pack"):
-                set_weight(linear, scaling.undo(q.dequantize(weight_of(linear).dtype)))
-                packed = encode(q, settings).items()
-                self.packed[name] = {suffix: part.to(HOST) for suffix, part in packed}
-            record = layer_record(name, q, settings, inputs.tokens)
-            record |= {"gradients": gradients, "fallback": q.fallback or group.fallback}
-            self.layers.append(record | scaling.record(name) | inputs.damping.record(settings))
-            self._tell(self.layers[-1])
+            left -= 1
+            if settings is not None:
+                self._solve_linear(name, group, settings, scaling, statistics, last=not left)
 
     def quantize_remaining(self) -> None:
-        """Quantizes what no group had: linears the forward never called, or all without calibration."""
+        """Quantizes linears that no group had: the forward never calls them, or there was none."""
         self.solve(InputGroup([name for name in self.block.linears if name not in self.packed]))
 
-    def _prescale(self, group: InputGroup, inputs: GroupStatistics) -> NormScaling:
-        """Scales for the group's input, if any; `inputs` becomes that of the scaled weights."""
-        if self._prescaler is None or inputs.fit is None:
-            return NormScaling()
+    def _solve_linear(
+        self, name: str, group: InputGroup, settings: QuantizeConfig, scaling: NormScaling | None,
+        statistics: GroupStatistics, *, last: bool,
+    ) -> None:  # fmt: skip
+        """Quantizes one linear: solves it, replaces its weight in the model, packs and records it."""
+        linear = self.block.linears[name]
+        W = weight_of(linear)
+        B, gradients = self._output_weights(name) if settings.needs_gradients else (None, 0)
+        with timer.phase("solve"):
+            scaled = W if scaling is None else scaling.apply(W)
+            q = self._quantize(name, scaled, statistics, settings, B, last=last)
+        with timer.phase("pack"):
+            Q = q.dequantize(W.dtype)
+            set_weight(linear, Q if scaling is None else scaling.undo(Q))
+            tensors = encode(q, settings).items()
+            self.packed[name] = {suffix: tensor.to(HOST) for suffix, tensor in tensors}
+        # Fields that only some settings have: those that are not set are not written.
+        optional: dict[str, Any] = statistics.damping.record(settings)
+        if scaling is not None:
+            optional["prescale"] = scaling.record(name)
+        record = LayerRecord(
+            name=name,
+            bits=q.bits,
+            group_size=settings.group_size,
+            relative_error=q.relative_error,
+            weight_error=q.weight_error,
+            damp_percent=q.damp_percent,
+            damp_tried=[*q.damp_tried],
+            tokens=statistics.tokens,
+            fallback=q.fallback or group.fallback,
+            gradients=gradients,
+            **optional,
+        )
+        self.layers.append(record)
+        self._on_layer(record)
+
+    def _prescale(
+        self, group: InputGroup, moments: Moments | None, held: Moments | None
+    ) -> NormScaling | None:
+        """Scales for the group's input; the moments become those of the scaled input.
+
+        None: they are not wanted, or no token reached the group.
+        """
+        if self._prescaler is None or moments is None:
+            return None
         with timer.phase("choose"):
-            scaling = self._prescaler.search(self.block, group.names, inputs.fit.H)
-        for part in (inputs.fit, inputs.held):
-            if part is not None and scaling.s is not None:
-                part.divide(scaling.s)
+            scaling = self._prescaler.search(self.block, group.names, moments.H)
+        if scaling.s is not None:
+            for part in (moments, held):
+                if part is not None:
+                    part.divide(scaling.s)
+        self.scaled.update(scaling.tensors)
         return scaling
 
     def _weights(
-        self, group: InputGroup, scaling: NormScaling
+        self, group: InputGroup, scaling: NormScaling | None
     ) -> Iterator[tuple[torch.Tensor, QuantizeConfig]]:
-        """The weights of a group that are to be quantized, and their settings."""
+        """The weights of a group that are quantized, and their settings."""
         for name in group.names:
             settings = self.config.for_module(name)
             if settings is not None:
-                yield scaling.apply(weight_of(self.block.linears[name])), settings
+                W = weight_of(self.block.linears[name])
+                yield W if scaling is None else scaling.apply(W), settings
 
-    def _weight(
-        self, name: str, W: torch.Tensor, inputs: GroupStatistics, settings: QuantizeConfig,
-        B: torch.Tensor | None,
+    def _quantize(
+        self, name: str, W: torch.Tensor, statistics: GroupStatistics, settings: QuantizeConfig,
+        B: torch.Tensor | None, *, last: bool,
     ) -> QuantizedWeight:  # fmt: skip
-        """One weight, its rows shared out unless they are coupled; a named error where it fails."""
+        """Quantizes one weight, each rank its share of the rows.
+
+        Raises:
+            NumericalError: naming the layer.
+        """
         try:
-            if (
-                self.ranks.is_single or B is not None
-            ):  # coupled rows are shared by the solver, part by part
-                return self._rows(W, inputs, settings, None, B)
-            mine = self.ranks.rows(len(W))
+            if self.ranks.is_single or B is not None:
+                # Rows that are coupled by B are shared inside the solver, part by part.
+                return self._quantize_rows(W, statistics, settings, None, B, last=last)
+            mine = self.ranks.row_range(len(W))
             count = mine.stop - mine.start
-            # A rank that has no row of a small weight solves the first one, for nobody.
+            # A rank that has no rows of a small weight solves the first one, and drops it.
             rows = mine if count else slice(0, 1)
-            q = self._rows(W[rows], inputs, settings, rows, None)
+            q = self._quantize_rows(W[rows], statistics, settings, rows, None, last=last)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
-        return join_parts(q, count, len(W), self.ranks)
+        return _gather_rows(q, count, len(W), self.ranks)
 
-    def _rows(
-        self, W: torch.Tensor, inputs: GroupStatistics, settings: QuantizeConfig, rows: slice | None,
-        B: torch.Tensor | None,
+    def _quantize_rows(
+        self, W: torch.Tensor, statistics: GroupStatistics, settings: QuantizeConfig,
+        rows: slice | None, B: torch.Tensor | None, *, last: bool,
     ) -> QuantizedWeight:  # fmt: skip
-        """Some rows; rounded to nearest, with the reason recorded, where they cannot be solved."""
+        """Quantizes some rows; rounds them to nearest, with the reason, where they cannot be solved."""
         if settings.method == "rtn":
             return round_to_nearest(W, settings)
         try:
             if settings.method == "awq":
-                return round_searched(W, inputs.moment(), settings)
-            target_shift = inputs.target_shift(W, settings, rows)
+                return round_searched(W, statistics.H, settings)
+            shift = statistics.take_target_shift(W, settings, rows, last=last)
             B = None if B is None else B.to(W.device)
-            process_group = None if self.ranks.is_single else self.ranks
             return solve(
-                W,
-                inputs.prepared(settings),
-                settings,
-                target_shift=target_shift,
-                outputs=B,
-                process_group=process_group,
-            )
+                W, statistics.prepared(settings), settings, target_shift=shift, outputs=B,
+                process_group=None if self.ranks.is_single else self.ranks,
+            )  # fmt: skip
         except SingularError as error:
             return round_to_nearest(W, settings, fallback=str(error))
+
+
+def _gather_rows(q: QuantizedWeight, count: int, total: int, ranks: Ranks) -> QuantizedWeight:
+    """A weight of `total` rows from the parts that the ranks have solved.
+
+    Args:
+        q: this rank's part.
+        count: how many of its rows count.
+        total: rows of the weight.
+        ranks: the processes of the run.
+    """
+    codes, scales, zeros = (
+        ranks.all_gather_rows(part[:count], total) for part in (q.codes, q.scales, q.zeros)
+    )
+    known = q.relative_error is not None
+    sums = [(q.relative_error or 0.0) * q.energy, q.energy]
+    sums += [q.weight_error * q.weight_energy, q.weight_energy]
+    mine = torch.tensor(sums if count else [0.0] * 4, dtype=torch.float64)
+    loss, energy, error, weight = ranks.all_reduce_sum(mine).tolist()
+    return replace(
+        q, codes=codes, scales=scales, zeros=zeros, energy=energy, weight_energy=weight,
+        relative_error=(loss / energy if energy else 0.0) if known else None,
+        weight_error=error / weight if weight else 0.0,
+    )  # fmt: skip
+
+
+def widths(layers: list[LayerRecord]) -> dict[str, str]:
+    """Kind of layer -> its bits and group sizes from the first block on; empty if all layers agree."""
+    kinds: dict[str, list[str]] = {}
+    for layer in layers:
+        kind = re.sub(r"\d+(?=\.)", "*", layer.name)
+        kinds.setdefault(kind, []).append(f"{layer.bits}/{layer.group_size}")
+    if len({width for each in kinds.values() for width in each}) < 2:
+        return {}
+    return {
+        kind: ", ".join(f"{width} x{len([*same])}" for width, same in groupby(each))
+        for kind, each in kinds.items()
+    }
+
+
+def shard_tensors(
+    streamed: StreamedModel,
+    index: int,
+    packed: dict[str, dict[str, torch.Tensor]],
+    scaled: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """The tensors of a block's shard: quantized ones packed, all others as they were.
+
+    Args:
+        streamed: the model.
+        index: number of the block.
+        packed: linear -> suffix -> packed tensor.
+        scaled: tensors that scales were moved into, by name.
+    """
+    stems = {
+        streamed.checkpoint_name_of[f"{name}.weight"].removesuffix(".weight"): name
+        for name in packed
+    }
+    tensors: dict[str, Any] = {}
+    for tensor, info in streamed.block_tensors(index).items():
+        stem, _, kind = tensor.rpartition(".")
+        if stem in stems and kind == "weight":
+            parts = packed[stems[stem]].items()
+            tensors |= {f"{stem}.{suffix}": part for suffix, part in parts}
+        else:
+            tensors |= unquantized_tensors({tensor: scaled.get(tensor, info)}, {*stems})
+    return tensors

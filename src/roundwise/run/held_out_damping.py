@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.held_out_damping import Moments, held_out_losses
+from roundwise.core.drift import Moments
+from roundwise.core.held_out_damping import held_out_losses
 from roundwise.errors import CalibrationError, SingularError
-from roundwise.forward.input_groups import InputGroup
-from roundwise.system.timer import timer
 
 #: One batch in so many is held out.
 EVERY = 8
@@ -28,7 +27,7 @@ class Damping:
     losses: dict[float, float] | None = None
     """Damping -> loss on held-out tokens; None: there were none."""
 
-    def settled(self, settings: QuantizeConfig) -> QuantizeConfig:
+    def settle(self, settings: QuantizeConfig) -> QuantizeConfig:
         """The settings, with this damping if they leave it open."""
         if settings.damp_percent != "auto":
             return settings
@@ -59,18 +58,8 @@ def held_out_batches(config: QuantizeConfig, batches: int) -> frozenset[int]:
     return frozenset(range(EVERY - 1, batches, EVERY)) or frozenset([batches - 1])
 
 
-def moments(group: InputGroup | None) -> Moments | None:
-    """The mean moments of a group; ends its sums. None when no token reached it."""
-    if group is None or group.hessian is None:
-        return None
-    H = group.hessian.mean()
-    with timer.phase("drift"):
-        drift = group.drift(H)
-    return Moments(H, drift, group.hessian.tokens)
-
-
 def choose_damping(
-    weights: Sequence[tuple[torch.Tensor, QuantizeConfig]], fit: Moments, held: Moments | None
+    weights: Sequence[tuple[torch.Tensor, QuantizeConfig]], fit: Moments, held: Moments
 ) -> Damping:
     """The damping with the least loss on held-out tokens; then `fit` holds all tokens.
 
@@ -79,8 +68,6 @@ def choose_damping(
         fit: moments to solve with; `held` is joined to them.
         held: moments of the tokens held out.
     """
-    if held is None:
-        return Damping()
     try:
         losses = held_out_losses(weights, fit, held)
     except SingularError:  # the solver meets it too, and says so

@@ -21,16 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
-from roundwise.checkpoint.manifest import WORK, BlockRecord, Fingerprint, validation_error
+from roundwise.checkpoint.manifest import (
+    WORK,
+    BlockRecord,
+    Fingerprint,
+    LayerRecord,
+    SavedActivations,
+    explain,
+)
 from roundwise.checkpoint.reader import read_header
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import PARTIAL, storage_error, write_safetensors
 from roundwise.errors import OutputError, RunError
 
 
-def read_journal(out: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The fingerprint of a run in a folder (None: fresh folder) and its finished blocks.
+def read_journal(out: Path) -> tuple[Fingerprint | None, list[BlockRecord]]:
+    """The fingerprint of the run in a folder (None: there is none) and its finished blocks.
 
     Raises:
         OutputError: it is damaged.
@@ -43,15 +51,12 @@ def read_journal(out: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]
         lines = [json.loads(line) for line in whole.splitlines()]
         if not lines:
             return None, []
-        fingerprint, lists = lines[0]["fingerprint"], lines[1:]
-        wrong = validation_error(Fingerprint, fingerprint) or validation_error(
-            list[list[BlockRecord]], lists
-        )
-        if wrong:
-            raise ValueError(wrong)
+        fingerprint = Fingerprint.model_validate(lines[0]["fingerprint"])
+        blocks = TypeAdapter(list[list[BlockRecord]]).validate_python(lines[1:])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise OutputError(f"{path} is damaged: start anew with --restart ({error})") from None
-    return fingerprint, [block for blocks in lists for block in blocks]
+        reason = explain(error) if isinstance(error, ValidationError) else str(error)
+        raise OutputError(f"{path} is damaged: start anew with --restart ({reason})") from None
+    return fingerprint, [block for line in blocks for block in line]
 
 
 class Journal:
@@ -82,18 +87,18 @@ class Journal:
             # A file system without locks, or none left: to work unlocked could mix two runs.
             raise OutputError(f"cannot lock {self.folder / 'lock'}: {error.strerror}") from None
 
-    def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    def read(self) -> tuple[Fingerprint | None, list[BlockRecord]]:
         """As `read_journal`."""
         return read_journal(self.folder.parent)
 
-    def layers(self) -> list[dict[str, Any]]:
+    def layers(self) -> list[LayerRecord]:
         """Records of all layers of finished blocks."""
-        return [layer for block in self.read()[1] for layer in block["layers"]]
+        return [layer for block in self.read()[1] for layer in block.layers]
 
-    def start(self, fingerprint: dict[str, Any]) -> None:
-        """Begins an empty journal."""
+    def start(self, fingerprint: Fingerprint) -> None:
+        """Starts an empty journal."""
         self.path.unlink(missing_ok=True)
-        self._append({"fingerprint": fingerprint})
+        self._append({"fingerprint": fingerprint.as_json()})
 
     def trim(self) -> None:
         """Drops a torn last line and files that were being written, so that work can go on."""
@@ -103,9 +108,9 @@ class Journal:
         for path in [*self.folder.glob("*" + PARTIAL), *self.folder.parent.glob("*" + PARTIAL)]:
             path.unlink()
 
-    def blocks_done(self, blocks: list[dict[str, Any]], *, keep: set[str]) -> None:
+    def blocks_done(self, blocks: list[BlockRecord], *, keep: set[str]) -> None:
         """Records finished blocks; of all activations only the files `keep` are still needed."""
-        self._append(blocks)
+        self._append([block.as_json() for block in blocks])
         for path in self.folder.glob("activations-*.safetensors"):
             if path.name not in keep:
                 path.unlink()
@@ -126,8 +131,8 @@ class Journal:
             RunError: they are not what was written.
         """
         done = self.read()[1]
-        saved = done[-1]["activations"] if done else None
-        for name, digest in (saved["files"] if saved else {}).items():
+        saved = done[-1].activations if done else None
+        for name, digest in (saved.files if saved else {}).items():
             file = self.folder / name
             if not file.is_file() or file_digest(file) != digest:
                 raise RunError(f"{file} was changed or removed since it was written: use --restart")
@@ -145,7 +150,7 @@ class Journal:
 
 
 class _OneByOne(dict[str, torch.Tensor]):
-    """Tensors of players, each present only while its turn to be written comes."""
+    """Tensors of batches, each in memory only while it is written."""
 
     onloaded: Callable[[str], AbstractContextManager[None]]
 
@@ -161,15 +166,18 @@ def save_outputs(
     rank: int,
     outputs: dict[str, Any],
     onloaded: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
-) -> dict[str, Any]:
-    """Writes what block `index` returned to each player of a rank; what `load_outputs` needs to know.
+) -> SavedActivations:
+    """Writes what block `index` returned to the batches of a rank.
 
     Args:
         out: output folder of the run.
-        index: of the block.
-        rank: whose players they are; each writes a file of its own.
-        outputs: by player.
+        index: number of the block.
+        rank: number of the rank; each writes a file of its own.
+        outputs: batch -> what the block returned to it.
         present: see `ForwardScheduler.onloaded`.
+
+    Returns:
+        What `load_outputs` needs to know.
 
     Raises:
         RunError: the block returned something else than a tensor or a tuple of tensors.
@@ -177,31 +185,31 @@ def save_outputs(
     tensors = _OneByOne()
     tensors.onloaded = onloaded
     places = None
-    for player, output in outputs.items():
+    for key, output in outputs.items():
         places = len(output) if isinstance(output, tuple) else None
         values = output if isinstance(output, tuple) else (output,)
         for place, value in enumerate(values):
             if isinstance(value, torch.Tensor):
-                tensors[f"{player}.{place}"] = value
+                tensors[f"{key}.{place}"] = value
             elif value is not None:
                 raise RunError(f"block {index} returns a {type(value).__name__}, not a tensor")
     name = f"activations-{index:05d}-{rank}.safetensors"
     digest = write_safetensors(out / WORK / name, tensors)
-    return {"files": {name: digest}, "places": places}
+    return SavedActivations(files={name: digest}, places=places)
 
 
-def load_outputs(out: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """What all ranks have saved, by player; tensors are memory-mapped."""
+def load_outputs(out: Path, saved: SavedActivations) -> dict[str, Any]:
+    """Batch -> what the block returned to it, of all ranks; tensors are memory-mapped."""
     infos: dict[str, Any] = {}
-    for name in saved["files"]:
+    for name in saved.files:
         infos |= read_header(out / WORK / name)
-    players = dict.fromkeys(name.rpartition(".")[0] for name in infos)
-    if saved["places"] is None:
-        return {player: infos[f"{player}.0"].read() for player in players}
+    keys = dict.fromkeys(name.rpartition(".")[0] for name in infos)
+    if saved.places is None:
+        return {key: infos[f"{key}.0"].read() for key in keys}
     return {
-        player: tuple(
-            infos[name].read() if (name := f"{player}.{place}") in infos else None
-            for place in range(saved["places"])
+        key: tuple(
+            infos[name].read() if (name := f"{key}.{place}") in infos else None
+            for place in range(saved.places)
         )
-        for player in players
+        for key in keys
     }

@@ -10,10 +10,9 @@ of each: where that has stopped falling, more windows of the same kind will not 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from roundwise.checkpoint.manifest import CurvePoint, LearningCurveRecord
 from roundwise.config import QuantizeConfig
 from roundwise.core.held_out_damping import QUICK
 from roundwise.core.hessian import Hessian, unmasked_rows
@@ -61,9 +60,7 @@ class LearningCurve:
             rounded = round_to_nearest(self._W, self._settings)
             self._solved.append((0, rounded.dequantize() - self._W))
         try:
-            q = solve(
-                self._W, prepare_hessian(hessian.mean(keep=True), self._settings), self._settings
-            )
+            q = solve(self._W, prepare_hessian(hessian.mean(), self._settings), self._settings)
         except SingularError:  # the solver will meet it too, and says so
             return
         self._solved.append((hessian.tokens, q.dequantize() - self._W))
@@ -75,20 +72,20 @@ class LearningCurve:
         self._whole += float((X @ self._W.T).square().sum())
         self._tokens += len(X)
 
-    def record(self) -> dict[str, Any] | None:
-        """For the result: the relative error from each number of tokens; None: there was too little."""
+    def record(self) -> LearningCurveRecord | None:
+        """The relative error from each number of tokens; None: there was too little text."""
         if len(self._lost) < 3 or not self._whole:
             return None
         errors = [lost / self._whole for lost in self._lost]
-        return {
-            "name": self.name,
-            "held_out_tokens": self._tokens,
-            "rtn": errors[0],
-            "points": [
-                {"tokens": tokens, "relative_error": error}
+        return LearningCurveRecord(
+            name=self.name,
+            held_out_tokens=self._tokens,
+            rtn=errors[0],
+            points=[
+                CurvePoint(tokens=tokens, relative_error=error)
                 for (tokens, _), error in zip(self._solved[1:], errors[1:], strict=True)
             ],
-        }
+        )
 
 
 def learning_curve_for(

@@ -1,4 +1,4 @@
-"""All that comes before a run: the model opened, its text read, and what cannot work refused.
+"""prepare: opens the model, reads the text, checks what can be checked, and returns a `RunPlan`.
 
 Nothing is written here, so that bad input leaves no trace.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,22 @@ from roundwise.calibration.dataset import Calibration, load_calibration
 from roundwise.calibration.self_generated import generate_windows
 from roundwise.checkpoint.gptq_format import check_shape
 from roundwise.checkpoint.hub import local_folder
+from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.config import Mode, QuantizeConfig
+from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
 from roundwise.errors import CalibrationError, ConfigError
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
-from roundwise.model.build import arguments
+from roundwise.model.build import arguments, context_length
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
 from roundwise.model.rotate import rotated_checkpoint
 from roundwise.model.streamed import StreamedModel, open_streamed_model
-from roundwise.run import environment, strict
+from roundwise.plan.memory import MemoryPlan, plan_memory
 from roundwise.run.bit_allocation import allocate_bits
+from roundwise.run.environment import numeric_environment
 from roundwise.run.held_out_damping import held_out_batches
-from roundwise.run.loop import Run
 from roundwise.run.prescale import Prescaler
+from roundwise.run.strict import check_run, memory_issues
 from roundwise.system.device import parse_device
 from roundwise.system.distributed import Ranks, current_ranks
 from roundwise.system.memory import parse_size, release_large_blocks
@@ -40,15 +43,70 @@ from roundwise.system.timer import timer
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A run that can begin, and what is to be said about it."""
+class RunPlan:
+    """A run that can begin: what it needs to know, and what is to be said about it."""
 
+    streamed: StreamedModel
+    config: QuantizeConfig
+    """Settings; with `target_bpw`, every layer's width is in `dynamic` by now."""
+    calibration: Calibration | None
+    """None: the method needs no text."""
+    memory: MemoryPlan
+    requested_mode: Mode | None
+    """Mode that the user asked for."""
+    budget: int | None
+    """Bytes of memory that the user allows; None: as there are."""
+    given: GivenNames
+    ranks: Ranks
+    prescaler: Prescaler | None
+    threads: int
+    warnings: tuple[str, ...]
+    """Advice."""
+    issues: tuple[str, ...]
+    """What cannot be done as asked."""
     begun: float
     """time.monotonic() when preparing began."""
-    run: Run
-    warnings: list[str]
-    """Advice."""
-    not_as_asked: list[str]
+
+    @property
+    def mode(self) -> Mode | None:
+        """The mode of the run; None: it has no forward, and nobody asked for one."""
+        return self.requested_mode if self.calibration is None else self.memory.mode
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Everything that decides the bytes of the result; a function of the plan alone.
+
+        Reads all weight files once, for their hashes.
+        """
+        config = self.config.model_dump(mode="json")
+        # The first pattern that matches wins: their order counts, which a JSON object's does not.
+        config["dynamic"] = [list(item) for item in config["dynamic"].items()]
+        found = numeric_environment(self.streamed.device)
+        return Fingerprint(
+            config=config,
+            model=ModelIdentity(**self.streamed.checkpoint.identity()),
+            calibration=self.calibration.record if self.calibration else None,
+            mode=self.mode or "none",
+            **{**found, "threads": self.threads},
+        )
+
+    def resuming(self, known: Fingerprint | None) -> RunPlan:
+        """The plan with what an earlier run of it found on its machine: mode and number of threads.
+
+        The mode is taken over unless the user asked for one; the number of threads decides the order
+        of summation. `known` None: there was no earlier run.
+        """
+        if known is None:
+            return self
+        mode = self.requested_mode or (None if known.mode == "none" else known.mode)
+        threads = known.threads if "threads" in known else self.threads
+        return replace(self, memory=self.plan_memory(mode), threads=threads)
+
+    def plan_memory(self, mode: Mode | None) -> MemoryPlan:
+        """What the run would hold in a mode; None: in the mode that memory allows."""
+        return _plan_memory(
+            self.streamed, self.config, self.calibration, self.ranks, mode=mode, budget=self.budget
+        )
 
 
 def prepare(
@@ -56,17 +114,10 @@ def prepare(
     out: str | os.PathLike[str],
     config: QuantizeConfig,
     calibration: str | os.PathLike[str] | Sequence[Any] | None,
-    *,
-    samples: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    only: str | None,
-    mode: Mode | None,
-    max_memory: str | int | None,
-    device: str,
-) -> Prepared:
-    """Checks everything that can be checked beforehand; arguments as for `quantize`.
+    windows: CalibrationConfig,
+    options: RunConfig,
+) -> RunPlan:
+    """Checks everything that can be checked before a run; arguments as for `quantize`.
 
     Raises:
         UsageError: input or settings that cannot work.
@@ -75,48 +126,51 @@ def prepare(
     timer.take()
     release_large_blocks()
     model = os.fspath(model)
+    budget = parse_size(options.max_memory)
     ranks = current_ranks()
-    place = ranks.local_device(parse_device(device))
-    streamed, calls, notes = _open(model, config, place)
+    device = ranks.local_device(parse_device(options.device))
+    streamed, calls, notes = _open(model, config, device)
     skipped = _check(streamed, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
-    texts = _calibration(
-        streamed, config, calibration, ranks,
-        samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
-    )  # fmt: skip
-    _check_ranks(ranks, streamed, texts)
-    held_out_batches(config, len(texts.batches) if texts else 0)  # refuses one batch
-    if texts is not None and config.target_bpw is not None:
-        found, asked_for, windows = streamed, config, texts
-        chosen = ranks.broadcast_object(
-            lambda: allocate_bits(
-                found, asked_for, windows, Path(out), lambda: _open(model, asked_for, place)[0]
-            ).model_dump(mode="json")
-        )
-        config = QuantizeConfig(**chosen)
-        _check(streamed, config)
-    given = {"model": model, "calibration": calibration if isinstance(calibration, str) else None}
-    run = Run(
-        streamed, Path(out), config, texts, mode, parse_size(max_memory), None, given, ranks, begun
+    loaded = _calibration(streamed, config, calibration, windows, ranks)
+    _check_ranks(ranks, streamed, loaded)
+    held_out_batches(config, len(loaded.batches) if loaded else 0)  # refuses one batch
+    if loaded is not None and config.target_bpw is not None:
+        config = _allocate_bits(streamed, config, loaded, Path(out), model, ranks)
+    prescaler = Prescaler(streamed, config) if config.prescales else None
+    memory = _plan_memory(streamed, config, loaded, ranks, mode=options.mode, budget=budget)
+    sequential = _plan_memory(
+        streamed, config, loaded, ranks, mode="true_sequential", budget=budget
     )
-    not_as_asked = [
-        *strict.check_run(streamed, config, calls),
-        *(texts.not_as_asked if texts else []),
-    ]
-    if config.prescales:
-        run.prescaler = Prescaler(streamed, config)
-        not_as_asked += run.prescaler.left_out()
-    not_as_asked += strict.memory_issues(run.forecast(mode), mode, run.forecast("true_sequential"))
-    return Prepared(
-        begun, run, [*(texts.warnings if texts else []), *notes, *skipped], not_as_asked
+    return RunPlan(
+        streamed=streamed,
+        config=config,
+        calibration=loaded,
+        memory=memory,
+        requested_mode=options.mode,
+        budget=budget,
+        given=GivenNames(
+            model=model, calibration=calibration if isinstance(calibration, str) else None
+        ),
+        ranks=ranks,
+        prescaler=prescaler,
+        threads=torch.get_num_threads(),
+        warnings=(*(loaded.warnings if loaded else ()), *notes, *skipped),
+        issues=(
+            *check_run(streamed, config, calls),
+            *(loaded.not_as_asked if loaded else ()),
+            *(prescaler.issues() if prescaler else ()),
+            *memory_issues(memory, options.mode, sequential),
+        ),
+        begun=begun,
     )
 
 
 def _open(
     model: str, config: QuantizeConfig, device: torch.device
 ) -> tuple[StreamedModel, CallTrace, list[str]]:
-    """The model as it is quantized, what its forward calls, and what is to be said about its files."""
+    """The model to quantize, which layers its forward calls, and notes about its files."""
     streamed = open_streamed_model(local_folder(model), lm_head=config.lm_head, device=device)
     notes = streamed.notes
     if config.rotate:
@@ -126,10 +180,10 @@ def _open(
 
 
 def _check(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:
-    """Refuses what cannot be stored, before any work; what is left as it is, by name."""
+    """Refuses what cannot be stored; a line that says how many layers are skipped, if any."""
     names = [name for block in streamed.blocks for name in block.linears]
-    left = [name for name in names if config.for_module(name) is None]
-    if len(left) == len(names):
+    skipped = [name for name in names if config.for_module(name) is None]
+    if len(skipped) == len(names):
         raise ConfigError("every linear layer is skipped: nothing to quantize")
     for block in streamed.blocks:
         check_experts(block, config)
@@ -138,37 +192,71 @@ def _check(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:
             if settings is not None:
                 out_features, in_features = weight_of(linear).shape
                 check_shape(name, out_features, in_features, settings)
-    return [f"{len(left)} of {len(names)} linear layers are left as they are"] if left else []
+    return [f"{len(skipped)} of {len(names)} linear layers are left as they are"] if skipped else []
 
 
-def _check_ranks(ranks: Ranks, streamed: StreamedModel, texts: Calibration | None) -> None:
-    """Refuses ranks that cannot share a run: too many of them, or unlike ones."""
-    if texts is not None and ranks.count > len(texts.batches):
+def _check_ranks(ranks: Ranks, streamed: StreamedModel, calibration: Calibration | None) -> None:
+    """Refuses ranks that cannot share a run: too many, or different ones."""
+    if calibration is not None and ranks.count > len(calibration.batches):
         raise ConfigError(
-            f"{ranks.count} ranks cannot share {len(texts.batches)} batches of calibration windows: "
-            "take fewer ranks, more --samples, or a smaller --batch-size"
+            f"{ranks.count} ranks cannot share {len(calibration.batches)} batches of calibration "
+            "windows: take fewer ranks, more --samples, or a smaller --batch-size"
         )
     if not ranks.is_single:
         ranks.check_identical(
             {
-                **environment.numeric_environment(streamed.device),
-                "the calibration text": texts.digest if texts else None,
+                **numeric_environment(streamed.device),
+                "the calibration text": calibration.record.sha256 if calibration else None,
                 "the model's files": sorted(streamed.checkpoint.tensors),
             }
         )
+
+
+def _allocate_bits(
+    streamed: StreamedModel,
+    config: QuantizeConfig,
+    calibration: Calibration,
+    out: Path,
+    model: str,
+    ranks: Ranks,
+) -> QuantizeConfig:
+    """`config` with a width for every layer, which the first rank chooses for all."""
+
+    def choose() -> Any:
+        chosen = allocate_bits(
+            streamed, config, calibration, out, lambda: _open(model, config, streamed.device)[0]
+        )
+        return chosen.model_dump(mode="json")
+
+    chosen = QuantizeConfig(**ranks.broadcast_object(choose))
+    _check(streamed, chosen)
+    return chosen
+
+
+def _plan_memory(
+    streamed: StreamedModel,
+    config: QuantizeConfig,
+    calibration: Calibration | None,
+    ranks: Ranks,
+    *,
+    mode: Mode | None,
+    budget: int | None,
+) -> MemoryPlan:
+    batches = calibration.batches if calibration else []
+    return plan_memory(
+        streamed, config,
+        tokens=-(-calibration.record.tokens // ranks.count) if calibration else 0,
+        batch=max((b.input_ids.numel() for b in batches), default=0),
+        mode=mode, budget=budget, sharing=ranks.processes_sharing(streamed.device),
+    )  # fmt: skip
 
 
 def _calibration(
     streamed: StreamedModel,
     config: QuantizeConfig,
     source: str | Sequence[Any] | None,
+    windows: CalibrationConfig,
     ranks: Ranks,
-    *,
-    samples: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    only: str | None,
 ) -> Calibration | None:
     """Tokenized calibration windows; None for rounding to nearest, which needs none."""
     if config.method == "rtn":
@@ -176,46 +264,48 @@ def _calibration(
     if source is None:
         raise CalibrationError(
             f"{config.method} needs calibration text: --calibration FILE, a named set such as "
-            "python-stdlib or wikitext2, or self: what the model writes"
+            "python-stdlib or wikitext2, or self: text that the model writes"
         )
-    arguments(streamed.model, torch.zeros(1, 1, dtype=torch.int64))  # refuses what is not fed text
-    text_config = streamed.model.config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None) or seq_len
+    arguments(streamed.model, torch.zeros(1, 1, dtype=torch.int64))  # refuses other input than text
+    limit = context_length(streamed.model.config) or windows.seq_len
     widest = max(
         weight_of(linear).shape[1] for block in streamed.blocks for linear in block.linears.values()
     )
     tokenizer = None
     if isinstance(source, str) or any(isinstance(item, str) for item in source):
         tokenizer = load_tokenizer(streamed.checkpoint)
-    length = min(seq_len, limit)
-    loaded = load_calibration(
-        source, tokenizer,
-        samples=samples, seq_len=length, batch_size=batch_size, seed=seed, widest=widest, only=only,
-        generate=lambda count: ranks.broadcast_object(
-            lambda: generate_windows(
-                streamed.checkpoint, tokenizer,
-                samples=count, seq_len=length, batch_size=batch_size, seed=seed,
-                device=streamed.device,
-            )
-        ),
-    )  # fmt: skip
-    vocabulary = int(text_config.vocab_size)
-    ends = [int(end) for batch in loaded.batches for end in torch.aminmax(batch.input_ids)]
-    wrong = next((token for token in ends if not 0 <= token < vocabulary), None)
-    if wrong is not None:
-        raise CalibrationError(
-            f"calibration has token id {wrong}, but the model knows {vocabulary}: "
-            "is it another model's tokenizer?"
+    fitting = windows.model_copy(update={"seq_len": min(windows.seq_len, limit)})
+
+    def generate(count: int) -> list[list[int]]:
+        wanted = fitting.model_copy(update={"samples": count})
+        return ranks.broadcast_object(
+            lambda: generate_windows(streamed.checkpoint, tokenizer, wanted, device=streamed.device)
         )
-    if seq_len > limit:
-        loaded.not_as_asked.append(
-            f"seq_len is {limit}, the longest text the model takes, not {seq_len}"
-        )
+
+    loaded = load_calibration(source, tokenizer, fitting, widest=widest, generate=generate)
+    _check_vocabulary(loaded, int(streamed.model.config.get_text_config().vocab_size))
+    if windows.seq_len > limit:
+        line = f"seq_len is {limit}, the longest text the model takes, not {windows.seq_len}"
+        loaded = replace(loaded, not_as_asked=(*loaded.not_as_asked, line))
     return loaded
 
 
+def _check_vocabulary(calibration: Calibration, vocabulary: int) -> None:
+    ends = [int(end) for batch in calibration.batches for end in torch.aminmax(batch.input_ids)]
+    wrong = next((token for token in ends if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise CalibrationError(
+            f"calibration has token id {wrong}, but the model's vocabulary has {vocabulary} tokens: "
+            "is it another model's tokenizer?"
+        )
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; no code that comes with it is run."""
+    """The checkpoint's tokenizer; no code that comes with it is run.
+
+    Raises:
+        CalibrationError: transformers cannot load one.
+    """
     try:
         return transformers.AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=False

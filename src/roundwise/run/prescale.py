@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from roundwise.checkpoint.manifest import PrescaleRecord
 from roundwise.config import QuantizeConfig
 from roundwise.core.activation_scales import search_scales
 from roundwise.errors import SingularError
@@ -32,8 +32,6 @@ class NormScaling:
     ratio: float = 0.0
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     """The norm's tensors as they are to be written."""
-    wanted: bool = False
-    """A run without scales has no record of them."""
 
     def apply(self, W: torch.Tensor) -> torch.Tensor:
         """W diag(s), float32; W itself without scales."""
@@ -43,19 +41,15 @@ class NormScaling:
         """Q diag(1/s) in the type of Q."""
         return Q if self.s is None else (Q.to(torch.float64) / self.s).to(Q.dtype)
 
-    def record(self, name: str) -> dict[str, Any]:
-        """For the result: which norm shares the scales of linear `name`, and what was chosen."""
-        if not self.wanted:
-            return {}
+    def record(self, name: str) -> PrescaleRecord | None:
+        """The scales that linear `name` shares with its norm; None: it has none."""
         if self.norm is None:
-            return {"prescale": None}
+            return None
         weight, axis = self.norm.readers[name]
-        return {
-            "prescale": {
-                "ratio": self.ratio, "norm": self.norm.weight, "bias": self.norm.bias,
-                "offset": self.norm.offset, "weight": weight, "axis": axis,
-            }
-        }  # fmt: skip
+        return PrescaleRecord(
+            ratio=self.ratio, norm=self.norm.weight, bias=self.norm.bias, offset=self.norm.offset,
+            weight=weight, axis=axis,
+        )  # fmt: skip
 
 
 class Prescaler:
@@ -69,7 +63,7 @@ class Prescaler:
         self._config, self._checkpoint = config, streamed.checkpoint
         self._norms = {frozenset(n.readers): n for n in scalable_norms(streamed.checkpoint)}
 
-    def left_out(self) -> list[str]:
+    def issues(self) -> list[str]:
         """A line for each norm that gets no scales because a layer behind it stays as it is."""
         found = []
         for readers in self._norms:
@@ -91,22 +85,22 @@ class Prescaler:
         settings = [self._config.for_module(name) for name in names]
         open_damping = Damping()  # chosen later, on the scaled input
         weights = [
-            (weight_of(block.linears[name]), open_damping.settled(each))
+            (weight_of(block.linears[name]), open_damping.settle(each))
             for name, each in zip(names, settings, strict=True)
             if each is not None
         ]
         if norm is None or len(weights) < len(names):
-            return NormScaling(wanted=True)
+            return NormScaling()
         try:
             found = search_scales(weights, H)
         except SingularError:  # the solver meets it too, and says so
-            return NormScaling(wanted=True)
+            return NormScaling()
         if found.ratio == 0.0:
-            return NormScaling(wanted=True)
+            return NormScaling()
         tensors = self._checkpoint.tensors
         s = norm.storable(tensors[norm.weight].read(), found.s.to(HOST))
         changed = {
             name: change.rows(tensors[name].read()).to(tensors[name].read().dtype)
             for name, change in norm.changes(s).items()
         }
-        return NormScaling(s.to(H.device), norm, found.ratio, changed, wanted=True)
+        return NormScaling(s.to(H.device), norm, found.ratio, changed)

@@ -1,7 +1,7 @@
-"""A run done again from the manifest of its result, and the bytes of both compared.
+"""reproduce: carries out the run of a manifest again, and compares the bytes of both results.
 
-Model and text are held against the manifest's hashes before work begins. What cannot be held still,
-another processor or another version, is said; whether it mattered, the comparison tells.
+Model and text are held against the manifest's hashes before work begins. Another processor or another
+version is reported; whether it mattered, the comparison tells.
 """
 
 from __future__ import annotations
@@ -12,23 +12,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from roundwise.config import Mode, QuantizeConfig
+from roundwise.checkpoint.manifest import (
+    MANIFEST,
+    CalibrationRecord,
+    Manifest,
+    ModelIdentity,
+    read_manifest,
+)
+from roundwise.config import CalibrationConfig, QuantizeConfig, RunConfig
 from roundwise.errors import CalibrationError, CheckpointError, OutputError
 from roundwise.run.api import QuantizeResult, execute
 from roundwise.run.environment import describe_difference, platform_info, torch_threads
 from roundwise.run.loop import Progress
 from roundwise.run.prepare import prepare
-from roundwise.system.memory import parse_mode
-from roundwise.verify import MANIFEST, read_manifest
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A run and how its result compares with that of an earlier one."""
+    """A run, and how its result compares with that of an earlier one."""
 
     result: QuantizeResult
     files: dict[str, bool]
-    """Name of each file of either result -> it has the same bytes in both."""
+    """File of either result -> it has the same bytes in both."""
     platform: str
     """Where the two machines differ, in words; empty: nowhere."""
 
@@ -46,17 +51,14 @@ class Reproduction:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a manifest says about how to do it again."""
+    """How the run of a manifest was made."""
 
     config: QuantizeConfig
     model: str
     calibration: str | None
-    windows: dict[str, Any]
-    """samples, seq_len, batch_size, seed, only."""
-    mode: Mode | None
-    torch_threads: int
-    device: str
-    """cpu, or auto."""
+    windows: CalibrationConfig
+    options: RunConfig
+    threads: int
 
 
 def reproduce(
@@ -89,69 +91,74 @@ def reproduce(
         raise CheckpointError(f"there is no {file}: only checkpoints made by roundwise have one")
     if Path(out).resolve() == file.parent.resolve():
         raise OutputError(f"{out} is the checkpoint to compare with: give another folder")
-    recipe = read_recipe(file, record)
-    with torch_threads(recipe.torch_threads):
-        prepared = prepare(
-            model or recipe.model, out, recipe.config, calibration or recipe.calibration,
-            **recipe.windows, mode=recipe.mode, max_memory=max_memory, device=recipe.device,
+    recorded = read_recorded_run(file, record)
+    options = recorded.options.model_copy(
+        update={"max_memory": max_memory, "restart": restart, "strict": strict}
+    )
+    with torch_threads(recorded.threads):
+        plan = prepare(
+            model or recorded.model, out, recorded.config, calibration or recorded.calibration,
+            recorded.windows, options,
         )  # fmt: skip
-        made, now = record["run"], prepared.run.fingerprint(None)
-        _check_model(prepared.run.streamed.checkpoint.folder, file, made["model"], now["model"])
-        _check_text(file, made["calibration"], now["calibration"])
-        changed = describe_difference(made, now)
-        said = [f"{changed}: the bytes may differ from those of {file}"] if changed else []
-        prepared = replace(prepared, not_as_asked=[*prepared.not_as_asked, *said])
-        result = execute(prepared, restart=restart, strict=strict, progress=progress)
+        _check_model(
+            plan.streamed.checkpoint.folder, file, record.run.model, plan.fingerprint.model
+        )
+        _check_text(file, record.run.calibration, plan.fingerprint.calibration)
+        changed = describe_difference(record.run.as_json(), plan.fingerprint.as_json())
+        if changed:
+            issue = f"{changed}: the bytes may differ from those of {file}"
+            plan = replace(plan, issues=(*plan.issues, issue))
+        result = execute(plan, Path(out), options, progress)
     written = read_manifest(Path(out))
     assert written is not None
-    before, after = record["files"], written["files"]
+    before, after = record.files, written.files
     return Reproduction(
         result,
         {name: before.get(name) == after.get(name) for name in {**before, **after}},
-        describe_difference(record.get("platform"), platform_info()),
+        describe_difference(record.platform, platform_info()),
     )
 
 
-def read_recipe(file: Path, record: dict[str, Any]) -> RecordedRun:
+def read_recorded_run(file: Path, record: Manifest) -> RecordedRun:
     """How the run of a manifest was made.
 
     Raises:
         CheckpointError: it is damaged, of an older version, or the text was a Python list.
         ConfigError: settings that this version does not have.
     """
-    run = record["run"]
+    run, given, calibration = record.run, record.given, record.run.calibration
     try:
-        settings = {**run["config"], "dynamic": dict(run["config"]["dynamic"])}
-        texts = run["calibration"]
-        windows: dict[str, Any] = {
-            "samples": 1, "seq_len": 1, "batch_size": 1, "seed": 0, "only": None
-        }  # fmt: skip
-        if texts is not None:
-            names = {"samples": "wanted", "seq_len": "seq_len", "batch_size": "batch_size"}
-            windows = {name: int(texts[key]) for name, key in {**names, "seed": "seed"}.items()}
-            windows["only"] = texts.get("only")
-        mode = None if run["mode"] == "none" else parse_mode(run["mode"])
-        given = record["given"]
-        device = "cpu" if run.get("device", "cpu") == "cpu" else "auto"
-        count, source, text = int(run["threads"]), str(given["model"]), given["calibration"]
-        if not isinstance(run["model"]["files"], dict):
-            raise ValueError("files")
+        if given is None:
+            raise ValueError("given")
+        settings = {**run.config, "dynamic": dict(run.config["dynamic"])}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file} does not say how to do it again ({error}): it is damaged, or of another version"
         ) from None
-    if texts is not None and not isinstance(text, str):
+    if calibration is not None and given.calibration is None:
         raise CheckpointError(
             f"{file} is of a run that was calibrated with a Python list, which it does not hold: give "
             "the same list to roundwise.quantize"
         )
-    return RecordedRun(QuantizeConfig(**settings), source, text, windows, mode, count, device)
+    windows = CalibrationConfig()
+    if calibration is not None:
+        windows = CalibrationConfig(
+            samples=calibration.wanted, seq_len=calibration.seq_len,
+            batch_size=calibration.batch_size, seed=calibration.seed, only=calibration.only,
+        )  # fmt: skip
+    options = RunConfig(
+        mode=None if run.mode == "none" else run.mode,
+        device="cpu" if run.device == "cpu" else "auto",
+    )
+    return RecordedRun(
+        QuantizeConfig(**settings), given.model, given.calibration, windows, options, run.threads
+    )
 
 
-def _check_model(folder: Path, file: Path, made: dict[str, Any], now: dict[str, Any]) -> None:
-    wrong = [name for name, digest in made["files"].items() if now["files"].get(name) != digest]
-    wrong += [name for name in now["files"] if name not in made["files"]]
-    wrong += ["config.json"] if made.get("config") != now["config"] else []
+def _check_model(folder: Path, file: Path, made: ModelIdentity, now: ModelIdentity) -> None:
+    wrong = [name for name, digest in made.files.items() if now.files.get(name) != digest]
+    wrong += [name for name in now.files if name not in made.files]
+    wrong += ["config.json"] if made.config != now.config else []
     if wrong:
         raise CheckpointError(
             f"{folder} is not the model that {file} was made from: {', '.join(wrong)} differs; give the "
@@ -159,17 +166,17 @@ def _check_model(folder: Path, file: Path, made: dict[str, Any], now: dict[str, 
         )
 
 
-def _check_text(file: Path, made: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
+def _check_text(file: Path, made: CalibrationRecord | None, now: CalibrationRecord | None) -> None:
     if made is None or now is None or made == now:
         return
-    before, after = (dict(map(tuple, part.get("texts", []))) for part in (made, now))
-    wrong = [name for name, digest in after.items() if before.get(name) != digest]
+    before = {text[0]: text[1] for text in made.texts}
+    wrong = [name for name, digest in now.texts if before.get(name) != digest]
     if wrong:
         raise CalibrationError(
             f"{', '.join(wrong)} is not the text that {file} was calibrated with; give that one with "
             "--calibration"
         )
+    differs = describe_difference(made.as_json(), now.as_json(), "calibration")
     raise CalibrationError(
-        f"the calibration tokens are not those of {file}: {describe_difference(made, now, 'calibration')}; is "
-        "the tokenizer another one?"
+        f"the calibration tokens are not those of {file}: {differs}; is the tokenizer another one?"
     )

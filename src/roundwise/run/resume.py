@@ -1,7 +1,4 @@
-"""The output folder before a run works in it: locked, refused if it is another's, emptied on request.
-
-What a stopped run goes on from: when it is written, and when a finished block counts.
-"""
+"""Where a stopped run resumes: the output folder locked, its finished blocks checked, batches saved."""
 
 from __future__ import annotations
 
@@ -10,30 +7,66 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from roundwise.checkpoint.manifest import WORK
+from roundwise.checkpoint.manifest import (
+    MANIFEST,
+    WORK,
+    BlockRecord,
+    Fingerprint,
+    Manifest,
+    Record,
+    SavedActivations,
+    changed_files,
+    read_manifest,
+)
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import storage_error
 from roundwise.errors import OutputError, RunError
 from roundwise.forward.output_gradients import OutputGradients
 from roundwise.forward.scheduler import ForwardScheduler
 from roundwise.model.blocks import Block
+from roundwise.plan.memory import check_disk_space, plan_disk
 from roundwise.run.environment import describe_difference
 from roundwise.run.journal import Journal, load_outputs, save_outputs
+from roundwise.run.prepare import RunPlan
 from roundwise.system.device import HOST
 from roundwise.system.distributed import Ranks
 from roundwise.system.timer import timer
-from roundwise.verify import MANIFEST, changed_files, read_manifest
+
+R = TypeVar("R", bound=Record)
+
+#: Save activations again only after PACE × the duration of the last save: at most 5% of the run is spent
+#: writing.
+PACE = 19
+
+
+def broadcast_record(ranks: Ranks, kind: type[R], make: Callable[[], R | None]) -> R | None:
+    """The record that the first rank makes, or its None, on all ranks.
+
+    Args:
+        ranks: the processes of the run.
+        kind: class of the record.
+        make: called on the first rank only.
+    """
+    if ranks.is_single:
+        return make()
+
+    def as_json() -> dict[str, Any] | None:
+        record = make()
+        return None if record is None else record.as_json()
+
+    value = ranks.broadcast_object(as_json)
+    return None if value is None else kind.model_validate(value)
 
 
 def lock_output_dir(out: Path, source: Path, *, restart: bool) -> Journal:
-    """Locks the output folder.
+    """Locks the output folder, and empties it if it holds nothing to resume.
 
     Args:
         out: the folder; made if it is not there.
         source: the model's folder.
-        restart: empty it first.
+        restart: empty it whatever it holds of ours.
 
     Raises:
         OutputError: it is the model, holds something else, or another process works in it.
@@ -67,30 +100,24 @@ def _empty(out: Path, journal: Journal) -> None:
     (out / MANIFEST).unlink(missing_ok=True)
 
 
-def finished(
-    out: Path, fingerprint: Callable[[dict[str, Any]], dict[str, Any]]
-) -> dict[str, Any] | None:
-    """The manifest, if this very run was completed in the output folder before.
-
-    Args:
-        out: the folder.
-        fingerprint: of the run that is to be made, given that of the one that was.
+def finished_manifest(out: Path, plan: RunPlan) -> Manifest | None:
+    """The manifest in the output folder, if this very run was completed there before; else None.
 
     Raises:
-        OutputError: it holds a checkpoint made otherwise, or one that was changed since.
+        OutputError: it holds a checkpoint made with other settings, or changed since.
         CheckpointError: its manifest is damaged.
     """
     if not (out / "config.json").exists():
         return None
     manifest = read_manifest(out)
-    made = manifest["run"] if manifest else {}
-    wanted = fingerprint(made)
+    made = manifest.run.as_json() if manifest else {}
+    wanted = plan.resuming(manifest.run if manifest else None).fingerprint.as_json()
     if manifest is None or made != wanted:
         raise OutputError(
-            f"{out} holds a finished checkpoint made otherwise ({describe_difference(made, wanted)}): give "
-            "another folder, or --restart to replace it"
+            f"{out} holds a finished checkpoint made with other settings "
+            f"({describe_difference(made, wanted)}): give another folder, or --restart to replace it"
         )
-    changed = changed_files(out, manifest["files"])
+    changed = changed_files(out, manifest.files)
     if changed:
         raise OutputError(
             f"{out} holds a finished checkpoint that was changed since: {changed[0]}; --restart makes "
@@ -99,92 +126,148 @@ def finished(
     return manifest
 
 
-#: How many times as long as it has taken to write batches down a run works before it does so again.
-PACE = 19
-
-
-class WritePace:
-    """At most a twentieth of the time goes into writing."""
-
-    def __init__(self) -> None:
-        self._last, self._cost = time.monotonic(), 0.0
-
-    def due(self) -> bool:
-        """Whether it is time again; the first time always."""
-        return time.monotonic() - self._last >= PACE * self._cost
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Around the writing."""
-        begun = time.monotonic()
-        yield
-        self._last = time.monotonic()
-        self._cost = self._last - begun
-
-
-def check_finished(
-    out: Path, blocks: list[Block], done: list[dict[str, Any]], *, played: bool
-) -> None:
-    """What a journal calls finished is of this model, and its shards are what was written.
+def begin_run(
+    plan: RunPlan, out: Path, journal: Journal | None
+) -> tuple[RunPlan, list[BlockRecord]]:
+    """Starts or resumes a run; all ranks get the first rank's plan and finished blocks.
 
     Args:
-        out: folder of the run.
-        blocks: all of the model.
+        plan: from `prepare`.
+        out: output folder.
+        journal: the first rank's; None on all others.
+
+    Raises:
+        OutputError: the folder holds an unfinished run with other settings, or has too little room.
+        RunError: a finished block is not what was written, or a rank does not see the folder.
+    """
+    ready: list[RunPlan] = []
+
+    def begin() -> list[Any]:
+        assert journal is not None
+        resumed, blocks = _begin(plan, out, journal)
+        ready.append(resumed)
+        return [resumed.fingerprint.as_json(), [block.as_json() for block in blocks]]
+
+    if plan.ranks.is_single:
+        assert journal is not None
+        return _begin(plan, out, journal)
+    fingerprint, lines = plan.ranks.broadcast_object(begin)
+    blocks = [BlockRecord.model_validate(line) for line in lines]
+    if ready:
+        return ready[0], blocks
+    if not (out / WORK / "journal.jsonl").exists():
+        raise RunError(
+            f"rank {plan.ranks.rank} does not see {out}: it must be on a file system that all "
+            "machines of the run share"
+        )
+    return plan.resuming(Fingerprint.model_validate(fingerprint)), blocks
+
+
+def _begin(plan: RunPlan, out: Path, journal: Journal) -> tuple[RunPlan, list[BlockRecord]]:
+    """The first rank: the plan to follow and the finished blocks, if they are still what they were."""
+    known, done = journal.read()
+    plan = plan.resuming(known)
+    if known is None:
+        tokens = plan.calibration.record.tokens if plan.calibration else 0
+        disk = plan_disk(plan.streamed, plan.config, plan.memory, tokens=tokens)
+        check_disk_space(out, disk)
+        OutputGradients(out).clear()
+        journal.start(plan.fingerprint)
+    elif known.as_json() != plan.fingerprint.as_json():
+        differs = describe_difference(known.as_json(), plan.fingerprint.as_json())
+        raise OutputError(
+            f"{out} holds an unfinished run that differs in {differs}: use the same settings to resume "
+            "it, or --restart to begin anew"
+        )
+    journal.trim()
+    _check_finished(out, plan.streamed.blocks, done, needs_activations=plan.calibration is not None)
+    journal.check_outputs()
+    return plan, done
+
+
+def _check_finished(
+    out: Path, blocks: list[Block], done: list[BlockRecord], *, needs_activations: bool
+) -> None:
+    """Checks that finished blocks are this model's, and their shards what was written.
+
+    Args:
+        out: output folder.
+        blocks: all blocks of the model.
         done: from the journal.
-        played: batches go through the blocks, and must have come as far.
+        needs_activations: batches run through the blocks, and must have come as far.
 
     Raises:
         OutputError: the journal is damaged.
         RunError: a shard is not what was written.
     """
     known = [
-        (line["block"], line["name"]) == (index, block.name)
-        and all(layer["name"] in block.linears for layer in line["layers"])
-        for index, (block, line) in enumerate(zip(blocks, done, strict=False))
+        (record.block, record.name) == (index, block.name)
+        and all(layer.name in block.linears for layer in record.layers)
+        for index, (block, record) in enumerate(zip(blocks, done, strict=False))
     ]
     unfinished = bool(done) and len(done) < len(blocks)
-    lost = played and unfinished and not done[-1]["activations"]
+    lost = needs_activations and unfinished and done[-1].activations is None
     if len(done) > len(blocks) or not all(known) or lost:
         raise OutputError(f"the journal in {out / WORK} is damaged: start anew with --restart")
-    for line in done:
-        shard = out / line["shard"]
-        if not shard.exists() or file_digest(shard) != line["sha256"]:
+    for record in done:
+        shard = out / record.shard
+        if not shard.exists() or file_digest(shard) != record.sha256:
             raise RunError(f"{shard} was changed or removed since it was written: use --restart")
 
 
+class WritePace:
+    """Limits the part of the time that goes into writing; see `PACE`."""
+
+    def __init__(self) -> None:
+        self._last, self._cost = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        """Whether it is time to write again; the first time always."""
+        return time.monotonic() - self._last >= PACE * self._cost
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Context manager around the writing: measures how long it takes."""
+        begun = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._cost = self._last - begun
+
+
 class Checkpointer:
-    """Those of one run.
+    """Saves what a stopped run resumes from, and records blocks once a run can resume behind them.
 
     Args:
-        out: its folder.
-        blocks: all of the model.
-        done: what is known of finished blocks, in their order; grows.
+        out: output folder.
+        blocks: all blocks of the model.
+        done: finished blocks in order; grows.
         journal: the first rank's; None on all others.
-        ranks: with whom the work is shared.
+        ranks: the processes of the run.
     """
 
     def __init__(
         self,
         out: Path,
         blocks: list[Block],
-        done: list[dict[str, Any]],
+        done: list[BlockRecord],
         journal: Journal | None,
         ranks: Ranks,
     ) -> None:
         self.out, self.blocks, self.done = out, blocks, done
         self.journal, self.ranks, self.pace = journal, ranks, WritePace()
-        self._unrecorded: list[dict[str, Any]] = []
+        self._unrecorded: list[BlockRecord] = []
 
     def outputs(self) -> dict[int, dict[str, Any]]:
-        """What to go on from, by the stack of blocks that returned it."""
-        return {stack: load_outputs(self.out, saved) for stack, saved in self._kept().items()}
+        """`Block.stack` -> batch -> what the last finished block of the stack returned."""
+        return {stack: load_outputs(self.out, saved) for stack, saved in self._needed().items()}
 
-    def save(self, index: int, scheduler: ForwardScheduler) -> dict[str, Any] | None:
+    def save(self, index: int, scheduler: ForwardScheduler) -> SavedActivations | None:
         """Writes what block `index` returned to all batches; None: nobody needs it, or it is too early.
 
-        Batches on the CPU, and those that wait, go on from the file, which takes no memory of theirs. A
-        device would take longer to write every block than to compute it: there it is done at a `WritePace`,
-        and where another stack begins, as all of its blocks need what the one before returned.
+        On the CPU, and where batches are offloaded, they continue from the file, which takes no memory
+        of their own. An accelerator would take longer to write every block than to compute it: there
+        it is done at a `WritePace`, and where another stack begins, as all of its blocks need what the
+        stack before returned.
         """
         if index == len(self.blocks) - 1:
             return None
@@ -200,29 +283,30 @@ class Checkpointer:
         if from_file:
             scheduler.replace_outputs(load_outputs(self.out, saved))
         files = [
-            item for each in self.ranks.all_gather_object(saved) for item in each["files"].items()
+            item for each in self.ranks.all_gather_object(saved.files) for item in each.items()
         ]
-        return {**saved, "files": dict(files)}
+        return SavedActivations(files=dict(files), places=saved.places)
 
-    def finished(self, block: dict[str, Any], *, played: bool) -> None:
-        """A block is finished; recorded, with those before, once a run can go on behind it.
+    def block_finished(self, record: BlockRecord, *, needs_activations: bool) -> None:
+        """Records a block in the journal, with those before it, once a run can resume behind it.
 
         Args:
-            block: for the journal.
-            played: batches went through it; otherwise there is nothing to go on from but its shard.
+            record: the finished block.
+            needs_activations: batches run through the blocks: a run can only resume behind a block
+                whose outputs were saved.
         """
-        self.done.append(block)
-        self._unrecorded.append(block)
-        if played and not block["activations"] and len(self.done) < len(self.blocks):
+        self.done.append(record)
+        self._unrecorded.append(record)
+        if needs_activations and not record.activations and len(self.done) < len(self.blocks):
             return
         if self.journal is not None:
-            names = {name for saved in self._kept().values() for name in saved["files"]}
+            names = {name for saved in self._needed().values() for name in saved.files}
             self.journal.blocks_done(self._unrecorded, keep=names)
             for each in self._unrecorded:
-                OutputGradients(self.out).forget(each["block"])
+                OutputGradients(self.out).clear(each.block)
         self._unrecorded = []
 
-    def _kept(self) -> dict[int, dict[str, Any]]:
-        """The activations last written of each stack: all that is needed to go on."""
+    def _needed(self) -> dict[int, SavedActivations]:
+        """`Block.stack` -> activations last saved of it: all that is needed to resume."""
         blocks = zip(self.blocks, self.done, strict=False)
-        return {block.stack: line["activations"] for block, line in blocks if line["activations"]}
+        return {block.stack: r.activations for block, r in blocks if r.activations is not None}

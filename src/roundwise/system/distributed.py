@@ -41,7 +41,7 @@ class Ranks:
         self.rank, self.count, self.local = rank, count, local
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """This one decides and writes."""
         return self.rank == 0
 
@@ -68,7 +68,7 @@ class Ranks:
         """This rank's part of what is dealt out, by its number among all."""
         return {i: items[i] for i in range(self.rank, len(items), self.count)}
 
-    def rows(self, total: int) -> slice:
+    def row_range(self, total: int) -> slice:
         """This rank's part of so many rows."""
         return self._rows(self.rank, total)
 
@@ -79,10 +79,10 @@ class Ranks:
         """What the first rank decides, for all; JSON values. The others do not call `decide`."""
         if self.is_single:
             return decide()
-        text = json.dumps(decide()).encode() if self.first else b""
-        size = self.sum(torch.tensor([len(text)]))
+        text = json.dumps(decide()).encode() if self.is_first else b""
+        size = self.all_reduce_sum(torch.tensor([len(text)]))
         data = torch.zeros(int(size), dtype=torch.uint8)
-        if self.first:
+        if self.is_first:
             data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         with _collective():
             distributed.broadcast(data, src=0)
@@ -95,7 +95,7 @@ class Ranks:
         text = json.dumps(value).encode()
         sizes = torch.zeros(self.count, dtype=torch.int64)
         sizes[self.rank] = len(text)
-        sizes = self.sum(sizes)
+        sizes = self.all_reduce_sum(sizes)
         data = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         data[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return [
@@ -103,7 +103,7 @@ class Ranks:
             for part, size in zip(self._gather(data), sizes.tolist(), strict=True)
         ]
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Adds up tensors of one shape over all ranks, in place; those of a GPU on their hosts."""
         if not self.is_single:
             host = values.to(HOST)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 HALF = (torch.bfloat16, torch.float16)
 #: Rows from which on widening a weight costs less than it gains.
@@ -32,6 +32,24 @@ def cpu_half_matmul() -> CpuHalfMatmul:
     the tokens of an expert are filled up to one of few numbers. The calling thread's alone.
     """
     return CpuHalfMatmul(frozenset(dtype for dtype in HALF if not has_native_matmul(dtype)))
+
+
+class outside_model:  # noqa: N801  # a context manager that reads like a function
+    """Context manager: switches `cpu_half_matmul` off for code that runs inside a model's forward.
+
+    Hooks that sum up activations are not the model's: they need none of its matmuls changed, and each of
+    their torch calls would pass through Python twice. A no-op where `cpu_half_matmul` is not on.
+    """
+
+    def __enter__(self) -> None:
+        mode = _get_current_function_mode()  # type: ignore[no-untyped-call]
+        self._mode = mode if isinstance(mode, CpuHalfMatmul) else None
+        if self._mode is not None:
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *_: object) -> None:
+        if self._mode is not None:
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
 
 
 @cache

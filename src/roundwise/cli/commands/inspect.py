@@ -57,11 +57,11 @@ def describe(name: str) -> dict[str, Any]:
     layers = []
     for layer in quantized_layers(checkpoint):
         bits, in_features = layer.bits(), layer.in_features()
-        groups, out_features = layer.parts["scales"].shape
+        groups, out_features = layer.tensors["scales"].shape
         size_of_group = -(-in_features // groups)
-        g_idx = layer.parts["g_idx"].read() if "g_idx" in layer.parts else None
+        g_idx = layer.tensors["g_idx"].read() if "g_idx" in layer.tensors else None
         trivial = torch.arange(in_features) // size_of_group
-        stored = sum(info.nbytes for info in layer.parts.values())
+        stored = sum(info.nbytes for info in layer.tensors.values())
         layers.append(
             {
                 "name": layer.name, "bits": bits,

@@ -47,7 +47,7 @@ def charts(facts: Facts) -> dict[str, str]:
             "position": _position(facts),
         }
         if facts.run is not None:
-            phases = dict(sorted(facts.run["phases"].items(), key=lambda item: -item[1]))
+            phases = dict(sorted(facts.run.phases.items(), key=lambda item: -item[1]))
             drawn["phases"] = _bars(phases, 1, "seconds")
     return {name: svg for name, svg in drawn.items() if svg is not None}
 
@@ -73,7 +73,7 @@ def _errors(facts: Facts) -> str | None:
     rings = [
         (blocks.index(cell.block) + 0.5, kinds.index(cell.kind) + 0.5)
         for cell in facts.cells
-        if facts.standing_out.intersection(layer["name"] for layer in cell.layers)
+        if facts.standing_out.intersection(layer.name for layer in cell.layers)
     ]
     if rings:
         across, down = zip(*rings, strict=True)
@@ -92,7 +92,7 @@ def _errors(facts: Facts) -> str | None:
 
 def _depth(facts: Facts) -> str | None:
     """Distance of the hidden states from the original's behind each block."""
-    values = [block["depth_error"] for block in facts.manifest["blocks"]]
+    values = [block.depth_error for block in facts.manifest.blocks]
     if not any(values):
         return None
     figure, axes = _figure(9.5, 2.6)
@@ -107,16 +107,16 @@ def _depth(facts: Facts) -> str | None:
 
 def _saturation(facts: Facts) -> str | None:
     """Error on held-out windows against the tokens that were solved from, of that from most tokens."""
-    watched = [b["saturation"] for b in facts.manifest["blocks"] if b["saturation"]]
+    watched = [b.saturation for b in facts.manifest.blocks if b.saturation]
     if not watched:
         return None
     figure, axes = _figure(9.5, 3.0)
     for each, (color, marker, dashes) in zip(watched, cycle(LINES), strict=False):
-        tokens = [point["tokens"] for point in each["points"]]
-        errors = [point["relative_error"] for point in each["points"]]
+        tokens = [point.tokens for point in each.points]
+        errors = [point.relative_error for point in each.points]
         more = [100 * (error / errors[-1] - 1) for error in errors]
         axes.plot(tokens, more, color=color, marker=marker, linestyle=dashes,
-                  label=_short(each["name"]))  # fmt: skip
+                  label=_short(each.name))  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axes.minorticks_off()

@@ -10,14 +10,20 @@ from dataclasses import dataclass, field
 from math import log, log10
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from roundwise.checkpoint.gptq_format import SUFFIXES
+from roundwise.checkpoint.manifest import (
+    CurvePoint,
+    LayerRecord,
+    Manifest,
+    RunRecord,
+    read_manifest,
+    read_run,
+)
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
 from roundwise.run.block_solver import widths
 from roundwise.run.strict import layer_issues
-from roundwise.verify import read_manifest, read_run
 
 #: A layer stands out when its error, in decades from the median of its kind, is more than so many times
 #: the usual deviation (1.4826 of the median one, as for a normal distribution), and the error doubled.
@@ -70,17 +76,17 @@ class Cell:
 
     block: str
     kind: str
-    layers: list[dict[str, Any]]
+    layers: list[LayerRecord]
 
     @property
-    def worst(self) -> dict[str, Any]:
+    def worst(self) -> LayerRecord:
         """The layer with the largest error."""
-        return max(self.layers, key=lambda layer: layer["relative_error"] or 0.0)
+        return max(self.layers, key=lambda layer: layer.relative_error or 0.0)
 
     @property
     def error(self) -> float | None:
         """The largest relative output error; None: none is known."""
-        return self.worst["relative_error"]  # type: ignore[no-any-return]
+        return self.worst.relative_error
 
     def values(self, key: str) -> str:
         """What its layers have of something, each once."""
@@ -93,11 +99,11 @@ class Facts:
     """Everything on the page."""
 
     name: str
-    manifest: dict[str, Any]
-    run: dict[str, Any] | None
+    manifest: Manifest
+    run: RunRecord | None
     """Time, memory and notes; None: not kept."""
     cells: list[Cell]
-    outliers: list[dict[str, Any]]
+    outliers: list[LayerRecord]
     """Layers whose error stands out among its kind, the largest first."""
     sizes: dict[str, int]
     """Bytes in the files by what they are for."""
@@ -108,25 +114,25 @@ class Facts:
     @property
     def model(self) -> str:
         """What was quantized: the name of a folder, without the way there, or of a hub's model."""
-        given = str(self.manifest.get("given", {}).get("model", "a model"))
+        given = self.manifest.given.model if self.manifest.given else "a model"
         return Path(given).name if Path(given).is_absolute() or given.startswith(".") else given
 
     @property
     def more_text(self) -> float | None:
         """By which part twice the calibration text would lower the error, as far as was seen."""
-        watched = [b["saturation"] for b in self.manifest["blocks"] if b["saturation"]]
-        found = [part for each in watched if (part := gain(each["points"])) is not None]
+        watched = [b.saturation for b in self.manifest.blocks if b.saturation]
+        found = [part for each in watched if (part := gain(each.points)) is not None]
         return median(found) if found else None
 
     @property
     def standing_out(self) -> set[str]:
         """Names of the outliers."""
-        return {layer["name"] for layer in self.outliers}
+        return {layer.name for layer in self.outliers}
 
     @property
     def widths(self) -> dict[str, str]:
         """Bits and group sizes of each kind of layer, where they are not the same for all."""
-        return widths(self.manifest["layers"])
+        return widths(self.manifest.layers)
 
     @property
     def blocks(self) -> list[str]:
@@ -158,10 +164,8 @@ def read_facts(
             f"{folder} has no roundwise.json: a report is about a run of roundwise; `roundwise compare` "
             "takes any checkpoint"
         )
-    # Not there in those of earlier versions.
-    manifest = {"blocks": [], "experts": [], **manifest}
     run = read_run(folder)
-    cells = cells_of(manifest["layers"])
+    cells = cells_of(manifest.layers)
     return Facts(
         name=folder.resolve().name,
         manifest=manifest,
@@ -169,30 +173,30 @@ def read_facts(
         cells=cells,
         outliers=outliers_of(cells),
         sizes=_sizes(checkpoint),
-        not_as_asked=[*(run["not_as_asked"] if run else []), *layer_issues(manifest["layers"])],
+        not_as_asked=[*(run.not_as_asked if run else []), *layer_issues(manifest.layers)],
         evaluation=evaluation,
         answers=answers or [],
     )
 
 
-def cells_of(layers: list[dict[str, Any]]) -> list[Cell]:
+def cells_of(layers: list[LayerRecord]) -> list[Cell]:
     """Layers by block and kind: model.layers.3 and mlp.experts.*.down_proj."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, str], list[LayerRecord]] = {}
     for layer in layers:
-        parts = re.match(r"(.*?\.\d+)\.(.+)", layer["name"], re.DOTALL)
-        block, kind = parts.groups() if parts else (layer["name"], layer["name"])
+        parts = re.match(r"(.*?\.\d+)\.(.+)", layer.name, re.DOTALL)
+        block, kind = parts.groups() if parts else (layer.name, layer.name)
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", kind)
         found.setdefault((block, kind), []).append(layer)
     return [Cell(block, kind, each) for (block, kind), each in found.items()]
 
 
-def outliers_of(cells: list[Cell]) -> list[dict[str, Any]]:
+def outliers_of(cells: list[Cell]) -> list[LayerRecord]:
     """Layers whose relative error is far above what is usual for their kind."""
-    logs: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    logs: dict[str, list[tuple[float, LayerRecord]]] = {}
     for cell in cells:
         for layer in cell.layers:
-            if layer["relative_error"]:
-                logs.setdefault(cell.kind, []).append((log10(layer["relative_error"]), layer))
+            if layer.relative_error:
+                logs.setdefault(cell.kind, []).append((log10(layer.relative_error), layer))
     above = [
         (value - middle, layer)
         for each in logs.values()
@@ -202,18 +206,18 @@ def outliers_of(cells: list[Cell]) -> list[dict[str, Any]]:
     usual = median(abs(value) for value, _ in above) if above else 0.0
     limit = max(OUTLYING * USUAL * usual, DOUBLED)
     found = [layer for value, layer in above if value > limit]
-    return sorted(found, key=lambda layer: -layer["relative_error"])
+    return sorted(found, key=lambda layer: -(layer.relative_error or 0.0))
 
 
-def gain(points: list[dict[str, Any]]) -> float | None:
+def gain(points: list[CurvePoint]) -> float | None:
     """By which part the error fell with the last doubling of tokens, told from the last two points."""
     if len(points) < 2:
         return None
     before, after = points[-2:]
-    if not before["relative_error"] or after["tokens"] <= before["tokens"]:
+    if not before.relative_error or after.tokens <= before.tokens:
         return None
-    fell = after["relative_error"] / before["relative_error"]
-    return float(1 - fell ** (log(2) / log(after["tokens"] / before["tokens"])))
+    fell = after.relative_error / before.relative_error
+    return float(1 - fell ** (log(2) / log(after.tokens / before.tokens)))
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, int]:

@@ -59,7 +59,7 @@ def render(facts: Facts) -> str:
     }
     drawn = {name: Markup(svg) for name, svg in charts(facts).items()}  # noqa: S704  # escaped there
     return environment.get_template("page.html").render(
-        facts=facts, manifest=facts.manifest, run=facts.manifest["run"], charts=drawn
+        facts=facts, manifest=facts.manifest, run=facts.manifest.run, charts=drawn
     )  # fmt: skip
 
 

@@ -63,7 +63,14 @@ def _refused(settings: Mapping[str, Any], dtype: str, gpu: bool) -> str | None:
     if dtype == "float32":
         return "it computes GPTQ layers in float16 or bfloat16, not in float32"
     rules = settings.get("dynamic") or {}
-    layers = [settings, *({**settings, **rule} for rule in rules.values() if rule)]
+    merged = [settings, *({**settings, **rule} for rule in rules.values() if rule)]
+    layers = [
+        engines.ServedLayer(
+            bits=each.get("bits"), group_size=each.get("group_size", 128),
+            sym=each.get("sym", True), desc_act=each.get("desc_act", False),
+        )
+        for each in merged
+    ]  # fmt: skip
     return next(
         (reason for layer in layers if (reason := engines.vllm_refusal(layer, gpu=gpu))), None
     )
