@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 import roundwise as rw
 from roundwise.checkpoint.hub import bundled_model
 from roundwise.core.act_order import permuted_columns
+from roundwise.core.backends.dispatch import choose_backend
+from roundwise.core.grid import GridSpec
 from roundwise.core.hessian import Hessian
 from roundwise.core.rounding import ColumnSweep
 from roundwise.core.solver import prepare_hessian
@@ -65,8 +67,9 @@ def round_only(W: torch.Tensor, H: torch.Tensor, config: rw.QuantizeConfig) -> C
     """Does what the published loop does, in our code: damping, factor, codes, scales and the loss."""
     prepared = prepare_hessian(H, config)
     columns = ColumnSweep(
-        permuted_columns(W, prepared.order.perm), prepared.factor, prepared.order, config, None
-    )
+        permuted_columns(W, prepared.order.perm), prepared.factor, prepared.order,
+        GridSpec.from_config(config), None, choose_backend(W),
+    )  # fmt: skip
     columns.round_all()
     return columns
 

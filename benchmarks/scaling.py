@@ -23,7 +23,13 @@ import torch
 from memory import SHAPES, write_model
 
 from roundwise.config import QuantizeConfig
-from roundwise.plan.cost_model import EFFICIENCY, BlockShapes, LinearShape, rate, work
+from roundwise.plan.cost_model import (
+    EFFICIENCY,
+    BlockShapes,
+    LinearShape,
+    measure_flops,
+    phase_flops,
+)
 from roundwise.run.resume import PACE
 from roundwise.system.device import HOST
 
@@ -92,7 +98,7 @@ def seconds_of_parts(
 ) -> dict[str, float]:
     """Returns the seconds of each part of a run on its slowest rank."""
     seconds: dict[str, float] = {}
-    for phase, flop in work(shapes, config, tokens=tokens, mode="true_sequential").items():
+    for phase, flop in phase_flops(shapes, config, tokens=tokens, mode="true_sequential").items():
         peak = (
             machine.model_flops
             if phase in ("forward", "hessian", "drift")
@@ -119,7 +125,7 @@ def seconds_of_parts(
 def print_estimate(config: QuantizeConfig) -> None:
     """Prints the tables of docs/scaling.md."""
     torch.set_num_threads(1)
-    rates = [rate(dtype, HOST) for dtype in (torch.bfloat16, torch.float32)]
+    rates = [measure_flops(dtype, HOST) for dtype in (torch.bfloat16, torch.float32)]
     core = Machine("one core, measured", *rates, 2e9, 1e9, 64, 1e9)
     print(
         f"one core: {core.model_flops / 1e9:.0f} GFLOPS bfloat16, {core.float32_flops / 1e9:.0f} float32"

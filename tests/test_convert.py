@@ -1,4 +1,4 @@
-"""Conversion is exact, and refuses what cannot be said."""
+"""Conversion is exact, and refuses what the target format cannot express."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_dense_weights_are_the_decoded_ones(name, desc_act, quantized, tmp_path)
 
 
 def test_in_many_shards_with_an_index(quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SHARD", 20_000)
+    monkeypatch.setattr(module, "SHARD_BYTES", 20_000)
     source = quantized("llama", recipe="textbook")
     convert(source, tmp_path / "dense", "dense")
     checkpoint = Checkpoint(tmp_path / "dense")
@@ -67,7 +67,7 @@ def test_in_many_shards_with_an_index(quantized, tmp_path, monkeypatch):
 
 
 def test_a_zero_point_of_0_is_refused_for_v1(copy_of, tmp_path):
-    folder = copy_of("llama")  # with a weight that is nowhere negative
+    folder = copy_of("llama")  # with a weight that has no negative value
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
     tensors[name] = tensors[name].abs()
@@ -81,13 +81,13 @@ def test_a_zero_point_of_0_is_refused_for_v1(copy_of, tmp_path):
     assert not (tmp_path / "v1" / "config.json").exists()
 
 
-def test_what_is_refused(quantized, llama, tmp_path, commands):
+def test_invalid_arguments_are_refused(quantized, llama, tmp_path, commands):
     source = quantized("llama", recipe="textbook")
     with pytest.raises(ConfigError, match="use gptq, gptq_v2, compressed-tensors, dense"):
         convert(source, tmp_path / "out", "awq")
-    with pytest.raises(ConfigError, match="--dtype is for"):
+    with pytest.raises(ConfigError, match="--dtype is only for --to dense"):
         convert(source, tmp_path / "out", "gptq", dtype=torch.float16)
-    with pytest.raises(OutputError, match="holds something"):
+    with pytest.raises(OutputError, match="is not empty"):
         convert(source, llama, "gptq")
     ended = commands.run("convert", llama, tmp_path / "out", "--to", "dense")
     assert ended.code == 2

@@ -1,4 +1,4 @@
-"""The audit finds every change to a finished checkpoint, and passes one that nobody touched."""
+"""The audit finds every change to a finished checkpoint, and passes an unchanged one."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ FLIPS = 200
 
 @pytest.fixture
 def out(quantized: Callable[..., Path], tmp_path: Path) -> Path:
-    """A finished checkpoint of its own, to be damaged."""
+    """A copy of a finished checkpoint that a test may damage."""
     return Path(shutil.copytree(quantized("llama"), tmp_path / "out"))
 
 
 @pytest.fixture
 def anonymous(out: Path) -> Path:
-    """The same without roundwise.json: as another tool would have left it."""
+    """The same without roundwise.json, as another tool would write it."""
     (out / "roundwise.json").unlink()
     return out
 
 
 def changed(file: Path, tensor: str, change: Callable[[torch.Tensor], None]) -> None:
-    """Changes one tensor of a safetensors file, header and all else as they were."""
+    """Changes one tensor of a safetensors file and nothing else."""
     tensors = load_file(file)
     change(tensors[tensor])
     save_file(tensors, file, metadata={"format": "pt"})
@@ -60,13 +60,13 @@ def test_a_fresh_checkpoint_passes(
 
 
 def test_every_flipped_bit_is_found(out: Path) -> None:
-    moments = random.Random(30)
+    generator = random.Random(30)
     shards = sorted(out.glob("*.safetensors"))
     for _ in range(FLIPS):
-        shard = moments.choice(shards)
+        shard = generator.choice(shards)
         before = shard.read_bytes()
         data = bytearray(before)
-        data[moments.randrange(len(data))] ^= 1 << moments.randrange(8)
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
         shard.write_bytes(data)
         assert any(shard.name in failure for failure in audit(out).failures)
         shard.write_bytes(before)
@@ -74,9 +74,7 @@ def test_every_flipped_bit_is_found(out: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
-def test_a_manifest_that_names_files_outside_is_found_and_not_followed(
-    name: str, out: Path
-) -> None:
+def test_a_manifest_that_names_files_outside_the_folder_is_refused(name: str, out: Path) -> None:
     with edited_json(out / "roundwise.json") as manifest:
         manifest["files"][name] = "0" * 64
     assert any(f"{name!r} is not in the folder" in failure for failure in audit(out).failures)
@@ -114,7 +112,7 @@ def test_swapped_scales_are_found_by_their_hash(out: Path) -> None:
 
 
 def test_swapped_scales_are_found_by_the_weight_error_too(out: Path, llama: Path) -> None:
-    # Even if the hash in the manifest were made to fit.
+    # Even if the manifest has the hash of the changed file.
     shard = next(out.glob("*-00001-*"))
     changed(shard, "model.layers.0.mlp.up_proj.scales", swap)
     with edited_json(out / "roundwise.json") as manifest:
@@ -128,7 +126,7 @@ def test_swapped_scales_are_found_by_the_weight_error_too(out: Path, llama: Path
 
 
 class TestWithoutManifest:
-    """Against the model it was made from."""
+    """A checkpoint without a manifest is compared with its original."""
 
     NAME = "model.layers.0.mlp.up_proj"
 

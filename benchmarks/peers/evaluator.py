@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peers.reader import Dense, read_dense
-from roundwise.config import CalibrationConfig
 from roundwise.calibration.dataset import load_calibration
 from roundwise.calibration.sources import read_text
+from roundwise.config import CalibrationConfig
 from roundwise.evaluation.divergence import divergence
 
 SAMPLES, LENGTH = 128, 512
@@ -67,9 +67,11 @@ class Evaluator:
 
     def windows(self, seed: int) -> list[list[int]]:
         """Returns the calibration windows of a seed, the same for every tool."""
-        drawn = load_calibration(
-            self.calibration, self.tokenizer, CalibrationConfig(samples=SAMPLES, seq_len=LENGTH, batch_size=SAMPLES, seed=seed))  # fmt: skip
-        ids = [window for batch in drawn.batches for window in batch.input_ids.tolist()]
+        config = CalibrationConfig(
+            samples=SAMPLES, seq_len=LENGTH, batch_size=SAMPLES, seed=seed
+        )  # fmt: skip
+        calibration = load_calibration(self.calibration, self.tokenizer, config)
+        ids = [window for batch in calibration.batches for window in batch.input_ids.tolist()]
         if [len(window) for window in ids] != [LENGTH] * SAMPLES:
             raise SystemExit(f"{self.calibration} does not give {SAMPLES} windows of {LENGTH}")
         return ids

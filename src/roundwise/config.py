@@ -77,7 +77,7 @@ class Settings(BaseModel):
 
 
 class CalibrationConfig(Settings):
-    """How calibration text becomes batches of token windows. Immutable."""
+    """Settings for turning calibration text into batches of token windows. Immutable."""
 
     samples: Annotated[int, Panel.CALIBRATION] = Field(
         128, description="Number of calibration windows."
@@ -93,17 +93,18 @@ class CalibrationConfig(Settings):
     )
     only: Annotated[str | None, Panel.CALIBRATION] = Field(
         None,
-        description="assistant: fit only to what the assistant wrote in chats; the rest is context.",
+        description="Part of chats to fit to: assistant (only what the assistant wrote; the rest is "
+        "context); default: all of it.",
     )
 
 
 class RunConfig(Settings):
-    """How a run is carried out; only `mode` and `device` change its result. Immutable."""
+    """Settings of carrying out a run; only `mode` and `device` change its result. Immutable."""
 
     mode: Annotated[Mode | None, Panel.MEMORY] = Field(
         None,
-        description="true_sequential: each layer sees already quantized predecessors in its block; "
-        "block: all layers of a block at once, in less memory (default: chosen by memory).",
+        description="Order of work in a block: true_sequential (each layer sees already quantized "
+        "predecessors) or block (all layers at once, in less memory); default: chosen by memory.",
     )
     max_memory: Annotated[int | str | None, Panel.MEMORY] = Field(
         None, description="Memory budget, such as 8GB; a run that needs more reports it."
@@ -121,7 +122,7 @@ class RunConfig(Settings):
 
 
 class QuantizeConfig(Settings):
-    """How to quantize. Immutable; equal configs give equal checkpoints.
+    """Settings of quantization. Immutable; equal configs give equal checkpoints.
 
     Raises `ConfigError` on construction when a value is invalid. References: GPTQ is Frantar et al.,
     2022 (arXiv 2210.17323); act-order and static groups come with its reference implementation.
@@ -153,13 +154,13 @@ class QuantizeConfig(Settings):
     )
     method: Annotated[Method, Panel.RECIPE] = Field(
         "gptq",
-        description="gptq; awq: activation-aware scales, then round to nearest on searched grids; "
-        "rtn: round to nearest, the baseline.",
+        description="Quantization method: gptq; awq (activation-aware scales, then round to nearest on "
+        "searched grids); rtn (round to nearest, the baseline).",
     )
     prescale: Annotated[Prescale, Panel.RECIPE] = Field(
         "none",
-        description="awq: before quantizing, scale input channels with large activations up and the "
-        "norm in front of them down; the model computes the same function. none: no scaling.",
+        description="Scaling before quantizing: none; awq (input channels with large activations are "
+        "scaled up and the norm in front of them down; the model computes the same function).",
     )
     format: Annotated[Format, Panel.FORMAT] = Field(
         "gptq",
@@ -183,7 +184,7 @@ class QuantizeConfig(Settings):
         8,
         ge=1,
         le=64,
-        description="Grids per group that are tried, by the true loss after rounding.",
+        description="Candidate grids per group, compared by their true loss after rounding.",
     )
     alpha: Annotated[float, Panel.RECIPE] = Field(
         1.0,
@@ -256,10 +257,9 @@ class QuantizeConfig(Settings):
         Panel.FORMAT,
         Flags(
             {
-                "--override": "Other settings for modules whose name matches, as "
+                "--override": "Settings of modules whose name matches, such as "
                 "'REGEX=bits:8,group_size:32'; can be repeated.",
-                "--skip": "Regular expression: modules whose name matches are not quantized; can be "
-                "repeated.",
+                "--skip": "Regular expression of modules that are not quantized; can be repeated.",
             }
         ),
     ] = Field(
@@ -314,7 +314,9 @@ class QuantizeConfig(Settings):
     @model_validator(mode="after")
     def _target_needs_activations(self) -> QuantizeConfig:
         if self.method == "rtn" and self.target_bpw is not None:
-            raise ValueError("target_bpw needs activations, which rtn does not use: use method=gptq")
+            raise ValueError(
+                "target_bpw needs activations, which rtn does not use: use method=gptq"
+            )
         return self
 
     @model_validator(mode="after")

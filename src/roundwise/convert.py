@@ -1,6 +1,6 @@
-"""From one checkpoint format to another, shard by shard: the same numbers, written otherwise.
+"""Converts a quantized checkpoint to another format, shard by shard, with the same codes and scales.
 
-A quantized checkpoint in either format, and the tensors of what it is turned into.
+Sources are GPTQ checkpoints (v1 or v2) and compressed-tensors ones; targets are both, and dense.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from roundwise.checkpoint import compressed_tensors
 from roundwise.checkpoint.compressed_tensors import PackedLayer
 from roundwise.checkpoint.gptq_format import (
     SUFFIXES,
+    LayerSettings,
     QuantizedLayer,
     check_shape,
     config_from_settings,
@@ -35,153 +36,260 @@ from roundwise.checkpoint.writer import copy_file, write_json, write_safetensors
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import QuantizedWeight, pack
 from roundwise.errors import ConfigError, OutputError
-from roundwise.model.build import build, dtype_of, load_config
-from roundwise.model.expert_weights import FusedExperts, fused_experts
+from roundwise.model.build import build, config_dtype, load_config
+from roundwise.model.expert_weights import FusedExpertTensor, fused_expert_tensors
 
 Target = Literal["gptq", "gptq_v2", "compressed-tensors", "dense"]
 TARGETS: tuple[Target, ...] = ("gptq", "gptq_v2", "compressed-tensors", "dense")
-#: New tensors of a layer, by suffix.
+#: Returns a layer's tensors in the target format, by suffix.
 Encoder = Callable[[QuantizedWeight], dict[str, torch.Tensor]]
-#: Bytes of a shard of the result, about: what is in memory at a time.
-SHARD = 1 << 30
+#: Approximate bytes of a shard of the result; one shard is in memory at a time.
+SHARD_BYTES = 1 << 30
 
 
 def convert(source: Path, out: Path, to: Target, *, dtype: torch.dtype | None = None) -> Path:
     """Writes a quantized checkpoint in another format.
 
     Args:
-        source: folder of a quantized checkpoint, by any tool: GPTQ, or compressed-tensors.
+        source: folder of a quantized checkpoint of any tool, in GPTQ or compressed-tensors format.
         out: new or empty folder.
-        to: gptq (v1), gptq_v2, compressed-tensors (pack-quantized), or dense: dequantized, a plain
-            checkpoint.
-        dtype: of dequantized weights; None: what the model computes in.
+        to: gptq (v1), gptq_v2, compressed-tensors (pack-quantized), or dense (a plain checkpoint with
+            dequantized weights).
+        dtype: dtype of dequantized weights; None: that of the model's config.
 
     Returns:
         The folder `out`; its config.json is written last.
 
     Raises:
         CheckpointError: the source is in neither format, or damaged.
-        ConfigError: what the source holds cannot be said in the target's format.
-        OutputError: `out` holds something.
+        ConfigError: the target's format cannot express the source, or an argument is invalid.
+        OutputError: `out` is not empty.
+        StorageError: the disk is full or failed.
     """
     if to not in TARGETS:
         raise ConfigError(f"--to {to!r} is not supported: use {', '.join(TARGETS)}")
     if dtype is not None and to != "dense":
-        raise ConfigError("--dtype is for --to dense: codes and scales stay as they are")
+        raise ConfigError("--dtype is only for --to dense: codes and scales keep their types")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} already holds something: give an empty or new folder")
+        raise OutputError(f"{out} is not empty: choose an empty or new folder")
     checkpoint = Checkpoint(source)
-    found = open_source(checkpoint)
+    quantized = open_quantized(checkpoint)
     settings: dict[str, Any] | None = None
     if to == "dense":
-        dtype = dtype or dtype_of(checkpoint.config) or torch.float16
-        pieces = list(_dense(checkpoint, found, dtype))
-    elif to == compressed_tensors.METHOD:
-        pieces, settings = _as_compressed(checkpoint, found)
-    elif found.version is not None:
-        pieces = list(_zeros_as(checkpoint, found, to))
-        settings = {**found.settings, "quant_method": "gptq", "checkpoint_format": to}
+        dtype = dtype or config_dtype(checkpoint.config) or torch.float16
+        tensors = list(_to_dense(checkpoint, quantized, dtype))
+    elif to == "compressed-tensors":
+        tensors, settings = _to_compressed_tensors(checkpoint, quantized)
+    elif quantized.checkpoint_format is not None:
+        tensors = list(_rewrite_zero_points(checkpoint, quantized, to))
+        settings = {**quantized.settings, "quant_method": "gptq", "checkpoint_format": to}
     else:
-        assert to != "compressed-tensors"
-        pieces, settings = _as_gptq(checkpoint, found, to)
+        tensors, settings = _to_gptq(checkpoint, quantized, to)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out, pieces)
+    _write_shards(out, tensors)
     for path in checkpoint.side_files():
         copy_file(path, out / path.name)
     config = {**checkpoint.config}
     config.pop("quantization_config", None)
     if settings is not None:
         config["quantization_config"] = settings
-        if to != compressed_tensors.METHOD:
+        if to != "compressed-tensors":
             write_json(out / "quantize_config.json", settings)
     write_json(out / "config.json", config)
     return out
 
 
-def _model(checkpoint: Checkpoint) -> PreTrainedModel:
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of the result that is computed only when its shard is written."""
+
+    name: str
+    nbytes: int
+    """Approximate size, for dividing tensors into shards."""
+    compute: Callable[[], torch.Tensor | TensorInfo]
+    """Returns the tensor, or the location of one that is copied byte for byte."""
+
+    def read(self) -> torch.Tensor:
+        """Computes the tensor, or reads it from its file."""
+        tensor = self.compute()
+        return tensor.read() if isinstance(tensor, TensorInfo) else tensor
+
+
+def copied_tensor(name: str, info: TensorInfo) -> LazyTensor:
+    """Returns the lazy tensor that is copied byte for byte from its file."""
+    return LazyTensor(name, info.nbytes, lambda: info)
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """The quantized layers of a checkpoint in GPTQ or compressed-tensors format."""
+
+    settings: dict[str, Any]
+    """Its quantization_config."""
+    checkpoint_format: str | None
+    """gptq or gptq_v2; None: compressed-tensors."""
+    layers: dict[str, QuantizedLayer | PackedLayer]
+    """Layers by name."""
+
+    def read(self, name: str) -> QuantizedWeight:
+        """Returns a layer's codes, scales and zero points.
+
+        Raises:
+            CheckpointError: the layer's tensors contradict each other.
+            ConfigError: float16 cannot represent its scales exactly (compressed-tensors only).
+        """
+        layer = self.layers[name]
+        return (
+            layer.read(self.checkpoint_format or "gptq")
+            if isinstance(layer, QuantizedLayer)
+            else layer.read()
+        )
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Returns (out_features, in_features) of a layer; reads no codes.
+
+        Raises:
+            CheckpointError: the shapes of the layer's tensors contradict each other.
+        """
+        layer = self.layers[name]
+        if isinstance(layer, PackedLayer):
+            return layer.shape()
+        return layer.tensors["scales"].shape[1], layer.in_features()
+
+    def replace_layers(
+        self, checkpoint: Checkpoint, convert_layer: Callable[[str], Iterable[LazyTensor]]
+    ) -> Iterator[LazyTensor]:
+        """Yields all tensors of the checkpoint, with those of the quantized layers replaced.
+
+        Args:
+            checkpoint: the checkpoint that the layers belong to.
+            convert_layer: returns the new tensors of a layer, from its name; called once per layer.
+        """
+        layer_of = {
+            f"{name}.{suffix}": name
+            for name, layer in self.layers.items()
+            for suffix in layer.tensors
+        }
+        converted = set()
+        for name, info in checkpoint.tensors.items():
+            if name not in layer_of:
+                yield copied_tensor(name, info)
+            elif layer_of[name] not in converted:
+                converted.add(layer_of[name])
+                yield from convert_layer(layer_of[name])
+
+
+def open_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
+    """Returns the quantized layers of a checkpoint in GPTQ or compressed-tensors format.
+
+    Raises:
+        CheckpointError: it is in neither format, or damaged.
+        ConfigError: more than weights is quantized.
+    """
+    settings = checkpoint.config.get("quantization_config")
+    if isinstance(settings, dict) and settings.get("quant_method") == compressed_tensors.METHOD:
+        return QuantizedCheckpoint(settings, None, {**compressed_tensors.packed_layers(checkpoint)})
+    settings = read_quantization_config(checkpoint)
+    layers = {layer.name: layer for layer in quantized_layers(checkpoint)}
+    return QuantizedCheckpoint(settings, settings.get("checkpoint_format", "gptq"), {**layers})
+
+
+def _build_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Returns the model of a checkpoint on the meta device, with transformers' own modules."""
     with limit_module_count(len(checkpoint.tensors)):
         return build(load_config(checkpoint), torch.float32)
 
 
-def _transposed_layers(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the layers whose weights are stored the other way around."""
+def _conv1d_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Returns the names of the Conv1D layers, whose weights are stored as [in, out]."""
     return tuple(name for name, module in model.named_modules() if isinstance(module, Conv1D))
 
 
-def _left(model: PreTrainedModel, source: Source) -> list[str]:
-    """Linear layers that are not quantized; the files may know them without the model's prefix."""
+def _unquantized_linears(model: PreTrainedModel, quantized: QuantizedCheckpoint) -> list[str]:
+    """Returns the names of linear layers that are not quantized.
+
+    The files may have a layer's name without the prefix of the base model.
+    """
     base = f"{model.base_model_prefix}."
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not {name, name.removeprefix(base)} & {*source.layers}
+        if isinstance(module, nn.Linear)
+        and not {name, name.removeprefix(base)} & {*quantized.layers}
     ]
 
 
-def _encoded(
-    source: Source, name: str, tensors: Encoder, suffixes: Sequence[str]
-) -> Iterator[Piece]:
-    """A layer's new tensors; what is made for the first of them serves the others."""
-    nbytes = sum(part.nbytes for part in source.layers[name].parts.values())
-    made: dict[str, torch.Tensor] = {}
+def _encode_layer(
+    quantized: QuantizedCheckpoint, name: str, encoder: Encoder, suffixes: Sequence[str]
+) -> Iterator[LazyTensor]:
+    """Yields a layer's tensors in the target format; the first one computed computes them all.
 
-    def make(suffix: str) -> torch.Tensor:
-        if not made:
-            made.update(tensors(source.read(name)))
-        return made.pop(suffix)
+    Args:
+        quantized: the source.
+        name: name of the layer.
+        encoder: returns the layer's tensors by suffix.
+        suffixes: the suffixes.
+    """
+    nbytes = sum(info.nbytes for info in quantized.layers[name].tensors.values())
+    encoded: dict[str, torch.Tensor] = {}
+
+    def compute(suffix: str) -> torch.Tensor:
+        if not encoded:
+            encoded.update(encoder(quantized.read(name)))
+        return encoded.pop(suffix)
 
     for suffix in suffixes:
-        yield Piece(f"{name}.{suffix}", nbytes // len(suffixes), partial(make, suffix))
+        yield LazyTensor(f"{name}.{suffix}", nbytes // len(suffixes), partial(compute, suffix))
 
 
-def _as_compressed(checkpoint: Checkpoint, source: Source) -> tuple[list[Piece], dict[str, Any]]:
-    """The tensors of a compressed-tensors checkpoint, and its settings."""
-    model = _model(checkpoint)
-    transposed = _transposed_layers(model)
+def _to_compressed_tensors(
+    checkpoint: Checkpoint, quantized: QuantizedCheckpoint
+) -> tuple[list[LazyTensor], dict[str, Any]]:
+    """Returns the tensors of a compressed-tensors checkpoint and its quantization_config."""
+    model = _build_model(checkpoint)
+    conv1d_names = _conv1d_names(model)
     schemes: dict[str, compressed_tensors.Scheme] = {}
-    for name in source.layers:
-        if any(path.endswith(name) for path in transposed):
-            raise ConfigError(f"{name} is a Conv1D, which compressed-tensors does not know")
-        schemes[name] = compressed_tensors.scheme_of(name, source.read(name))
+    for name in quantized.layers:
+        if any(path.endswith(name) for path in conv1d_names):
+            raise ConfigError(f"{name} is a Conv1D, which compressed-tensors does not support")
+        schemes[name] = compressed_tensors.scheme_from_weight(name, quantized.read(name))
 
-    def pieces(name: str) -> Iterator[Piece]:
+    def convert_layer(name: str) -> Iterator[LazyTensor]:
         sym = schemes[name].sym
-        return _encoded(
-            source,
-            name,
-            partial(compressed_tensors.encode, sym=sym),
-            compressed_tensors.parts_of(sym),
-        )
+        encoder = partial(compressed_tensors.encode, sym=sym)
+        return _encode_layer(quantized, name, encoder, compressed_tensors.suffixes(sym=sym))
 
-    settings = compressed_tensors.quantization_config(schemes, _left(model, source))
-    return list(source.replaced(checkpoint, pieces)), settings
+    settings = compressed_tensors.quantization_config(
+        schemes, _unquantized_linears(model, quantized)
+    )
+    return list(quantized.replace_layers(checkpoint, convert_layer)), settings
 
 
-def _as_gptq(
-    checkpoint: Checkpoint, source: Source, to: Literal["gptq", "gptq_v2"]
-) -> tuple[list[Piece], dict[str, Any]]:
-    """The tensors of a GPTQ checkpoint made from a compressed-tensors one, and its settings."""
-    kinds: dict[str, dict[str, Any]] = {}
-    for name in source.layers:
-        q = source.read(name)
-        kinds[name] = settings_from_weight(q)
-        settings = QuantizeConfig(bits=q.bits, group_size=kinds[name]["group_size"])
-        check_shape(name, *source.shape(name), settings)
-        _check_zeros(name, q, to)
+def _to_gptq(
+    checkpoint: Checkpoint, quantized: QuantizedCheckpoint, to: Literal["gptq", "gptq_v2"]
+) -> tuple[list[LazyTensor], dict[str, Any]]:
+    """Returns tensors and quantization_config of a GPTQ checkpoint from a compressed-tensors one."""
+    layers: dict[str, LayerSettings] = {}
+    for name in quantized.layers:
+        q = quantized.read(name)
+        layers[name] = settings_from_weight(q)
+        config = QuantizeConfig(bits=q.bits, group_size=layers[name].group_size)
+        check_shape(name, *quantized.shape(name), config)
+        _check_zero_points(name, q, to)
 
-    def pieces(name: str) -> Iterator[Piece]:
-        settings = QuantizeConfig(bits=kinds[name]["bits"], format=to)
-        return _encoded(source, name, partial(encode, config=settings), SUFFIXES)
+    def convert_layer(name: str) -> Iterator[LazyTensor]:
+        config = QuantizeConfig(bits=layers[name].bits, format=to)
+        return _encode_layer(quantized, name, partial(encode, config=config), SUFFIXES)
 
-    model = _model(checkpoint)
+    model = _build_model(checkpoint)
     head = "lm_head"
-    left = [name for name in _left(model, source) if name != head]
-    settings_of = config_from_settings(kinds, to, left, lm_head=head in source.layers)
-    return list(source.replaced(checkpoint, pieces)), settings_of
+    unquantized = [name for name in _unquantized_linears(model, quantized) if name != head]
+    settings = config_from_settings(layers, to, unquantized, lm_head=head in quantized.layers)
+    return list(quantized.replace_layers(checkpoint, convert_layer)), settings
 
 
-def _check_zeros(name: str, q: QuantizedWeight, to: str) -> None:
-    """Raises ConfigError for what v1 cannot say."""
+def _check_zero_points(name: str, q: QuantizedWeight, to: str) -> None:
+    """Raises ConfigError for a zero point of 0 in a v1 file."""
     if to == "gptq" and bool((q.zeros == 0).any()):
         raise ConfigError(
             f"{name} has a zero point of 0, which v1 stores as -1 and readers take for "
@@ -189,150 +297,82 @@ def _check_zeros(name: str, q: QuantizedWeight, to: str) -> None:
         )
 
 
-def _dense(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> Iterator[Piece]:
-    """Dequantized weights in place of codes; everything else byte for byte.
+def _to_dense(
+    checkpoint: Checkpoint, quantized: QuantizedCheckpoint, dtype: torch.dtype
+) -> Iterator[LazyTensor]:
+    """Yields the tensors of a dense checkpoint: weights in place of codes, all others unchanged.
 
-    Experts are joined again where transformers reads them in no other way.
+    Experts are fused again if transformers reads them only fused.
     """
-    model = _model(checkpoint)
-    pieces = {piece.name: piece for piece in _apart(model, checkpoint, source, dtype)}
-    for joint in fused_experts(model, checkpoint, {*source.layers}):
-        members = {name: pieces.pop(name) for names in joint.members for name in names}
-
+    model = _build_model(checkpoint)
+    tensors = {t.name: t for t in _dequantize_layers(model, checkpoint, quantized, dtype)}
+    for fused in fused_expert_tensors(model, quantized.layers):
+        members = {name: tensors.pop(name) for names in fused.members for name in names}
         nbytes = sum(member.nbytes for member in members.values())
-        pieces[joint.name] = Piece(joint.name, nbytes, partial(_join, joint, members))
-    yield from pieces.values()
+        tensors[fused.name] = LazyTensor(fused.name, nbytes, partial(_fuse, fused, members))
+    yield from tensors.values()
 
 
-def _join(joint: FusedExperts, members: dict[str, Piece]) -> torch.Tensor:
-    return joint.make(lambda name: members[name].read())
+def _fuse(fused: FusedExpertTensor, members: dict[str, LazyTensor]) -> torch.Tensor:
+    """Returns the fused tensor of some members."""
+    return fused.assemble(lambda name: members[name].read())
 
 
-def _apart(
-    model: PreTrainedModel, checkpoint: Checkpoint, source: Source, dtype: torch.dtype
-) -> Iterator[Piece]:
-    """The tensors of a dense checkpoint, experts one by one."""
-    transposed = _transposed_layers(model)
+def _dequantize_layers(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    quantized: QuantizedCheckpoint,
+    dtype: torch.dtype,
+) -> Iterator[LazyTensor]:
+    """Yields the checkpoint's tensors with a dequantized weight per layer; experts stay separate."""
+    conv1d_names = _conv1d_names(model)
 
-    def pieces(name: str) -> Iterator[Piece]:
-        rows, columns = source.shape(name)
+    def convert_layer(name: str) -> Iterator[LazyTensor]:
+        rows, columns = quantized.shape(name)
 
-        def dequantized() -> torch.Tensor:
-            W = source.read(name).dequantize(dtype)
-            return W.T.contiguous() if any(path.endswith(name) for path in transposed) else W
+        def dequantize() -> torch.Tensor:
+            W = quantized.read(name).dequantize(dtype)
+            return W.T.contiguous() if any(path.endswith(name) for path in conv1d_names) else W
 
-        yield Piece(f"{name}.weight", rows * columns * dtype.itemsize, dequantized)
+        yield LazyTensor(f"{name}.weight", rows * columns * dtype.itemsize, dequantize)
 
-    return source.replaced(checkpoint, pieces)
+    return quantized.replace_layers(checkpoint, convert_layer)
 
 
-def _zeros_as(checkpoint: Checkpoint, source: Source, to: str) -> Iterator[Piece]:
-    """Zero points as version `to` stores them; everything else byte for byte."""
+def _rewrite_zero_points(
+    checkpoint: Checkpoint, quantized: QuantizedCheckpoint, to: str
+) -> Iterator[LazyTensor]:
+    """Yields the tensors of a GPTQ checkpoint with zero points as version `to` stores them."""
     for name, info in checkpoint.tensors.items():
-        stem, _, suffix = name.rpartition(".")
-        if stem not in source.layers or suffix != "qzeros" or source.version == to:
-            yield as_is(name, info)
+        layer_name, _, suffix = name.rpartition(".")
+        unchanged = quantized.checkpoint_format == to
+        if layer_name not in quantized.layers or suffix != "qzeros" or unchanged:
+            yield copied_tensor(name, info)
             continue
 
-        def rewritten(stem: str = stem) -> torch.Tensor:
-            q = source.read(stem)
-            _check_zeros(stem, q, to)
+        def compute(layer_name: str = layer_name) -> torch.Tensor:
+            q = quantized.read(layer_name)
+            _check_zero_points(layer_name, q, to)
             zeros = (q.zeros - 1) & (2**q.bits - 1) if to == "gptq" else q.zeros
             return pack(zeros, q.bits).T.contiguous()
 
-        yield Piece(name, info.nbytes, rewritten)
+        yield LazyTensor(name, info.nbytes, compute)
 
 
-def _write(out: Path, pieces: list[Piece]) -> None:
-    """All pieces in shards of about SHARD bytes, and their index."""
-    numbers, filled, total = [], 0, 0
-    for piece in pieces:
-        filled += piece.nbytes
-        numbers.append((filled - 1) // SHARD if filled else 0)
-    count = len(set(numbers))
+def _write_shards(out: Path, tensors: list[LazyTensor]) -> None:
+    """Writes all tensors in shards of about `SHARD_BYTES`, and the index of several shards."""
+    shard_numbers, nbytes, total = [], 0, 0
+    for tensor in tensors:
+        nbytes += tensor.nbytes
+        shard_numbers.append((nbytes - 1) // SHARD_BYTES if nbytes else 0)
+    count = len(set(shard_numbers))
     weight_map: dict[str, str] = {}
-    shards = groupby(zip(numbers, pieces, strict=True), key=lambda pair: pair[0])
+    shards = groupby(zip(shard_numbers, tensors, strict=True), key=lambda pair: pair[0])
     for index, (_, shard) in enumerate(shards):
         file = SINGLE_FILE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-        tensors = {piece.name: piece.make() for _, piece in shard}
-        write_safetensors(out / file, tensors)
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
+        computed = {tensor.name: tensor.compute() for _, tensor in shard}
+        write_safetensors(out / file, computed)
+        weight_map |= dict.fromkeys(computed, file)
+        total += sum(tensor.nbytes for tensor in computed.values())
     if count > 1:
         write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor of the result; made when it is its turn."""
-
-    name: str
-    nbytes: int
-    """About."""
-    make: Callable[[], torch.Tensor | TensorInfo]
-
-    def read(self) -> torch.Tensor:
-        """The tensor, in memory."""
-        made = self.make()
-        return made.read() if isinstance(made, TensorInfo) else made
-
-
-def as_is(name: str, info: TensorInfo) -> Piece:
-    """A tensor byte for byte."""
-    return Piece(name, info.nbytes, lambda: info)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A quantized checkpoint in either format."""
-
-    settings: dict[str, Any]
-    version: str | None
-    """gptq or gptq_v2; None: compressed-tensors."""
-    layers: dict[str, QuantizedLayer | PackedLayer]
-
-    def read(self, name: str) -> QuantizedWeight:
-        """A layer's codes, scales and zero points."""
-        layer = self.layers[name]
-        return (
-            layer.read(self.version or "gptq")
-            if isinstance(layer, QuantizedLayer)
-            else layer.read()
-        )
-
-    def shape(self, name: str) -> tuple[int, int]:
-        """A layer's output and input channels."""
-        layer = self.layers[name]
-        if isinstance(layer, PackedLayer):
-            return layer.shape()
-        return layer.tensors["scales"].shape[1], layer.in_features()
-
-    def replaced(
-        self, checkpoint: Checkpoint, make: Callable[[str], Iterable[Piece]]
-    ) -> Iterator[Piece]:
-        """All tensors of the checkpoint: those of a layer as `make` has them, others as they are."""
-        owner = {
-            f"{name}.{part}": name for name, layer in self.layers.items() for part in layer.tensors
-        }
-        begun = set()
-        for name, info in checkpoint.tensors.items():
-            if name not in owner:
-                yield as_is(name, info)
-            elif owner[name] not in begun:
-                begun.add(owner[name])
-                yield from make(owner[name])
-
-
-def open_source(checkpoint: Checkpoint) -> Source:
-    """The layers of a checkpoint in whichever format it is.
-
-    Raises:
-        CheckpointError: it is in neither, or damaged.
-        ConfigError: more than weights is quantized.
-    """
-    settings = checkpoint.config.get("quantization_config")
-    if isinstance(settings, dict) and settings.get("quant_method") == compressed_tensors.METHOD:
-        return Source(settings, None, {**compressed_tensors.packed_layers(checkpoint)})
-    settings = read_quantization_config(checkpoint)
-    layers = {layer.name: layer for layer in quantized_layers(checkpoint)}
-    return Source(settings, settings.get("checkpoint_format", "gptq"), {**layers})

@@ -1,9 +1,10 @@
-"""From text, chats, strings or token ids to windows; and what is said when there is too little."""
+"""Windows and batches from text, chats, strings or token ids; warnings and issues."""
 
 from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roundwise.calibration.dataset import Calibration, load_calibration, shares
+from roundwise.calibration.dataset import (
+    Calibration,
+    load_calibration,
+    split_by_weight,
+    unique_share,
+)
 from roundwise.config import CalibrationConfig
 from roundwise.errors import CalibrationError
 from tests.helpers import windows
@@ -23,7 +29,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor
 
 
 class Letters:
-    """A tokenizer with one token per character: what becomes of a text can be read off."""
+    """A tokenizer with one token per character, so that expected windows are easy to read."""
 
     eos_token_id: int | None = 0
     chat_template: str | None = None
@@ -83,7 +89,7 @@ class TestText:
         places = sorted(text.index(text_of(row)) for row in found)
         assert all(after - before >= 13 for before, after in pairwise(places))
 
-    def test_the_seed_decides_and_nothing_else(self, counted: Path) -> None:
+    def test_only_the_seed_decides(self, counted: Path) -> None:
         first = load(str(counted), seed=1)
         random.seed(99)
         torch.manual_seed(99)
@@ -93,17 +99,17 @@ class TestText:
         assert again.record.as_json() == first.record.as_json()
         assert rows(other) != rows(first)
         assert other.record.sha256 != first.record.sha256
-        # The generator is private: nobody else's random numbers change.
+        # The generator is private: the global random state does not change.
         assert random.getstate() == state[0]
         assert torch.equal(torch.get_rng_state(), state[1])
 
-    def test_a_text_shorter_than_a_window_is_the_window(self, tmp_path: Path) -> None:
+    def test_a_text_shorter_than_a_window_is_one_window(self, tmp_path: Path) -> None:
         (tmp_path / "short.txt").write_text("short")
         found = load(str(tmp_path / "short.txt"))
         assert [text_of(row) for row in rows(found)] == ["short"]
         assert (found.record.samples, found.record.tokens) == (1, 5)
 
-    def test_a_long_text_is_not_tokenized_whole(self, tmp_path: Path) -> None:
+    def test_a_long_text_is_not_tokenized_completely(self, tmp_path: Path) -> None:
         (tmp_path / "long.txt").write_text("".join(f"{n:07} " for n in range(1 << 20)))
         seen = 0
 
@@ -116,7 +122,7 @@ class TestText:
         found = load(str(tmp_path / "long.txt"), Counting(), samples=64)
         assert len(rows(found)) == 64
         assert seen <= 2 << 20
-        # … but its pieces come from all over it.
+        # The pieces come from the whole text.
         places = [int(text_of(row).split()[-1][:4] or 0) for row in rows(found)]
         assert places
         assert rows(load(str(tmp_path / "long.txt"), samples=64)) == rows(found)
@@ -178,18 +184,18 @@ class TestPythonList:
         assert sorted(rows(found)) == [[1, 2, 3], [4, 5, 6], [7, 8]]
         assert found.record.tokens == 8
 
-    def test_what_a_tokenizer_returns(self, tiny: Path) -> None:
+    def test_output_of_a_tokenizer(self, tiny: Path) -> None:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
         encoded = tokenizer("import os", return_tensors="pt")
         assert rows(load([encoded])) == [encoded["input_ids"][0].tolist()]
 
-    def test_long_items_are_cut_and_surplus_ones_left_out(self) -> None:
+    def test_long_items_are_cut_and_surplus_ones_dropped(self) -> None:
         found = load(windows(6, length=25), samples=4, seq_len=10)
         assert rows(found) == [row[:10] for row in windows(6, length=25)[:4]]
 
-    def test_empty_items_are_left_out(self) -> None:
+    def test_empty_items_are_dropped(self) -> None:
         assert rows(load([[], [5, 6], ""])) == [[5, 6]]
 
     @settings(max_examples=40, deadline=None)
@@ -203,64 +209,66 @@ class TestPythonList:
         assert found.record.tokens == sum(lengths)
         assert all(len(batch.input_ids) <= batch_size for batch in found.batches)
         for batch in found.batches:
-            padded = len(set(map(len, rows(Calibration([batch], 0, 0, ""))))) > 1
+            padded = len(set(map(len, rows(replace(found, batches=[batch]))))) > 1
             assert (batch.mask is not None) == padded
             if batch.mask is not None:  # on the right
                 assert torch.equal(batch.mask, batch.mask.sort(dim=1, descending=True).values)
 
 
 class TestWarnings:
-    def said(self, source: Any, **changes: Any) -> str:
+    def warnings_of(self, source: Any, **changes: Any) -> str:
         return "\n".join(load(source, **changes).warnings)
 
     @pytest.fixture
     def plenty(self) -> list[list[int]]:
         return windows(128, length=16)
 
-    def test_enough_is_not_commented_on(self, plenty: list[list[int]]) -> None:
-        assert self.said(plenty, samples=128, seq_len=16, widest=2048) == ""
+    def test_enough_text_gives_no_warning(self, plenty: list[list[int]]) -> None:
+        assert self.warnings_of(plenty, samples=128, seq_len=16, widest=2048) == ""
 
     def test_fewer_tokens_than_channels(self, plenty: list[list[int]]) -> None:
-        said = self.said(plenty, samples=128, seq_len=16, widest=2049)
-        assert "2048 calibration tokens are fewer than the 2049 input channels" in said
+        warnings = self.warnings_of(plenty, samples=128, seq_len=16, widest=2049)
+        assert "2048 calibration tokens are fewer than the 2049 input channels" in warnings
 
     def test_few_samples(self, plenty: list[list[int]]) -> None:
-        said = self.said(plenty[:127], samples=127, seq_len=16)
-        assert said == "127 calibration samples: 128 or more are advised"
+        warnings = self.warnings_of(plenty[:127], samples=127, seq_len=16)
+        assert warnings == "127 calibration samples: 128 or more are advised"
 
     @pytest.mark.parametrize(("distinct", "warned"), [(1, True), (60, True), (70, False)])
     def test_repetition(self, distinct: int, warned: bool, plenty: list[list[int]]) -> None:
         items = [plenty[i % distinct] for i in range(128)]
-        said = self.said(items, samples=128, seq_len=16)
-        assert ("mostly repetition" in said) == warned
+        warnings = self.warnings_of(items, samples=128, seq_len=16)
+        assert ("mostly repetition" in warnings) == warned
 
     def test_repetition_in_a_text(self, tmp_path: Path) -> None:
         (tmp_path / "rows.txt").write_text("all work and no play " * 2000)
-        assert "mostly repetition" in self.said(str(tmp_path / "rows.txt"), samples=128, seq_len=40)
+        assert "mostly repetition" in self.warnings_of(
+            str(tmp_path / "rows.txt"), samples=128, seq_len=40
+        )
 
 
-class TestNotAsAsked:
-    """Where a text gives less than was asked for, or more than is used."""
+class TestIssues:
+    """The text has less than was requested, or more than is used."""
 
-    def test_all_as_asked(self) -> None:
-        assert load(windows(6, length=16), samples=6, seq_len=16).not_as_asked == []
+    def test_none(self) -> None:
+        assert load(windows(6, length=16), samples=6, seq_len=16).not_as_asked == ()
 
     def test_fewer_windows(self, counted: Path) -> None:
         found = load(windows(6, length=16), samples=9, seq_len=16)
-        assert found.not_as_asked == ["the calibration text gives only 6 of 9 windows"]
+        assert found.not_as_asked == ("the calibration text gives only 6 of 9 windows",)
         assert "gives only" in load(str(counted), samples=10**6).not_as_asked[0]
 
     def test_more_items(self) -> None:
         found = load(windows(6, length=16), samples=4, seq_len=16)
-        assert found.not_as_asked == ["only the first 4 of 6 calibration items are used: samples"]
+        assert found.not_as_asked == ("only the first 4 of 6 calibration items are used: samples",)
 
     def test_longer_items(self) -> None:
         rows = [*windows(2, length=16), *windows(1, length=17)]
         found = load(rows, samples=3, seq_len=16)
-        assert found.not_as_asked == ["1 of 3 calibration items are cut to seq_len=16 tokens"]
+        assert found.not_as_asked == ("1 of 3 calibration items are cut to seq_len=16 tokens",)
 
 
-def test_the_description_tells_calibrations_apart(counted: Path) -> None:
+def test_records_of_different_calibrations_differ(counted: Path) -> None:
     base = load(str(counted)).record.as_json()
     assert base["source"] == "numbers.txt"
     assert base == load(str(counted)).record.as_json()
@@ -270,13 +278,15 @@ def test_the_description_tells_calibrations_apart(counted: Path) -> None:
     assert load(str(counted)).record.as_json() != base
 
 
-def test_the_place_of_the_file_does_not_matter(counted: Path, tmp_path: Path) -> None:
+def test_the_record_does_not_depend_on_the_folder_of_the_file(
+    counted: Path, tmp_path: Path
+) -> None:
     (tmp_path / "elsewhere").mkdir()
     moved = counted.rename(tmp_path / "elsewhere" / counted.name)
     assert str(tmp_path) not in json.dumps(load(str(moved)).record.as_json())
 
 
-def test_a_mixture_takes_windows_as_the_weights_say(tiny: Path, tmp_path: Path) -> None:
+def test_a_mixture_follows_its_weights(tiny: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     (tmp_path / "a.txt").write_text("alpha " * 4000)
@@ -297,13 +307,20 @@ def test_a_mixture_takes_windows_as_the_weights_say(tiny: Path, tmp_path: Path) 
     assert again.record.sha256 == found.record.sha256
 
 
-def test_shares_add_up() -> None:
-    assert shares(10, [0.5, 0.25, 0.25]) == [5, 3, 2]
-    assert shares(128, [1.0]) == [128]
-    assert shares(3, [0.98, 0.01, 0.01]) == [3, 1, 1]
+def test_split_by_weight() -> None:
+    assert split_by_weight(10, [0.5, 0.25, 0.25]) == [5, 3, 2]
+    assert split_by_weight(128, [1.0]) == [128]
+    assert split_by_weight(3, [0.98, 0.01, 0.01]) == [3, 1, 1]
 
 
-class TestWhatCannotBeTokens:
+def test_unique_share() -> None:
+    distinct, repeated = [*range(64)], [1, 2, 3, 4, 5, 6, 7, 8] * 4
+    assert unique_share([distinct]) == 1.0
+    assert unique_share([repeated]) == 0.25
+    assert unique_share([[1, 2]]) == 1.0
+
+
+class TestDocumentsThatCannotBeTokenized:
     @pytest.fixture
     def tokenizer(self, tiny: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(tiny)
@@ -326,6 +343,6 @@ class TestWhatCannotBeTokens:
         with pytest.raises(CalibrationError, match=r"a chat of .*\(roles must alternate\).*hello"):
             self.read(tmp_path, chat, tokenizer)
 
-    def test_json_nested_without_end(self, tokenizer: Any, tmp_path: Path) -> None:
-        with pytest.raises(CalibrationError, match="line 2 is no JSON"):
+    def test_json_nested_too_deeply(self, tokenizer: Any, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match="line 2 is not valid JSON"):
             self.read(tmp_path, '{"text": ' + "[" * 100_000, tokenizer)

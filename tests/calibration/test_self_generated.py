@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself."""
+"""Calibration text that the model generates itself."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def tokenizer(tiny: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(tiny)
 
 
-def test_windows_are_drawn_from_the_model(tiny: Path, tokenizer: Any) -> None:
+def test_windows_are_sampled_from_the_model(tiny: Path, tokenizer: Any) -> None:
     before = torch.get_rng_state()
     windows = generate_windows(Checkpoint(tiny), tokenizer, CalibrationConfig(**SETTINGS, seed=3))
     assert torch.equal(before, torch.get_rng_state())
     assert [len(window) for window in windows] == [24] * 5
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    assert {window[0] for window in windows} == {start}
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    assert {window[0] for window in windows} == {begin}
     assert len({tuple(window) for window in windows}) == 5
     assert windows == generate_windows(
         Checkpoint(tiny), tokenizer, CalibrationConfig(**SETTINGS, seed=3)
@@ -38,12 +38,12 @@ def test_windows_are_drawn_from_the_model(tiny: Path, tokenizer: Any) -> None:
     assert windows != generate_windows(
         Checkpoint(tiny), tokenizer, CalibrationConfig(**SETTINGS, seed=4)
     )
-    # To the model they are text: far more likely than tokens drawn at random.
+    # The model finds them far more likely than random tokens.
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval()
-    drawn = torch.tensor(windows)
-    noise = torch.randint(4096, drawn.shape, generator=torch.Generator().manual_seed(0))
+    generated = torch.tensor(windows)
+    noise = torch.randint(4096, generated.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        losses = [float(model(input_ids=ids, labels=ids).loss) for ids in (drawn, noise)]
+        losses = [float(model(input_ids=ids, labels=ids).loss) for ids in (generated, noise)]
     assert losses[0] < losses[1] - 3
 
 
@@ -59,7 +59,7 @@ def test_no_text_is_needed(tiny: Path, tmp_path: Path, commands: Any) -> None:
     assert again.json["same"] is True
 
 
-def test_beside_other_texts(tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_mixed_with_other_texts(tiny: Path, text: Path, tmp_path: Path) -> None:
     result = rw.quantize(
         tiny, tmp_path, rw.QuantizeConfig(recipe="textbook"), f"self:0.5,{text}:0.5",
         samples=8, seq_len=32, batch_size=4,
@@ -67,7 +67,7 @@ def test_beside_other_texts(tiny: Path, text: Path, tmp_path: Path) -> None:
     assert result.layers[0]["tokens"] == 8 * 32
 
 
-def test_who_writes_no_text(
+def test_models_that_cannot_generate_are_refused(
     tiny: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = transformers.BertConfig(
@@ -75,8 +75,8 @@ def test_who_writes_no_text(
         intermediate_size=128,
     )  # fmt: skip
     transformers.BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(CalibrationError, match="BertModel writes no text"):
+    with pytest.raises(CalibrationError, match="BertModel cannot generate text"):
         generate_windows(Checkpoint(tmp_path), tokenizer, CalibrationConfig(**SETTINGS, seed=0))
     monkeypatch.setattr(self_generated, "available_memory", lambda _: 1000)
-    with pytest.raises(CalibrationError, match="must be in memory"):
+    with pytest.raises(CalibrationError, match="must fit into memory"):
         generate_windows(Checkpoint(tiny), tokenizer, CalibrationConfig(**SETTINGS, seed=0))

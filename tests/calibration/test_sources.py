@@ -1,4 +1,4 @@
-"""Named sources: files, Python's own library, public data sets."""
+"""Sources of text: files, folders, Python's standard library, public data sets, mixtures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from roundwise.calibration.sources import MAX_DOCUMENTS, mixture, read_documents, read_text
+from roundwise.calibration.sources import MAX_DOCUMENTS, parse_mixture, read_documents, read_text
 from roundwise.errors import CalibrationError
 
 
@@ -33,7 +33,7 @@ class TestPythonStdlib:
         assert not calibration & held_out
         assert 15 < len(calibration) / len(held_out) < 25
 
-    def test_it_is_the_library_and_not_what_was_installed(
+    def test_installed_packages_are_not_part_of_it(
         self, parts: tuple[list[Any], list[Any]]
     ) -> None:
         everything = {*parts[0], *parts[1]}
@@ -42,7 +42,7 @@ class TestPythonStdlib:
         assert Path(pytest.__file__).read_text(encoding="utf-8") not in everything
         assert sum(map(len, parts[0])) > 5_000_000
 
-    def test_evaluation_reads_the_part_held_out(self, parts: tuple[list[Any], list[Any]]) -> None:
+    def test_evaluation_reads_the_held_out_part(self, parts: tuple[list[Any], list[Any]]) -> None:
         assert read_text("python-stdlib") == "\n".join(parts[1])
 
 
@@ -58,7 +58,7 @@ class TestFiles:
             "one", [{"role": "user", "content": "hi"}],
         ]  # fmt: skip
 
-    def test_a_line_separator_inside_a_string_ends_no_line(self, tmp_path: Path) -> None:
+    def test_a_line_separator_inside_a_string_does_not_end_the_line(self, tmp_path: Path) -> None:
         # U+2028 may stand in JSON as it is; only a newline ends a line.
         (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two"}\n', encoding="utf-8")
         assert read_documents(str(tmp_path / "a.jsonl")) == ["one\u2028two"]
@@ -72,7 +72,7 @@ class TestFiles:
         with pytest.raises(CalibrationError, match="holds chats"):
             read_text(str(tmp_path / "a.jsonl"))
 
-    def test_an_unknown_name_lists_what_there_is(self) -> None:
+    def test_an_unknown_name_lists_the_known_ones(self) -> None:
         with pytest.raises(
             CalibrationError, match=r"python-stdlib, wikitext2, c4, ptb, github-code, or NAME:SPLIT"
         ):
@@ -104,7 +104,7 @@ class TestDataSets:
             ("me/mine:dev:text", False, ("me/mine", None, "dev")),
         ],
     )
-    def test_what_is_asked_for(
+    def test_the_data_set_and_split_that_are_loaded(
         self, source: str, held_out: bool, asked: tuple[Any, ...], datasets: Any
     ) -> None:
         calls: list[tuple[Any, ...]] = []
@@ -118,7 +118,7 @@ class TestDataSets:
         assert read_documents(source, held_out=held_out) == ["one"]
         assert calls == [asked]
 
-    def test_no_more_is_read_than_needed(self, datasets: Any) -> None:
+    def test_only_as_much_is_read_as_needed(self, datasets: Any) -> None:
         taken = 0
 
         def rows(*_: Any, **__: Any) -> Any:
@@ -130,7 +130,7 @@ class TestDataSets:
         datasets(rows)
         assert len(read_documents("c4")) == taken == MAX_DOCUMENTS
 
-    def test_a_column_that_is_not_there(self, datasets: Any) -> None:
+    def test_a_missing_column(self, datasets: Any) -> None:
         datasets(lambda *_, **__: [{"body": "x"}])
         with pytest.raises(CalibrationError, match="me/mine has no column 'text'"):
             read_documents("me/mine:train:text")
@@ -191,13 +191,13 @@ class TestSeveral:
         ],
     )
     def test_mixtures(self, source: str, expected: list[tuple[str, float]]) -> None:
-        assert mixture(source) == expected
+        assert parse_mixture(source) == expected
 
     def test_a_file_with_a_comma_in_its_name_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "a,b:1").write_text("x")
-        assert mixture(str(tmp_path / "a,b:1")) == [(str(tmp_path / "a,b:1"), 1.0)]
+        assert parse_mixture(str(tmp_path / "a,b:1")) == [(str(tmp_path / "a,b:1"), 1.0)]
 
     @pytest.mark.parametrize("source", ["a.txt:0.5,b.txt", "a.txt:0,b.txt:1", "a.txt:-1,b.txt:1"])
-    def test_weights_that_cannot_be(self, source: str) -> None:
+    def test_invalid_weights(self, source: str) -> None:
         with pytest.raises(CalibrationError, match="give every source a weight above 0"):
-            mixture(source)
+            parse_mixture(source)

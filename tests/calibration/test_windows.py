@@ -1,4 +1,4 @@
-"""Of chats, only the assistant's turns count: which tokens those are, and that no others do."""
+"""The assistant's tokens in chats, and batches in which only those count."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>\n{% generation %}{{ m.content }}"
     "<end>\n{% endgeneration %}{% else %}" + TURN + "{% endif %}{% endfor %}"
 )
-# Earlier answers lose what is long ago: as templates do that drop reasoning.
+# Renders earlier answers shorter, as templates do that drop reasoning.
 FORGETFUL = (
     "{% for m in messages %}{% if loop.last %}"
     + TURN
@@ -67,13 +67,13 @@ def test_the_answers_count(template: str, tokenizer: Any) -> None:
     assert tokenizer.decode(answers) == ANSWERS
 
 
-def test_a_template_that_forgets_is_refused(tokenizer: Any) -> None:
+def test_a_template_that_changes_earlier_turns_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = FORGETFUL
-    with pytest.raises(CalibrationError, match=r"turn 3 of a chat .* cannot be told"):
+    with pytest.raises(CalibrationError, match=r"turn 3 of a chat cannot be located"):
         assistant_tokens(CHAT, tokenizer)
 
 
-def test_batches_know_what_counts(tokenizer: Any, chats: Path) -> None:
+def test_only_answers_count_in_batches(tokenizer: Any, chats: Path) -> None:
     tokenizer.chat_template = PLAIN
     found = load_calibration(str(chats), tokenizer, CalibrationConfig(**SETTINGS, only="assistant"))
     every = load_calibration(str(chats), tokenizer, CalibrationConfig(**SETTINGS))
@@ -95,7 +95,7 @@ def test_batches_know_what_counts(tokenizer: Any, chats: Path) -> None:
         assert "function?" not in text
 
 
-def test_windows_without_an_answer_are_not_drawn(tokenizer: Any, tmp_path: Path) -> None:
+def test_windows_without_an_answer_are_not_sampled(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = PLAIN
     user = {"role": "user", "content": "x = 1\n" * 400}
     chat = [user, {"role": "assistant", "content": "y = 2"}, user]
@@ -112,9 +112,9 @@ def test_windows_without_an_answer_are_not_drawn(tokenizer: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("source", "only", "why"),
     [
-        ("text", "assistant", "is for chats, and the calibration holds a plain text"),
+        ("text", "assistant", "is for chats, but the calibration contains plain text"),
         ("chats", "user", "use assistant"),
-        ("list", "assistant", "a list holds no chats"),
+        ("list", "assistant", "a list of windows holds no chats"),
     ],
 )
 def test_refusals(
@@ -129,7 +129,7 @@ def test_refusals(
 def test_only_the_answers_are_fitted(
     tokenizer: Any, tiny: Path, chats: Path, tmp_path: Path
 ) -> None:
-    """What the first layers read depends on the token alone: the answers by themselves give the same."""
+    """The inputs of the first layers depend on the token only: the answers alone give the same."""
     tokenizer.chat_template = PLAIN
     tokenizer.save_pretrained(tiny)
     config = rw.QuantizeConfig(

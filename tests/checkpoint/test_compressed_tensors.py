@@ -1,4 +1,4 @@
-"""compressed-tensors: that library reads what we write and we what it writes; nothing is lost."""
+"""The compressed-tensors library reads what roundwise writes, and the reverse, without loss."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def scheme(bits: int, size: int, sym: bool) -> QuantizationScheme:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group_size", [32, -1])
-def test_there_and_back_is_exact(bits, sym, group_size, quantized, tmp_path):
+def test_conversion_and_back_is_exact(bits, sym, group_size, quantized, tmp_path):
     source = quantized(
         "llama", bits=bits, sym=sym, group_size=group_size, format="gptq_v2", recipe="textbook"
     )
@@ -70,15 +70,15 @@ def test_there_and_back_is_exact(bits, sym, group_size, quantized, tmp_path):
     assert old.keys() == new.keys()
     assert all(raw(old[name]) == raw(new[name]) for name in old)
     assert not audit(tmp_path / "back").failures
-    found = settings_of(tmp_path / "back")
-    assert (found["bits"], found["group_size"], found["sym"]) == (bits, group_size, sym)
+    settings = settings_of(tmp_path / "back")
+    assert (settings["bits"], settings["group_size"], settings["sym"]) == (bits, group_size, sym)
     convert(tmp_path / "packed", tmp_path / "dense", "dense", dtype=torch.float32)
     dense = tensors_of(tmp_path / "dense")
     assert all(torch.equal(dense[f"{name}.weight"], W) for name, W in decoded(source).items())
 
 
-# Not asymmetric ones: of those, transformers with this release of the library loads nobody's, not even
-# the library's own, because it expects zero points that are not packed.
+# Asymmetric checkpoints cannot be tested: transformers with this release of the library expects zero
+# points that are not packed, so it cannot load even those that the library wrote.
 @pytest.mark.parametrize("bits", [4, 8])
 def test_transformers_loads_it(bits, quantized, tmp_path):
     source = quantized("llama", bits=bits, group_size=32, format="gptq_v2", recipe="textbook")
@@ -94,15 +94,15 @@ def test_transformers_loads_it(bits, quantized, tmp_path):
         )
 
 
-def test_layers_of_several_kinds(quantized, tmp_path):
+def test_layers_with_different_settings(quantized, tmp_path):
     source = quantized(
         "llama", group_size=32, recipe="textbook", format="gptq_v2",
         dynamic={"down_proj": {"bits": 8}, r"0\.self_attn\.o_proj": None},
     )  # fmt: skip
     convert(source, tmp_path / "packed", "compressed-tensors")
-    found = settings_of(tmp_path / "packed")
-    assert found["ignore"] == ["lm_head", "model.layers.0.self_attn.o_proj"]
-    usual, other = found["config_groups"].values()
+    settings = settings_of(tmp_path / "packed")
+    assert settings["ignore"] == ["lm_head", "model.layers.0.self_attn.o_proj"]
+    usual, other = settings["config_groups"].values()
     assert (usual["weights"]["num_bits"], other["weights"]["num_bits"]) == (4, 8)
     assert other["targets"] == [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
     convert(tmp_path / "packed", tmp_path / "back", "gptq_v2")
@@ -117,7 +117,7 @@ def test_layers_of_several_kinds(quantized, tmp_path):
 
 @pytest.mark.parametrize("g_idx", [False, True])
 def test_what_the_library_writes_is_read(g_idx, llama, tmp_path):
-    """A folder as llm-compressor leaves it, its tensors made by the library, bfloat16 scales and all."""
+    """A folder as llm-compressor writes it, with tensors made by the library and bfloat16 scales."""
     tensors = load_file(llama / "model.safetensors")
     expected = {}
     for name in [n for n in tensors if n.endswith("_proj.weight")]:
@@ -153,7 +153,7 @@ def test_what_the_library_writes_is_read(g_idx, llama, tmp_path):
         ({"desc_act": True, "group_size": 32}, "desc_act=True"),
     ],
 )
-def test_what_cannot_be_said(settings, why, quantized, tmp_path):
+def test_unsupported_settings_are_refused(settings, why, quantized, tmp_path):
     source = quantized("llama", recipe="textbook", **settings)
     with pytest.raises(ConfigError, match=why):
         convert(source, tmp_path / "packed", "compressed-tensors")
@@ -176,7 +176,7 @@ def test_a_conv1d_is_refused(quantized, tmp_path):
         ),
     ],
 )
-def test_other_kinds_are_refused(changes, why, quantized, tmp_path):
+def test_unsupported_sources_are_refused(changes, why, quantized, tmp_path):
     source = quantized("llama", group_size=32, recipe="textbook")
     convert(source, tmp_path / "packed", "compressed-tensors")
     with edited_json(tmp_path / "packed" / "config.json") as config:
@@ -186,7 +186,7 @@ def test_other_kinds_are_refused(changes, why, quantized, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_shape"])
-def test_tensors_that_do_not_fit_together(part, quantized, tmp_path):
+def test_contradicting_shapes_are_refused(part, quantized, tmp_path):
     source = quantized("llama", group_size=32, recipe="textbook")
     convert(source, tmp_path / "packed", "compressed-tensors")
     file = tmp_path / "packed" / "model.safetensors"
@@ -198,7 +198,7 @@ def test_tensors_that_do_not_fit_together(part, quantized, tmp_path):
         convert(tmp_path / "packed", tmp_path / "out", "gptq")
 
 
-def test_other_commands_name_the_way(quantized, tmp_path, commands):
+def test_other_commands_suggest_to_convert_first(quantized, tmp_path, commands):
     source = quantized("llama", group_size=32, recipe="textbook")
     ended = commands.run("convert", source, tmp_path / "packed", "--to", "compressed-tensors")
     assert ended.code == 0, ended.stderr

@@ -40,11 +40,11 @@ def refusing(**changes) -> set[str]:
         ({"conflicting_module": "a.qkv_proj"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
     ],
 )
-def test_engines(changes, engines):
+def test_unsupported_settings_are_refused(changes, engines):
     assert refusing(**changes) == engines
 
 
-def test_one_layer_decides_for_the_model():
+def test_one_refused_layer_refuses_the_model():
     assert served_by([COMMON, replace(COMMON, bits=8)])["ExLlamaV2"] is not None
 
 

@@ -1,8 +1,11 @@
-"""The four tensors of a quantized weight: written and read back, to the bit."""
+"""Tensors and settings of the GPTQ format are written and read back exactly."""
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import roundwise as rw
-from roundwise.checkpoint.gptq_format import check_shape, decode, encode, quantization_config
+from roundwise.checkpoint.gptq_format import (
+    LayerSettings,
+    check_shape,
+    config_from_settings,
+    decode,
+    encode,
+    packed_bytes,
+    parse_dynamic_rules,
+    quantization_config,
+    quantized_layers,
+    read_quantization_config,
+    settings_from_weight,
+)
+from roundwise.checkpoint.reader import Checkpoint
+from roundwise.checkpoint.writer import write_safetensors
 from roundwise.errors import CheckpointError, ConfigError
 
 OUT, IN = 32, 96
@@ -24,7 +41,7 @@ def solved(seed: int, config: rw.QuantizeConfig) -> rw.QuantizedWeight:
 
 
 def code(words: torch.Tensor, index: int, bits: int) -> int:
-    """Code `index` of packed words, from the bit stream that FORMAT.md describes."""
+    """Code `index` of packed words, from the bit stream that docs/format.md describes."""
     stream = b"".join((int(word) & 0xFFFFFFFF).to_bytes(4, "little") for word in words)
     return int.from_bytes(stream, "little") >> (bits * index) & (2**bits - 1)
 
@@ -38,7 +55,7 @@ def code(words: torch.Tensor, index: int, bits: int) -> int:
     group_size=st.sampled_from([-1, 16, 32]),
     desc_act=st.booleans(),
 )
-def test_what_is_written_is_read(seed: int, **options: Any) -> None:
+def test_encode_and_decode_are_inverse(seed: int, **options: Any) -> None:
     config = rw.QuantizeConfig(**{"format": options.pop("version"), **options})
     q = solved(seed, config)
     back = decode(encode(q, config), config.format, "layer")
@@ -108,7 +125,7 @@ def test_sizes_that_cannot_be_stored(
         ((4, 16), {"bits": 8, "group_size": 8}),
     ],
 )
-def test_sizes_that_can(shape: tuple[int, int], options: dict[str, Any]) -> None:
+def test_sizes_that_can_be_stored(shape: tuple[int, int], options: dict[str, Any]) -> None:
     check_shape("a.layer", *shape, rw.QuantizeConfig(**options))
 
 
@@ -123,12 +140,10 @@ def test_g_idx_is_optional_and_checked() -> None:
             decode({**tensors, "g_idx": wrong}, "gptq", "layer")
 
 
-def test_overrides_are_written_as_readers_match_them() -> None:
+def test_overrides_are_written_for_readers_that_match_from_the_start() -> None:
     config = rw.QuantizeConfig(dynamic={"k_proj|v_proj": {"bits": 8}, r"layers\.0\.": None})
     dynamic = quantization_config(config, true_sequential=True)["dynamic"]
     assert dynamic == {"+:.*(?:k_proj|v_proj)": {"bits": 8}, r"-:.*(?:layers\.0\.)": {}}
-    import re
-
     for pattern in dynamic:
         assert re.match(pattern[2:], "model.layers.0.self_attn.v_proj")
 
@@ -138,18 +153,18 @@ def test_overrides_are_written_as_readers_match_them() -> None:
     [
         ({r"attn\.(q|k|v)_proj": {"group_size": 32}}, 32),
         ({r"attn\.(q|k|v)_proj": None}, None),
-        ({r"attn\.v_proj": {"group_size": 32}}, 128),  # nobody can join these
+        ({r"attn\.v_proj": {"group_size": 32}}, 128),  # members that differ are not fused
         ({"o_proj": {"group_size": 32}}, 128),
         ({}, 128),
     ],
 )
-def test_joined_layers_are_found_by_their_joint_name(
+def test_fused_layers_are_found_by_their_fused_name(
     dynamic: dict[str, Any], expected: int | None
 ) -> None:
-    """As vLLM looks them up: the first rule that matches from the start of the joint name."""
+    """vLLM uses the first rule that matches from the start of the fused name."""
     names = [f"model.layers.{i}.attn.{p}_proj" for i in range(2) for p in "qkvo"]
     config = rw.QuantizeConfig(group_size=128, dynamic=dynamic)
-    settings = quantization_config(config, true_sequential=True, names=names)
+    settings = quantization_config(config, true_sequential=True, linears=names)
 
     def looked_up(name: str) -> int | None:
         for rule, changes in settings.get("dynamic", {}).items():
@@ -161,3 +176,93 @@ def test_joined_layers_are_found_by_their_joint_name(
     for name in names:
         own = config.for_module(name)
         assert looked_up(name) == (None if own is None else own.group_size)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LayerSettings(bits=4, group_size=32, sym=True, desc_act=False),
+        LayerSettings(bits=3, group_size=-1, sym=True, desc_act=False),
+        LayerSettings(bits=8, group_size=16, sym=False, desc_act=True),
+    ],
+)
+def test_settings_are_inferred_from_a_weight(settings: LayerSettings) -> None:
+    q = solved(4, rw.QuantizeConfig(**{**asdict(settings), "format": "gptq_v2"}))
+    assert settings_from_weight(q) == settings
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_packed_bytes_are_those_of_the_tensors(bits: int, group_size: int) -> None:
+    config = rw.QuantizeConfig(bits=bits, group_size=group_size)
+    tensors = encode(solved(5, config), config)
+    assert packed_bytes(OUT, IN, config) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_the_most_common_settings_are_the_default() -> None:
+    usual = LayerSettings(bits=4, group_size=32, sym=True, desc_act=False)
+    wide = LayerSettings(bits=8, group_size=32, sym=True, desc_act=False)
+    layers = {
+        "0.q_proj": wide, "0.k_proj": wide, "0.v_proj": wide,
+        "0.o_proj": usual, "1.o_proj": usual, "2.o_proj": usual, "3.o_proj": usual,
+    }  # fmt: skip
+    config = config_from_settings(layers, "gptq_v2", ["0.fc", "1.fc"], lm_head=False)
+    assert {key: config[key] for key in asdict(usual)} == asdict(usual)
+    assert (config["checkpoint_format"], config["lm_head"]) == ("gptq_v2", False)
+    assert config["dynamic"] == {
+        r"-:.*\d+\.fc": {},
+        r"+:(?:0\.q_proj|0\.k_proj|0\.v_proj|0\.qkv_proj)$": asdict(wide),
+    }
+
+
+def test_rules_are_read_back_as_they_were_given() -> None:
+    dynamic: dict[str, Any] = {"k_proj|v_proj": {"bits": 8}, r"layers\.0\.": None}
+    config = rw.QuantizeConfig(dynamic=dynamic)
+    assert parse_dynamic_rules(quantization_config(config, true_sequential=True)) == dynamic
+    # Other tools' patterns match from the start of the name.
+    assert parse_dynamic_rules({"dynamic": {"+:model": {"bits": 2}, "-:lm": {}}}) == {
+        "^(?:model)": {"bits": 2},
+        "^(?:lm)": None,
+    }
+    assert parse_dynamic_rules({}) == {}
+
+
+class TestCheckpoint:
+    """Layers and settings of a checkpoint in the format."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        config = rw.QuantizeConfig(bits=3, group_size=32)
+        tensors = {f"a.fc.{key}": value for key, value in encode(solved(6, config), config).items()}
+        write_safetensors(tmp_path / "model.safetensors", {**tensors, "a.norm": torch.ones(4)})
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "quantize_config.json").write_text('{"bits": 3, "group_size": 32}')
+        return tmp_path
+
+    def test_layers_are_found_by_their_tensors(self, folder: Path) -> None:
+        (layer,) = quantized_layers(Checkpoint(folder))
+        assert (layer.name, layer.bits(), layer.in_features()) == ("a.fc", 3, IN)
+        q = solved(6, rw.QuantizeConfig(bits=3, group_size=32))
+        assert torch.equal(layer.read("gptq").dequantize(), q.dequantize())
+
+    def test_a_layer_without_scales(self, folder: Path) -> None:
+        checkpoint = Checkpoint(folder)
+        del checkpoint.tensors["a.fc.scales"]
+        with pytest.raises(CheckpointError, match=r"a\.fc lacks scales"):
+            list(quantized_layers(checkpoint))
+
+    def test_the_settings_of_older_tools_are_read(self, folder: Path) -> None:
+        assert read_quantization_config(Checkpoint(folder)) == {"bits": 3, "group_size": 32}
+
+    @pytest.mark.parametrize(
+        ("method", "says"),
+        [
+            ("awq", "is quantized with awq, not in the GPTQ format"),
+            ("compressed-tensors", "run `roundwise convert --to gptq` first"),
+        ],
+    )
+    def test_other_methods(self, method: str, says: str, folder: Path) -> None:
+        settings = {"quantization_config": {"quant_method": method}}
+        (folder / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(CheckpointError, match=says):
+            read_quantization_config(Checkpoint(folder))

@@ -1,4 +1,4 @@
-"""A file is whole under its name, or not there; its bytes depend on its tensors alone."""
+"""A file is complete or does not exist; its bytes depend only on its tensors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.helpers import Stop, raw
 
 def some_tensors() -> dict[str, torch.Tensor]:
     return {
-        "turned": torch.arange(12.0).reshape(3, 4).T,
-        "none": torch.empty(0, 5),
-        "one": torch.tensor(3),
+        "transposed": torch.arange(12.0).reshape(3, 4).T,
+        "empty": torch.empty(0, 5),
+        "scalar": torch.tensor(3),
         **{name: (torch.arange(7) % 2).to(dtype) for name, dtype in DTYPES.items()},
     }
 
@@ -40,7 +40,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
-def test_tensors_on_the_disk_are_copied_byte_for_byte(tmp_path: Path) -> None:
+def test_stored_tensors_are_copied_byte_for_byte(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "a.safetensors", some_tensors())
     write_safetensors(tmp_path / "b.safetensors", read_header(tmp_path / "a.safetensors"))
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -65,7 +65,7 @@ def test_an_error_leaves_the_old_file(error: BaseException, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_rename_that_is_not_durable_does_not_count(
+def test_a_file_whose_rename_was_not_flushed_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_rename_that_is_not_durable_does_not_count(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_first_error_is_told_even_if_nothing_can_be_removed(
+def test_the_first_error_is_reported_even_if_removing_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: int) -> None:
@@ -113,7 +113,7 @@ def test_a_failed_write_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_content_is_on_the_disk_before_it_has_its_name(
+def test_content_is_flushed_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []

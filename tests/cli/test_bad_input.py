@@ -119,7 +119,7 @@ class TestModel:
     ) -> None:
         self.shard(model)
         (model / "model-00002-of-00002.safetensors").unlink()
-        refused(quantize(), "lacks model-00002-of-00002.safetensors, named in its index")
+        refused(quantize(), "lacks model-00002-of-00002.safetensors, which its index names")
 
     @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", ""])
     def test_the_index_points_outside_the_folder(
@@ -145,7 +145,7 @@ class TestModel:
         tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(64, 64)
         save_file(tensors, model / SINGLE_FILE)
         refused(
-            quantize(), "model.layers.1.mlp.up_proj.weight has shape [64, 64]", "asks for [96, 64]"
+            quantize(), "model.layers.1.mlp.up_proj.weight has shape [64, 64]", "requires [96, 64]"
         )
 
     def test_unknown_architecture(self, quantize: Callable[..., Ended], model: Path) -> None:
@@ -159,7 +159,7 @@ class TestModel:
 
     def test_no_causal_language_model(self, quantize: Callable[..., Ended], model: Path) -> None:
         (model / "config.json").write_text('{"model_type": "t5"}')
-        refused(quantize(), "t5 is no causal language model")
+        refused(quantize(), "t5 is not a causal language model")
 
     def test_no_repeated_blocks(self, quantize: Callable[..., Ended], model: Path) -> None:
         with edited_json(model / "config.json") as config:
@@ -212,7 +212,7 @@ class TestSettings:
             (["--format", "ggml"], ["format='ggml' is not supported"]),
             (["--order", "best"], ["order='best' is not supported"]),
             (["--mode", "fast"], ["mode='fast' is not supported"]),
-            (["--max-memory", "much"], ["'much' is no size"]),
+            (["--max-memory", "much"], ["'much' is not a size"]),
             (["--override", "q_proj"], ["--override 'q_proj'", "REGEX=bits:8"]),
             (["--override", "(=bits:8"], ["'(' is not a regular expression"]),
             (["--override", "q_proj=bits:7"], ["bits=7 is not supported"]),
@@ -257,7 +257,7 @@ class TestCalibrationText:
             ("empty.txt", b"", "holds no text"),
             ("blank.txt", b" \n\t\n", "holds no text"),
             ("latin.txt", "naïve".encode("latin-1"), "is not UTF-8 text (byte 2)"),
-            ("cut.jsonl", b'{"text": "one"}\n{"text": \n', "line 2 is no JSON"),
+            ("cut.jsonl", b'{"text": "one"}\n{"text": \n', "line 2 is not valid JSON"),
             ("other.jsonl", b'{"body": "one"}\n', "line 1 has neither a `text` nor `messages`"),
             ("list.jsonl", b"[1, 2]\n", "line 1 has neither"),
             ("empty.jsonl", b"\n", "holds no text"),
@@ -294,7 +294,7 @@ class TestCalibrationText:
         save_file(tensors, model / SINGLE_FILE, metadata={"format": "pt"})
         with edited_json(model / "config.json") as config:
             config["vocab_size"] = 100
-        refused(quantize(), "the model knows 100: is it another model's tokenizer?")
+        refused(quantize(), "vocabulary has 100 tokens: is it another model's tokenizer?")
 
     def test_a_model_without_tokenizer(self, quantize: Callable[..., Ended], model: Path) -> None:
         for file in model.glob("tokenizer*"):

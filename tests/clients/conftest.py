@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import roundwise
-from roundwise.inference.serving.vllm import computes_on_this_cpu
+from roundwise.inference.serving.vllm import supports_this_cpu
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -115,7 +115,7 @@ def vllm(tmp_path: Path, windows: NDArray[np.int64]) -> Client:
 @pytest.fixture(scope="session")
 def vllm_kernels() -> None:
     """Skips what asks vLLM for a quantized layer where it has no kernel for the processor."""
-    if not computes_on_this_cpu():
+    if not supports_this_cpu():
         pytest.skip("vLLM's kernels for quantized layers on CPUs need AVX-512")
 
 

@@ -1,9 +1,10 @@
-"""Slow, obvious, float64: what the fast code is held against.
+"""Slow, obvious, float64: the fast code is tested against this.
 
-`gptq` is algorithm 1 of Frantar et al. 2022 one column at a time, with the Cholesky factor of H⁻¹ and
-errors pushed forward. `obq` is Optimal Brain Quantization (Frantar & Alistarh 2022) with its greedy
-order, one row at a time, updating H⁻¹ after each weight. Neither shares code with the package but the
-processing order, which is tested on its own.
+`gptq` is algorithm 1 of Frantar et al. 2022, one column at a time, with the Cholesky factor of H⁻¹ and
+errors pushed forward. `gptq_in_order` is the same for any processing order and any grid, and says where
+rounding is a tie. `obq` is Optimal Brain Quantization (Frantar & Alistarh 2022) with its greedy order,
+one row at a time, updating H⁻¹ after each weight. None shares code with the package but the processing
+order, which has tests of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,27 @@ from dataclasses import dataclass
 import torch
 
 from roundwise.core.act_order import ColumnOrder
+
+
+def gptq(
+    W: torch.Tensor, H: torch.Tensor, *, bits: int, group_size: int, damp_percent: float = 0.01
+) -> torch.Tensor:
+    """GPTQ as published, on symmetric min-max grids: returns Q [out, in] for W [out, in]."""
+    W, H, Q = W.double().clone(), H.double(), torch.zeros_like(W, dtype=torch.float64)
+    maxq, zero = 2**bits - 1, 2 ** (bits - 1)
+    damping = damp_percent * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    # Row j of C: how the columns from j on best answer to an error in column j.
+    C = torch.linalg.cholesky(torch.linalg.inv(H + damping), upper=True)
+    for j in range(W.shape[1]):
+        if j % group_size == 0:
+            # The grid of a group covers its weights as the columns before it have changed them.
+            largest = W[:, j : j + group_size].abs().amax(dim=1)
+            scale = (2 * largest / maxq).to(torch.float16).double()
+        code = ((W[:, j] / scale).round() + zero).clamp(0, maxq)
+        Q[:, j] = scale * (code - zero)
+        error = (W[:, j] - Q[:, j]) / C[j, j]
+        W[:, j + 1 :] -= torch.outer(error, C[j, j + 1 :])
+    return Q
 
 
 @dataclass
@@ -47,7 +69,7 @@ def damped(H: torch.Tensor, damp: float) -> torch.Tensor:
     return H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
 
 
-def gptq(
+def gptq_in_order(
     W: torch.Tensor,
     H: torch.Tensor,
     order: ColumnOrder,
@@ -58,13 +80,13 @@ def gptq(
     min_zero: int = 1,
     fixed: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> OracleResult:
-    """Algorithm 1; `fixed`: scale and zero [out, groups] known beforehand."""
+    """`gptq` in any order and on any grid; `fixed`: scale and zero [out, groups] known beforehand."""
     maxq = 2**bits - 1
     rows, width = W.shape
     perm = order.perm
     W = W.double()[:, perm].clone()
     Hinv = torch.linalg.inv(damped(H, damp)[perm][:, perm])
-    Hinv = torch.linalg.cholesky((Hinv + Hinv.T) / 2, upper=True)
+    C = torch.linalg.cholesky((Hinv + Hinv.T) / 2, upper=True)
     codes = torch.zeros(rows, width, dtype=torch.int64)
     Q, margin = torch.zeros_like(W), torch.zeros_like(W)
     groups = int(order.group.max()) + 1
@@ -82,8 +104,8 @@ def gptq(
         margin[:, j] = 0.5 - (x - x.round()).abs()
         codes[:, j] = (x.round() + z).clamp(0, maxq).long()
         Q[:, j] = s * (codes[:, j] - z)
-        error = (W[:, j] - Q[:, j]) / Hinv[j, j]
-        W[:, j + 1 :] -= torch.outer(error, Hinv[j, j + 1 :])
+        error = (W[:, j] - Q[:, j]) / C[j, j]
+        W[:, j + 1 :] -= torch.outer(error, C[j, j + 1 :])
     back = torch.argsort(perm)
     return OracleResult(codes[:, back], Q[:, back], margin[:, back])
 

@@ -15,7 +15,7 @@ from roundwise.core.activation_scales import (
     round_searched,
     search_scales,
 )
-from roundwise.core.grid import minmax
+from roundwise.core.grid import GridSpec, minmax
 from roundwise.core.solver import round_to_nearest, solve
 from roundwise.errors import SingularError
 
@@ -132,7 +132,7 @@ class TestRoundSearched:
         config = CONFIG.merged({"grid": "minmax"})
         q, plain = round_searched(W, H, config), round_to_nearest(W, config)
         assert torch.equal(q.codes, plain.codes)
-        assert torch.equal(q.scales[:, 0].float(), minmax(W[:, :32], 15, sym=True).scale)
+        assert torch.equal(q.scales[:, 0].float(), minmax(W[:, :32], GridSpec(4, sym=True)).scale)
 
     def test_reports_what_it_lost(self) -> None:
         W, H = layer()

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from roundwise.core.grid import MIN_SCALE, decode, encode, minmax, round_to_float16
+from roundwise import QuantizeConfig
+from roundwise.core.grid import (
+    MIN_SCALE,
+    GridSpec,
+    decode,
+    encode,
+    minmax,
+    round_to_float16,
+)
 from roundwise.errors import NumericalError
 
 
@@ -18,7 +26,7 @@ def test_every_weight_is_within_a_step(bits: int, sym: bool, min_zero: int, shif
     W = shift + torch.rand(
         16, 64, generator=torch.Generator().manual_seed(bits), dtype=torch.float64
     )
-    grid = minmax(W, maxq, sym=sym, min_zero=min_zero)
+    grid = minmax(W, GridSpec(bits, sym, min_zero))
     assert torch.equal(grid.scale, grid.scale.half().double())
     codes = encode(W.T, grid, maxq)
     assert codes.min() >= 0
@@ -35,12 +43,12 @@ def test_every_weight_is_within_a_step(bits: int, sym: bool, min_zero: int, shif
 
 def test_zero_is_always_on_the_grid() -> None:
     W = torch.tensor([[0.5, 1.0], [-2.0, -1.0]])
-    grid = minmax(W, 15, sym=False)
+    grid = minmax(W, GridSpec(4, sym=False))
     assert (decode(encode(torch.zeros(1, 2), grid, 15), grid) == 0).all()
 
 
 def test_a_group_of_zeros_has_a_scale() -> None:
-    grid = minmax(torch.zeros(2, 8), 15, sym=True)
+    grid = minmax(torch.zeros(2, 8), GridSpec(4, sym=True))
     assert (grid.scale > 0).all()
 
 
@@ -49,3 +57,21 @@ def test_scales_fit_float16() -> None:
     for value in (1e6, float("nan"), float("inf")):
         with pytest.raises(NumericalError, match="does not fit float16"):
             round_to_float16(torch.tensor([value]))
+
+
+def test_the_rules_of_a_grid_follow_the_settings() -> None:
+    spec = GridSpec.from_config(QuantizeConfig(bits=3, positive_scales=True, grid_candidates=5))
+    assert (spec.bits, spec.maxq, spec.sym, spec.min_zero) == (3, 7, True, 1)
+    assert (spec.flip_sign, spec.search, spec.keep) == (False, "pivot", 5)
+    textbook = GridSpec.from_config(QuantizeConfig(sym=False, grid="minmax", grid_candidates=5))
+    # Without a search there is one candidate.
+    assert (textbook.min_zero, textbook.flip_sign, textbook.keep) == (0, True, 1)
+
+
+def test_a_search_weighs_errors_by_pivots_or_alike() -> None:
+    D = torch.tensor([1.0, 3.0])
+    assert GridSpec(4, sym=True, search="pivot").error_weights(D) is D
+    weights = GridSpec(4, sym=True, search="mse").error_weights(D)
+    assert weights is not None
+    assert weights.tolist() == [1.0, 1.0]
+    assert GridSpec(4, sym=True, search="minmax").error_weights(D) is None

@@ -1,4 +1,4 @@
-"""Rows that make up for each other: the loss weighed by B falls, and without B nothing changes."""
+"""Rows answer to each other's errors: the loss weighed by B falls, and without B nothing changes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def weighed(E: torch.Tensor, H: torch.Tensor, B: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "settings", [{}, {"sym": False}, {"desc_act": True}, {"recipe": "textbook"}]
 )
-def test_errors_that_count_together_are_fewer(bits, settings):
+def test_the_weighed_loss_falls(bits, settings):
     W, H, B = problem()
     config = rw.QuantizeConfig(bits=bits, group_size=32, **settings)
-    alone, coupled = solve(W, H, config), solve(W, H, config, outputs=B)
-    target_shift = [weighed(W - q.dequantize(torch.float64), H, B) for q in (alone, coupled)]
-    assert target_shift[1] < 0.8 * target_shift[0]
-    assert coupled.relative_error > alone.relative_error  # of the output, each row by itself
+    alone, weighted = solve(W, H, config), solve(W, H, config, outputs=B)
+    losses = [weighed(W - q.dequantize(torch.float64), H, B) for q in (alone, weighted)]
+    assert losses[1] < 0.8 * losses[0]
+    assert weighted.relative_error > alone.relative_error  # which counts each row by itself
 
 
 def test_a_factor_changes_nothing():
@@ -45,41 +45,41 @@ def test_a_factor_changes_nothing():
     assert torch.equal(one.scales, other.scales)
 
 
-def test_outputs_that_are_alike_are_solved_each_for_itself():
+def test_outputs_that_are_alike_are_solved_independently():
     W, H, _ = problem()
     config = rw.QuantizeConfig(bits=3, group_size=32)
     alone = solve(W, H, config)
-    coupled = solve(W, H, config, outputs=torch.eye(len(W), dtype=torch.float64))
-    assert torch.equal(alone.codes, coupled.codes)
-    assert torch.equal(alone.scales, coupled.scales)
-    assert coupled.relative_error == pytest.approx(alone.relative_error)
+    weighted = solve(W, H, config, outputs=torch.eye(len(W), dtype=torch.float64))
+    assert torch.equal(alone.codes, weighted.codes)
+    assert torch.equal(alone.scales, weighted.scales)
+    assert weighted.relative_error == pytest.approx(alone.relative_error)
 
 
-def test_each_part_makes_up_for_those_before():
+def test_each_part_answers_to_those_before():
     W, H, B = problem()
     config = rw.QuantizeConfig(bits=3, group_size=32)
     H = prepare_hessian(H, config)
-    coupling = OutputWeighting(B, W.shape[1])
+    weighting = OutputWeighting(B, W.shape[1])
     T, codes = W.clone(), torch.empty_like(W, dtype=torch.uint8)
     damped = B + DAMP * B.diagonal().mean() * torch.eye(len(B), dtype=torch.float64)
     before: list[int] = []
-    for rows in coupling.row_blocks(len(W)):
+    for rows in weighting.row_blocks(len(W)):
         if before:
-            # The best that all later rows r together can answer: B_rr⁻¹ B_rb (T_b - Q_b).
-            later = [r for r in coupling.perm.tolist() if r not in before]
+            # The best answer of all later rows r together: B_rr⁻¹ B_rb (T_b - Q_b).
+            later = [r for r in weighting.perm.tolist() if r not in before]
             answer = torch.linalg.solve(
                 damped[later][:, later], damped[later][:, before] @ T[before]
             )
-            assert torch.allclose(coupling.feedback(), answer[: len(rows)], rtol=1e-6, atol=1e-9)
-        q = solve(W[rows] + coupling.feedback(), H, config)
+            assert torch.allclose(weighting.feedback(), answer[: len(rows)], rtol=1e-6, atol=1e-9)
+        q = solve(W[rows] + weighting.feedback(), H, config)
         codes[rows] = q.codes
-        T[rows] = W[rows] - q.dequantize(torch.float64)  # from here on their error
-        coupling.record_errors(T[rows])
+        T[rows] = W[rows] - q.dequantize(torch.float64)  # from here on, their errors
+        weighting.record_errors(T[rows])
         before += rows.tolist()
     assert torch.equal(codes, solve(W, H, config, outputs=B).codes)
 
 
-def test_what_earlier_layers_lost_is_made_up_for_too():
+def test_drift_is_corrected_too():
     W, H, B = problem()
     config = rw.QuantizeConfig(bits=3, group_size=32)
     target_shift = 0.05 * torch.randn_like(W) @ H
@@ -89,14 +89,14 @@ def test_what_earlier_layers_lost_is_made_up_for_too():
             H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64), target_shift.T
         ).T
     )
-    aimed, aside = (
+    aimed, ignored = (
         weighed(T - solve(W, H, config, target_shift=y, outputs=B).dequantize(torch.float64), H, B)
         for y in (target_shift, None)
     )
-    assert aimed < aside
+    assert aimed < ignored
 
 
-def test_gradients_that_say_nothing_are_an_error():
+def test_gradients_that_are_zero_or_nan_are_errors():
     W, H, B = problem()
     with pytest.raises(SingularError):
         solve(W, H, outputs=0 * B)

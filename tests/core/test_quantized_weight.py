@@ -1,4 +1,4 @@
-"""Packing is exact and lies in the bits where the format says."""
+"""Packing is exact and puts bits where the format says; a weight is dequantized as the format says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roundwise.core.quantized_weight import codes_per_block, pack, unpack
+from roundwise.core.quantized_weight import ROWS, QuantizedWeight, codes_per_block, pack, unpack
 from roundwise.errors import ConfigError
 
 
@@ -47,3 +47,21 @@ def test_what_cannot_be_packed() -> None:
         pack(torch.full((32, 1), 8), 3)
     with pytest.raises(ConfigError, match="bits=5"):
         codes_per_block(5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_weight_is_scale_times_code_minus_zero(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    out, width, groups = ROWS + 3, 12, 3
+    q = QuantizedWeight(
+        codes=torch.randint(0, 16, (out, width), generator=generator).to(torch.uint8),
+        scales=torch.randn(out, groups, generator=generator).to(torch.float16),
+        zeros=torch.randint(0, 16, (out, groups), generator=generator).to(torch.int32),
+        g_idx=torch.randint(0, groups, (width,), generator=generator).to(torch.int32),
+        bits=4,
+    )
+    group = q.g_idx.long()
+    expected = q.scales.double()[:, group] * (q.codes.double() - q.zeros.double()[:, group])
+    found = q.dequantize(dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected.to(dtype))

@@ -11,9 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roundwise import QuantizeConfig, QuantizedWeight, solve
-from roundwise.core.backends.reference import REACH, WORTH
-from roundwise.core.refine import Refiner, refine
-from tests.core.test_solver import layer
+from roundwise.core.backends.dispatch import choose_backend
+from roundwise.core.backends.reference import MIN_DISTANCE, MIN_GAIN
+from roundwise.core.refine import Refiner
+from roundwise.core.refine import refine as refine_with
+from tests.core.problems import layer
+
+
+def refine(
+    q: QuantizedWeight, T: torch.Tensor, H: torch.Tensor, *, rounds: int, moves: int,
+    keep_scales: bool,
+) -> QuantizedWeight:  # fmt: skip
+    """With the backend that a solve would choose."""
+    return refine_with(
+        q, T, H, rounds=rounds, moves=moves, keep_scales=keep_scales, backend=choose_backend(T)
+    )
 
 
 def losses(q: QuantizedWeight, T: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
@@ -36,7 +48,7 @@ def test_each_step_is_monotone(
         recipe=recipe, bits=bits, sym=sym, desc_act=desc_act, group_size=32, refine=0
     )
     q = solve(T, H, config)
-    state = Refiner(q, T, H)
+    state = Refiner(q, T, H, choose_backend(T))
     before = losses(q, T, H)
     steps = [state.refit, state.descend, partial(state.exchange, moves=4)]
     for step in [*steps, *steps, *steps[::-1]]:
@@ -59,7 +71,7 @@ def test_refining_helps_and_stays_on_the_grid(desc_act: bool, moves: int) -> Non
     assert (better.scales.sign() == q.scales.sign()).all()
 
 
-def test_descent_ends_where_no_single_code_can_be_bettered() -> None:
+def test_descent_ends_where_no_single_code_can_improve() -> None:
     T, H = layer(2, rows=4, width=32)
     q = solve(T, H, QuantizeConfig(bits=2, refine=0, group_size=16))
     best = refine(q, T, H, rounds=50, moves=1, keep_scales=True)
@@ -74,7 +86,7 @@ def test_descent_ends_where_no_single_code_can_be_bettered() -> None:
 
 @pytest.mark.parametrize("window", [80, 1024])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_an_exchange_goes_on_where_descent_ends(
+def test_an_exchange_continues_where_descent_ends(
     bits: int, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("roundwise.core.refine.WINDOW", window)
@@ -82,14 +94,14 @@ def test_an_exchange_goes_on_where_descent_ends(
     q = solve(T, H, QuantizeConfig(bits=bits, refine=0, group_size=64))
     ended = refine(q, T, H, rounds=30, moves=1, keep_scales=True)
     before = losses(ended, T, H)
-    found = [
+    after = [
         losses(refine(ended, T, H, rounds=1, moves=moves, keep_scales=True), T, H)
         for moves in (2, 8)
     ]
-    for after in found:
-        assert (after <= before).all()
-    assert found[1].sum() < found[0].sum() < before.sum()
-    assert found[1].sum() < 0.99 * before.sum()
+    for each in after:
+        assert (each <= before).all()
+    assert after[1].sum() < after[0].sum() < before.sum()
+    assert after[1].sum() < 0.99 * before.sum()
 
 
 def test_no_pair_is_left_that_an_exchange_would_find() -> None:
@@ -107,22 +119,24 @@ def test_no_pair_is_left_that_an_exchange_would_find() -> None:
                 codes[:, i] += torch.where(step[:, i] >= 0, 1, -1)
                 codes[:, j] += change
                 other = losses(replace(best, codes=codes.clamp(0, 7).to(torch.uint8)), T, H)
-                tried = (step[:, i].abs() >= REACH) & ((codes >= 0) & (codes <= 7)).all(dim=1)
-                assert (other >= floor - WORTH * own[:, i])[tried].all()
+                tried = (step[:, i].abs() >= MIN_DISTANCE) & ((codes >= 0) & (codes <= 7)).all(
+                    dim=1
+                )
+                assert (other >= floor - MIN_GAIN * own[:, i])[tried].all()
 
 
 def test_the_refit_is_the_least_squares_solution() -> None:
     """One group: s = (V H Tᵀ) / (V H Vᵀ), up to float16."""
     T, H = layer(3, rows=8, width=64)
     q = solve(T, H, QuantizeConfig(bits=3, group_size=-1, refine=0))
-    state = Refiner(q, T, H)
+    state = Refiner(q, T, H, choose_backend(T))
     state.refit()
     V = q.codes.double() - q.zeros.double()
     expected = ((V @ H) * T).sum(dim=1) / ((V @ H) * V).sum(dim=1)
-    found = state.result(q).scales[:, 0].double()
-    changed = found != q.scales[:, 0].double()
+    scales = state.result(q).scales[:, 0].double()
+    changed = scales != q.scales[:, 0].double()
     assert changed.any()
-    assert torch.allclose(found[changed], expected[changed], rtol=1e-3)
+    assert torch.allclose(scales[changed], expected[changed], rtol=1e-3)
 
 
 def test_a_group_that_is_all_zero_keeps_its_scale() -> None:

@@ -32,10 +32,16 @@ def test_the_command_reference_has_every_command_and_option(monkeypatch):
     page = reference()
     for command in ("demo", "quantize", "verify", "eval", "serve"):
         assert f"\n## roundwise {command}\n" in page
-    assert "| `--sym` / `--asym` | Fixed or searched zero point. | `--sym` |" in page
-    assert (
-        "| `--group-size` | Input channels that share a scale; -1: all of them. | `128` |" in page
-    )
+    sym = "Symmetric grid (fixed zero point) or asymmetric grid (searched zero point)."
+    assert f"| `--sym` / `--asym` | {sym} | `--sym` |" in page
+    assert re.search(r"^\| `--group-size` \| Input channels .* \| `128` \|$", page, re.MULTILINE)
+    assert re.search(r"^\| `--grid` \| .* \| pivot; textbook: minmax \|$", page, re.MULTILINE)
+
+
+def code_blocks(text: str) -> str:
+    """Fenced and indented blocks of a page; sentences can begin with the same word."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return "".join([*fenced, *re.findall(r"^ {4}.*\n", text, re.MULTILINE)])
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in PAGES.glob("*.md"))])
@@ -47,8 +53,8 @@ def test_commands_in_the_docs_exist(page):
     from roundwise.cli.app import app
 
     group = typer.main.get_command(app)
-    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
-    for name, rest in re.findall(r"^(?: {4}|)roundwise ([a-z]+) ?([^\n#`]*)", text, re.MULTILINE):
+    code = code_blocks((ROOT / page).read_text(encoding="utf-8")).replace("\\\n", " ")
+    for name, rest in re.findall(r"^ *roundwise ([a-z]+) ?([^\n#`]*)", code, re.MULTILINE):
         command = group.get_command(click.Context(group), name)
         assert command is not None, f"{page}: roundwise {name}"
         known = {o for p in command.params for o in [*p.opts, *p.secondary_opts]}

@@ -14,7 +14,7 @@ import torch
 import roundwise as rw
 from roundwise.cli.commands import evaluate
 from roundwise.errors import ConfigError, RunError
-from roundwise.evaluation.tasks import evaluate_tasks, scores_of
+from roundwise.evaluation.tasks import TaskScores, evaluate_tasks, scores_of
 from tests.helpers import Commands
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'roundwise[eval]'")
@@ -123,7 +123,7 @@ def test_the_command(commands: Commands, tiny: Path, folder: Path, text: Path) -
 
 def test_the_commands_table(capsys: pytest.CaptureFixture[str]) -> None:
     scores = {"own": {"acc": 0.5, "acc_stderr": 0.25}}
-    evaluate._print({"tasks": {"scores": scores, "samples": {"own": 4}, "shots": {"own": 2}}})
+    evaluate.print_scores(TaskScores(scores, samples={"own": 4}, shots={"own": 2}))
     row = next(line for line in capsys.readouterr().out.splitlines() if "own" in line)
     assert row.replace("│", " ").split() == ["own", "4", "2", "acc", "0.5000", "±", "0.2500"]
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from roundwise.calibration.dataset import load_calibration
 from roundwise.calibration.windows import Batch
@@ -19,7 +18,6 @@ from roundwise.core.drift import Drift
 from roundwise.forward.expert_tokens import ExpertCalibration
 from roundwise.forward.input_groups import InputGroup
 from roundwise.forward.scheduler import ForwardScheduler
-from roundwise.model.moe import LinearExperts
 from roundwise.model.streamed import StreamedModel, open_streamed_model
 from tests.helpers import batches, conduct, hidden, inputs, random_model, windows
 from tests.mixtures import MIXTURES
@@ -83,21 +81,6 @@ def collected(
     for _ in conduct(open_streamed_model(folder), played, keep, policy=policy, **options):
         pass
     return found
-
-
-@NAMES
-def test_experts_as_linears_compute_what_transformers_computes(
-    name: str, folder: Callable[[str], Path]
-) -> None:
-    plain = transformers.AutoModelForCausalLM.from_pretrained(
-        folder(name), experts_implementation="eager"
-    ).eval()
-    ids = torch.tensor(windows())
-    streamed = whole(folder(name))
-    assert any(isinstance(module, LinearExperts) for module in streamed.model.modules())
-    with torch.no_grad():
-        ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (streamed.model, plain))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["alone", "with reference"])
@@ -275,12 +258,3 @@ def test_drift_compares_the_same_tokens_of_both_models(
         torch.testing.assert_close(drift.input.double(), total / count, rtol=1e-3, atol=1e-5)
     assert len(found) == 4
     assert differ == sequential  # in block mode both see the same weights while gathering
-
-
-@NAMES
-def test_routers_and_gates_stay(name: str, folder: Callable[[str], Path]) -> None:
-    for block in open_streamed_model(folder(name)).blocks:
-        assert not any(n.endswith((".gate", "router", "shared_expert_gate")) for n in block.linears)
-        assert not any("router" in n for n in block.linears)
-        if name == "qwen2_moe":
-            assert [*block.skipped_linears] == [f"{block.name}.mlp.shared_expert_gate"]

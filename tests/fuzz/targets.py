@@ -20,7 +20,7 @@ import roundwise as rw
 from roundwise.calibration.dataset import load_calibration
 from roundwise.checkpoint.hub import bundled_model
 from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
-from roundwise.cli.commands.inspect import describe
+from roundwise.cli.commands.inspect import summarize
 from roundwise.config import CalibrationConfig
 from roundwise.convert import convert
 from roundwise.errors import Interrupted, RoundwiseError
@@ -186,7 +186,7 @@ class Targets:
         """What reads quantized checkpoints."""
         for read in (
             lambda: audit(folder, against=Checkpoint(self.dense)),
-            lambda: describe(str(folder)),
+            lambda: summarize(str(folder)),
             lambda: convert(folder, self.out / "dense", "dense"),
             lambda: convert(folder, self.out / "gptq", "gptq"),
             lambda: rw.load(folder),

@@ -1,9 +1,7 @@
-"""What users of transformers do with a checkpoint: device maps, offloading, pipelines."""
+"""transformers loads our checkpoints: device maps, offloading, pipelines, damaged groups."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,32 +11,12 @@ import torch
 import transformers
 
 import roundwise as rw
+from roundwise.errors import CheckpointError
 from roundwise.inference.quant_linear import QuantLinear
-from tests.helpers import windows
+from tests.inference.checkpoints import LAYER, logits, rewritten
 
 PLACES = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
 ON_DISK = {**dict.fromkeys(PLACES, "cpu"), "model.layers.1": "disk"}
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(torch.tensor(windows(seed=9))).logits
-
-
-@pytest.mark.parametrize("first", ["roundwise", "transformers"])
-def test_importing_roundwise_is_enough(first: str, quantized: Callable[..., Path]) -> None:
-    """Before transformers or after it, and without waiting for either."""
-    second = {"roundwise": "transformers", "transformers": "roundwise"}[first]
-    script = f"""
-import sys
-import {first}
-assert {first!r} == "transformers" or not {{"torch", "transformers"}} & set(sys.modules)
-import {second}
-model = transformers.AutoModelForCausalLM.from_pretrained({str(quantized("llama"))!r})
-print(type(model.model.layers[0].mlp.up_proj).__name__)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == "QuantLinear\n", done.stderr
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
@@ -74,3 +52,15 @@ def test_pipeline(tiny: Path, text: Path, tmp_path: Path) -> None:
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     expected = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0])
     assert answer["generated_text"] == expected
+
+
+@pytest.mark.parametrize("value", [3, -1])
+def test_a_g_idx_beyond_the_groups(
+    value: int, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{LAYER}.g_idx"][5] = value
+
+    folder = rewritten(quantized("llama"), tmp_path / "out", change)
+    with pytest.raises(CheckpointError, match=r"g_idx has groups .* but the layer has 3 groups"):
+        rw.load(folder)

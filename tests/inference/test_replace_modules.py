@@ -1,11 +1,10 @@
-"""Mixtures of experts run from packed weights: in the file, a linear layer per expert and projection."""
+"""Layers with codes become QuantLinear, also in mixtures of experts; other files are refused."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ from roundwise.checkpoint.gptq_format import encode, quantization_config
 from roundwise.errors import CheckpointError
 from roundwise.inference.quant_linear import QuantLinear
 from roundwise.model.moe import LinearExperts
-from tests.helpers import LLAMA, edited_json, random_model, windows
+from tests.helpers import LLAMA, edited_json, random_model
+from tests.inference.checkpoints import LAYER, logits, rewritten
 
 CONFIG = rw.QuantizeConfig(group_size=32)
 SMALL = {**LLAMA, "num_hidden_layers": 2}
@@ -67,16 +67,11 @@ def packed(folder: Path, out: Path, chosen: Callable[[str], bool]) -> Path:
 
 
 def linear(name: str) -> bool:
-    """All linear layers of the blocks but routers."""
+    """Tells whether a tensor is the weight of a linear layer in a block, and not of a router."""
     parts = name.split(".")
     return parts[-1] == "weight" and (
         parts[-2].endswith("_proj") or parts[-2] in ("w1", "w2", "w3")
     )
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=torch.tensor(windows(seed=9))).logits
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +111,9 @@ def test_saved_and_loaded_again(name: str, folder: Callable[[str], Path], tmp_pa
     assert torch.equal(logits(rw.load(tmp_path / "again")[0]), logits(model))
 
 
-def test_experts_that_are_not_packed_stay(folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_unquantized_experts_are_not_replaced(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     out = packed(folder("mixtral"), tmp_path / "out", lambda n: linear(n) and "experts" not in n)
     model, _ = rw.load(out)
     assert not any(isinstance(m, LinearExperts) for m in model.modules())
@@ -134,7 +131,7 @@ def test_generates(folder: Callable[[str], Path], tmp_path: Path) -> None:
     assert output.tolist() == ids.tolist()
 
 
-def test_some_of_the_experts(folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_only_some_experts_are_quantized(folder: Callable[[str], Path], tmp_path: Path) -> None:
     out = packed(
         folder("mixtral"), tmp_path / "out", lambda n: linear(n) and "experts.3.w1" not in n
     )
@@ -148,3 +145,59 @@ def test_more_experts_than_the_model_has(folder: Callable[[str], Path], tmp_path
         config["num_local_experts"] = 3
     with pytest.raises(CheckpointError, match="more than the model's 3 experts"):
         rw.load(out)
+
+
+def test_uneven_groups_without_a_g_idx(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        name = LAYER
+        del tensors[f"{name}.g_idx"]
+        for part in ("scales", "qzeros"):
+            tensors[f"{name}.{part}"] = tensors[f"{name}.{part}"].repeat(3, 1)[:5].contiguous()
+
+    folder = rewritten(quantized("llama"), tmp_path / "out", cut)
+    with pytest.raises(CheckpointError, match="has 96 input channels in 5 groups, and no g_idx"):
+        rw.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "shape", "says"),
+    [
+        ("qweight", (8, 64), "does not fit a layer with 96 input and 64 output channels"),
+        ("qweight", (12, 32), "do not fit together"),
+        ("qweight", (12,), "must be matrices"),
+        ("qzeros", (3, 7), "do not fit together"),
+        ("qzeros", (2, 8), "do not fit together"),
+        ("scales", (3, 32), "do not fit together"),
+        ("scales", (0, 64), "must be matrices"),
+        ("g_idx", (95,), "does not have one entry per input channel"),
+        ("qzeros", None, "qzeros or scales are missing"),
+        ("scales", None, "qzeros or scales are missing"),
+    ],
+)
+def test_wrong_shapes(
+    suffix: str,
+    shape: tuple[int, ...] | None,
+    says: str,
+    quantized: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        old = tensors.pop(f"{LAYER}.{suffix}")
+        if shape is not None:
+            tensors[f"{LAYER}.{suffix}"] = torch.zeros(shape, dtype=old.dtype)
+
+    folder = rewritten(quantized("llama"), tmp_path / "out", change)
+    with pytest.raises(CheckpointError, match=says):
+        rw.load(folder)
+
+
+def test_a_layer_that_the_model_does_not_have(
+    quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for suffix in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors[f"model.layers.9.mlp.down_proj.{suffix}"] = tensors[f"{LAYER}.{suffix}"].clone()
+
+    folder = rewritten(quantized("llama"), tmp_path / "out", change)
+    with pytest.raises(CheckpointError, match=r"layers\.9\.mlp\.down_proj.*no such layer"):
+        rw.load(folder)

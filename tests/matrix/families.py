@@ -266,7 +266,7 @@ def _both() -> dict[str, Family]:
     made["Whisper"] = Family(
         "encoder and decoder", "WhisperConfig", lambda: listening,
         model="WhisperForConditionalGeneration", method="rtn",
-        why_not="begins with input_features, which calibration text does not give: use --method rtn",
+        why_not="takes input_features instead of text, so it cannot be calibrated: use --method rtn",
     )  # fmt: skip
     return made
 
@@ -350,9 +350,9 @@ def row(name: str, family: Family, folder: Path) -> str:
     part = sum(m.shape[0] * m.shape[1] for m in linears) / total
     reasons: dict[str, list[str]] = {}
     for module in planned.modules:
-        if not module.bits and module.why_not:
+        if not module.bits and module.reason:
             short = module.name.rpartition(".")[2]
-            reasons.setdefault(module.why_not, []).append(short)
+            reasons.setdefault(module.reason, []).append(short)
     notes = [f"`{'`, `'.join(dict.fromkeys(n))}`: {reason}" for reason, n in reasons.items()]
     if any("expert" in n and w.ndim == 3 for n, w in weights.items()):
         notes.append("experts: their class computes them in a way of its own")

@@ -14,7 +14,7 @@ from roundwise.convert import convert
 from roundwise.errors import ConfigError
 from roundwise.evaluation.report.facts import read_facts
 from roundwise.evaluation.report.page import write_report
-from roundwise.model.build import arguments
+from roundwise.model.build import forward_kwargs
 from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.plan import plan
 from roundwise.verify import audit
@@ -33,7 +33,7 @@ def output(folder: Path, dtype: torch.dtype) -> torch.Tensor:
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the others know no float64
     if model.main_input_name == "input_ids":
-        return first(model(**arguments(model, torch.tensor(windows(seed=9)))))
+        return first(model(**forward_kwargs(model, torch.tensor(windows(seed=9)))))
     noise = torch.randn(1, 16, 64, dtype=dtype, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor(windows(1, seed=9))
     return first(model(**{model.main_input_name: noise, "decoder_input_ids": ids}))

@@ -1,4 +1,4 @@
-"""Sources that are quantized already: FP8 with a scale per block, and the GPTQ format itself."""
+"""Quantized sources are dequantized while they are read: FP8 with a scale per block, and GPTQ."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def quantize(model: Path, out: Path, **changes: Any) -> rw.QuantizeResult:
 
 
 def in_fp8(W: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """W as FP8 codes, and by block the factor that brings them back."""
+    """Returns W as FP8 codes and the scale of each block."""
     codes = torch.empty(W.shape, dtype=F8)
     scales = torch.empty(-(-W.shape[0] // rows), -(-W.shape[1] // columns))
     for i in range(scales.shape[0]):
@@ -62,7 +62,7 @@ def written(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, An
 def pair(
     config: transformers.PretrainedConfig, folder: Path, rows: int, columns: int
 ) -> tuple[Path, Path]:
-    """A model whose linears are in FP8, and one with the weights that they stand for."""
+    """Returns a model whose linears are in FP8, and the same model with dequantized weights."""
     random_model(config).to(torch.bfloat16).save_pretrained(folder / "model")
     given = json.loads((folder / "model" / "config.json").read_text())
     fp8, dense = {}, {}
@@ -83,7 +83,7 @@ def pair(
 
 @pytest.mark.parametrize(("rows", "columns"), [(32, 32), (128, 128), (40, 24)])
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
-def test_fp8_is_quantized_as_the_weights_it_stands_for(
+def test_fp8_gives_the_same_codes_as_its_dequantized_weights(
     name: str, rows: int, columns: int, tmp_path: Path
 ) -> None:
     config = transformers.LlamaConfig(**LLAMA) if name == "llama" else MIXTURES[name].config()
@@ -106,7 +106,7 @@ def tensors_equal(one: Path, other: Path) -> bool:
     return set(a) == set(b) and all(raw(a[name]) == raw(b[name]) for name in a)
 
 
-def test_what_is_skipped_becomes_dense(tmp_path: Path) -> None:
+def test_skipped_layers_are_written_dequantized(tmp_path: Path) -> None:
     fp8, dense = pair(transformers.LlamaConfig(**LLAMA), tmp_path, 32, 32)
     config = CONFIG.model_copy(update={"dynamic": {"down_proj": None}})
     quantize(fp8, tmp_path / "out", config=config)
@@ -124,7 +124,7 @@ def test_fp8_can_be_rotated(tmp_path: Path) -> None:
     assert tensors_equal(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_stopped_run_from_fp8_is_found_again(tmp_path: Path) -> None:
+def test_a_finished_run_from_fp8_is_recognised(tmp_path: Path) -> None:
     fp8, _ = pair(transformers.LlamaConfig(**LLAMA), tmp_path, 32, 32)
     quantize(fp8, tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -132,15 +132,15 @@ def test_a_stopped_run_from_fp8_is_found_again(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
 
 
-def test_fp8_without_what_it_needs(tmp_path: Path) -> None:
+def test_incomplete_fp8_is_refused(tmp_path: Path) -> None:
     fp8, _ = pair(transformers.LlamaConfig(**LLAMA), tmp_path, 32, 32)
     with edited_json(fp8 / "config.json") as config:
         config["quantization_config"]["weight_block_size"] = [64, 64]
-    with pytest.raises(CheckpointError, match=r"blocks of 64 x 64 ask for"):
+    with pytest.raises(CheckpointError, match=r"blocks of 64 x 64 require"):
         open_streamed_model(fp8)
     with edited_json(fp8 / "config.json") as config:
         del config["quantization_config"]["weight_block_size"]
-    with pytest.raises(ConfigError, match="only those with a scale per block"):
+    with pytest.raises(ConfigError, match="only FP8 with a scale per block is supported"):
         open_streamed_model(fp8)
     tensors = tensors_of(fp8)
     del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
@@ -154,7 +154,7 @@ def test_fp8_without_what_it_needs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"sym": False}, {"bits": 3, "desc_act": True}], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_oss"])
-def test_gptq_is_quantized_again_from_what_it_stands_for(
+def test_gptq_is_quantized_again_from_its_dequantized_weights(
     name: str, settings: dict[str, Any], folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     if name in ARCHITECTURES:

@@ -1,4 +1,4 @@
-"""Scales between norms and the linears behind them change nothing that the model computes."""
+"""Scales moved from norms into the linears behind them do not change what the model computes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FED = {
 
 
 @NAMES
-def test_every_group_behind_a_norm_is_found(name: str, folder_of: Callable[[str], Path]) -> None:
+def test_all_linears_behind_norms_are_found(name: str, folder_of: Callable[[str], Path]) -> None:
     norms = scalable_norms(Checkpoint(folder_of(name)))
     streamed = open_streamed_model(folder_of(name))
     groups = {
@@ -36,20 +36,22 @@ def test_every_group_behind_a_norm_is_found(name: str, folder_of: Callable[[str]
         for block in streamed.blocks
         for group in ARCHITECTURES[name].groups
     }
-    found = {frozenset(norm.readers) for norm in norms}
-    assert found <= groups
-    assert len(found) == len(norms) == FED[name] * len(streamed.blocks)
+    reader_groups = {frozenset(norm.readers) for norm in norms}
+    assert reader_groups <= groups
+    assert len(reader_groups) == len(norms) == FED[name] * len(streamed.blocks)
 
 
 @NAMES
 def test_logits_are_unchanged(name: str, folder_of: Callable[[str], Path]) -> None:
     source = Checkpoint(folder_of(name))
-    changes: dict[str, TensorTransform] = {}
+    transforms: dict[str, TensorTransform] = {}
     for norm in scalable_norms(source):
         s = torch.rand(64, dtype=torch.float64) * 3 + 0.1
-        changes |= norm.changes(s)
-        changes |= {weight: TensorTransform(axis, gain=s) for weight, axis in norm.readers.values()}
-    after = whole(TransformedCheckpoint(source, changes))
+        transforms |= norm.transforms(s)
+        transforms |= {
+            weight: TensorTransform(axis, gain=s) for weight, axis in norm.readers.values()
+        }
+    after = whole(TransformedCheckpoint(source, transforms))
     ids = torch.tensor(windows())
     with torch.no_grad():
         torch.testing.assert_close(
@@ -57,7 +59,7 @@ def test_logits_are_unchanged(name: str, folder_of: Callable[[str], Path]) -> No
         )
 
 
-def test_a_norm_that_something_else_reads_is_refused(
+def test_a_norm_that_another_operation_reads_is_refused(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def routed(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -66,26 +68,26 @@ def test_a_norm_that_something_else_reads_is_refused(
 
     monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", routed)
     with pytest.raises(
-        ConfigError, match=r"cannot be prescaled: model\.layers\.0 reads.*leave --prescale out"
+        ConfigError, match=r"cannot be prescaled: model\.layers\.0 also reads.*remove --prescale"
     ):
         scalable_norms(Checkpoint(llama))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_stored_gains_tell_the_scales_exactly(dtype: torch.dtype, offset: float) -> None:
+def test_scales_follow_exactly_from_the_stored_gains(dtype: torch.dtype, offset: float) -> None:
     weight = (torch.randn(64) - offset).to(dtype)
-    weight[5] = -offset  # a gain of zero lets nothing pass: nothing to scale
+    weight[5] = -offset  # a gain of zero is not scaled
     norm = ScalableNorm("norm.weight", None, offset, {})
     wanted = torch.rand(64, dtype=torch.float64) * 4 + 0.2
-    s = norm.storable(weight, wanted)
+    s = norm.storable_scales(weight, wanted)
     assert float(s[5]) == 1.0
     before = weight.double() + offset
-    after = norm.changes(s)["norm.weight"].rows(weight).to(dtype).double() + offset
+    after = norm.transforms(s)["norm.weight"].apply(weight).to(dtype).double() + offset
     kept = before != 0
     torch.testing.assert_close((before / after)[kept], s[kept], rtol=1e-6, atol=0)
     assert float(after[5]) == 0.0
-    # Half a step of the type from what was wanted; not scaled where that step leads to no gain.
+    # At most half a step of the type from the wanted gain; not scaled where that rounds to zero.
     ideal = before / wanted
     kind = torch.finfo(dtype)
     step = kind.eps * (ideal - offset).abs().clamp(min=kind.smallest_normal)

@@ -1,4 +1,4 @@
-"""Norms, readers and writers of the residual stream are found by what passes, not by name."""
+"""Norms, readers and writers of the residual stream are found by what they compute, not by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from roundwise.model.residual_trace import gain_kind, trace
+from roundwise.model.residual_trace import norm_kind, trace_residual_stream
 from roundwise.model.streamed import open_streamed_model
 from tests.helpers import LLAMA_GROUPS, QKV
 
@@ -23,7 +23,7 @@ ROLES: dict[str, tuple[dict[str, tuple[str, ...]], list[str]]] = {
     "llama": SEQUENTIAL,
     "qwen3": SEQUENTIAL,
     "mistral": SEQUENTIAL,
-    # A norm stands behind each writer as well; what it adds is no linear's output.
+    # The output of each writer passes a norm, so the sum has no linear's output.
     "gemma3": (
         {"input_layernorm": QKV, "pre_feedforward_layernorm": LLAMA_GROUPS[2]},
         [],
@@ -46,23 +46,23 @@ ROLES: dict[str, tuple[dict[str, tuple[str, ...]], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ROLES)
-def test_roles(name: str, folder_of: Callable[[str], Path]) -> None:
+def test_norms_readers_and_writers(name: str, folder_of: Callable[[str], Path]) -> None:
     streamed = open_streamed_model(folder_of(name), dtype=torch.float32)
     norms, writers = ROLES[name]
-    found = trace(streamed)
-    assert len(found.blocks) == len(streamed.blocks)
-    for block, passed in zip(streamed.blocks, found.blocks, strict=True):
-        readers = {norm.name: norm.readers for norm in passed.norms if norm.of_stream}
+    trace = trace_residual_stream(streamed)
+    assert len(trace.blocks) == len(streamed.blocks)
+    for block, call in zip(streamed.blocks, trace.blocks, strict=True):
+        readers = {norm.name: norm.readers for norm in call.norms if norm.reads_stream}
         expected = {
             f"{block.name}.{norm}": tuple(f"{block.name}.{x}" for x in linears)
             for norm, linears in norms.items()
         }
-        if name == "gemma3":  # behind a norm of a sum that no linear makes, nothing is the stream
+        if name == "gemma3":  # the second norm's input is not a sum of linears' outputs
             expected = {k: v for k, v in expected.items() if "input_layernorm" in k}
         assert readers == expected
-        assert passed.writers == [f"{block.name}.{x}" for x in writers]
-    assert found.last is not None
-    assert len(found.last.readers) == 1
+        assert call.writers == [f"{block.name}.{x}" for x in writers]
+    assert trace.final_norm is not None
+    assert len(trace.final_norm.readers) == 1
 
 
 @pytest.mark.parametrize(
@@ -79,19 +79,19 @@ def test_roles(name: str, folder_of: Callable[[str], Path]) -> None:
     ],
     ids=["rms", "one plus", "layer", "no bias", "no gain", "batch", "prelu", "other width"],
 )
-def test_a_norm_is_what_does_what_a_norm_does(
+def test_norms_are_recognised_by_their_output(
     make: Callable[[], nn.Module], kind: tuple[bool, float] | None
 ) -> None:
     module = make()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape))
-        assert gain_kind(module, 16) == kind
+        assert norm_kind(module, 16) == kind
 
 
 def test_the_forward_leaves_one_block_in_memory(llama: Path) -> None:
     streamed = open_streamed_model(llama, dtype=torch.float32)
-    trace(streamed)
+    trace_residual_stream(streamed)
     for block in streamed.blocks:
         assert all(p.device.type == "meta" for p in block.module.parameters())
     assert len(streamed.model.lm_head.weight) == 8

@@ -13,12 +13,11 @@ import transformers
 from torch import nn
 
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.checkpoint.transformed_view import TensorTransform, TransformedInfo
 from roundwise.checkpoint.writer import write_safetensors
 from roundwise.core.hadamard import Rotation
 from roundwise.errors import CheckpointError, ConfigError
-from roundwise.model.residual_trace import trace
-from roundwise.model.rotate import as_quantized, rotated_checkpoint
+from roundwise.model.residual_trace import trace_residual_stream
+from roundwise.model.rotate import apply_recorded_rotation, rotated_checkpoint
 from roundwise.model.streamed import open_streamed_model
 from tests.helpers import ARCHITECTURES, LLAMA, random_model, tensors_of, windows
 
@@ -26,12 +25,12 @@ from tests.helpers import ARCHITECTURES, LLAMA, random_model, tensors_of, window
 RMS = ["llama", "qwen3", "mistral", "phi3"]
 LAYER = ["gpt2", "opt", "gpt_neox", "falcon"]
 REFUSED = {
-    "gemma3": r"what model\.layers\.0 adds to the residual stream is not just the output of linear",
-    "bloom": r"what reaches transformer\.h\.0 is not turned as a whole",
+    "gemma3": r"model\.layers\.0 adds more than the outputs of linear layers to the residual stream",
+    "bloom": r"the input of transformer\.h\.0 is not rotated as a whole",
 }
 
 
-def test_every_architecture_is_one_or_the_other() -> None:
+def test_every_architecture_is_listed() -> None:
     assert {*RMS, *LAYER, *REFUSED} == set(ARCHITECTURES)
 
 
@@ -56,22 +55,24 @@ def test_logits_are_unchanged(name: str, seed: int, folder_of: Callable[[str], P
 
 
 @pytest.mark.parametrize("name", [*RMS, *LAYER])
-def test_the_stream_is_turned_and_gains_are_gone(
+def test_the_stream_is_rotated_and_gains_are_one(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:
     source = Checkpoint(folder_of(name))
     before, after = (
-        trace(open_streamed_model(c, dtype=torch.float32))
+        trace_residual_stream(open_streamed_model(c, dtype=torch.float32))
         for c in (source, rotated_checkpoint(source, 7))
     )
-    turn = Rotation(64, 7, keeps_mean=name in LAYER)
+    rotation = Rotation(64, 7, keeps_mean=name in LAYER)
     for old, new in zip(before.blocks, after.blocks, strict=True):
         assert float((new.x - old.x).norm()) > 0.5 * float(old.x.norm())
         for a, b in ((old.x, new.x), (old.y, new.y)):
-            torch.testing.assert_close(b, turn.rows(a).float(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(b, rotation.rows(a).float(), rtol=1e-4, atol=1e-4)
     view = rotated_checkpoint(source, 7)
     streamed = open_streamed_model(view)
-    norms = [n for block in before.blocks for n in block.norms if n.of_stream] + [before.last]
+    norms = [n for block in before.blocks for n in block.norms if n.reads_stream] + [
+        before.final_norm
+    ]
     for norm in norms:
         assert norm is not None
         gains = view.tensors[streamed.checkpoint_name_of[f"{norm.name}.weight"]].read()
@@ -79,10 +80,8 @@ def test_the_stream_is_turned_and_gains_are_gone(
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals_say_what_stands_in_the_way(name: str, folder_of: Callable[[str], Path]) -> None:
-    with pytest.raises(
-        ConfigError, match=f"cannot be rotated: {REFUSED[name]}.*leave --rotate out"
-    ):
+def test_refusals_name_the_reason(name: str, folder_of: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match=f"cannot be rotated: {REFUSED[name]}.*remove --rotate"):
         rotated_checkpoint(Checkpoint(folder_of(name)), 0)
 
 
@@ -101,7 +100,7 @@ def test_refusals_say_what_stands_in_the_way(name: str, folder_of: Callable[[str
     ids=["olmo2", "gemma2", "cohere", "granite", "gemma", "stablelm"],
 )
 def test_other_families_are_exact_or_refused(config: Any, tmp_path: Path) -> None:
-    # Nothing in between, whatever the family: sandwich norms, parallel blocks, scaled sums, 1 + w.
+    # For all families: sandwich norms, parallel blocks, scaled sums, 1 + w.
     model = random_model(config())
     model.save_pretrained(tmp_path)
     try:
@@ -153,23 +152,25 @@ class TestTied:
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-class TestSharp:
-    """The check before a run sees what would not be exact."""
+class TestCheck:
+    """The check before a run detects models that a rotation would change."""
 
     def test_a_norm_that_another_module_reads_too(
         self, llama: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # A router, say, that is no linear layer: it would be fed with rotated input.
+        # For example a router that is not a linear layer: it would get rotated input.
         original = transformers.models.llama.modeling_llama.LlamaMLP.forward
 
         def routed(self: Any, x: torch.Tensor) -> torch.Tensor:
             return original(self, x) * x[..., :1].sigmoid()
 
         monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", routed)
-        with pytest.raises(ConfigError, match=r"model\.layers\.0 adds to the residual stream"):
+        with pytest.raises(ConfigError, match=r"model\.layers\.0 adds more than the outputs"):
             rotated_checkpoint(Checkpoint(llama), 0)
 
-    def test_a_reader_that_is_no_module(self, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_reader_that_is_not_a_module(
+        self, llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         original = transformers.models.llama.modeling_llama.LlamaMLP.forward
 
         def routed(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -178,8 +179,10 @@ class TestSharp:
 
         assert original is not routed
         monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", routed)
-        # gate_proj is never called as a module, so its weight is not folded.
-        with pytest.raises(ConfigError, match=r"model\.layers\.0 reads or writes the stream"):
+        # gate_proj is never called as a module, so its weight is not rotated.
+        with pytest.raises(
+            ConfigError, match=r"model\.layers\.0 also reads or writes the residual stream"
+        ):
             rotated_checkpoint(Checkpoint(llama), 0)
 
     def test_a_bias_with_a_gain_of_zero(self, copy_of: Callable[[str], Path]) -> None:
@@ -191,55 +194,16 @@ class TestSharp:
             rotated_checkpoint(Checkpoint(folder), 0)
 
 
-class TestFoldedInfo:
-    """A changed tensor looks like any other, whole or in pieces."""
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("axis", [0, -1])
-    def test_bytes_are_those_of_the_tensor(
-        self, axis: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        T = torch.randn(48, 48).to(dtype)
-        write_safetensors(tmp_path / "model.safetensors", {"T": T})
-        (tmp_path / "config.json").write_text("{}")
-        source = Checkpoint(tmp_path).tensors["T"]
-        gain = torch.rand(48, dtype=torch.float64) + 0.5
-        rotation = Rotation(48, 0)
-        info = TransformedInfo.of(source, TensorTransform(axis, gain, rotation))
-        expected = rotation.rows((T.T if axis == 0 else T).double() * gain)
-        expected = (expected.T if axis == 0 else expected).to(dtype)
-        assert torch.equal(info.read(), expected)
-        assert (info.dtype, info.shape, info.nbytes) == (source.dtype, (48, 48), source.nbytes)
-        for size in (100, 512, 1 << 20):
-            monkeypatch.setattr("roundwise.checkpoint.transformed_view.CHUNK", size)
-            pieces = list(info.chunks())
-            assert b"".join(pieces) == expected.contiguous().view(torch.uint8).numpy().tobytes()
-            assert {len(piece) for piece in pieces[:-1]} <= {size}
-
-    def test_some_rows(self, llama: Path) -> None:
-        view = rotated_checkpoint(Checkpoint(llama), 0)
-        info = view.tensors["lm_head.weight"]
-        assert torch.equal(info.rows(5, 3).read(), info.read()[5:8])
-        with pytest.raises(CheckpointError, match="do not stand alone"):
-            view.tensors["model.layers.0.mlp.down_proj.weight"].rows(0, 1)
-
-    def test_integers_are_refused(self, tmp_path: Path) -> None:
-        write_safetensors(tmp_path / "model.safetensors", {"T": torch.ones(4, dtype=torch.int8)})
-        (tmp_path / "config.json").write_text("{}")
-        with pytest.raises(CheckpointError, match="holds weights as I8, which cannot be folded"):
-            TransformedInfo.of(Checkpoint(tmp_path).tensors["T"], TensorTransform(fill=1.0))
-
-
-def test_as_quantized_takes_the_seed_from_the_settings(llama: Path) -> None:
+def test_apply_recorded_rotation_takes_the_seed_from_the_settings(llama: Path) -> None:
     source = Checkpoint(llama)
-    assert as_quantized(source, {"meta": {"quantizer": ["other:1"]}}) is source
-    view = as_quantized(source, {"meta": {"rotate": {"seed": 4}}})
+    assert apply_recorded_rotation(source, {"meta": {"quantizer": ["other:1"]}}) is source
+    view = apply_recorded_rotation(source, {"meta": {"rotate": {"seed": 4}}})
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(
         view.tensors[name].read(), rotated_checkpoint(source, 4).tensors[name].read()
     )
-    assert as_quantized(view, {"meta": {"rotate": {"seed": 4}}}) is view
+    assert apply_recorded_rotation(view, {"meta": {"rotate": {"seed": 4}}}) is view
     with pytest.raises(
         CheckpointError, match=r"meta\.rotate of the quantization config is damaged"
     ):
-        as_quantized(source, json.loads('{"meta": {"rotate": {"seed": "x"}}}'))
+        apply_recorded_rotation(source, json.loads('{"meta": {"rotate": {"seed": "x"}}}'))

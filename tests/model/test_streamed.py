@@ -1,4 +1,4 @@
-"""Blocks and linears are found by their shape, on the meta device, whatever the architecture."""
+"""Weights are loaded block by block into a model on the meta device."""
 
 from __future__ import annotations
 
@@ -13,25 +13,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers.pytorch_utils import Conv1D
 
 from roundwise.checkpoint.hub import bundled_model
-from roundwise.errors import CheckpointError, ConfigError
-from roundwise.model.blocks import find_blocks, set_weight, weight_of
-from roundwise.model.streamed import open_streamed_model
-from tests.helpers import ARCHITECTURES, LLAMA, Architecture, linear_names, random_model, tensors_of
+from roundwise.checkpoint.reader import Checkpoint
+from roundwise.model.streamed import open_streamed_model, unfused_checkpoint
+from tests.helpers import ARCHITECTURES, LLAMA, random_model, tensors_of
 
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
-
-
-@NAMES
-def test_blocks_and_linears(name: str, folder_of: Callable[[str], Path]) -> None:
-    architecture: Architecture = ARCHITECTURES[name]
-    streamed = open_streamed_model(folder_of(name))
-    count = len(streamed.model.get_submodule(architecture.blocks))
-    assert [b.name for b in streamed.blocks] == [f"{architecture.blocks}.{i}" for i in range(count)]
-    found = {linear for block in streamed.blocks for linear in block.linears}
-    assert found == set(linear_names(streamed.model, architecture))
 
 
 @NAMES
@@ -45,7 +33,7 @@ def test_nothing_is_loaded_before_it_is_needed(name: str, folder_of: Callable[[s
 
 
 @NAMES
-def test_every_tensor_of_the_checkpoint_is_somewhere(
+def test_every_tensor_belongs_to_one_block_or_to_none(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:
     streamed = open_streamed_model(folder_of(name))
@@ -79,90 +67,58 @@ def test_loading_gives_the_values_and_unloading_takes_them_back(
             assert torch.equal(parameter, plain[key])
 
 
-def test_a_conv1d_is_seen_as_a_linear() -> None:
-    conv = Conv1D(6, 4)
-    assert weight_of(conv).shape == (6, 4)
-    W = torch.randn(6, 4)
-    set_weight(conv, W)
-    assert torch.equal(weight_of(conv), W)
-    x = torch.randn(2, 4)
-    torch.testing.assert_close(conv(x), x @ W.T + conv.bias)
-
-
-def test_the_weight_keeps_its_dtype() -> None:
-    linear = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
-    set_weight(linear, torch.randn(4, 4))
-    assert linear.weight.dtype == torch.bfloat16
-
-
-def test_a_model_without_repeated_blocks() -> None:
-    with pytest.raises(ConfigError, match="Sequential has no repeated blocks with linear layers"):
-        find_blocks(torch.nn.Sequential(torch.nn.Linear(4, 4)))
-
-
-def test_of_several_lists_the_heaviest_counts() -> None:
-    model = torch.nn.Module()
-    model.adapters = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(5))
-    model.layers = torch.nn.ModuleList(
-        torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(2)) for _ in range(3)
-    )
-    assert [block.name for block in find_blocks(model)] == ["layers.0", "layers.1", "layers.2"]
-    assert list(find_blocks(model)[1].linears) == ["layers.1.0", "layers.1.1"]
-
-
-def test_the_bundled_model_is_there() -> None:
+def test_the_bundled_model_opens() -> None:
     streamed = open_streamed_model(bundled_model())
     assert streamed.dtype == torch.bfloat16
     assert len(streamed.blocks) > 1
 
 
-def test_another_shape_than_the_config_asks_for(copy_of: Callable[[str], Path]) -> None:
-    folder = copy_of("llama")
-    config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace('"vocab_size": 128', '"vocab_size": 96'))
-    with pytest.raises(CheckpointError, match=r"has shape \[128, 64\].*asks for \[96, 64\]"):
-        open_streamed_model(folder).load_outside_blocks()
+def test_skipped_blocks_count_as_outside(llama: Path) -> None:
+    streamed = open_streamed_model(llama)
+    first, second = streamed.blocks
+    inside = [streamed.block_tensors(index) for index in (0, 1)]
+    streamed.skip_blocks([first])
+    assert (streamed.blocks, streamed.skipped_blocks) == ([second], [first])
+    assert streamed.block_tensors(0) == inside[1]
+    assert inside[0].items() <= streamed.other_tensors().items()
 
 
-class Doubling(torch.nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(x)
+def test_a_layer_gets_its_own_weight_where_files_share_one(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fused = Checkpoint(folder_of("gpt_oss"))
+    name = "model.layers.0.mlp.experts.3.up_proj"
+    view = unfused_checkpoint(fused, {name}, lm_head=False)
+    whole = fused.tensors["model.layers.0.mlp.experts.gate_up_proj"].read()
+    assert torch.equal(view.tensors[f"{name}.weight"].read(), whole[3, :, 96:].T)
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    random_model(config).save_pretrained(tmp_path)
+    tied = Checkpoint(tmp_path)
+    untied = unfused_checkpoint(tied, {"lm_head"}, lm_head=True)
+    embedding = tied.tensors["model.embed_tokens.weight"].read()
+    assert torch.equal(untied.tensors["lm_head.weight"].read(), embedding)
+    assert unfused_checkpoint(tied, {"model.layers.0.mlp.up_proj"}, lm_head=False) is tied
 
 
-class Product(torch.nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight.T + self.bias
-
-
-class Chooser(torch.nn.Linear):
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = super().forward(x)
-        return scores, scores.topk(2).indices
-
-
-def test_linears_that_are_none_and_small_ones_stay() -> None:
-    model = torch.nn.Module()
-    kinds = [torch.nn.Linear(64, 64), Product(64, 64), Doubling(64, 64), Chooser(64, 64)]
-    small = [torch.nn.Linear(64, 31), torch.nn.Linear(16, 64)]
-    model.layers = torch.nn.ModuleList([torch.nn.ModuleList([*kinds, *small])])
-    (block,) = find_blocks(model)
-    assert list(block.linears) == ["layers.0.0", "layers.0.1"]
-    assert block.skipped_linears == {
-        "layers.0.2": "Doubling computes more than a product",
-        "layers.0.3": "Chooser computes more than a product",
-        "layers.0.4": "it has fewer than 32 channels",
-        "layers.0.5": "it has fewer than 32 channels",
-    }
+def test_released_memory_is_read_again(llama: Path) -> None:
+    streamed = open_streamed_model(llama)
+    block = streamed.blocks[0]
+    streamed.load(block.module, block.name)
+    name = f"{block.name}.mlp.down_proj"
+    weight = block.linears[name].weight
+    before = weight.clone()
+    streamed.release_pages([name])
+    assert torch.equal(weight, before)
 
 
 def in_memory(file: Path) -> np.ndarray:
-    """Which pages of a file the system holds."""
+    """Returns for each page of a file whether the system has it in memory."""
     with file.open("rb") as handle:
         view = np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    found = np.zeros(-(-view.size // mmap.PAGESIZE), np.uint8)
+    resident = np.zeros(-(-view.size // mmap.PAGESIZE), np.uint8)
     where, size = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(view.size)
-    assert ctypes.CDLL(None).mincore(where, size, ctypes.c_void_p(found.ctypes.data)) == 0
-    return found & 1
+    assert ctypes.CDLL(None).mincore(where, size, ctypes.c_void_p(resident.ctypes.data)) == 0
+    return resident & 1
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
@@ -187,4 +143,4 @@ def test_a_block_is_read_before_it_is_needed(tmp_path: Path) -> None:
         time.sleep(0.05)
     assert before < 0.5
     assert in_memory(file)[pages].mean() >= 0.99
-    streamed.prefetch(2)  # there is none
+    streamed.prefetch(2)  # no such block: no-op

@@ -383,7 +383,7 @@ class TestRefusedBeforeAnyWork:
             ({"samples": 0}, "samples=0"),
             ({"seq_len": 0}, "seq_len=0"),
             ({"batch_size": -1}, "batch_size=-1"),
-            ({"max_memory": "lots"}, "'lots' is no size"),
+            ({"max_memory": "lots"}, "'lots' is not a size"),
         ],
     )
     def test_settings(

@@ -1,4 +1,4 @@
-"""`--target-bpw`: the choice is the best there is, made once, kept within the size, and worth it."""
+"""`--target-bpw`: widths are chosen well, once, and within the size; the result beats one width."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ import torch
 
 import roundwise as rw
 from roundwise.calibration.sources import read_text
-from roundwise.checkpoint.engines import with_packed_names
 from roundwise.errors import ConfigError
 from roundwise.evaluation.divergence import divergence
 from roundwise.run import bit_allocation
 from roundwise.run.bit_allocation import (
     Candidate,
-    Choice,
     LayerGroup,
     as_dynamic,
     choose_candidates,
@@ -31,74 +29,71 @@ from tests.mixtures import MIXTURES
 OPTIONS: dict[str, Any] = {"samples": 8, "seq_len": 64, "batch_size": 4}
 
 
-def units(seed: int, count: int = 4) -> list[LayerGroup]:
-    """Losses that fall with size, as those of widths do: a quarter or so for each bit."""
+def layer_groups(seed: int, count: int = 4) -> list[LayerGroup]:
+    """Groups whose losses fall to about a quarter with each bit, as measured ones do."""
     generator = random.Random(seed)
-    found = []
+    groups = []
     for index in range(count):
         weights = generator.choice([1024, 4096, 16384])
         worst = generator.uniform(0.1, 10)
-        options = [
+        candidates = [
             Candidate(
                 bits, 128, weights * bits // 8, worst * 0.25**bits * generator.uniform(0.8, 1.2)
             )
             for bits in (2, 3, 4, 8)
         ]
-        found.append(LayerGroup((f"layer.{index}",), weights, tuple(options)))
-    return found
+        groups.append(LayerGroup((f"layer.{index}",), weights, tuple(candidates)))
+    return groups
 
 
 @pytest.mark.parametrize("target", [2.0, 2.5, 3.3, 4.0, 6.0, 8.0])
 @pytest.mark.parametrize("seed", range(10))
 def test_the_choice_is_near_the_best(seed: int, target: float) -> None:
-    each = units(seed)
-    weights = sum(unit.weights for unit in each)
-    chosen = choose_candidates(each, target)
-    by_name = {name: (c.bits, c.loss) for c in chosen for name in c.names}
-    spent = sum(unit.weights * by_name[unit.names[0]][0] for unit in each) / weights
-    assert spent <= target
+    groups = layer_groups(seed)
+    budget = target * sum(group.weights for group in groups) / 8
+    chosen = choose_candidates(groups, target)
+    assert sum(candidate.nbytes for candidate in chosen) <= budget
     allowed = [
-        sum(option.loss for option in some)
-        for some in itertools.product(*(unit.options for unit in each))
-        if 8 * sum(option.nbytes for option in some) <= target * weights
+        sum(candidate.loss for candidate in combination)
+        for combination in itertools.product(*(group.candidates for group in groups))
+        if sum(candidate.nbytes for candidate in combination) <= budget
     ]
-    # Greedy by loss per byte: what is left of the size at the end may be less than a unit takes.
-    largest = max(unit.options[0].loss for unit in each)
-    assert sum(c.loss for c in chosen) <= min(allowed) + 0.3 * largest
-
-
-def test_engines_that_join_layers_find_them() -> None:
-    names = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
-    assert with_packed_names(names) == [*names]
-    join_process_group = with_packed_names(
-        [*names, "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj"]
-    )
-    assert join_process_group[4:] == ["model.layers.0.self_attn.qkv_proj"]
-    config = rw.QuantizeConfig(
-        dynamic=as_dynamic([Choice(tuple(join_process_group[:3]), 8, 32, 0.0)])
-    )
-    assert config.for_module("model.layers.0.self_attn.qkv_proj").bits == 8
+    # Greedy by loss per byte: what is left at the end may be too little for any other candidate.
+    largest = max(group.candidates[0].loss for group in groups)
+    assert sum(candidate.loss for candidate in chosen) <= min(allowed) + 0.3 * largest
 
 
 def test_a_size_that_cannot_be_reached() -> None:
-    with pytest.raises(ConfigError, match=r"target_bpw=1.5 cannot be reached: .* take 2.00 bits"):
-        choose_candidates(units(0), 1.5)
+    with pytest.raises(ConfigError, match=r"target_bpw=1.5 is too small: .* need 2.00 bits"):
+        choose_candidates(layer_groups(0), 1.5)
 
 
-def test_layers_alike_share_a_pattern() -> None:
-    chosen = [
-        Choice(("a.q", "a.k"), 4, 128, 0.0),
-        Choice(("a.o",), 3, 32, 0.0),
-        Choice(("b.q", "b.k"), 4, 128, 0.0),
-    ]
-    config = rw.QuantizeConfig(dynamic=as_dynamic(chosen))
+def rules(layers: dict[tuple[str, ...], tuple[int, int]]) -> rw.QuantizeConfig:
+    """Settings with a rule for each group of layers: names -> (bits, group_size)."""
+    groups = [LayerGroup(names, 1, ()) for names in layers]
+    return rw.QuantizeConfig(
+        dynamic=as_dynamic(groups, [Candidate(*width, 0, 0.0) for width in layers.values()])
+    )
+
+
+def test_fused_layers_are_found_by_their_fused_name() -> None:
+    attention = "model.layers.0.self_attn"
+    config = rules({tuple(f"{attention}.{name}_proj" for name in "qkv"): (8, 32)})
+    assert config.for_module(f"{attention}.qkv_proj").bits == 8
+    assert config.for_module(f"{attention}.o_proj").bits == 4  # the default
+
+
+def test_layers_with_equal_settings_share_a_pattern() -> None:
+    config = rules({("a.q", "a.k"): (4, 128), ("a.o",): (3, 32), ("b.q", "b.k"): (4, 128)})
     assert len(config.dynamic) == 2
     assert config.for_module("a.o").bits == 3
     assert config.for_module("b.k").group_size == 128
 
 
 @pytest.mark.parametrize("target", [3.3, 4.5])
-def test_the_size_is_kept_and_fused_layers_agree(target: float, tiny: Path, tmp_path: Path) -> None:
+def test_the_size_is_not_exceeded_and_fused_layers_agree(
+    target: float, tiny: Path, tmp_path: Path
+) -> None:
     config = rw.QuantizeConfig(target_bpw=target, recipe="textbook")
     result = rw.quantize(tiny, tmp_path, config, "python-stdlib", **OPTIONS)
     assert target - 0.2 < result.bits_per_weight <= target
@@ -111,7 +106,7 @@ def test_the_size_is_kept_and_fused_layers_agree(target: float, tiny: Path, tmp_
     rw.load(tmp_path)
 
 
-def test_what_the_user_settles_stays(tiny: Path, tmp_path: Path) -> None:
+def test_overrides_of_the_user_are_kept(tiny: Path, tmp_path: Path) -> None:
     dynamic = {r"layers\.0\.": None, "down_proj": {"bits": 8}}
     config = rw.QuantizeConfig(target_bpw=3.3, recipe="textbook", dynamic=dynamic)
     result = rw.quantize(tiny, tmp_path, config, "python-stdlib", **OPTIONS)
@@ -119,26 +114,30 @@ def test_what_the_user_settles_stays(tiny: Path, tmp_path: Path) -> None:
     assert {x["bits"] for x in result.layers if "down_proj" in x["name"]} == {8}
 
 
-def test_chosen_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widths_are_chosen_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = rw.QuantizeConfig(target_bpw=3.5, recipe="textbook")
     rw.quantize(tiny, tmp_path / "whole", config, "python-stdlib", **OPTIONS)
     with pytest.raises(Stop):
         rw.quantize(
             tiny, tmp_path / "parts", config, "python-stdlib", **OPTIONS, progress=stop_after(20)
         )
-    asked = []
+    measured = []
     measure_sensitivity = bit_allocation.measure_sensitivity
     monkeypatch.setattr(
-        bit_allocation, "measure_sensitivity", lambda *a: asked.append(a) or measure_sensitivity(*a)
+        bit_allocation,
+        "measure_sensitivity",
+        lambda *a: measured.append(a) or measure_sensitivity(*a),
     )
     rw.quantize(tiny, tmp_path / "parts", config, "python-stdlib", **OPTIONS)
     rw.quantize(tiny, tmp_path / "whole", config, "python-stdlib", **OPTIONS)
-    assert not asked
+    assert not measured
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
     rw.quantize(
         tiny, tmp_path / "whole", config, "python-stdlib", **{**OPTIONS, "seed": 1}, restart=True
     )
-    assert len(asked) == 1  # another text is another question
+    assert len(measured) == 1  # another text: measured again
 
 
 def test_as_a_command_and_again_from_the_manifest(
@@ -172,20 +171,20 @@ def test_all_experts_of_a_layer_agree(name: str, tmp_path: Path) -> None:
         tmp_path / "model", tmp_path / "out", config, random_windows(),
         samples=4, seq_len=32, batch_size=2,
     )  # fmt: skip
-    found: dict[str, set[tuple[int, int]]] = {}
+    widths: dict[str, set[tuple[int, int]]] = {}
     for layer in result.layers:
         if ".experts." in layer["name"]:
             block = layer["name"].split(".experts.")[0]
-            found.setdefault(block, set()).add((layer["bits"], layer["group_size"]))
-    assert found
-    assert all(len(each) == 1 for each in found.values())
+            widths.setdefault(block, set()).add((layer["bits"], layer["group_size"]))
+    assert widths
+    assert all(len(each) == 1 for each in widths.values())
     rw.load(tmp_path / "out")
 
 
 def test_better_than_one_width_at_the_same_size(tiny: Path, tmp_path: Path) -> None:
     base, tokenizer = rw.load(tiny, dtype=torch.float32)
     ids = tokenizer(read_text("python-stdlib")[:40_000], verbose=False)["input_ids"][:8192]
-    found = {}
+    results = {}
     size = None
     for name in ("uniform", "chosen"):
         config = rw.QuantizeConfig(bits=3, recipe="textbook", target_bpw=size)
@@ -194,5 +193,5 @@ def test_better_than_one_width_at_the_same_size(tiny: Path, tmp_path: Path) -> N
         )
         size = result.bits_per_weight if size is None else size
         assert result.bits_per_weight <= size
-        found[name] = divergence(base, rw.load(tmp_path / name, dtype=torch.float32)[0], ids)
-    assert found["chosen"].kl_divergence < found["uniform"].kl_divergence
+        results[name] = divergence(base, rw.load(tmp_path / name, dtype=torch.float32)[0], ids)
+    assert results["chosen"].kl_divergence < results["uniform"].kl_divergence

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import roundwise as rw
-from roundwise.model.build import arguments, model_class
+from roundwise.model.build import forward_kwargs, model_class
 from roundwise.model.streamed import open_streamed_model
 from tests.helpers import (
     Stop,
@@ -61,7 +61,7 @@ def test_hidden_states_are_those_of_the_plain_model(
         )
     with torch.no_grad():
         for batch in played:
-            plain(**arguments(plain, batch.input_ids))
+            plain(**forward_kwargs(plain, batch.input_ids))
     names = iter([block.name for block in streamed.blocks])
     sequential = mode == "true_sequential"
     for _, scheduler in conduct(streamed, played, sequential=sequential, reference=True):

@@ -167,7 +167,7 @@ def test_verify_against_the_original(
             **record, "norm": "nowhere",
         }  # fmt: skip
     failures = audit(out, against=Checkpoint(outliers)).failures
-    assert any("cannot be followed" in failure for failure in failures)
+    assert any("has an invalid prescale entry" in failure for failure in failures)
 
 
 @pytest.mark.parametrize("count", [3, 8, 11])

@@ -1,4 +1,4 @@
-"""Calibration: from text to batches of token windows, and warnings about what is thin."""
+"""Calibration: batches of token windows from text or token ids, with warnings about too little text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,39 +15,52 @@ import torch
 
 from roundwise.calibration.overlap import minhash
 from roundwise.calibration.self_generated import SELF
-from roundwise.calibration.sources import Document, mixture, read_documents
+from roundwise.calibration.sources import Document, parse_mixture, read_documents
 from roundwise.calibration.windows import (
     Batch,
     Window,
-    batches_of,
-    cut_windows,
-    item_tokens,
-    tokenize,
+    make_batches,
+    sample_windows,
+    tokenize_documents,
+    tokenize_item,
 )
 from roundwise.checkpoint.manifest import CalibrationRecord
 from roundwise.config import CalibrationConfig
 from roundwise.errors import CalibrationError
 
-#: Tokenizing is slow: of a long text, this many characters per wanted token are tokenized, which is
-#: a few times more than needed, in random pieces of this size.
+#: Tokenizing is slow: at most this many characters per requested token are tokenized, a few times more
+#: than needed. A longer text is sampled in random pieces of PIECE characters.
 CHARACTERS_PER_TOKEN, PIECE = 16, 16 << 10
-#: Tokens of a piece, for telling repetition.
+#: Fewest characters of a source that are tokenized.
+MIN_CHARACTERS = 1 << 20
+#: Length in tokens of the pieces that `unique_share` compares.
 PIECE_TOKENS = 8
-#: Fewer samples than this, or fewer tokens than channels, give a noisy Hessian.
+#: With fewer samples, or fewer tokens than channels, a Hessian is noisy.
 ADVISED_SAMPLES = 128
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of calibration windows, and what is to be said about them."""
+    """Batches of calibration windows, their record, and messages about them."""
 
     batches: list[Batch]
     record: CalibrationRecord
-    """Where the windows came from and their hash: equal records mean equal windows."""
+    """Origin and hash of the windows: equal records mean equal windows."""
     warnings: tuple[str, ...] = ()
     """Advice."""
     not_as_asked: tuple[str, ...] = ()
-    """Issues: where the text gives less than was asked for."""
+    """Issues: the text has less than was requested, or some of it is not used."""
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Windows and where they came from."""
+
+    windows: list[Window] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    """Name of each source; of several, with its number of windows."""
+    texts: list[list[str]] = field(default_factory=list)
+    """Name and SHA-256 of each source's text."""
 
 
 def load_calibration(
@@ -58,47 +71,49 @@ def load_calibration(
     widest: int = 0,
     generate: Callable[[int], list[list[int]]] | None = None,
 ) -> Calibration:
-    """Cuts token windows from a named source, a file, or a Python list, and makes batches of them.
+    """Makes batches of token windows from a text, several texts, or a Python list.
 
     Args:
-        source: what `read_documents` takes, several with weights (see `mixture`); or a list of
-            strings, of token id lists, or of dicts with `input_ids` (and `attention_mask`), each
-            item one window, used in the given order.
+        source: a source of `read_documents`, or several with weights (see `parse_mixture`); or a list
+            whose items are one window each, used in the given order: strings, token ids, or dicts with
+            `input_ids` and maybe `attention_mask`.
         tokenizer: transformers tokenizer.
         config: number of windows, their length, batch size and seed.
         widest: largest in_features of the model, for the warning about too few tokens.
-        generate: draws so many windows from the model itself, for the source `self`.
+        generate: returns this many windows of token ids that the model wrote, for the source `self`.
 
     Raises:
-        CalibrationError: no text, no tokens, or settings below 1.
+        CalibrationError: no text, no tokens, or an invalid setting.
     """
-    _check(config)
-    names, texts, not_as_asked = ["list"], list[list[str]](), list[str]()
+    _check_config(config)
+    issues: list[str] = []
     if isinstance(source, str):
-        windows, names, texts = _from_sources(source, tokenizer, config, generate)
+        drawn = _windows_of_sources(source, tokenizer, config, generate)
     elif config.only is not None:
-        raise CalibrationError("only: a list holds no chats whose turns could be told apart")
+        raise CalibrationError(
+            f"only={config.only} is for chats, and a list of windows holds no chats"
+        )
     else:
-        items = [item_tokens(item, tokenizer) for item in islice(source, config.samples)]
-        not_as_asked = _cut_off(items, len(source), config.seq_len)
-        windows = [Window(item[: config.seq_len]) for item in items if item]
-    if not windows:
+        items = [tokenize_item(item, tokenizer) for item in islice(source, config.samples)]
+        issues = _unused_parts(items, len(source), config.seq_len)
+        drawn = _Windows([Window(item[: config.seq_len]) for item in items if item], ["list"])
+    if not drawn.windows:
         by = f" by the {config.only}" if config.only else ""
         raise CalibrationError(f"the calibration text holds no tokens{by}")
-    if len(windows) < config.samples:
-        not_as_asked.append(
-            f"the calibration text gives only {len(windows)} of {config.samples} windows"
+    if len(drawn.windows) < config.samples:
+        issues.append(
+            f"the calibration text gives only {len(drawn.windows)} of {config.samples} windows"
         )
-    record = _record(windows, names, texts, config)
+    record = _record(drawn, config)
     return Calibration(
-        batches=batches_of(windows, config.batch_size),
+        batches=make_batches(drawn.windows, config.batch_size),
         record=record,
         warnings=(*_warnings(record, widest),),
-        not_as_asked=(*not_as_asked,),
+        not_as_asked=(*issues,),
     )
 
 
-def _check(config: CalibrationConfig) -> None:
+def _check_config(config: CalibrationConfig) -> None:
     for name in ("samples", "seq_len", "batch_size"):
         if getattr(config, name) < 1:
             raise CalibrationError(f"{name}={getattr(config, name)}: must be at least 1")
@@ -106,22 +121,20 @@ def _check(config: CalibrationConfig) -> None:
         raise CalibrationError(f"only={config.only!r} is not supported: use assistant")
 
 
-def _record(
-    windows: list[Window], names: list[str], texts: list[list[str]], config: CalibrationConfig
-) -> CalibrationRecord:
-    """The record of some windows."""
+def _record(drawn: _Windows, config: CalibrationConfig) -> CalibrationRecord:
+    """Returns the record of the drawn windows."""
     digest = hashlib.sha256()
-    for window in windows:
+    for window in drawn.windows:
         digest.update(torch.tensor([len(window.tokens), *window.tokens]).numpy().tobytes())
         if window.counted is not None:
             digest.update(bytes(window.counted))
-    ids = [window.tokens for window in windows]
+    ids = [window.tokens for window in drawn.windows]
     return CalibrationRecord(
-        samples=len(windows),
-        tokens=sum(window.count() for window in windows),
+        samples=len(drawn.windows),
+        tokens=sum(window.count() for window in drawn.windows),
         sha256=digest.hexdigest(),
-        source=", ".join(names),
-        texts=texts,
+        source=", ".join(drawn.names),
+        texts=drawn.texts,
         wanted=config.samples,
         seq_len=config.seq_len,
         batch_size=config.batch_size,
@@ -133,57 +146,62 @@ def _record(
     )
 
 
-def _from_sources(
+def _windows_of_sources(
     source: str,
     tokenizer: Any,
     config: CalibrationConfig,
     generate: Callable[[int], list[list[int]]] | None,
-) -> tuple[list[Window], list[str], list[list[str]]]:
-    """Windows of all sources; the name of each, with its number of windows; names and hashes."""
-    generator, seq_len = random.Random(config.seed), config.seq_len
-    parts = mixture(source)
-    counts = shares(config.samples, [weight for _, weight in parts])
-    windows, names, texts = list[Window](), [], []
+) -> _Windows:
+    """Draws windows from all sources of a mixture, in numbers that follow their weights."""
+    generator, seq_len, drawn = random.Random(config.seed), config.seq_len, _Windows()
+    parts = parse_mixture(source)
+    counts = split_by_weight(config.samples, [weight for _, weight in parts])
     for (name, _), count in zip(parts, counts, strict=True):
         if name == SELF and generate is not None:
-            drawn = [Window(tokens) for tokens in generate(count)]
-            texts.append([SELF, _digest([window.tokens for window in drawn])])
+            windows = [Window(tokens) for tokens in generate(count)]
+            drawn.texts.append([SELF, _digest([window.tokens for window in windows])])
         else:
-            wanted = max(CHARACTERS_PER_TOKEN * count * seq_len, 1 << 20)
-            whole = read_documents(name)
-            texts.append([Path(name).name, _digest(whole)])
-            documents = _sample_documents(whole, wanted, generator)
-            stream = tokenize(documents, tokenizer, config.only)
-            drawn = cut_windows(stream, count, seq_len, generator)
-        windows += drawn
-        names.append(Path(name).name if len(parts) == 1 else f"{Path(name).name}: {len(drawn)}")
+            characters = max(CHARACTERS_PER_TOKEN * count * seq_len, MIN_CHARACTERS)
+            text = read_documents(name)
+            drawn.texts.append([Path(name).name, _digest(text)])
+            documents = _sample_documents(text, characters, generator)
+            stream = tokenize_documents(documents, tokenizer, config.only)
+            windows = sample_windows(stream, count, seq_len, generator)
+        drawn.windows.extend(windows)
+        number = "" if len(parts) == 1 else f": {len(windows)}"
+        drawn.names.append(f"{Path(name).name}{number}")
     if len(parts) > 1:
-        generator.shuffle(windows)  # every batch sees some of each
-    return windows, names, texts
+        generator.shuffle(drawn.windows)  # every batch sees some of each
+    return drawn
 
 
 def _digest(documents: Sequence[Any]) -> str:
-    """SHA-256 of a text: of all its documents, in their order."""
+    """Returns the SHA-256 of documents in their order."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(json.dumps(document).encode() + b"\n")
     return digest.hexdigest()
 
 
-def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` in whole parts that are as the weights, by largest remainders; none is below 1."""
+def split_by_weight(total: int, weights: Sequence[float]) -> list[int]:
+    """Splits `total` into whole parts, none below 1, by the method of largest remainders.
+
+    Args:
+        total: number to split.
+        weights: weight of each part; they add up to 1.
+    """
     exact = [total * weight for weight in weights]
-    found = [int(part) for part in exact]
-    order = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])
-    for index in order[: total - sum(found)]:
-        found[index] += 1
-    return [max(1, part) for part in found]
+    parts = [int(part) for part in exact]
+    order = sorted(range(len(exact)), key=lambda i: parts[i] - exact[i])
+    for index in order[: total - sum(parts)]:
+        parts[index] += 1
+    return [max(1, part) for part in parts]
 
 
 def _sample_documents(
     documents: list[Document], characters: int, generator: random.Random
 ) -> list[Document]:
-    """All documents, or random pieces of them when they are far longer than what is needed."""
+    """Returns all documents, or random pieces of them if they are longer than `characters`."""
     sizes = [len(document) if isinstance(document, str) else PIECE for document in documents]
     if sum(sizes) <= characters:
         return documents
@@ -199,17 +217,23 @@ def _sample_documents(
     return [pieces[i] for i in chosen]
 
 
-def _cut_off(items: list[list[int]], given: int, seq_len: int) -> list[str]:
-    """What is not used of a Python list of windows."""
-    found = []
+def _unused_parts(items: list[list[int]], given: int, seq_len: int) -> list[str]:
+    """Returns the issues of a Python list of windows: items that are dropped or cut.
+
+    Args:
+        items: tokens of the items that are used.
+        given: number of items in the list.
+        seq_len: maximum tokens of a window.
+    """
+    issues = []
     if given > len(items):
-        found.append(f"only the first {len(items)} of {given} calibration items are used: samples")
+        issues.append(f"only the first {len(items)} of {given} calibration items are used: samples")
     longer = sum(len(item) > seq_len for item in items)
     if longer:
-        found.append(
+        issues.append(
             f"{longer} of {len(items)} calibration items are cut to seq_len={seq_len} tokens"
         )
-    return found
+    return issues
 
 
 def _warnings(record: CalibrationRecord, widest: int) -> list[str]:
@@ -219,7 +243,7 @@ def _warnings(record: CalibrationRecord, widest: int) -> list[str]:
     if record.tokens < widest:
         lines.append(
             f"{record.tokens} calibration tokens are fewer than the {widest} input channels of the "
-            "widest layer: its Hessian has not full rank and rests on damping"
+            "widest layer: its Hessian does not have full rank and depends on damping"
         )
     if record.unique_share < 0.5:
         lines.append(
@@ -230,7 +254,7 @@ def _warnings(record: CalibrationRecord, widest: int) -> list[str]:
 
 
 def unique_share(windows: list[list[int]]) -> float:
-    """Part of the pieces of a few tokens that are different from one another; 1 where there are none."""
+    """Returns the fraction of distinct pieces of `PIECE_TOKENS` tokens; 1.0 if there are no pieces."""
     size = PIECE_TOKENS
     pieces = [tuple(w[i : i + size]) for w in windows for i in range(0, len(w) - size + 1, size)]
     return len({*pieces}) / len(pieces) if pieces else 1.0

@@ -1,7 +1,7 @@
-"""Calibration text that the model writes itself, for when there is no other.
+"""Calibration text that the model generates itself, for when no other text is available.
 
-Liu et al. 2023 (LLM-QAT): text drawn from the model's own distribution stands in for what it was trained
-on. Whole windows are drawn at temperature 1, across the ends of documents.
+After LLM-QAT (Liu et al. 2023): text sampled from the model's own distribution replaces its training
+data. Whole windows are sampled at temperature 1, past the ends of documents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from roundwise.system.device import HOST
 from roundwise.system.half_matmul import cpu_half_matmul
 from roundwise.system.memory import available_memory
 
-#: What names this source.
+#: Name of this source.
 SELF = "self"
 
 
@@ -28,54 +28,67 @@ SELF = "self"
 def generate_windows(
     checkpoint: Checkpoint,
     tokenizer: Any,
-    wanted: CalibrationConfig,
+    config: CalibrationConfig,
     *,
     device: torch.device = HOST,
 ) -> list[list[int]]:
-    """Windows [samples][seq_len] of tokens drawn from the model; the same for the same seed.
+    """Samples windows of token ids [samples][seq_len] from the model; deterministic for a seed.
 
-    Each begins with the token that begins a text, or ends the one before it; with any token if the
-    tokenizer has neither. The whole model is in memory meanwhile.
+    Each window begins with the beginning-of-text token, else with the end-of-text token, else with a
+    random one. The whole model is in memory meanwhile.
+
+    Args:
+        checkpoint: the model, not quantized.
+        tokenizer: its transformers tokenizer.
+        config: number of windows, their length, batch size and seed.
+        device: device that generates.
 
     Raises:
-        CalibrationError: the model writes no text, or does not fit into memory.
+        CalibrationError: the model cannot generate text, is quantized, or does not fit into memory.
     """
-    config = load_config(checkpoint)
-    kind = model_class(config)
-    if not kind.can_generate() or getattr(config, "is_encoder_decoder", False):
-        raise CalibrationError(
-            f"{kind.__name__} writes no text of its own: give a calibration file"
-        )
+    model_config = load_config(checkpoint)
+    model = _load_model(checkpoint, model_config, device)
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    generator = random.Random(config.seed)
+    vocabulary = int(model_config.get_text_config().vocab_size)
+    windows: list[list[int]] = []
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(config.seed)
+        while len(windows) < config.samples:
+            count = min(config.batch_size, config.samples - len(windows))
+            first = [generator.randrange(vocabulary) if begin is None else begin] * count
+            settings = GenerationConfig(
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=max(config.seq_len - 1, 1), eos_token_id=None, pad_token_id=first[0],
+            )  # fmt: skip
+            ids = torch.tensor(first, device=device)[:, None]
+            with cpu_half_matmul():
+                generated = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=settings
+                )
+            windows += generated[:, : config.seq_len].tolist()
+    return windows
+
+
+def _load_model(checkpoint: Checkpoint, model_config: Any, device: torch.device) -> Any:
+    """Loads the whole model to `device`; errors as for `generate_windows`."""
+    kind = model_class(model_config)
+    if not kind.can_generate() or getattr(model_config, "is_encoder_decoder", False):
+        raise CalibrationError(f"{kind.__name__} cannot generate text: give a calibration file")
     if "quantization_config" in Checkpoint(checkpoint.folder).config:
-        raise CalibrationError("a model that is quantized already does not run here: give a text")
-    if checkpoint.nbytes() > available_memory(device):
         raise CalibrationError(
-            f"to write calibration text the whole model ({checkpoint.nbytes() / 1e9:.1f} GB) must be in "
-            f"memory, of which {available_memory(device) / 1e9:.1f} GB are free: give a text instead"
+            "a quantized model cannot generate its calibration text: give a calibration file"
+        )
+    needed, available = checkpoint.nbytes(), available_memory(device)
+    if needed > available:
+        raise CalibrationError(
+            f"to generate calibration text, the whole model ({needed / 1e9:.1f} GB) must fit into "
+            f"memory, of which {available / 1e9:.1f} GB are free: give a calibration file instead"
         )
     model = kind.from_pretrained(
         checkpoint.folder, dtype="auto", use_safetensors=True, trust_remote_code=False
     )
     model = model.to(device).eval()
-    model.generation_config = GenerationConfig()  # nothing of what the model's files prefer
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    generator = random.Random(wanted.seed)
-    vocabulary = int(config.get_text_config().vocab_size)
-    windows: list[list[int]] = []
-    others = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
-        torch.manual_seed(wanted.seed)
-        while len(windows) < wanted.samples:
-            count = min(wanted.batch_size, wanted.samples - len(windows))
-            first = [generator.randrange(vocabulary) if start is None else start] * count
-            settings = GenerationConfig(
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(wanted.seq_len - 1, 1),
-                eos_token_id=None, pad_token_id=first[0],
-            )  # fmt: skip
-            ids = torch.tensor(first, device=device)[:, None]
-            with cpu_half_matmul():
-                drawn = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), generation_config=settings
-                )
-            windows += drawn[:, : wanted.seq_len].tolist()
-    return windows
+    model.generation_config = GenerationConfig()  # ignore the settings in the model's files
+    return model

@@ -1,6 +1,6 @@
-"""Where calibration and evaluation texts come from: files, named sets, the interpreter's own library.
+"""Reads calibration and evaluation texts: files, named data sets, Python's own standard library.
 
-A source is read as a list of documents, each a text or a chat (list of messages).
+A source becomes a list of documents, each a text or a chat (list of messages).
 """
 
 from __future__ import annotations
@@ -14,51 +14,51 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from roundwise.errors import CalibrationError
+from roundwise.errors import CalibrationError, first_line
 
 Document = str | list[dict[str, Any]]
 
 
 class NamedSet(NamedTuple):
-    """A public set that has a short name."""
+    """A public data set with a short name; calibration takes its split `train`."""
 
     name: str
     subset: str | None
     column: str
     held_out: str
-    """Split for evaluation; calibration takes `train`."""
-    other: str | None = None
-    """Data set for evaluation, if it is another one."""
+    """Split for evaluation."""
+    evaluation_name: str | None = None
+    """Data set for evaluation; None: the same."""
 
 
 NAMED_SETS = {
     "wikitext2": NamedSet("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "test"),
     "c4": NamedSet("allenai/c4", "en", "text", "validation"),
     "ptb": NamedSet("ptb-text-only/ptb_text_only", None, "sentence", "test"),
-    # Code from GitHub, deduplicated, without an account.
+    # Code from GitHub, deduplicated; needs no account.
     "github-code": NamedSet(
         "codeparrot/codeparrot-clean-train", None, "content", "train",
         "codeparrot/codeparrot-clean-valid",
     ),
 }  # fmt: skip
-#: Files with a record in each line, and all that are read from a folder.
+#: Suffixes of files with one JSON record per line, and of all files that are read from a folder.
 JSON_LINES = (".jsonl", ".ndjson")
 TEXTS = (".txt", ".md", ".rst", *JSON_LINES)
-#: Documents taken at most from a public set: it may be far larger than any calibration needs.
+#: Maximum documents read from a public data set, which may be far larger than any calibration needs.
 MAX_DOCUMENTS = 20_000
 
 
 def read_documents(source: str, *, held_out: bool = False) -> list[Document]:
-    """The documents of a source, in a fixed order.
+    """Returns the documents of a source, in a fixed order.
 
     Args:
-        source: a text file; a JSONL file with a `text` or a chat `messages` in each line; a folder
-            or a pattern (`notes/*.md`) of such files; `python-stdlib`;
-            one of `NAMED_SETS`; or NAME:SPLIT:COLUMN of a Hugging Face data set.
-        held_out: the part meant for evaluation, where the source has one.
+        source: a text file; a JSONL file with a `text` or a chat `messages` in each line; a folder or a
+            pattern (`notes/*.md`) of such files; `python-stdlib`; one of `NAMED_SETS`; or
+            NAME:SPLIT:COLUMN of a Hugging Face data set.
+        held_out: read the part meant for evaluation, if the source has one.
 
     Raises:
-        CalibrationError: nothing of that name, an unreadable file, or no text in it.
+        CalibrationError: there is no such source, a file is unreadable, or it holds no text.
     """
     documents: list[Document]
     files = _files(source)
@@ -74,7 +74,7 @@ def read_documents(source: str, *, held_out: bool = False) -> list[Document]:
         documents = _read_named(source, held_out=held_out)
     else:
         raise CalibrationError(
-            f"there is no file {source!r}, nor a set of that name: give a .txt or .jsonl file, a "
+            f"there is no file {source!r} and no data set of that name: give a .txt or .jsonl file, a "
             f"folder, python-stdlib, {', '.join(NAMED_SETS)}, or NAME:SPLIT:COLUMN of a Hugging Face "
             "data set"
         )
@@ -84,48 +84,51 @@ def read_documents(source: str, *, held_out: bool = False) -> list[Document]:
     return documents
 
 
-def mixture(source: str) -> list[tuple[str, float]]:
-    """Sources and their weights, which add up to 1: `code.txt:0.7,chat.jsonl:0.3`; equal if not given.
+def parse_mixture(source: str) -> list[tuple[str, float]]:
+    """Returns sources and their weights, which add up to 1; weights that are not given are equal.
+
+    Args:
+        source: one source, or several such as `code.txt:0.7,chat.jsonl:0.3`.
 
     Raises:
         CalibrationError: a weight that is not above zero, or some with a weight and some without.
     """
     if Path(source).exists():
         return [(source, 1.0)]
-    found: list[tuple[str, float | None]] = []
+    parts: list[tuple[str, float | None]] = []
     for part in source.split(","):
         name, colon, weight = part.strip().rpartition(":")
         try:
-            found.append((name, float(weight)) if colon else (part.strip(), None))
+            parts.append((name, float(weight)) if colon else (part.strip(), None))
         except ValueError:  # NAME:SPLIT:COLUMN
-            found.append((part.strip(), None))
-    weights = [weight for _, weight in found if weight is not None]
+            parts.append((part.strip(), None))
+    weights = [weight for _, weight in parts if weight is not None]
     if not weights:
-        return [(name, 1 / len(found)) for name, _ in found]
-    if len(weights) < len(found) or not all(0 < weight < math.inf for weight in weights):
+        return [(name, 1 / len(parts)) for name, _ in parts]
+    if len(weights) < len(parts) or not all(0 < weight < math.inf for weight in weights):
         raise CalibrationError(
-            f"calibration {source!r}: give every source a weight above 0, as in "
-            "code.txt:0.7,chat.jsonl:0.3, or none"
+            f"calibration {source!r}: give every source a weight above 0, such as "
+            "code.txt:0.7,chat.jsonl:0.3, or give no weights"
         )
-    return [(name, weight / sum(weights)) for (name, _), weight in zip(found, weights, strict=True)]
+    return [(name, weight / sum(weights)) for (name, _), weight in zip(parts, weights, strict=True)]
 
 
 def _files(source: str) -> list[Path]:
-    """The files that a source names, in order: itself, those in a folder, those of a pattern."""
+    """Returns the files of a source in order: the file itself, those of a folder, or of a pattern."""
     path = Path(source)
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in TEXTS and file.is_file())
-        if not found:
+        files = sorted(file for file in path.rglob("*") if file.suffix in TEXTS and file.is_file())
+        if not files:
             raise CalibrationError(f"{source} holds no files that end in {', '.join(TEXTS)}")
-        return found
-    matches = glob.glob(source, recursive=True)  # noqa: PTH207  # Path's takes no absolute ones
+        return files
+    matches = glob.glob(source, recursive=True)  # noqa: PTH207  # Path.glob refuses absolute patterns
     return sorted(Path(match) for match in matches if Path(match).is_file())
 
 
 def _has_content(document: Document) -> bool:
-    """Whether there is anything but white space in it."""
+    """Returns True if a document has more than white space."""
     return bool(document.strip()) if isinstance(document, str) else bool(document)
 
 
@@ -146,7 +149,7 @@ def _read_jsonl(path: Path) -> list[Document]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{path}, line {number} is no JSON: {error}") from None
+            raise CalibrationError(f"{path}, line {number} is not valid JSON: {error}") from None
         value = record.get("text", record.get("messages")) if isinstance(record, dict) else None
         if not (isinstance(value, str) or _is_chat(value)):
             raise CalibrationError(f"{path}, line {number} has neither a `text` nor `messages`")
@@ -161,13 +164,13 @@ def _is_chat(value: Any) -> TypeGuard[list[dict[str, Any]]]:
 
 
 def _stdlib(*, held_out: bool) -> Iterator[str]:
-    """Python's own library as text: sources of the running interpreter, every 20th file held out."""
+    """Yields the source files of Python's standard library; every 20th file is held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "test", "tests", "encodings", "__pycache__"}
+    excluded = {"site-packages", "test", "tests", "encodings", "__pycache__"}
     files = [
         file
         for file in sorted(root.rglob("*.py"))
-        if not left_out & set(file.relative_to(root).parts[:-1])
+        if not excluded & set(file.relative_to(root).parts[:-1])
     ]
     for index, file in enumerate(files):
         if (index % 20 == 7) == held_out:
@@ -186,7 +189,7 @@ def _read_named(source: str, *, held_out: bool) -> list[Document]:
     if source in NAMED_SETS:
         known = NAMED_SETS[source]
         subset, column = known.subset, known.column
-        name = known.other if held_out and known.other else known.name
+        name = (known.evaluation_name or known.name) if held_out else known.name
         split = known.held_out if held_out else "train"
     else:
         name, split, column = source.split(":")
@@ -196,19 +199,20 @@ def _read_named(source: str, *, held_out: bool) -> list[Document]:
         documents = [row[column] for row in islice(rows, MAX_DOCUMENTS)]
     except KeyError:
         raise CalibrationError(f"{name} has no column {column!r}") from None
-    except Exception as error:  # network, unknown set, missing split: the library has many kinds
-        reason = str(error).strip().split("\n", 1)[0]
-        raise CalibrationError(f"data set {name} ({split}) cannot be read: {reason}") from error
+    except Exception as error:  # network, unknown set, missing split: errors of many types
+        raise CalibrationError(
+            f"data set {name} ({split}) cannot be read: {first_line(error)}"
+        ) from error
     if not all(isinstance(document, str) or _is_chat(document) for document in documents):
         raise CalibrationError(f"column {column!r} of {name} holds neither text nor chats")
     return documents
 
 
 def read_text(source: str) -> str:
-    """The part of a source that is meant for evaluation, as one text, documents joined by newlines.
+    """Returns the part of a source meant for evaluation as one text, documents joined by newlines.
 
     Raises:
-        CalibrationError: as `read_documents`, or the source holds chats.
+        CalibrationError: as for `read_documents`, or the source holds chats.
     """
     documents = read_documents(source, held_out=True)
     if not all(isinstance(document, str) for document in documents):

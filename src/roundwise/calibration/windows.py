@@ -1,6 +1,6 @@
-"""Documents as one stream of tokens, windows cut from it, and windows in batches.
+"""Tokenizes documents and chats, samples windows from the tokens, and pads windows into batches.
 
-Chats as tokens, and which of them the assistant wrote.
+For chats it can tell which tokens the assistant wrote.
 """
 
 from __future__ import annotations
@@ -15,119 +15,81 @@ from roundwise.calibration.sources import Document
 from roundwise.errors import CalibrationError
 from roundwise.system.device import to_device
 
-#: Tokens by which a chat and its beginning may differ where one ends in the other: a tokenizer merges
-#: letters across that place.
+#: Maximum tokens by which the rendered beginning of a chat may differ from the whole chat at its end: a
+#: tokenizer merges characters across that position.
 MERGED = 4
-
-
-def assistant_tokens(chat: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """A chat's tokens, and True for those of the assistant's turns.
-
-    A template that marks them (`{% generation %}`) is believed. Otherwise the chat up to a turn is
-    rendered with and without it: what is added is the turn, its closing marks included.
-
-    Raises:
-        CalibrationError: the template renders a turn otherwise once others follow, so that its place
-            cannot be told.
-    """
-    if "generation %}" in str(tokenizer.chat_template).replace("-%}", "%}"):
-        encoded = tokenizer.apply_chat_template(
-            chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
-    tokens = _rendered(chat, tokenizer)
-    counted = [False] * len(tokens)
-    for turn, message in enumerate(chat):
-        if message["role"] != "assistant":
-            continue
-        prompt = chat[:turn]
-        before = _rendered(prompt, tokenizer, add_generation_prompt=True) if prompt else []
-        after = _rendered(chat[: turn + 1], tokenizer)
-        start, end = _common(before, tokens), _common(after, tokens)
-        if max(len(before) - start, len(after) - end) > MERGED:
-            raise CalibrationError(
-                f"where turn {turn + 1} of a chat begins and ends cannot be told: the model's template "
-                "renders it otherwise once others follow; split such chats after each answer, or do "
-                "without --only"
-            )
-        counted[start:end] = [True] * (end - start)
-    return tokens, counted
-
-
-def _rendered(chat: list[dict[str, Any]], tokenizer: Any, **options: Any) -> list[int]:
-    encoded = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **options)
-    return list(encoded["input_ids"])
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """Tokens that both begin with."""
-    for index, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return index
-    return min(len(one), len(other))
 
 
 @dataclass
 class Batch:
-    """Token windows that go through the model together, padded on the right."""
+    """Token windows that run through the model together, padded on the right."""
 
     input_ids: torch.Tensor
     """int64 [windows, length]."""
     mask: torch.Tensor | None
-    """bool [windows, length], False on padding; None when there is none."""
+    """bool [windows, length], False for padding; None: there is no padding."""
     counted: torch.Tensor | None = None
     """bool [windows, length], True for the tokens that count as input of layers; None: as `mask`."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """Returns the batch on a device."""
         return Batch(*to_device([self.input_ids, self.mask, self.counted], device))
 
     @property
     def counting(self) -> torch.Tensor | None:
-        """Bool [windows, length]: the tokens that count; None: all."""
+        """Bool [windows, length], True for the tokens that count; None: all."""
         return self.mask if self.counted is None else self.counted
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens that are read together."""
+    """Consecutive tokens that the model reads as one text."""
 
     tokens: list[int]
     counted: list[bool] | None = None
-    """Which of them count; None: all."""
+    """True for the tokens that count; None: all."""
 
     def count(self) -> int:
-        """How many of them count."""
+        """Returns the number of tokens that count."""
         return len(self.tokens) if self.counted is None else sum(self.counted)
 
     def part(self, start: int, end: int) -> Window:
-        """Some of it."""
+        """Returns the tokens from `start` up to `end`."""
         counted = self.counted
         return Window(self.tokens[start:end], None if counted is None else counted[start:end])
 
 
-def tokenize(documents: list[Document], tokenizer: Any, only: str | None) -> Window:
-    """One stream of tokens, documents separated by the end-of-text token where there is one."""
+def tokenize_documents(documents: list[Document], tokenizer: Any, only: str | None) -> Window:
+    """Tokenizes documents into one stream, separated by the end-of-text token if there is one.
+
+    Args:
+        documents: texts and chats.
+        tokenizer: transformers tokenizer.
+        only: "assistant": of chats, only the assistant's tokens count; None: all tokens count.
+
+    Raises:
+        CalibrationError: a document cannot be tokenized, or `only` is set and a document is not a chat.
+    """
     stream: list[int] = []
     counted: list[bool] = []
     for document in documents:
         if stream and tokenizer.eos_token_id is not None:
             stream.append(int(tokenizer.eos_token_id))
             counted.append(False)
-        tokens, marks = _document_tokens(document, tokenizer, only)
+        tokens, marks = _tokenize_document(document, tokenizer, only)
         stream += tokens
         counted += marks
     return Window(stream, counted if only else None)
 
 
-def _document_tokens(
+def _tokenize_document(
     document: Document, tokenizer: Any, only: str | None = None
 ) -> tuple[list[int], list[bool]]:
-    """A document's tokens; with `only`, which of them count."""
+    """Returns a document's tokens and, with `only`, True for those that count."""
     is_text = isinstance(document, str)
     if only and isinstance(document, str):
         raise CalibrationError(
-            f"only={only} is for chats, and the calibration holds a plain text: {document[:60]!r}"
+            f"only={only} is for chats, but the calibration contains plain text: {document[:60]!r}"
         )
     if not is_text and not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
@@ -136,27 +98,85 @@ def _document_tokens(
         )
     try:
         if is_text:
-            found = tokenizer(document, add_special_tokens=False, verbose=False)
-            return list(found["input_ids"]), []
+            encoded = tokenizer(document, add_special_tokens=False, verbose=False)
+            return list(encoded["input_ids"]), []
         if only and not isinstance(document, str):
             return assistant_tokens(document, tokenizer)
-        encoded = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)
-        return list(encoded["input_ids"]), []
+        return _render_chat(document, tokenizer), []
     except CalibrationError:
         raise
-    except Exception as error:  # of templates in their own words, of tokenizers in any
+    except Exception as error:  # templates and tokenizers raise errors of any type
         kind = "text" if is_text else "chat"
         raise CalibrationError(
-            f"a {kind} of the calibration cannot be turned into tokens ({error}): it begins with "
+            f"a {kind} of the calibration cannot be tokenized ({error}): it begins with "
             f"{str(document)[:60]!r}"
         ) from error
 
 
-def item_tokens(item: Any, tokenizer: Any) -> list[int]:
-    """Tokens of one item of a Python list, padding removed."""
+def assistant_tokens(chat: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Returns a chat's tokens, and True for those of the assistant's turns.
+
+    If the template marks them (`{% generation %}`), its marks are used. Otherwise the chat up to a turn
+    is rendered with and without that turn: the added tokens are the turn, its closing marks included.
+
+    Args:
+        chat: messages with `role` and `content`.
+        tokenizer: transformers tokenizer with a chat template.
+
+    Raises:
+        CalibrationError: the template renders a turn differently once other turns follow, so the turn
+            cannot be located.
+    """
+    if "generation %}" in str(tokenizer.chat_template).replace("-%}", "%}"):
+        encoded = tokenizer.apply_chat_template(
+            chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
+    tokens = _render_chat(chat, tokenizer)
+    counted = [False] * len(tokens)
+    for turn, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        prompt = chat[:turn]
+        before = _render_chat(prompt, tokenizer, add_generation_prompt=True) if prompt else []
+        after = _render_chat(chat[: turn + 1], tokenizer)
+        start, end = _common_prefix(before, tokens), _common_prefix(after, tokens)
+        if max(len(before) - start, len(after) - end) > MERGED:
+            raise CalibrationError(
+                f"turn {turn + 1} of a chat cannot be located: the model's chat template renders it "
+                "differently once other turns follow; split such chats after each answer, or do not "
+                "use --only"
+            )
+        counted[start:end] = [True] * (end - start)
+    return tokens, counted
+
+
+def _render_chat(chat: Any, tokenizer: Any, **options: Any) -> list[int]:
+    encoded = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **options)
+    return list(encoded["input_ids"])
+
+
+def _common_prefix(one: list[int], other: list[int]) -> int:
+    """Returns the number of tokens that both begin with."""
+    for index, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return index
+    return min(len(one), len(other))
+
+
+def tokenize_item(item: Any, tokenizer: Any) -> list[int]:
+    """Returns the tokens of one item of a Python list, without padding.
+
+    Args:
+        item: a string, token ids, or a dict with `input_ids` and maybe `attention_mask`.
+        tokenizer: transformers tokenizer; used for strings only.
+
+    Raises:
+        CalibrationError: a string cannot be tokenized, or token ids are not integers.
+    """
     mask = None
     if isinstance(item, str):
-        return _document_tokens(item, tokenizer)[0]
+        return _tokenize_document(item, tokenizer)[0]
     if hasattr(item, "keys"):
         item, mask = item["input_ids"], item.get("attention_mask")
     tokens = torch.as_tensor(item).reshape(-1)
@@ -169,10 +189,17 @@ def item_tokens(item: Any, tokenizer: Any) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def cut_windows(
+def sample_windows(
     stream: Window, samples: int, seq_len: int, generator: random.Random
 ) -> list[Window]:
-    """`samples` windows that do not overlap, in random order; fewer when the text is too short."""
+    """Samples windows that do not overlap from a stream of tokens, in random order.
+
+    Args:
+        stream: tokens of all documents.
+        samples: number of windows; fewer are returned if the text is too short.
+        seq_len: tokens per window; a text that is not longer becomes one window.
+        generator: source of random numbers.
+    """
     length = len(stream.tokens)
     if length <= seq_len:
         return [stream] if stream.count() else []
@@ -183,12 +210,14 @@ def cut_windows(
     return generator.sample(parts, min(samples, len(parts)))
 
 
-def batches_of(windows: list[Window], batch_size: int) -> list[Batch]:
-    """Windows of like length together, so that there is little or no padding."""
-    # Stable: equal lengths keep their order.
-    ordered = sorted(
-        windows, key=lambda window: len(window.tokens)
-    )  # stable: equal lengths keep their order
+def make_batches(windows: list[Window], batch_size: int) -> list[Batch]:
+    """Batches windows of similar length, so that there is little or no padding.
+
+    Args:
+        windows: all windows; those of equal length keep their order.
+        batch_size: maximum windows per batch.
+    """
+    ordered = sorted(windows, key=lambda window: len(window.tokens))
     batches = []
     for start in range(0, len(ordered), batch_size):
         part = ordered[start : start + batch_size]

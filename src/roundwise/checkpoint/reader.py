@@ -137,9 +137,7 @@ class TensorInfo:
         try:
             file = self.path.open("rb")
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be read: {error.strerror}"
-            ) from None
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
         with file:
             file.seek(self.start)
             remaining = self.nbytes
@@ -222,7 +220,7 @@ class Checkpoint:
         return self.folder / name
 
     def side_files(self) -> list[Path]:
-        """Returns the files beside the weights that belong to the checkpoint, such as tokenizer and licence.
+        """Returns the files beside the weights that belong to the checkpoint, such as the tokenizer's.
 
         Not included: other copies of the weights, config.json (it is rewritten), hidden files, and files
         that an earlier run of roundwise wrote about itself.

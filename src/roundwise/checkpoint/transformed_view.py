@@ -74,8 +74,8 @@ class TransformedInfo(TensorInfo):
         """
         if source.dtype not in ("F64", "F32", "F16", "BF16"):
             raise CheckpointError(
-                f"{source.path.name} holds weights as {source.dtype}, which cannot be scaled or rotated: "
-                "start from a checkpoint in bfloat16, float16 or float32"
+                f"{source.path.name} holds weights as {source.dtype}, which cannot be scaled or rotated:"
+                " start from a checkpoint in bfloat16, float16 or float32"
             )
         code = dtype or source.dtype
         nbytes = source.nbytes // DTYPES[source.dtype].itemsize * DTYPES[code].itemsize

@@ -1,8 +1,8 @@
 """Checks on the files of a model folder, which may be damaged or malicious.
 
-JSON is read up to a bounded size, symbolic links must not leave the folder, and a config must not ask for
-unbounded work: a model is built from it without memory for its weights, but each layer is a Python object,
-each list of layer types a Python list, and each computed table takes real memory.
+JSON is read up to a bounded size, symbolic links must not leave the folder, and a config must not ask
+for unbounded work: a model is built from it without memory for its weights, but each layer is a Python
+object, each list of layer types a Python list, and each computed table takes real memory.
 
 This module knows JSON, hashes, links and configs; `reader.py` reads tensors.
 """
@@ -58,7 +58,7 @@ def check_config(config: dict[str, Any]) -> None:
             )
         elif isinstance(value, str) and "/" in value and key.endswith("_implementation"):
             raise CheckpointError(
-                f"config.json says {key}={value[:80]!r}: code from the hub is not run, remove the setting"
+                f"config.json says {key}={value[:80]!r}: code from the hub is not run, remove it"
             )
 
 
@@ -158,7 +158,7 @@ def file_digest(path: Path) -> str:
 
 
 def file_state(file: Path) -> tuple[int, ...] | None:
-    """Returns (device, inode, size, modification time), to detect a changed file; None if it is missing."""
+    """Returns (device, inode, size, modification time) to detect a changed file; None: it is missing."""
     try:
         status = file.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""The command line: one file per command; each parses, calls the library and prints."""
+"""Command line: one file per command in `commands`, which parses, calls the library and prints."""
 
 from roundwise.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The application: its commands, and how an error becomes one sentence and an exit code."""
+"""The typer application: its commands, and errors turned into one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from roundwise.cli.commands import (
     serve,
     verify,
 )
+from roundwise.cli.options import SettingsCommand
 from roundwise.cli.progress import console
 from roundwise.errors import Interrupted, RoundwiseError
 from roundwise.version import __version__
@@ -39,8 +40,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.command)
-app.command("plan")(plan.command)
-app.command("quantize")(quantize.command)
+app.command("plan", cls=SettingsCommand)(plan.command)
+app.command("quantize", cls=SettingsCommand)(quantize.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
@@ -53,8 +54,8 @@ app.command("serve")(serve.command)
 app.command("doctor")(doctor.command)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         print(f"roundwise {__version__}")
         raise typer.Exit
 
@@ -62,15 +63,18 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Quantize large language models to 2-8 bits with GPTQ; measure and load the result."""
 
 
 def main() -> None:
-    """Runs the command line. Exit code 0 done, 1 failed check or run, 2 bad usage or input."""
-    # transformers draws a bar for loading; ours is enough, and stderr stays readable in a log.
+    """Runs the command line. Exit code 0: done; 1: failed check or run; 2: bad usage or input."""
+    # Without transformers' own progress bars, stderr stays readable in a log.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, _terminate)
@@ -79,7 +83,7 @@ def main() -> None:
     except RoundwiseError as error:
         rank = _rank()
         if rank and (error.exit_code == 2 or isinstance(error, Interrupted)):
-            sys.exit(error.exit_code)  # all ranks are told the same, and the first one says so
+            sys.exit(error.exit_code)  # the same error on every rank: the first reports it
         if rank:
             console.print(f"rank {rank}: ", end="")
         if "--json" in sys.argv:
@@ -95,18 +99,18 @@ def main() -> None:
         console.print("stopped")
         sys.exit(1)
     except BrokenPipeError:
-        # The reader of our output has gone; say nothing more, and not at shutdown either.
+        # The reader of our output has exited: write nothing more, not even at shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def _rank() -> int:
-    """Number of this process among those of one run; torchrun says so."""
+    """Returns the rank of this process, which torchrun sets; 0 without torchrun."""
     return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    """SIGTERM ends a run the way Ctrl-C does: with what is finished kept."""
+    """Signal handler: SIGTERM stops a run like Ctrl-C, and finished blocks are kept."""
     raise KeyboardInterrupt
 
 

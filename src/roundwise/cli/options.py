@@ -121,7 +121,7 @@ def parse_dynamic(overrides: list[str], skips: list[str]) -> dict[str, dict[str,
 
 
 def parse_number(text: str) -> int | float | str:
-    """Returns the number that `text` is; other text is returned as it is, for the config to judge."""
+    """Returns the number that `text` is; other text unchanged, for the config to check."""
     try:
         value = float(text)
         return int(value) if value.is_integer() else value
@@ -146,7 +146,7 @@ def at_least(least: int) -> Callable[[typer.CallbackParam, int], int]:
 
 
 # Arguments and options that several commands share.
-SourceArgument = Annotated[str, typer.Argument(help="Model folder, or id on the Hugging Face hub.")]
+SOURCE = typer.Argument(help="Model folder, or id on the Hugging Face hub.")
 ModelArgument = Annotated[
     str, typer.Argument(help="Model, quantized or not: folder or Hugging Face hub id.")
 ]

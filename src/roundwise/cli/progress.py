@@ -1,56 +1,82 @@
-"""What commands print: results on stdout, everything else on stderr."""
+"""Output of the commands: results on stdout, everything else (progress, notes, errors) on stderr."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-#: For everything that is not the result.
-console = Console(stderr=True)
-#: For results meant to be read by people.
-stdout = Console()
+if TYPE_CHECKING:
+    from roundwise.run.api import Progress as RunProgress
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+#: Standard error: everything that is not the result.
+console = Console(stderr=True)
+#: Standard output: results for people to read.
+stdout = Console()
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The one JSON object of a command."""
+    """Prints the one JSON object of a command."""
     print(json.dumps(value))
 
 
+def print_line(text: str) -> None:
+    """Prints one line of a result on stdout."""
+    stdout.print(text, highlight=False, soft_wrap=True)
+
+
+def print_note(text: str) -> None:
+    """Prints one line on stderr."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def print_labelled(lines: Mapping[str, str], width: int) -> None:
+    """Prints a result as lines of a label, padded to `width`, and a text."""
+    for label, text in lines.items():
+        print_line(f"{label:{width}} {text}")
+
+
+def count_of(number: int | None, noun: str) -> str:
+    """Returns "1 thread" or "2 threads"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Steps:
-    """Progress through a known number of steps: a bar with ETA on a terminal, plain lines elsewhere."""
+    """Progress from 0 to 1: a bar with the time left on a terminal, plain lines elsewhere."""
 
     def __init__(self, bar: Progress | None, title: str) -> None:
         self._bar, self._title, self._begun = bar, title, time.monotonic()
         self._task = bar.add_task(title, total=1.0) if bar else None
 
     def update(self, done: float, note: str = "") -> None:
-        """`done` is the finished part, 0 … 1; `note` is a short text about the last step."""
+        """Moves the bar.
+
+        Args:
+            done: finished part, 0 to 1.
+            note: short text about the last step.
+        """
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, description=f"{self._title} {note}")
 
     def line(self, text: str) -> None:
-        """A line of its own, above the bar if there is one."""
+        """Prints a line on stderr, above the bar if there is one."""
         (self._bar.console if self._bar else console).print(text, highlight=False, soft_wrap=True)
 
     def eta(self, done: float) -> str:
-        """Time left, for plain lines."""
+        """Returns the time left, for plain lines."""
         spent = time.monotonic() - self._begun
         return f"{spent * (1 - done) / done:.0f} s left" if done > 0 else ""
 
 
 @contextmanager
 def steps(title: str, *, shown: bool = True) -> Iterator[Steps]:
-    """Shows progress on stderr while the block runs; without a bar if it is not to be `shown`."""
+    """Context manager: shows progress on stderr; without a bar if not `shown`, or not on a terminal."""
     if not shown or not console.is_terminal or os.environ.get("TERM") == "dumb":
         yield Steps(None, title)
         return
@@ -62,3 +88,31 @@ def steps(title: str, *, shown: bool = True) -> Iterator[Steps]:
     )
     with Progress(*columns, console=console, transient=True) as bar:
         yield Steps(bar, title)
+
+
+class Reporter:
+    """Progress callback of a run: moves the bar with each layer and prints a line for each block."""
+
+    def __init__(self, shown: Steps) -> None:
+        self._shown, self._layers = shown, list[str]()
+
+    def __call__(self, step: RunProgress) -> None:
+        """Shows one step of the run: a layer, or a finished block."""
+        layer = step.layer
+        if layer is not None:
+            short_name = layer.name.rpartition(".")[2]
+            error = layer.relative_error
+            self._layers.append(f"{short_name} {error:.2e}" if error is not None else short_name)
+            self._shown.update(self._finished_part(step, step.block), layer.name)
+            return
+        part = self._finished_part(step, step.block + 1)
+        self._shown.update(part)
+        self._shown.line(
+            f"block {step.block + 1}/{step.blocks}  {'  '.join(self._layers)}  {self._shown.eta(part)}"
+        )
+        self._layers = []
+
+    @staticmethod
+    def _finished_part(step: RunProgress, finished: int) -> float:
+        """Returns the finished part of this run's work; blocks of earlier runs do not count."""
+        return (finished - step.resumed) / (step.blocks - step.resumed)

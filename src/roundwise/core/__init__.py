@@ -1,1 +1,1 @@
-"""Pure tensor maths: Hessian, grid, solver, packing. Knows torch; nothing of models or files."""
+"""Tensor maths: Hessian, grids, solver, packing. Depends on torch only, not on models or files."""

@@ -1,14 +1,15 @@
-"""Correcting for what earlier layers lost: aim at the original output, on the input that is there.
+"""Drift: corrects a layer for the errors of the layers before it (asymmetric calibration).
 
-Quantized predecessors hand a layer the input X instead of the original model's X̃. Minimising
-||X Qᵀ - X̃ Wᵀ||² instead of ||X Qᵀ - X Wᵀ||² is the same problem with another target,
+Quantized predecessors give a layer the input X instead of the original model's X̃. To reproduce the
+original output from the input X, minimise ||X Qᵀ - X̃ Wᵀ||² instead of ||X Qᵀ - X Wᵀ||²: the same problem
+with another target,
 
     T = W + Y Ĥ⁻¹,    Y = α · W (X̃ - X)ᵀX/n  (α = 1)
 
-(asymmetric calibration: GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695; here for the whole matrix at
-once). A layer that writes into the residual stream can also make up for the drift of the stream it adds
-to, from R̃ to R: Y gains β · (R̃ - R)ᵀX/n. In both, Y = (output wanted - output now)ᵀX/n is all that
-the solver needs to know.
+(GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695; here for the whole matrix at once). A layer that
+writes into the residual stream can also correct the drift of the stream from R̃ to R: Y gains
+β · (R̃ - R)ᵀX/n. In both cases the target shift Y = (wanted output - present output)ᵀX/n is all that the
+solver needs to know.
 """
 
 from __future__ import annotations
@@ -34,30 +35,30 @@ class Drift:
     residual: torch.Tensor | None = None
     """(R̃ - R)ᵀX / n, [out, in], where the layer's output is added to the residual stream R.
 
-    The input's drift may be in here instead, as far as it reaches the output: (X̃ - X) Wᵀ α/β is then
-    added to R̃ - R, which takes [out, in] instead of [in, in], and fewer operations: X̃Wᵀ is what the
-    original model returns there, and of X Wᵀ there remains W H (`subtract_output`).
+    It can include the effect of the input's drift on the output: α/β · (X̃ - X) Wᵀ is then added to
+    R̃ - R, which takes [out, in] instead of [in, in], and fewer operations: X̃ Wᵀ is the layer's output
+    in the original model, and X Wᵀ is subtracted at the end as W H (`subtract_output`).
     """
 
     def subtract_output(self, W: torch.Tensor, H: torch.Tensor, ratio: float) -> None:
-        """Makes X̃ Wᵀ in `residual` (X̃ - X) Wᵀ: takes ratio · W H away, in place.
+        """Subtracts ratio · W H from `residual` in place, which turns X̃ Wᵀ in it into (X̃ - X) Wᵀ.
 
         Args:
             W: weight [out, in], any float dtype.
             H: XᵀX / n [in, in] over the same tokens.
-            ratio: α/β, with which X̃ Wᵀ was added.
+            ratio: α/β, the factor with which X̃ Wᵀ was added.
         """
         if self.residual is not None:
-            for rows, part in _together(self.residual, W):
+            for rows, part in _row_parts(self.residual, W):
                 add_matmul(rows, part.to(H.dtype), H, -ratio)
 
     def rows(self, rows: slice) -> Drift:
-        """What concerns some rows of the weight; `residual` is a copy."""
+        """Returns the drift for some rows of the weight; `residual` is a copy, `input` is shared."""
         residual = None if self.residual is None else self.residual[rows].clone()
         return Drift(self.input, residual)
 
     def take_target_shift(self, W: torch.Tensor, alpha: float, beta: float) -> torch.Tensor | None:
-        """Y [out, in] = (output wanted - output now)ᵀX / n, in the moments' dtype. Ends `residual`.
+        """Returns Y = (wanted output - present output)ᵀX / n, in the memory of `residual`.
 
         Args:
             W: weight [out, in], any float dtype.
@@ -65,7 +66,7 @@ class Drift:
             beta: strength of the residual stream's correction, 0 … 1.
 
         Returns:
-            None when there is nothing to make up for.
+            [out, in], in the moments' dtype; None if there is nothing to correct.
         """
         Y, self.residual = self.residual, None
         if Y is not None:
@@ -73,22 +74,24 @@ class Drift:
         if self.input is not None and alpha:
             if Y is None:
                 Y = self.input.new_zeros(W.shape)
-            for rows, part in _together(Y, W):
+            for rows, part in _row_parts(Y, W):
                 add_matmul(rows, part.to(Y.dtype), self.input, alpha)
         return Y
 
 
 @dataclass
 class Moments:
-    """What is summed up about a layer's input over some tokens."""
+    """Statistics of a layer's input X over some tokens: all that its weights are solved with."""
 
     H: torch.Tensor
     """XᵀX / n, [in, in]."""
     drift: Drift
+    """Distance from the original model over the same tokens."""
     tokens: int
+    """Number n of tokens."""
 
     def divide(self, s: torch.Tensor) -> None:
-        """Makes them the moments of X diag(1/s), in place, for s [in]."""
+        """Turns these into the moments of X diag(1/s), in place, for s [in]."""
         s = s.to(self.H.dtype)
         for square in (self.H, self.drift.input):
             if square is not None:
@@ -97,7 +100,7 @@ class Moments:
             self.drift.residual.div_(s)
 
     def join(self, other: Moments) -> None:
-        """Makes them the moments over both parts of the tokens, in place."""
+        """Turns these into the moments over both sets of tokens, in place."""
         part = other.tokens / (self.tokens + other.tokens)
         self.H.lerp_(other.H, part)
         drift = self.drift
@@ -113,21 +116,21 @@ class Moments:
 def corrected_target(
     W: torch.Tensor, Y: torch.Tensor, perm: torch.Tensor, F: Factor
 ) -> torch.Tensor:
-    """The target T = W + Y Ĥ⁻¹ [out, in] in channel order.
+    """Returns the target T = W + Y Ĥ⁻¹ [out, in] in channel order, in the memory of Y.
 
     Args:
         W: weight [out, in], any float dtype.
-        Y: what is to be made up for [out, in], see `Drift.target_shift`; overwritten by T.
-        perm: int64 [in], the processing order that F is in.
+        Y: target shift [out, in], see `Drift.take_target_shift`; overwritten by T.
+        perm: int64 [in], the processing order of F.
         F: factor of Ĥ.
     """
-    for rows, part in _together(Y, W):
-        answer = F.solve(permuted_columns(rows, perm))
+    for rows, part in _row_parts(Y, W):
+        correction = F.solve(permuted_columns(rows, perm))
         rows.copy_(part)
-        rows[:, perm] += answer.T
+        rows[:, perm] += correction.T
     return Y
 
 
-def _together(Y: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same rows of both, some at a time, as views."""
+def _row_parts(Y: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields the same rows of both, some at a time, as views."""
     return zip(torch.split(Y, ROWS), torch.split(W, ROWS), strict=True)

@@ -1,18 +1,19 @@
-"""An orthogonal matrix that mixes all channels of a residual stream, applied without being formed.
+"""Randomised Hadamard transform: rotates a residual stream without forming the matrix.
 
-Turning the stream by an orthogonal Q and every weight around it the other way leaves a model's function
-as it is, but spreads outlier channels over all others (QuaRot, arXiv 2404.00456; SliceGPT, arXiv
-2401.15024). For a width of 2^k · m with m odd, with Hadamard's matrix H of 2^k and an orthogonal O of m,
+Rotating the stream by an orthogonal Q and every weight around it by Qᵀ does not change a model's
+function, but spreads outlier channels over all others (QuaRot, arXiv 2404.00456; SliceGPT, arXiv
+2401.15024). For a width of 2^k · m with m odd, the Hadamard matrix H of size 2^k and an orthogonal
+matrix O of size m,
 
     Q = S (H ⊗ O) / √2^k                          S: random signs
-    Q = (H ⊗ I) S (H ⊗ I) (I ⊗ O) / 2^k           keeping the mean: 1 Q = 1, for layer norms
+    Q = (H ⊗ I) S (H ⊗ I) (I ⊗ O) / 2^k           keeps the mean, 1 Q = 1, as layer norms need it
 
-The first is the randomised Hadamard transform where m = 1. In the second, S is + where H ⊗ I puts the
-mean, and O keeps the mean of its m channels.
+The first is the usual transform where m = 1. In the second, S is + where H ⊗ I puts the mean, and O
+keeps the mean of its m channels.
 
 Only sums, products and square roots of single numbers are used, in a fixed order, in float64: the same
-seed gives the same bits on every machine and with any number of threads, so that a rotated checkpoint
-can be checked against its source byte for byte.
+seed gives the same bits on every machine and with any number of threads, so that `verify` can compare a
+rotated checkpoint with its source byte for byte.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ import torch
 
 from roundwise.errors import ConfigError
 
-#: Largest odd factor: its part of Q is dense, and found by plain loops.
+#: Largest odd factor m: O is dense and computed by plain loops.
 MAX_ODD = 255
 
 
 class Rotation:
-    """x -> x Q for rows x of `width` channels.
+    """Orthogonal map x -> x Q for rows x of `width` channels.
 
     Args:
         width: channels of the stream.
-        seed: of the signs and of O; the same seed gives the same Q.
-        keeps_mean: Q leaves the mean of each row as it is (1 Q = 1), which layer norms need.
+        seed: random seed for S and O; the same seed gives the same Q.
+        keeps_mean: Q keeps the mean of each row (1 Q = 1), which layer norms need.
 
     Raises:
         ConfigError: the odd factor of the width is larger than `MAX_ODD`.
@@ -57,7 +58,7 @@ class Rotation:
         self._O = _orthogonal(self.odd, generator, keeps_mean=keeps_mean)
 
     def rows(self, X: torch.Tensor) -> torch.Tensor:
-        """X Q, float64, for X [..., width] of any float dtype; X is not changed."""
+        """Returns X Q in float64 for X [..., width] of any float dtype; X is not changed."""
         shape = X.shape
         X = X.to(torch.float64).reshape(-1, self.power, self.odd)
         X = (_hadamard(X) if self.keeps_mean else X) * self._signs
@@ -68,7 +69,7 @@ class Rotation:
 
 
 def _hadamard(X: torch.Tensor) -> torch.Tensor:
-    """X [rows, 2^k, m] times the Hadamard matrix over √2^k along the middle, k steps of butterflies."""
+    """Returns X [rows, 2^k, m] times the Hadamard matrix / √2^k along its middle axis: k butterflies."""
     rows, power, odd = X.shape
     half = 1
     while half < power:
@@ -80,9 +81,9 @@ def _hadamard(X: torch.Tensor) -> torch.Tensor:
 
 
 def _orthogonal(size: int, generator: random.Random, *, keeps_mean: bool) -> torch.Tensor:
-    """An orthogonal [size, size] matrix, float64: a product of `size` random reflections.
+    """Returns an orthogonal [size, size] matrix, float64: a product of `size` random reflections.
 
-    With `keeps_mean` all reflect along vectors of mean zero, which leaves the mean as it is.
+    With `keeps_mean` all of them reflect along vectors of mean zero, which keeps the mean.
     """
     rows = [[float(i == j) for j in range(size)] for i in range(size)]
     for _ in range(size if size > 1 else 0):

@@ -1,4 +1,4 @@
-"""The Hessian of a linear layer's output error, summed over calibration batches.
+"""Hessian of a linear layer's output error, and cross moments, summed over calibration batches.
 
 For the objective ||WX - QX||² the Hessian with respect to each row of Q is H = 2 XXᵀ, the same for
 all rows (Frantar et al. 2022, section 3). A constant factor cancels everywhere, so the mean
@@ -13,28 +13,28 @@ from roundwise.core.backends import cpp
 from roundwise.errors import NumericalError
 from roundwise.system.device import HOST
 
-#: Columns of a tile of the symmetric update. Below it one product is faster than several.
+#: Columns of a tile of the symmetric update; narrower tiles would be slower than one product.
 TILE = 512
 
 
 def unmasked_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The rows of `x` [..., in] that count, as [tokens, in]."""
+    """Returns the rows of `x` [..., in] that `mask` does not exclude, as [tokens, in]."""
     rows = x.detach().reshape(-1, x.shape[-1])
     return rows.contiguous() if mask is None else rows[mask.reshape(-1)]
 
 
 def uses_native(x: torch.Tensor, total: torch.Tensor) -> bool:
-    """The extension sums up products of `x` into `total`.
+    """Returns whether the extension adds products of `x` to `total`.
 
-    Products of bfloat16 values are exact in float32, so that nothing is lost against converting
-    them first; where the processor has an instruction for them, it takes half the time.
+    Products of bfloat16 values are exact in float32, so the result is as exact as after converting
+    them; where the processor has an instruction for them, it takes half the time.
     """
     cpu = x.device.type == "cpu" and total.dtype == torch.float32
-    return cpu and cpp.products(x.dtype) is not None
+    return cpu and cpp.product_dtype(x.dtype) is not None
 
 
 def uses_tensor_cores(x: torch.Tensor, total: torch.Tensor) -> bool:
-    """The device multiplies `x` as it is and sums up in float32: tensor cores, for half precision."""
+    """Returns whether `x`, in half precision, is multiplied by tensor cores, with float32 sums."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     return x.device.type == "cuda" and half and total.dtype == torch.float32
 
@@ -42,11 +42,13 @@ def uses_tensor_cores(x: torch.Tensor, total: torch.Tensor) -> bool:
 def add_moment(
     total: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, lower: bool = False
 ) -> None:
-    """`total` += Aᵀ B of A [n, m] and B [n, k], both in `moment_dtype`.
+    """Adds Aᵀ B to `total` in place.
 
     Args:
         total: [m, k], float32 or float64.
-        lower: A is B; what is above the diagonal's tiles is left out.
+        A: [n, m], in `moment_dtype`.
+        B: [n, k], in `moment_dtype`.
+        lower: A is B; tiles above the diagonal are not computed.
     """
     if uses_native(A, total):
         cpp.add_moment(total, A, B, lower=lower)
@@ -63,14 +65,19 @@ def add_moment(
 
 
 def moment_dtype(x: torch.Tensor, total: torch.Tensor) -> torch.dtype:
-    """In which factors of products that go into `total` are multiplied."""
+    """Returns the dtype in which `x` is multiplied for a product that is added to `total`."""
     return x.dtype if uses_native(x, total) or uses_tensor_cores(x, total) else total.dtype
 
 
 class Hessian:
-    """Accumulates XᵀX of one layer input in float32 (or float64, if told so).
+    """Sum of XᵀX over the batches of one layer input X [tokens, in].
 
     Only the lower triangle is computed while summing, which is half the work.
+
+    Args:
+        in_features: channels of the input.
+        dtype: of the sum, float32 or float64.
+        device: of the sum.
     """
 
     def __init__(
@@ -88,16 +95,17 @@ class Hessian:
 
         Args:
             x: [..., in], any float dtype.
-            mask: bool, shape of `x` without its last axis; False marks padding, which is left out.
+            mask: bool, shape of `x` without its last axis; False marks padding, which is skipped.
 
         Raises:
-            NumericalError: an entry of `x` that counts is NaN or infinite, or its square overflows.
+            NumericalError: an entry of `x` that is not padding is NaN or infinite, or its square
+                overflows.
         """
         rows = unmasked_rows(x, mask)
         rows = rows.to(moment_dtype(rows, self.sum))
         add_moment(self.sum, rows, rows, lower=True)
         self.tokens += rows.shape[0]
-        # A NaN or infinity in channel k reaches H[k, k] whatever the signs, so the diagonal tells all.
+        # A NaN or infinity in channel k reaches H[k, k] whatever the signs: the diagonal is enough.
         bad = (~torch.isfinite(self.sum.diagonal())).nonzero().flatten()
         if len(bad):
             raise NumericalError(
@@ -106,15 +114,16 @@ class Hessian:
             )
 
     def mean(self) -> torch.Tensor:
-        """H = XᵀX / n, [in, in], symmetric; all zeros when no token was seen. A copy."""
+        """Returns H = XᵀX / n, [in, in], symmetric, as a copy; zeros if no token was added."""
         return self._mean(self.sum.clone())
 
     def take_mean(self) -> torch.Tensor:
-        """As `mean`, but in the memory of the sum, which is gone afterwards."""
+        """Returns the same as `mean`, in the memory of the sum, which is gone afterwards."""
         H, self.sum = self.sum, torch.empty(0)
         return self._mean(H)
 
     def _mean(self, H: torch.Tensor) -> torch.Tensor:
+        """Divides the sum H by the number of tokens and completes its upper triangle, in place."""
         H /= max(self.tokens, 1)
         width = H.shape[0]
         for start in range(0, width, TILE):
@@ -126,11 +135,13 @@ class Hessian:
 
 
 class CrossMoment:
-    """Accumulates (Ỹ - Y)ᵀX: how the distance from the original model goes with the input X.
+    """Sum of (Ỹ - Y)ᵀX: cross moment of the distance Ỹ - Y from the original model with the input X.
 
     Args:
         rows: channels of Y.
         columns: channels of X.
+        dtype: of the sum, float32 or float64.
+        device: of the sum.
     """
 
     def __init__(
@@ -152,13 +163,18 @@ class CrossMoment:
         mask: torch.Tensor | None,
         more: torch.Tensor | None = None,
     ) -> None:
-        """Adds one batch: Ỹ and Y [..., rows], X [..., columns], mask as for `Hessian.add`.
+        """Adds one batch.
 
-        `more` [..., rows] is added to the distance Ỹ - Y.
+        Args:
+            original: Ỹ [..., rows], of the original model.
+            y: Y [..., rows], of the quantized model.
+            x: X [..., columns], the layer's input in the quantized model.
+            mask: as for `Hessian.add`.
+            more: [..., rows], added to the distance Ỹ - Y.
         """
         y, x, original = (unmasked_rows(each, mask) for each in (y, x, original))
         self.tokens += len(x)
-        # A product of half precision takes the distance rounded to it: so it is computed in it.
+        # A product in half precision takes a distance in half precision: compute it there at once.
         dtype = moment_dtype(x, self.sum)
         distance = original.to(dtype) - y.to(dtype)
         if more is not None:
@@ -166,6 +182,6 @@ class CrossMoment:
         add_moment(self.sum, distance, x.to(dtype))
 
     def take_mean(self) -> torch.Tensor:
-        """(Ỹ - Y)ᵀX / n, [rows, columns], in the memory of the sum, which is gone afterwards."""
+        """Returns (Ỹ - Y)ᵀX / n, [rows, columns], in the memory of the sum, which is gone afterwards."""
         moment, self.sum = self.sum, torch.empty(0)
         return moment.div_(max(self.tokens, 1))

@@ -1,13 +1,13 @@
-"""Damping, and the reverse Cholesky factor of the Hessian: H = U D Uᵀ with U unit upper triangular.
+"""Linear algebra of the solver: matrix products, triangular systems, damping, the factor of the Hessian.
 
-The published recursion takes the Cholesky factor of H⁻¹, which costs three factorisation-sized
-steps. Factored from its last row to the first, H itself gives the same column ratios in one: R is
-upper triangular with H = R Rᵀ; U = R / diag R, D = diag(R)².
+The factor is H = U D Uᵀ with U unit upper triangular. The published recursion takes the Cholesky factor
+of H⁻¹, which costs three steps of the size of a factorization. Factored from its last row to the first,
+H itself gives the same ratios between columns in one: R is upper triangular with H = R Rᵀ;
+U = R / diag R, D = diag(R)².
 
-Products of matrices as the solver needs them: many, in float32, often of a wide and a narrow one.
-
-On the CPU the extension's are used: as fast as torch's where those use the widest vectors, twice as fast
-where they do not (on AMD), and with narrow matrices everywhere.
+Products are many, in float32, often of a wide and a narrow matrix. On the CPU those of the extension are
+used: as fast as torch's where torch uses the widest vectors, twice as fast where it does not (on AMD),
+and faster with narrow matrices everywhere.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ from roundwise.core.act_order import is_identity
 from roundwise.core.backends import cpp
 from roundwise.errors import NumericalError, SingularError
 
-#: Entries of the answer times the length of the sums, below which a call costs more than the product.
-WORTH = 1 << 18
-#: Columns of a triangular matrix that are solved one after another.
-PANEL = 128
+#: Smallest product (entries of the result times length of the sums) that the extension computes: below
+#: it, the call costs more than the product.
+MIN_PRODUCT = 1 << 18
+#: Largest triangular matrix that is solved at once, in columns.
+TRIANGLE_PANEL = 128
 #: Columns of a Cholesky factor between two updates of the rest.
-WIDE_PANEL = 192
+CHOLESKY_PANEL = 192
+#: Rows of a matrix that are copied, summed up or multiplied at a time.
+ROW_PANEL = 256
+#: Largest damping tried: beyond it the result is rounding to nearest in all but name.
+MAX_DAMP = 10.0
 
 
 def matmul(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """A @ B of A [m, k] and B [k, n], in their dtype."""
+    """Returns A @ B for A [m, k] and B [k, n], in their dtype."""
     if not _uses_native(A, B):
         return A @ B
     C = B.new_zeros(len(A), B.shape[1])
@@ -39,7 +44,7 @@ def matmul(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 
 
 def add_matmul(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float = 1.0) -> None:
-    """C += scale · A @ B of C [m, n], A [m, k] and B [k, n], all in one dtype."""
+    """Adds scale · A @ B to C in place, for C [m, n], A [m, k] and B [k, n] of one dtype."""
     if not _uses_native(A, B) or C.stride(1) != 1:
         C.add_(A @ B, alpha=scale)
         return
@@ -52,24 +57,32 @@ def add_matmul(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float =
 
 
 def _uses_native(A: torch.Tensor, B: torch.Tensor) -> bool:
-    worth = len(A) * len(B) * B.shape[1] >= WORTH
-    return worth and cpp.usable(A) and A.dtype == B.dtype == torch.float32
+    """Returns whether the extension multiplies these two."""
+    pays = len(A) * len(B) * B.shape[1] >= MIN_PRODUCT
+    return pays and A.dtype == B.dtype and _is_native(A)
+
+
+def _is_native(A: torch.Tensor) -> bool:
+    """Returns whether the extension takes matrices like A: float32, on the CPU."""
+    return A.device.type == "cpu" and A.dtype == torch.float32 and cpp.available()
 
 
 def solve_triangular(
     M: torch.Tensor, B: torch.Tensor, *, upper: bool, unit: bool = True
 ) -> torch.Tensor:
-    """M⁻¹ B of M [n, n], triangular, and B [n, k], in place; B is returned.
+    """Replaces B by M⁻¹ B, in place, and returns it.
 
-    By halves: what the one asks of the other is one product, as large as can be.
+    Works by halves, so that the update of the second half is one large product.
 
     Args:
-        upper: which half of M counts.
-        unit: its diagonal is one.
+        M: [n, n], triangular; the other triangle is not read.
+        B: [n, k].
+        upper: M is upper triangular, else lower.
+        unit: the diagonal of M counts as one.
     """
-    if len(M) <= PANEL:
-        return B.copy_(_by_columns(M, B, upper=upper, unit=unit))
-    half = -(-len(M) // (2 * PANEL)) * PANEL
+    if len(M) <= TRIANGLE_PANEL:
+        return B.copy_(_solve_small(M, B, upper=upper, unit=unit))
+    half = -(-len(M) // (2 * TRIANGLE_PANEL)) * TRIANGLE_PANEL
     first, last = slice(half), slice(half, None)
     if upper:
         first, last = last, first
@@ -79,38 +92,39 @@ def solve_triangular(
     return B
 
 
-def _by_columns(
+def _solve_small(
     M: torch.Tensor, B: torch.Tensor, *, upper: bool, unit: bool = False
 ) -> torch.Tensor:
-    """M⁻¹ B by LAPACK, whose matrices lie by columns: Bᵀ is such a one, B would be copied twice."""
-    found = torch.linalg.solve_triangular(
-        M.T, B.T, upper=not upper, left=False, unitriangular=unit
-    ).T
-    assert isinstance(found, torch.Tensor)
-    return found
+    """Returns M⁻¹ B, from LAPACK. Its matrices are column-major, as Bᵀ is; B would be copied twice."""
+    X = torch.linalg.solve_triangular(M.T, B.T, upper=not upper, left=False, unitriangular=unit).T
+    assert isinstance(X, torch.Tensor)
+    return X
 
 
 def reverse_cholesky(A: torch.Tensor) -> bool:
-    """Replaces A [n, n], symmetric, by R, upper triangular with A = R Rᵀ; False if it is indefinite.
+    """Replaces A [n, n], symmetric, by R, upper triangular with A = R Rᵀ.
 
-    A is lost then. In panels from the last, whose update of the rest is the extension's symmetric sum,
-    where that is at hand.
+    With the extension, in panels from the last to the first: the update of the columns before a panel is
+    a symmetric product, of which only half is computed. Otherwise by LAPACK.
+
+    Returns:
+        False if A is indefinite; its contents are then undefined.
     """
-    if not (cpp.usable(A) and A.dtype == torch.float32):
+    if not _is_native(A):
         _flip_both_axes(A)
         if not _cholesky(A):
             return False
         _flip_both_axes(A)
         return True
-    for b in range(len(A), 0, -WIDE_PANEL):
-        a = max(b - WIDE_PANEL, 0)
-        # Of what is left the lower half is up to date: turned around, the upper one.
-        L, failed = torch.linalg.cholesky_ex(A[a:b, a:b].flip(0, 1), upper=True)
-        if int(failed):
+    for b in range(len(A), 0, -CHOLESKY_PANEL):
+        a = max(b - CHOLESKY_PANEL, 0)
+        # Only the lower triangle of the rest is up to date; flipped in both axes, it is the upper one.
+        L, info = torch.linalg.cholesky_ex(A[a:b, a:b].flip(0, 1), upper=True)
+        if int(info):
             return False
         R = L.T.flip(0, 1)
         if a:
-            right = _by_columns(R, A[a:b, :a], upper=True).contiguous()
+            right = _solve_small(R, A[a:b, :a], upper=True).contiguous()
             cpp.add_moment(A[:a, :a], right, right, lower=True, scale=-1.0)
             A[:a, a:b] = right.T
             A[a:b, :a] = 0
@@ -119,23 +133,23 @@ def reverse_cholesky(A: torch.Tensor) -> bool:
 
 
 def _cholesky(A: torch.Tensor) -> bool:
-    """Replaces A by its lower Cholesky factor; False if it is indefinite."""
+    """Replaces A, symmetric, by its lower Cholesky factor; returns False if it is indefinite."""
     if A.device.type == "cpu":
         # A is symmetric, so its transpose is the column-major matrix that LAPACK works on in place.
-        failed = torch.empty((), dtype=torch.int32)
-        torch.linalg.cholesky_ex(A.mT, upper=True, out=(A.mT, failed))
-        return not int(failed)
-    L, failed = torch.linalg.cholesky_ex(A.mT, upper=True)
+        info = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(A.mT, upper=True, out=(A.mT, info))
+        return not int(info)
+    L, info = torch.linalg.cholesky_ex(A.mT, upper=True)
     A.mT.copy_(L)
-    return not int(failed)
+    return not int(info)
 
 
 def _flip_both_axes(A: torch.Tensor) -> None:
     """Flips a square matrix in both axes, in place: a copy would be as large as H."""
     width = len(A)
     middle = width // 2
-    for a in range(0, middle, WIDE_PANEL):
-        b = min(a + WIDE_PANEL, middle)
+    for a in range(0, middle, CHOLESKY_PANEL):
+        b = min(a + CHOLESKY_PANEL, middle)
         front = A[a:b].flip(0, 1)
         A[a:b] = A[width - b : width - a].flip(0, 1)
         A[width - b : width - a] = front
@@ -143,48 +157,45 @@ def _flip_both_axes(A: torch.Tensor) -> None:
         A[middle] = A[middle].flip(0)
 
 
-#: Largest damping tried: beyond it the result is rounding to nearest in all but name.
-MAX_DAMP = 10.0
-#: Columns of a matrix product; U is triangular, so products in panels do half the work.
-FACTOR_PANEL = 256
-
-
 class Factor(NamedTuple):
-    """H + damp·mean(diag H)·I = U diag(D) Uᵀ."""
+    """Ĥ = H + damp·mean(diag H)·I = U diag(D) Uᵀ, rows and columns in processing order."""
 
     U: torch.Tensor
     """[in, in], unit upper triangular."""
     D: torch.Tensor
-    """[in], positive: what an error in a column costs once later columns have made up for it."""
+    """[in], the pivots, positive: what a squared error in a column costs once later columns answer."""
     shift: float
-    """What was added to the diagonal."""
+    """What was added to the diagonal: damp·mean(diag H)."""
     damp_percent: float
     """The damping that succeeded."""
     tried: tuple[float, ...]
     """Every damping tried, in order."""
 
     def quadratic(self, Xt: torch.Tensor) -> float:
-        """tr(X Ĥ Xᵀ) = Σ_j D_j ||(X U)_j||² for Xt = Xᵀ [in, rows] in processing order."""
+        """Returns tr(X Ĥ Xᵀ) = Σ_j D_j ||(X U)_j||² for Xt = Xᵀ [in, rows] in processing order.
+
+        In panels: U is triangular, so that half of the product is left out.
+        """
         total = 0.0
-        for a in range(0, len(Xt), FACTOR_PANEL):
-            b = min(a + FACTOR_PANEL, len(Xt))
+        for a in range(0, len(Xt), ROW_PANEL):
+            b = min(a + ROW_PANEL, len(Xt))
             part = matmul(self.U[:b, a:b].T, Xt[:b])
             total += float(self.D[a:b] @ part.square_().sum(dim=1))
         return total
 
     def solve(self, Yt: torch.Tensor) -> torch.Tensor:
-        """Ĥ⁻¹ Yᵀ for Yt = Yᵀ [in, rows] in processing order, in place; it is returned."""
+        """Replaces Yt = Yᵀ [in, rows], in processing order, by Ĥ⁻¹ Yᵀ, in place, and returns it."""
         solve_triangular(self.U, Yt, upper=True).div_(self.D[:, None])
         return solve_triangular(self.U.T, Yt, upper=False)
 
 
 def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
-    """Damps and factors H, raising the damping tenfold (at least to 1e-4) while it is indefinite.
+    """Damps and factors H; raises the damping tenfold (at least to 1e-4) while H is indefinite.
 
     Args:
         H: [in, in], symmetric; not changed.
         perm: int64 [in], the processing order; U and D are in this order.
-        damp_percent: damping to start with, as a part of mean(diag H).
+        damp_percent: first damping tried, as a part of mean(diag H).
 
     Raises:
         SingularError: H is zero, or stays indefinite up to `MAX_DAMP`.
@@ -210,22 +221,22 @@ def factor(H: torch.Tensor, perm: torch.Tensor, damp_percent: float) -> Factor:
 
 
 def _reordered(H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """H with rows and columns in another order, copied panel by panel: four times as fast as at once."""
+    """Returns H with rows and columns in another order; by panels, four times as fast as at once."""
     if is_identity(order):
         return H.clone()
     R = torch.empty_like(H)
-    for a in range(0, len(H), FACTOR_PANEL):
-        rows = H.index_select(0, order[a : a + FACTOR_PANEL])
-        torch.index_select(rows, 1, order, out=R[a : a + FACTOR_PANEL])
+    for a in range(0, len(H), ROW_PANEL):
+        rows = H.index_select(0, order[a : a + ROW_PANEL])
+        torch.index_select(rows, 1, order, out=R[a : a + ROW_PANEL])
     return R
 
 
 def all_finite(A: torch.Tensor) -> bool:
-    """No NaN or infinity in a matrix: either would make a sum one.
+    """Returns whether a matrix has no NaN or infinity: with one, the sum of all entries is not finite.
 
-    Finite numbers may overflow float32: then in float64, in parts, for small temporaries.
+    A sum that is not finite is taken again in float64: finite numbers may overflow float32.
     """
     if A.dtype in (torch.float32, torch.float64) and math.isfinite(float(A.sum())):
         return True
-    parts = (A[start : start + FACTOR_PANEL] for start in range(0, len(A), FACTOR_PANEL))
+    parts = (A[start : start + ROW_PANEL] for start in range(0, len(A), ROW_PANEL))
     return all(math.isfinite(float(part.sum(dtype=torch.float64))) for part in parts)

@@ -1,16 +1,17 @@
-"""Outputs that are not alike: an error's cost depends on which outputs it is in, and in which together.
+"""Kronecker weighting of outputs: errors in different outputs of a layer cost differently (YAQA).
 
 With g [tokens, out] the gradients of the model's log-likelihood with respect to a layer's output, the
-model loses about tr(B E Ĥ Eᵀ) by the errors E = T - Q of the layer, B = gᵀg / n (curvature as a
-Kronecker product: K-FAC, arXiv 1503.05671; for rounding, YAQA, arXiv 2505.22988). Plain GPTQ takes the
-identity for B. With B = V D Vᵀ, V unit upper triangular in an order of the rows,
+errors E = T - Q of the layer cost the model about tr(B E Ĥ Eᵀ), B = gᵀg / n (curvature as a Kronecker
+product: K-FAC, arXiv 1503.05671; for rounding, YAQA, arXiv 2505.22988). Plain GPTQ takes the identity
+for B. With B = V D Vᵀ, V unit upper triangular in an order of the rows,
 
     tr(B E Ĥ Eᵀ) = Σ_n D_n e'_n Ĥ e'_nᵀ,    e'_n = e_n + Σ_{m<n} V[m, n] e_m
 
-which is the solver's own form once more, across rows instead of columns: row n is an ordinary problem
-whose target makes up for the errors of the rows before it. Rows are taken in parts, which aim at the
-best answer to all before them while all later ones are free: V_bb⁻ᵀ times what is asked of part b, as
-for a group's grid. The rows of one part do not see each other's errors.
+which is the form of the solver's loss, across rows instead of columns: row n is an ordinary problem
+whose target answers to the errors of the rows before it. Their sum Σ_m V[m, n] e_m is the *feedback*
+of finished rows, as `core.rounding` has it for columns. Rows are solved in parts. Part b is given its
+best answer while all later rows are free to move: the feedback times V_bb⁻ᵀ, as for the grid of a group
+of columns. The rows of one part do not see each other's errors.
 """
 
 from __future__ import annotations
@@ -22,32 +23,36 @@ import torch
 
 from roundwise.core.linalg import factor, matmul, solve_triangular
 
-#: Damping of B, as a part of its mean diagonal: a few thousand gradients leave directions unseen.
+#: Damping of B, as a part of its mean diagonal: a few thousand gradients do not show all directions.
 DAMP = 0.1
-#: Parts that coupled rows are taken in, and the fewest rows of one; many are whole vectors.
-PARTS, FEWEST, VECTORS = 12, 8, 32
+#: Number of parts that rows are solved in, and the fewest rows of a part. Parts of more than
+#: `VECTOR_ROWS` rows have a multiple of it: whole vectors of the processor.
+PARTS, MIN_ROWS, VECTOR_ROWS = 12, 8, 32
 
 
 class ProcessGroup(Protocol):
-    """Processes that solve the rows of each part together: each a share of them (`pipeline.ranks`)."""
+    """Processes that share the rows of each part, such as `system.distributed.Ranks`."""
 
     def row_range(self, total: int) -> slice:
-        """This process's share of so many rows."""
+        """Returns this process's rows of `total`."""
 
     def all_gather_rows(self, part: torch.Tensor, total: int) -> torch.Tensor:
-        """All of a tensor [total, ...] of which each process has its `rows`."""
+        """Returns the whole tensor [total, ...] of which each process has its `row_range`."""
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Adds up tensors of one shape over all processes, in place."""
+        """Sums up a tensor over all processes, in place."""
 
 
 class OutputWeighting:
-    """The rows of one weight on their way through the solver, part by part.
+    """Feedback between the rows of one weight while they are solved, part by part.
+
+    For each part that `row_blocks` yields, `feedback` is added to the target, and `record_errors` takes
+    the errors that are left.
 
     Args:
         B: [out, out], symmetric; see above.
-        columns: of the weight.
-        helpers: with whom the rows of each part are shared; None: they are all ours.
+        columns: number of columns of the weight.
+        process_group: processes that share the rows of each part; None: this one has all rows.
 
     Raises:
         SingularError: B is zero.
@@ -57,46 +62,53 @@ class OutputWeighting:
     def __init__(
         self, B: torch.Tensor, columns: int, process_group: ProcessGroup | None = None
     ) -> None:
-        # As columns with act-order: first those whose errors cost most, while all others can answer.
+        # As columns with act-order: rows whose errors cost most first, while all others can answer.
         self.perm = torch.argsort(B.diagonal(), descending=True, stable=True)
         self.V = factor(B, self.perm, DAMP).U
         self.E = self.V.new_zeros(len(B), columns)
         self.process_group, self.idle = process_group, False
-        """idle: the one row that `row_blocks` gave is solved for nobody, helpers have all of the part."""
-        self._rows, self._mine = slice(0, 0), slice(0, 0)
+        """idle: this process has no rows in the current part; it solves one dummy row so that
+        collectives line up."""
+        # Rows of the current part, and this process's among them.
+        self._part, self._own = slice(0, 0), slice(0, 0)
+        # Rows of each part so far, and how many of them this process solved.
         self._totals: list[int] = []
         self._counts: list[int] = []
 
-    def row_blocks(self, most: int) -> Iterator[torch.Tensor]:
-        """Our rows of one part after the other, at most so many: int64 indices."""
-        step = max(FEWEST, -(-len(self.perm) // PARTS))
-        if step > VECTORS:
-            step = -(-step // VECTORS) * VECTORS
-        step = min(most, step)
-        for rows in row_parts(len(self.perm), step):
-            total = rows.stop - rows.start
-            mine = slice(0, total) if self.process_group is None else self.process_group.row_range(total)
-            self.idle = mine.start == mine.stop
-            self._rows, self._mine = rows, slice(0, 1) if self.idle else mine
+    def row_blocks(self, max_rows: int) -> Iterator[torch.Tensor]:
+        """Yields this process's rows of one part after another, at most `max_rows`: int64 indices."""
+        step = max(MIN_ROWS, -(-len(self.perm) // PARTS))
+        if step > VECTOR_ROWS:
+            step = -(-step // VECTOR_ROWS) * VECTOR_ROWS
+        step = min(max_rows, step)
+        for part in row_parts(len(self.perm), step):
+            total = part.stop - part.start
+            own = (
+                slice(0, total)
+                if self.process_group is None
+                else self.process_group.row_range(total)
+            )
+            self.idle = own.start == own.stop
+            self._part, self._own = part, slice(0, 1) if self.idle else own
             self._totals.append(total)
-            self._counts.append(0 if self.idle else mine.stop - mine.start)
-            yield self.perm[rows][self._mine]
+            self._counts.append(0 if self.idle else own.stop - own.start)
+            yield self.perm[part][self._own]
 
     def feedback(self) -> torch.Tensor:
-        """How our present rows are to answer to the errors of earlier ones, [rows, in]."""
-        rows, start = self._rows, self._rows.start
+        """Returns the feedback of finished rows for this process's current rows, [rows, in]."""
+        part, start = self._part, self._part.start
         # The transpose: a narrow matrix from the right costs less.
-        feedback = matmul(self.E[:start].T, self.V[:start, rows]).T.contiguous()
-        return solve_triangular(self.V[rows, rows].T, feedback, upper=False)[self._mine]
+        feedback = matmul(self.E[:start].T, self.V[:start, part]).T.contiguous()
+        return solve_triangular(self.V[part, part].T, feedback, upper=False)[self._own]
 
     def record_errors(self, E: torch.Tensor) -> None:
-        """Takes the errors T - Q of our present rows [rows, in], T being what they aim at themselves."""
+        """Records the errors T - Q of this process's current rows [rows, in], T without feedback."""
         if self.process_group is not None:
             E = self.process_group.all_gather_rows(E[: self._counts[-1]], self._totals[-1])
-        self.E[self._rows] = E
+        self.E[self._part] = E
 
     def in_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Our rows [rows, …] of every part, as all rows in the weight's own order."""
+        """Joins all processes' rows [rows, …] of each part, in the order of the weight's rows."""
         if self.process_group is not None:
             parts = [
                 self.process_group.all_gather_rows(part[:count], total)
@@ -109,6 +121,6 @@ class OutputWeighting:
 
 
 def row_parts(count: int, step: int) -> Iterator[slice]:
-    """`count` rows, `step` at a time."""
+    """Yields slices of `count` rows, `step` rows at a time."""
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))

@@ -1,8 +1,7 @@
-"""QuantizedWeight: what a linear layer's weight becomes.
+"""QuantizedWeight, the result of the solver; and packing: the bit layout of the GPTQ format.
 
-Codes to 32-bit words and back, for every width: the bit layout of the GPTQ format.
-
-`bits`-wide codes are one little-endian bit stream: code i takes bits i·bits … i·bits + bits - 1.
+Codes are packed into 32-bit words as one little-endian bit stream: code i takes bits
+i·bits … i·bits + bits - 1.
 
     4 bit   word 0:  code 7 ···· code 1 code 0          (bits 31-28 ···· 7-4 3-0)
     3 bit   word 0:  2 low bits of code 10 · code 9 ···· code 0
@@ -21,21 +20,28 @@ import torch
 from roundwise.core.backends import cpp
 from roundwise.errors import ConfigError
 
+#: Bits of a code that are supported.
 WIDTHS = (2, 3, 4, 8)
+#: Rows dequantized at a time: the float32 temporaries stay small.
+ROWS = 512
 
 
 def codes_per_block(bits: int) -> int:
-    """Fewest codes that fill whole words: the divisor that a packed axis must have."""
+    """Returns the fewest codes that fill whole words: a packed axis must be a multiple of it.
+
+    Raises:
+        ConfigError: `bits` is not supported.
+    """
     if bits not in WIDTHS:
         raise ConfigError(f"bits={bits} is not supported: use one of {WIDTHS}")
     return 32 if bits == 3 else 32 // bits
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs `codes` [n, m] along the first axis into int32 words [n·bits/32, m].
+    """Packs codes along the first axis into int32 words [n·bits/32, m].
 
     Args:
-        codes: integer tensor with values 0 … 2^bits - 1.
+        codes: [n, m], integers 0 … 2^bits - 1.
         bits: 2, 3, 4 or 8.
 
     Raises:
@@ -47,7 +53,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         raise ConfigError(f"{bits}-bit codes pack in multiples of {per_block}, not {n}")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ConfigError(f"codes outside 0 … {2**bits - 1} cannot be packed in {bits} bits")
-    if cpp.usable(codes):
+    if codes.device.type == "cpu" and cpp.available():
         return cpp.pack(codes.T.to(torch.uint8).contiguous(), bits)
     words = per_block * bits // 32
     blocks = codes.reshape(n // per_block, per_block, m)
@@ -64,7 +70,11 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of `pack`: int32 [w, m] -> uint8 codes [w·32/bits, m]."""
+    """Unpacks int32 words [w, m] into uint8 codes [w·32/bits, m]: the inverse of `pack`.
+
+    Raises:
+        ConfigError: w is not a multiple of the words that `codes_per_block(bits)` codes fill.
+    """
     per_block = codes_per_block(bits)
     per_words = per_block * bits // 32
     w, m = words.shape
@@ -75,7 +85,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     mask = 2**bits - 1
     for i in range(per_block):
         word, shift = divmod(i * bits, 32)
-        # >> on int32 drags the sign along; the mask removes it, straddling codes included.
+        # >> on int32 copies the sign bit; the mask removes it, for straddling codes too.
         code = blocks[:, word] >> shift
         if shift + bits > 32:
             kept = 32 - shift
@@ -84,40 +94,37 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     return codes.reshape(-1, m)
 
 
-#: Rows dequantized at a time: the float32 temporaries stay small.
-ROWS = 512
-
-
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes, scales and zero points of one weight [out, in], and how well they stand for it."""
+    """Codes, scales and zero points of one weight [out, in], and its errors."""
 
     codes: torch.Tensor
     """uint8 [out, in], original channel order."""
     scales: torch.Tensor
-    """float16 [out, groups], finite and not zero; negative ones turn a range around."""
+    """float16 [out, groups], finite and not zero; a negative one flips the range of its group."""
     zeros: torch.Tensor
     """int32 [out, groups], 0 … 2^bits - 1."""
     g_idx: torch.Tensor
     """int32 [in]: the group of each input channel."""
     bits: int
+    """Width of a code: 2, 3, 4 or 8."""
     relative_error: float | None = None
-    """||(W - Q)X||² / ||WX||² on the calibration inputs; None when no Hessian was given."""
+    """||(W - Q)X||² / ||WX||² on the calibration inputs; None if there was no Hessian."""
     weight_error: float = 0.0
-    """||W - Q||² / ||W||²: what can be checked later without calibration inputs."""
+    """||W - Q||² / ||W||²: can be checked later without calibration inputs."""
     energy: float = 0.0
-    """||WX||² that `relative_error` is relative to, per token."""
+    """||WX||² per token, the denominator of `relative_error`."""
     weight_energy: float = 0.0
-    """||W||² that `weight_error` is relative to."""
+    """||W||², the denominator of `weight_error`."""
     damp_percent: float | None = None
-    """Damping that was used in the end."""
+    """Damping used."""
     damp_tried: tuple[float, ...] = ()
-    """Every damping tried, in order; more than one means that H was indefinite at the first."""
+    """Every damping tried, in order; more than one: H was indefinite with the first."""
     fallback: str | None = None
-    """Why this weight was rounded to nearest instead of solved; None when it was solved."""
+    """Reason why this weight was rounded to nearest instead of solved; None if it was solved."""
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Q [out, in] = scales · (codes - zeros), computed in float32, returned as `dtype`."""
+        """Returns Q [out, in] = scales · (codes - zeros), computed in float32, as `dtype`."""
         groups = self.g_idx.long()
         Q = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         for start in range(0, len(Q), ROWS):

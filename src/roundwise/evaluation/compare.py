@@ -1,9 +1,8 @@
-"""An original and what was made of it, side by side: what was lost, and what was won.
+"""Compares quantized models with their original: accuracy, size, speed, and a verdict.
 
-Predictions are compared in this process. Speed, loading and memory are measured in a process for each
-model, because a process has only one peak.
-
-From figures to a judgement, by rules that are the same for everyone.
+Accuracy is perplexity, KL divergence, top-1 agreement and tasks of lm-eval, measured in this process.
+Speed, loading time and memory are measured in a new process for each model, because the peak memory of
+a process cannot be reset. The verdict follows fixed rules (`verdict`).
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -32,20 +31,36 @@ from roundwise.errors import CalibrationError, CheckpointError, RunError
 from roundwise.evaluation.divergence import divergence
 from roundwise.evaluation.perplexity import perplexity
 from roundwise.evaluation.tasks import evaluate_tasks
-from roundwise.inference.load import load
+from roundwise.inference.load import load, require_tokenizer
+from roundwise.model.build import context_length
 from roundwise.run.api import quantize
 
-#: Metrics of lm-eval that are parts of a whole, 1 being best; the first that a task has is its score.
+T = TypeVar("T")
+
+#: Metrics of lm-eval that are scores from 0 to 1 (1 is best); a task's score is the first one it has.
 SCORES = ("acc_norm", "acc", "exact_match", "f1", "mc2", "pass@1")
-#: Mean relative loss in percent, up to which a result is safe, and acceptable.
+#: Most relative loss, in percent, of the verdicts "safe" and "acceptable".
 SAFE, ACCEPTABLE = 1.0, 2.0
-#: Points that a single task may lose, and perplexity may rise, before it is pointed out.
-TASK_POINTS, PERPLEXITY_RISE = 2.0, 1.5
+#: Loss of a single task, in points (hundredths of the score), above which the task is flagged.
+TASK_POINTS = 2.0
+#: Increase of perplexity above which the verdict is "failed".
+PERPLEXITY_RISE = 1.5
+#: Parts of a window for which divergence is reported, to show if it grows with the context.
+PARTS = 8
+#: Share of the evaluation text that may also be in the calibration text without a warning.
+CONTAMINATED = 0.01
+
+
+class Pair(NamedTuple, Generic[T]):
+    """A value of the original model and of the quantized one."""
+
+    base: T
+    quantized: T
 
 
 @dataclass(frozen=True)
 class TaskChange:
-    """One task before and after."""
+    """The score of a task for the original and the quantized model."""
 
     task: str
     metric: str
@@ -54,86 +69,118 @@ class TaskChange:
 
     @property
     def points(self) -> float:
-        """Hundredths of the score won (or, negative, lost)."""
+        """Change of the score in points (hundredths); negative for a loss."""
         return 100 * (self.quantized - self.base)
 
     @property
     def flagged(self) -> bool:
-        """It lost more than TASK_POINTS."""
+        """True if the task lost more than TASK_POINTS."""
         return self.points < -TASK_POINTS
 
 
 def task_changes(
-    base: dict[str, dict[str, float]], quantized: dict[str, dict[str, float]]
+    base: Mapping[str, Mapping[str, float]], quantized: Mapping[str, Mapping[str, float]]
 ) -> list[TaskChange]:
-    """Every task that has a score, before and after; others (perplexities) have no points."""
-    found = []
+    """Returns the change of every task that has a score; tasks without one (perplexities) are skipped.
+
+    Args:
+        base: task -> metric -> value, of the original model (`TaskScores.scores`).
+        quantized: the same of the quantized model.
+    """
+    changes = []
     for task, metrics in base.items():
         metric = next((name for name in SCORES if name in metrics), None)
         if metric is not None:
-            found.append(TaskChange(task, metric, metrics[metric], quantized[task][metric]))
-    return found
+            changes.append(TaskChange(task, metric, metrics[metric], quantized[task][metric]))
+    return changes
 
 
-def degradation(perplexity: tuple[float, float] | None, tasks: list[TaskChange]) -> float:
-    """Percent lost: of the mean task score where there are tasks, else by how much perplexity rose."""
-    scored = [change for change in tasks if change.base > 0]
-    if scored:
-        return 100 * (1 - fmean(c.quantized for c in scored) / fmean(c.base for c in scored))
+def degradation(perplexity: tuple[float, float] | None, tasks: Sequence[TaskChange]) -> float:
+    """Returns the relative loss in percent: of the mean task score, or without tasks of perplexity.
+
+    Args:
+        perplexity: of the original and the quantized model; may be None if there are tasks.
+        tasks: changes of tasks; those with a score of 0 for the original do not count.
+    """
+    counted = [change for change in tasks if change.base > 0]
+    if counted:
+        return 100 * (1 - fmean(c.quantized for c in counted) / fmean(c.base for c in counted))
     assert perplexity is not None, "a comparison has a text or tasks"
-    return 100 * (perplexity[1] / perplexity[0] - 1)
+    base, quantized = perplexity
+    return 100 * (quantized / base - 1)
 
 
-def verdict(perplexity: tuple[float, float] | None, tasks: list[TaskChange]) -> str:
-    """safe, acceptable, investigate, or failed."""
+def verdict(perplexity: tuple[float, float] | None, tasks: Sequence[TaskChange]) -> str:
+    """Returns the verdict on a quantized model.
+
+    Args:
+        perplexity: of the original and the quantized model; may be None if there are tasks.
+        tasks: changes of tasks.
+
+    Returns:
+        "failed" if perplexity rises by more than PERPLEXITY_RISE; otherwise "safe", "acceptable" or
+        "investigate", by the relative loss (`degradation`).
+    """
     if perplexity is not None and perplexity[1] - perplexity[0] > PERPLEXITY_RISE:
         return "failed"
-    lost = degradation(perplexity, tasks)
-    return "safe" if lost < SAFE else "acceptable" if lost <= ACCEPTABLE else "investigate"
-
-
-#: Parts of a window in which divergence is told apart: does it grow with the context?
-PARTS = 8
-#: Part of the evaluation text that may be in the calibration text without a word.
-CONTAMINATED = 0.01
-#: What is taken over from `roundwise bench`.
-SPEED = (
-    "prompt_tokens_per_second", "generation_tokens_per_second", "peak_rss_bytes", "load_seconds",
-)  # fmt: skip
+    loss = degradation(perplexity, tasks)
+    return "safe" if loss < SAFE else "acceptable" if loss <= ACCEPTABLE else "investigate"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How models are compared."""
+    """Evaluation protocol: what is measured, and how."""
 
     ids: list[int]
-    """Tokens of the text; none: only tasks."""
+    """Token ids of the evaluation text; empty: tasks only."""
     window: int = 2048
+    """Tokens the model sees at once."""
     stride: int = 512
+    """Tokens from one window to the next, for perplexity."""
     batch_size: int = 4
+    """Windows in one forward."""
     tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-eval."""
     include_path: Path | None = None
+    """Folder with more task files."""
     shots: int | None = None
+    """Examples before each question; None: the task's default."""
     limit: int | None = None
+    """Number of documents of each task; None: all."""
     speed: bool = True
+    """Also measure speed, loading time and memory."""
     dtype: torch.dtype | str = "auto"
     device: str = "cpu"
 
 
-@dataclass
-class Compared:
-    """A quantized model beside its original."""
+@dataclass(frozen=True)
+class SpeedSummary:
+    """Speed, memory and loading time of a model: a part of what `roundwise bench` measures."""
+
+    prompt_tokens_per_second: float
+    generation_tokens_per_second: float
+    peak_rss_bytes: int
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A quantized model compared with its original."""
 
     name: str
-    perplexity: tuple[float, float] | None
-    """Original's and its own, in sliding windows."""
+    """Name of the quantized model's folder."""
+    perplexity: Pair[float] | None
+    """In sliding windows; None, as the four below: there was no text."""
     kl_divergence: float | None
+    """KL(original || quantized) per token, in nats."""
     top1_agreement: float | None
+    """Share of tokens for which both models predict the same token."""
     kl_by_position: list[tuple[int, float]]
-    """First position of a part of the window, and the mean KL there."""
-    bytes: tuple[int, int]
+    """First position of each part of the window, and the mean KL there."""
+    bytes: Pair[int]
+    """Size of all tensors in the files."""
     tasks: list[TaskChange]
-    speed: tuple[dict[str, float], dict[str, float]] | None
+    speed: Pair[SpeedSummary] | None
     warnings: list[str]
 
     @property
@@ -142,19 +189,22 @@ class Compared:
         return verdict(self.perplexity, self.tasks)
 
     def as_dict(self) -> dict[str, Any]:
-        """As `compare --json` prints it."""
+        """Returns the JSON of `compare --json`."""
+        speed = self.speed and {k: asdict(v) for k, v in self.speed._asdict().items()}
         return {
             "name": self.name,
-            "perplexity": _pair(self.perplexity),
+            "perplexity": self.perplexity and self.perplexity._asdict(),
             "kl_divergence": self.kl_divergence,
             "top1_agreement": self.top1_agreement,
-            "kl_by_position": [{"from": at, "kl_divergence": kl} for at, kl in self.kl_by_position],
-            "bytes": _pair(self.bytes),
+            "kl_by_position": [
+                {"from": start, "kl_divergence": kl} for start, kl in self.kl_by_position
+            ],
+            "bytes": self.bytes._asdict(),
             "tasks": [
                 asdict(change) | {"points": change.points, "flagged": change.flagged}
                 for change in self.tasks
             ],
-            "speed": _pair(self.speed),
+            "speed": speed,
             "degradation_percent": degradation(self.perplexity, self.tasks),
             "verdict": self.verdict,
             "warnings": self.warnings,
@@ -163,104 +213,121 @@ class Compared:
 
 def compare(
     base: str | os.PathLike[str],
-    quantized: list[str | os.PathLike[str]],
+    quantized: Sequence[str | os.PathLike[str]],
     protocol: Protocol,
     *,
     progress: Callable[[str, float], None] = lambda _what, _done: None,
-) -> list[Compared]:
+) -> list[Comparison]:
     """Compares quantized models with the original they were made from.
 
     Args:
         base: folder or hub id of the original.
-        quantized: folders or hub ids.
-        protocol: what is measured, and on what.
-        progress: called with what is done and the finished part of it, 0 … 1.
+        quantized: folders or hub ids of the quantized models.
+        protocol: what is measured, and how.
+        progress: called with the current step and the finished part of it, 0 … 1.
 
     Raises:
-        CalibrationError: the text is too short.
-        CheckpointError: a model cannot be opened, or has another vocabulary.
-        NumericalError: the output of a model is NaN or infinite.
+        CalibrationError: the text is too short, or there is neither a text nor a task. CheckpointError:
+        a model cannot be loaded, has another vocabulary, or lacks a tokenizer for tasks.
+        NumericalError: the output of a model is NaN or infinite. RunError: the speed of a model cannot
+        be measured.
     """
     if not protocol.ids and not protocol.tasks:
         raise CalibrationError("nothing to compare on: give a text, tasks, or both")
-    original = _open(base, protocol)
-    vocabulary = original[0].config.get_text_config().vocab_size
-    own = _own(base, original, protocol, progress)
-    found = []
-    for model in quantized:
-        opened = _open(model, protocol)
-        if opened[0].config.get_text_config().vocab_size != vocabulary:
-            raise CheckpointError(f"{model} has another vocabulary than {base}")
-        theirs = _own(model, opened, protocol, progress)
-        both = None
-        if protocol.ids:
-            both = divergence(
-                original[0], opened[0], protocol.ids,
-                window=min(protocol.window, len(protocol.ids)), batch_size=protocol.batch_size,
-                progress=partial(progress, f"divergence of {model}"),
-            )  # fmt: skip
-        found.append(
-            Compared(
-                name=Path(model).name,
-                perplexity=(own.perplexity, theirs.perplexity) if protocol.ids else None,
-                kl_divergence=both.kl_divergence if both else None,
-                top1_agreement=both.top1_agreement if both else None,
-                kl_by_position=by_part(both.kl_by_position) if both else [],
-                bytes=(own.bytes, theirs.bytes),
-                tasks=task_changes(own.tasks, theirs.tasks),
-                speed=(own.speed, theirs.speed) if own.speed and theirs.speed else None,
-                warnings=_contamination(model, protocol.ids),
-            )
-        )
-    return found
+    original = _load(base, protocol)
+    vocabulary = original.model.config.get_text_config().vocab_size
+    base_measurements = _measure(original, protocol, progress)
+    comparisons = []
+    for name in quantized:
+        loaded = _load(name, protocol)
+        if loaded.model.config.get_text_config().vocab_size != vocabulary:
+            raise CheckpointError(f"{name} has another vocabulary than {base}")
+        comparisons.append(_compare_pair(original, base_measurements, loaded, protocol, progress))
+    return comparisons
 
 
-@dataclass
-class _Own:
-    """What is measured of one model by itself."""
+class _LoadedModel(NamedTuple):
+    name: str | os.PathLike[str]
+    model: Any
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class _Measurements:
+    """What is measured of one model alone."""
 
     bytes: int
-    perplexity: float = float("nan")
-    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
-    speed: dict[str, float] | None = None
+    perplexity: float | None
+    tasks: Mapping[str, Mapping[str, float]]
+    speed: SpeedSummary | None
 
 
-def _open(model: str | os.PathLike[str], protocol: Protocol) -> tuple[Any, Any]:
-    loaded, tokenizer = load(model, dtype=protocol.dtype, device=protocol.device)
-    if protocol.tasks and tokenizer is None:
-        raise CheckpointError(f"{model} has no tokenizer, which tasks need")
-    return loaded, tokenizer
+def _load(name: str | os.PathLike[str], protocol: Protocol) -> _LoadedModel:
+    model, tokenizer = load(name, dtype=protocol.dtype, device=protocol.device)
+    if protocol.tasks:
+        require_tokenizer(tokenizer, name)
+    return _LoadedModel(name, model, tokenizer)
 
 
-def _own(
-    name: str | os.PathLike[str],
-    opened: tuple[Any, Any],
-    protocol: Protocol,
-    progress: Callable[[str, float], None],
-) -> _Own:
-    model, tokenizer = opened
+def _measure(
+    loaded: _LoadedModel, protocol: Protocol, progress: Callable[[str, float], None]
+) -> _Measurements:
+    name, model, tokenizer = loaded
     folder = local_folder(name)
-    own = _Own(sum(info.nbytes for info in Checkpoint(folder).tensors.values()))
+    ppl: float | None = None
+    scores: Mapping[str, Mapping[str, float]] = {}
+    speed: SpeedSummary | None = None
     if protocol.ids:
-        own.perplexity = perplexity(
+        ppl = perplexity(
             model, tokenizer, protocol.ids, window=protocol.window, stride=protocol.stride,
-            batch_size=protocol.batch_size,
-            progress=partial(progress, f"perplexity of {name}"),
+            batch_size=protocol.batch_size, progress=partial(progress, f"perplexity of {name}"),
         ).perplexity  # fmt: skip
     if protocol.tasks:
-        own.tasks = evaluate_tasks(
+        scores = evaluate_tasks(
             model, tokenizer, protocol.tasks, include_path=protocol.include_path,
             shots=protocol.shots, limit=protocol.limit, batch_size=protocol.batch_size,
         ).scores  # fmt: skip
     if protocol.speed:
         progress(f"speed of {name}", 0.0)
-        own.speed = _speed(folder, model, protocol)
-    return own
+        speed = _measure_speed(folder, model, protocol)
+    nbytes = sum(info.nbytes for info in Checkpoint(folder).tensors.values())
+    return _Measurements(nbytes, ppl, scores, speed)
 
 
-def _speed(folder: Path, model: Any, protocol: Protocol) -> dict[str, float]:
-    """`roundwise bench` in a process of its own; shorter where the model's context is."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+def _compare_pair(
+    original: _LoadedModel,
+    base: _Measurements,
+    loaded: _LoadedModel,
+    protocol: Protocol,
+    progress: Callable[[str, float], None],
+) -> Comparison:
+    own = _measure(loaded, protocol, progress)
+    difference = None
+    if protocol.ids:
+        difference = divergence(
+            original.model, loaded.model, protocol.ids,
+            window=min(protocol.window, len(protocol.ids)), batch_size=protocol.batch_size,
+            progress=partial(progress, f"divergence of {loaded.name}"),
+        )  # fmt: skip
+    perplexities = None
+    if base.perplexity is not None and own.perplexity is not None:
+        perplexities = Pair(base.perplexity, own.perplexity)
+    return Comparison(
+        name=Path(loaded.name).name,
+        perplexity=perplexities,
+        kl_divergence=difference.kl_divergence if difference else None,
+        top1_agreement=difference.top1_agreement if difference else None,
+        kl_by_position=means_by_part(difference.kl_by_position) if difference else [],
+        bytes=Pair(base.bytes, own.bytes),
+        tasks=task_changes(base.tasks, own.tasks),
+        speed=Pair(base.speed, own.speed) if base.speed and own.speed else None,
+        warnings=_contamination_warnings(loaded.name, protocol.ids),
+    )
+
+
+def _measure_speed(folder: Path, model: Any, protocol: Protocol) -> SpeedSummary:
+    """Runs `roundwise bench` in a new process, with fewer tokens if the model's context is short."""
+    limit = context_length(model.config) or 1 << 20
     generated = min(32, limit // 4)
     dtype = str(protocol.dtype).removeprefix("torch.")
     done = subprocess.run(  # noqa: S603  # ourselves
@@ -275,35 +342,50 @@ def _speed(folder: Path, model: Any, protocol: Protocol) -> dict[str, float]:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RunError(f"the speed of {folder} cannot be measured: {reason}")
     result = json.loads(done.stdout)
-    return {name: result[name] for name in SPEED}
+    return SpeedSummary(**{each.name: result[each.name] for each in fields(SpeedSummary)})
 
 
-def by_part(values: list[float]) -> list[tuple[int, float]]:
-    """The window in PARTS parts: where each begins, and its mean."""
+def means_by_part(values: Sequence[float]) -> list[tuple[int, float]]:
+    """Splits the values of a window's positions into PARTS parts and averages each.
+
+    Args:
+        values: one value per position of the window.
+
+    Returns:
+        First position and mean of each part; fewer parts if there are fewer values.
+    """
     edges = sorted({len(values) * i // PARTS for i in range(PARTS + 1)})
-    return [(a, sum(values[a:b]) / (b - a)) for a, b in pairwise(edges)]
+    return [(start, sum(values[start:end]) / (end - start)) for start, end in pairwise(edges)]
 
 
-def _contamination(model: str | os.PathLike[str], ids: list[int]) -> list[str]:
-    """Says so when the text was, in part, calibrated with; known only of our own checkpoints."""
+def _contamination_warnings(model: str | os.PathLike[str], ids: list[int]) -> list[str]:
+    """Returns a warning if the evaluation text was also used for calibration.
+
+    Known only for checkpoints of roundwise: the manifest has a sketch of the calibration text.
+    """
     manifest = read_manifest(local_folder(model))
     calibration = manifest.run.calibration if manifest is not None else None
     shared = overlap(calibration.sketch, ids) if calibration is not None else 0.0
     if shared <= CONTAMINATED:
         return []
     return [
-        f"{shared:.0%} of the evaluation text was calibrated with: take other text, this flatters "
-        "the quantized model"
+        f"{shared:.0%} of the evaluation text was also used for calibration, which flatters the "
+        "quantized model: use another text"
     ]
 
 
 def round_to_nearest_like(
     base: str | os.PathLike[str], like: str | os.PathLike[str], out: Path
 ) -> None:
-    """Writes the original, rounded to nearest with the settings of `like`, to the folder `out`.
+    """Quantizes the original by rounding to nearest, with the settings of another checkpoint.
+
+    Args:
+        base: folder or hub id of the original.
+        like: folder or hub id of the quantized checkpoint whose bits, groups and overrides are used.
+        out: folder to write.
 
     Raises:
-        ConfigError: these settings are not ours to write.
+        ConfigError: roundwise cannot write these settings.
     """
     settings = read_quantization_config(Checkpoint(local_folder(like)))
     names = ("bits", "group_size", "sym")
@@ -313,7 +395,3 @@ def round_to_nearest_like(
         **{name: settings[name] for name in names},
     )
     quantize(base, out, config)
-
-
-def _pair(values: tuple[Any, Any] | None) -> dict[str, Any] | None:
-    return None if values is None else {"base": values[0], "quantized": values[1]}

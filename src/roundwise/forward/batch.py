@@ -15,7 +15,6 @@ from roundwise.calibration.windows import Batch
 from roundwise.forward.expert_tokens import RoutedBatch
 from roundwise.forward.input_groups import ReferenceActivations
 from roundwise.system.distributed import Ranks
-from roundwise.system.half_matmul import outside_model
 
 #: Tokens that are compared at a time in `depth_error`.
 ROWS = 1024
@@ -37,7 +36,7 @@ class Phase(IntEnum):
 
 
 class Stop(NamedTuple):
-    """Where a batch stands. Stops compare in the order in which a batch reaches them."""
+    """A place where a batch stops. Stops compare in the order in which a batch reaches them."""
 
     phase: Phase
     group: int = 0
@@ -65,8 +64,7 @@ def pause(stop: Stop) -> None:
     """Hands control from a batch back to the scheduler, until it resumes the batch."""
     parent = getcurrent().parent
     assert parent is not None
-    with outside_model():
-        parent.switch(stop)
+    parent.switch(stop)
 
 
 @dataclass
@@ -91,7 +89,7 @@ class PausedBatch:
     resumed_outputs: dict[int, Any] = field(default_factory=dict)
     """`Block.stack` -> return value of that stack's last block that an earlier run has finished."""
     reference_activations: dict[str, ReferenceActivations] = field(default_factory=dict)
-    """Of a reference: first linear of a group -> activations that the quantized batch has yet to meet."""
+    """Of a reference: first linear of a group -> activations, until the quantized batch uses them."""
     residual_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     """Module name -> its input, for the modules that read the residual stream."""
     expert_tokens: dict[str, RoutedBatch] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from roundwise.config import Experts, QuantizeConfig
 from roundwise.errors import ConfigError
 from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import Block
-from roundwise.model.moe import LinearExperts, Visits
+from roundwise.model.moe import ExpertDispatch, LinearExperts
 from roundwise.system.distributed import Ranks
 
 
@@ -44,7 +44,7 @@ class RoutedBatch:
     """Of a reference, by expert: positions in `rows` of the tokens that the quantized model's router
     chose; None: all."""
 
-    def visits(self) -> Visits:
+    def dispatch(self) -> ExpertDispatch:
         """All experts in order, some without a token, so that every batch reaches every group."""
         return list(enumerate(self.rows))
 
@@ -69,7 +69,7 @@ class ExpertRouting:
         self.name, self.experts, self.policy = name, experts, policy
         paths = {linear: n for n, linear in experts.named_modules(prefix=name)}
         self.expert_of = {
-            paths[experts.layer(expert, role)]: expert for expert, role in experts.places()
+            paths[experts.layer(expert, role)]: expert for expert, role in experts.projections()
         }
         """Full name of a linear -> number of its expert."""
         self.first = next(

@@ -7,6 +7,7 @@ stop them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -23,9 +24,10 @@ from roundwise.forward.expert_tokens import (
 )
 from roundwise.forward.input_groups import InputGroup, ReferenceActivations
 from roundwise.model.blocks import Block, weight_of
-from roundwise.model.moe import Visits
-from roundwise.system.half_matmul import outside_model
+from roundwise.model.moe import ExpertDispatch
 from roundwise.system.timer import timer
+
+OutsideModel = Callable[[], AbstractContextManager[None]]
 
 
 class CalibrationHooks:
@@ -33,18 +35,27 @@ class CalibrationHooks:
 
     Args:
         current: returns the batch that is running.
+        outside: context manager around code that runs inside the model's forward but is not the
+            model's; see `system.half_matmul.outside_model`.
         held_out, ratio, policy: see `ForwardScheduler`.
     """
 
     def __init__(
         self,
         current: Callable[[], PausedBatch],
+        outside: OutsideModel,
         *,
         held_out: frozenset[int],
         ratio: float | None,
         policy: ExpertCalibration,
     ) -> None:
-        self._current, self.held_out, self.ratio, self.policy = current, held_out, ratio, policy
+        self._current, self._outside, self.held_out, self.ratio, self.policy = (
+            current,
+            outside,
+            held_out,
+            ratio,
+            policy,
+        )
         self.sequential = True
         """Batches stop in front of every group."""
         self.counting = False
@@ -70,7 +81,7 @@ class CalibrationHooks:
         self._leaders = {group.names[0]: (at_group(i), group) for i, group in enumerate(groups)}
         self.routings = expert_routings(block, groups, self.policy)
         for routing in self.routings:
-            routing.experts.visits = partial(self._visits, routing)
+            routing.experts.dispatch = partial(self._dispatch, routing)
             self._experts |= {n: (routing, expert) for n, expert in routing.expert_of.items()}
         self._handles = [
             block.linears[name].register_forward_pre_hook(self._before_linear(name))
@@ -89,7 +100,7 @@ class CalibrationHooks:
         for handle in self._handles:
             handle.remove()
         for routing in self.routings:
-            vars(routing.experts).pop("visits", None)
+            vars(routing.experts).pop("dispatch", None)
         self._handles, self._leaders, self._experts, self.routings = [], {}, {}, []
 
     def _before_linear(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -102,7 +113,7 @@ class CalibrationHooks:
                 return
             if batch.is_reference and group.linear is not None:
                 return  # `_after_linear` keeps its output
-            with outside_model():
+            with self._outside():
                 stream = batch.residual_inputs.get(group.residual or "")
                 x, rows, shared = args[0], *self._rows(batch, name)
                 if batch.is_reference:
@@ -121,7 +132,7 @@ class CalibrationHooks:
         def hook(_: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
             batch = self._current()
             if batch.is_reference:
-                with outside_model():
+                with self._outside():
                     # Copies, because the model may add to one or the other in place.
                     stream = batch.residual_inputs[group.residual or ""].clone()
                     kept = ReferenceActivations(stream, y=output.clone())
@@ -130,7 +141,7 @@ class CalibrationHooks:
         return hook
 
     def _compares_outputs(self, block: Block, group: InputGroup) -> bool:
-        """Whether a group's drift is summed up as it reaches the output, and notes that in the group.
+        """Decides whether a group's drift is summed up as it reaches the output, and marks the group.
 
         That is less work unless the linear has more outputs than inputs.
         """
@@ -166,17 +177,17 @@ class CalibrationHooks:
             with timer.phase("drift"):
                 part.add_drift(x, kept, stream, mask)
 
-    def _visits(self, routing: ExpertRouting, x: torch.Tensor, index: torch.Tensor) -> Visits:
+    def _dispatch(self, routing: ExpertRouting, x: torch.Tensor, index: torch.Tensor) -> ExpertDispatch:
         """In front of experts: decides which tokens of the current batch pass which expert."""
         batch = self._current()
-        with outside_model():
+        with self._outside():
             if batch.stopped_at >= GATHERED:
-                return routing.experts.routed(x, index)
+                return routing.experts.dispatch_by_router(x, index)
             if not batch.is_reference and routing.name not in batch.expert_tokens:
                 routing.count(index, batch.counting)
             routed = batch.expert_tokens[routing.name] = RoutedBatch(index)
             if self.counting:
-                return routing.experts.routed(x, index)
+                return routing.experts.dispatch_by_router(x, index)
             quantized = None
             if self.policy.gather == "routed":
                 # Until it is known what the routers of all batches, and of the other model, chose.
@@ -184,7 +195,7 @@ class CalibrationHooks:
                 if batch.is_reference and batch.reference is not None:
                     quantized = batch.reference.expert_tokens[routing.name]
             routing.assign(routed, quantized)
-            return routed.visits()
+            return routed.dispatch()
 
     def _rows(
         self, batch: PausedBatch, name: str

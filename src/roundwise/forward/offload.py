@@ -1,17 +1,14 @@
-"""Where batches wait when the device has no room for all of them: on the host.
+"""Offloads paused batches that do not fit into memory: from an accelerator to its host, or to a file.
 
-The frames of a waiting batch hold what its block was called with, and nobody can let go of that but the
-frames themselves. So the tensors stay, and the memory behind them moves.
+A batch that is paused inside a block holds tensors in the stack frames of the model's own code, and only
+those frames can release them. So the tensors stay, and the memory behind them moves.
 
-Where batches wait when the CPU's own memory has no room for all of them: in a file.
+- `CpuOffload` moves the tensors of a batch to the host, in block mode: those a block was called with.
+- `DiskOffload` writes the bytes of a tensor to a file, empties its storage, and fills it again before
+  the batch resumes. Views share a storage, so they need no care.
 
-A batch that waits in the middle of a block holds tensors in the frames of the model's own code, which
-nobody else can let go of. So the tensors stay, and the memory behind them goes: its bytes are written to
-a file, the storage is emptied, and filled again when the batch goes on. Views share a storage, and need
-not know.
-
-Only what belongs to one batch may go: large floating-point tensors in its frames that no module
-holds. What is not found (temporaries of an expression) stays in memory.
+Only tensors of one batch may be offloaded: large floating-point tensors in its frames that no module
+holds. Tensors that are not found (temporaries of an expression) stay in memory.
 """
 
 from __future__ import annotations
@@ -38,64 +35,84 @@ from roundwise.system.device import HOST, to_device
 from roundwise.system.madvise import HUGE, PAGEOUT, madvise
 from roundwise.system.memory import trim_heap
 
+#: Smallest tensor in bytes that is written to a file.
+MIN_BYTES = 1 << 20
+#: Levels of nested containers that are searched for tensors.
+MAX_DEPTH = 6
 
-class CpuOffload:
-    """Moves what players hold in front of and behind a block.
+
+def choose_offload(
+    streamed: StreamedModel, folder: Path, *, tight: bool
+) -> CpuOffload | DiskOffload:
+    """Returns the offload for the model's device.
 
     Args:
-        device: where players play.
+        streamed: the model.
+        folder: folder for the file, if the CPU computes.
+        tight: see `DiskOffload`.
+    """
+    if streamed.device == HOST:
+        return DiskOffload(folder, streamed.model, tight=tight)
+    return CpuOffload(streamed.device)
+
+
+class CpuOffload:
+    """Moves the tensors of paused batches between an accelerator and its host.
+
+    Args:
+        device: the accelerator.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def mark_shared(self) -> None:
-        """Nothing to see: only what a block was called with leaves."""
+        """No-op: only the arguments and the output of a block are moved."""
 
-    def onloaded(self, player: PausedBatch) -> AbstractContextManager[None]:
-        """Nothing to do: what a player that waits holds can be looked at, on the host."""
+    def onloaded(self, batch: PausedBatch) -> AbstractContextManager[None]:
+        """No-op: tensors on the host can be read directly."""
         return nullcontext()
 
     def close(self) -> None:
-        """Nothing to give up."""
+        """No-op: there is no file."""
 
-    def offload(self, player: PausedBatch) -> None:
-        """Takes the tensors of a player that waits to the host."""
-        for x in _hidden(player.block_inputs):
+    def offload(self, batch: PausedBatch) -> None:
+        """Moves the tensors of a paused batch to the host."""
+        for x in _activations(batch.block_inputs):
             x.data = x.to(HOST)
-        player.output = to_device(player.output, HOST)
+        batch.output = to_device(batch.output, HOST)
 
-    def onload(self, player: PausedBatch) -> None:
-        """Brings back what a player goes on with; behind a block that is its output alone."""
-        for x in _hidden(player.block_inputs if player.stopped_at != EXIT else None):
+    def onload(self, batch: PausedBatch) -> None:
+        """Moves the tensors that a batch resumes with back to the accelerator.
+
+        After a block that is its output alone, which the block's wrapper moves.
+        """
+        for x in _activations(batch.block_inputs if batch.stopped_at != EXIT else None):
             x.data = x.to(self.device)
 
 
-def _hidden(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors that are as large as a batch: tokens and masks of two axes may be others' too."""
+def _activations(value: Any) -> Iterator[torch.Tensor]:
+    """Yields the activations in nested containers; tensors with two axes may belong to other batches."""
     if isinstance(value, torch.Tensor):
         if value.ndim > 2 and value.is_floating_point():
             yield value
     elif isinstance(value, dict):
-        yield from _hidden([*value.values()])
+        yield from _activations([*value.values()])
     elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _hidden(each)
-
-
-#: Bytes below which a tensor is not worth it.
-LEAST = 1 << 20
-#: Containers in containers that are looked into.
-DEPTH = 6
+        for item in value:
+            yield from _activations(item)
 
 
 class DiskOffload:
-    """A file without a name: it ends with the process, however that ends.
+    """Writes the tensors of paused batches to an unnamed file, which disappears with the process.
 
     Args:
-        folder: where there is room for it.
-        model: whatever its modules hold belongs to all batches.
-        tight: memory that a batch has left is returned to the system before the next one comes.
+        folder: folder of the file.
+        model: tensors that its modules hold belong to all batches and are not offloaded.
+        tight: return the memory of each offloaded batch to the system before the next batch resumes.
+
+    Raises:
+        StorageError: the file cannot be created.
     """
 
     def __init__(self, folder: Path, model: nn.Module, *, tight: bool = False) -> None:
@@ -105,141 +122,145 @@ class DiskOffload:
         except OSError as error:
             raise storage_error(error, folder) from error
         self.end = 0
-        self._free: dict[int, list[int]] = {}
-        self._away: dict[int, tuple[StorageWeakRef, int, int]] = {}
-        """Storage -> itself, its size and its place in the file."""
-        self._of: dict[str, set[int]] = {}
-        """What each player has left there."""
+        self._free_places: dict[int, list[int]] = {}
+        """Size -> offsets in the file where a storage of that size fits."""
+        self._offloaded: dict[int, tuple[StorageWeakRef, int, int]] = {}
+        """Key of a storage -> weak reference to it, size, and offset in the file."""
+        self._keys_of_batch: dict[str, set[int]] = {}
+        """Key of a batch -> keys of its offloaded storages."""
         self._shared: set[int] = set()
+        """Keys of the storages that modules hold."""
 
     def mark_shared(self) -> None:
-        """Notes what modules hold, before a block is played."""
-        found: list[Any] = []
+        """Finds the tensors that modules hold; called before a block runs."""
+        held: list[Any] = []
         for module in self.model.modules():
-            found += [v for k, v in vars(module).items() if k not in ("_modules", "_parameters")]
-            found += module._parameters.values()
-        self._shared = {_key(tensor) for tensor in _tensors(found, DEPTH)}
+            held += [v for k, v in vars(module).items() if k not in ("_modules", "_parameters")]
+            held += module._parameters.values()
+        self._shared = {_storage_key(tensor) for tensor in _tensors(held, MAX_DEPTH)}
 
-    def offload(self, player: PausedBatch) -> None:
-        """Empties what a player that waits holds, and what its twin holds for it."""
-        self._of.setdefault(player.key, set()).update(self._empty(player))
-        if player.reference is not None and not player.is_reference:
-            self._of.setdefault(player.reference.key, set()).update(self._empty(player.reference))
+    def offload(self, batch: PausedBatch) -> None:
+        """Empties the storages of a paused batch, and those that its reference holds for it."""
+        self._keys_of_batch.setdefault(batch.key, set()).update(self._empty_storages(batch))
+        reference = batch.reference
+        if reference is not None and not batch.is_reference:
+            self._keys_of_batch.setdefault(reference.key, set()).update(
+                self._empty_storages(reference)
+            )
         if self.tight:
             trim_heap()
 
-    def onload(self, player: PausedBatch) -> None:
-        """Fills again what a player goes on with, and what its twin holds for it."""
-        for key in self._of.pop(player.key, set()):
-            self._fill(key)
-        if player.reference is not None and not player.is_reference:
-            for tensor in _tensors([*player.reference.reference_activations.values()], DEPTH):
-                self._fill(_key(tensor))
+    def onload(self, batch: PausedBatch) -> None:
+        """Fills the storages that a batch resumes with, and those that its reference holds for it."""
+        for key in self._keys_of_batch.pop(batch.key, set()):
+            self._fill_storage(key)
+        if batch.reference is not None and not batch.is_reference:
+            for tensor in _tensors([*batch.reference.reference_activations.values()], MAX_DEPTH):
+                self._fill_storage(_storage_key(tensor))
 
     @contextmanager
-    def onloaded(self, player: PausedBatch) -> Iterator[None]:
-        """While it is entered, what a waiting player holds can be looked at."""
-        self.onload(player)
+    def onloaded(self, batch: PausedBatch) -> Iterator[None]:
+        """Context manager: the tensors of a paused batch are in memory."""
+        self.onload(batch)
         try:
             yield
         finally:
-            self.offload(player)
+            self.offload(batch)
 
     def close(self) -> None:
-        """Gives up the file and what is in it."""
+        """Deletes the file."""
         self.file.close()
 
-    def _empty(self, player: PausedBatch) -> Iterator[int]:
-        """Writes and empties the storages of a player; the keys of those that are away by now."""
+    def _empty_storages(self, batch: PausedBatch) -> Iterator[int]:
+        """Writes and empties the storages of a batch; yields their keys."""
         held = [
-            *_locals(player),
-            player.reference_activations,
-            player.residual_inputs,
-            player.output,
+            *_local_variables(batch),
+            batch.reference_activations,
+            batch.residual_inputs,
+            batch.output,
         ]
-        for tensor in _tensors(held, DEPTH):
-            storage, key = tensor.untyped_storage(), _key(tensor)
+        for tensor in _tensors(held, MAX_DEPTH):
+            storage, key = tensor.untyped_storage(), _storage_key(tensor)
             size = storage.nbytes()
-            if key in self._away or key in self._shared or isinstance(tensor, nn.Parameter):
+            if key in self._offloaded or key in self._shared or isinstance(tensor, nn.Parameter):
                 continue
-            if size < LEAST or not tensor.is_floating_point():
+            if size < MIN_BYTES or not tensor.is_floating_point():
                 continue
-            if not storage.resizable():  # it is mapped from a file already
+            if not storage.resizable():  # it is already mapped from a file
                 madvise(storage.data_ptr(), size, PAGEOUT)
                 continue
-            free = self._free.get(size)
-            place = free.pop() if free else self.end
-            self.end = max(self.end, place + size)
-            self._transfer(storage, size, place, out=True)
+            free = self._free_places.get(size)
+            offset = free.pop() if free else self.end
+            self.end = max(self.end, offset + size)
+            self._transfer(storage, size, offset, to_file=True)
             storage.resize_(0)
-            self._away[key] = StorageWeakRef(storage), size, place  # type: ignore[no-untyped-call]
+            self._offloaded[key] = StorageWeakRef(storage), size, offset  # type: ignore[no-untyped-call]
             yield key
 
-    def _fill(self, key: int) -> None:
-        if key not in self._away:
+    def _fill_storage(self, key: int) -> None:
+        """Reads a storage back; only frees its place in the file if no tensor uses it any more."""
+        if key not in self._offloaded:
             return
-        ref, size, place = self._away.pop(key)
-        if not ref.expired():  # type: ignore[no-untyped-call]
-            storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+        reference, size, offset = self._offloaded.pop(key)
+        if not reference.expired():  # type: ignore[no-untyped-call]
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             storage.resize_(size)
             madvise(storage.data_ptr(), size, HUGE)
-            self._transfer(storage, size, place, out=False)
-        self._free.setdefault(size, []).append(place)
+            self._transfer(storage, size, offset, to_file=False)
+        self._free_places.setdefault(size, []).append(offset)
 
-    def _transfer(self, storage: torch.UntypedStorage, size: int, place: int, *, out: bool) -> None:
-        """All bytes of a storage to a place in the file, or back."""
-        # Not by way of numpy: torch lets no storage be emptied that numpy has seen.
+    def _transfer(
+        self, storage: torch.UntypedStorage, size: int, offset: int, *, to_file: bool
+    ) -> None:
+        """Copies all bytes of a storage to an offset in the file, or back.
+
+        Raises:
+            StorageError: the disk is full or failed.
+            RunError: the file is shorter than what was written.
+        """
+        # Not via numpy: torch cannot empty a storage that numpy has seen.
         view = memoryview((ctypes.c_ubyte * size).from_address(storage.data_ptr()))
         done, file = 0, self.file.fileno()
         while done < size:
-            part = view[done:]
+            rest, position = view[done:], offset + done
             try:
-                to_device = (
-                    os.pwrite(file, part, place + done)
-                    if out
-                    else os.preadv(file, [part], place + done)
+                count = (
+                    os.pwrite(file, rest, position)
+                    if to_file
+                    else os.preadv(file, [rest], position)
                 )
             except OSError as error:
                 raise storage_error(error, self.folder) from error
-            if not to_device:
+            if not count:
                 raise RunError(f"a file in {self.folder} is shorter than what was written to it")
-            done += to_device
+            done += count
 
 
-def _key(tensor: torch.Tensor) -> int:
+def _storage_key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _locals(player: PausedBatch) -> Iterator[Any]:
-    """The local variables of a player's frames, from the innermost out."""
-    frame = player.task.gr_frame if player.task else None
+def _local_variables(batch: PausedBatch) -> Iterator[Any]:
+    """Yields the local variables of each of a batch's frames, from the innermost out."""
+    frame = batch.task.gr_frame if batch.task else None
     while frame is not None:
         if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             values = frame.f_locals
             yield [*values.values()]
-            if isinstance(values, dict):  # a snapshot, which would hold on to them (Python < 3.13)
+            if isinstance(values, dict):  # a snapshot, which would keep them alive (Python < 3.13)
                 values.clear()
         frame = frame.f_back
 
 
 def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
-    """The tensors in a value, however deep in containers."""
+    """Yields the CPU tensors in nested containers and dataclasses, down to `depth` levels."""
     if isinstance(value, torch.Tensor):
         if value.device.type == "cpu" and value.layout == torch.strided:
             yield value
     elif depth and isinstance(value, dict):
         yield from _tensors([*value.values()], depth - 1)
     elif depth and isinstance(value, tuple | list):
-        for each in value:
-            yield from _tensors(each, depth - 1)
+        for item in value:
+            yield from _tensors(item, depth - 1)
     elif depth and is_dataclass(value) and not isinstance(value, type | PausedBatch):
         yield from _tensors([getattr(value, f.name) for f in fields(value)], depth - 1)
-
-
-def choose_offload(
-    streamed: StreamedModel, folder: Path, *, tight: bool
-) -> CpuOffload | DiskOffload:
-    """Where batches wait for which memory has no room: in a file in `folder`, or on the host."""
-    if streamed.device == HOST:
-        return DiskOffload(folder, streamed.model, tight=tight)
-    return CpuOffload(streamed.device)

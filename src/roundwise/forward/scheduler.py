@@ -1,8 +1,8 @@
 """ForwardScheduler: runs the model's own forward for all calibration batches, one block at a time.
 
 Each batch runs `model(input_ids, use_cache=False)`, just as transformers wrote it, in a greenlet of its
-own that stops at the places of `forward.batch.Phase`. The scheduler resumes one batch after the other, so
-it knows that all have reached the same place before anything happens there. All run on one thread.
+own that stops at the places of `forward.batch.Phase`. The scheduler resumes one batch after the other,
+so that all have reached the same place before anything happens there. All run on one thread.
 
 The first batch is a probe of a few tokens: it shows which linears read the same input, and in which
 order. With a reference, each batch has a second one that runs through the original model in lock-step:
@@ -38,15 +38,15 @@ from roundwise.forward.batch import (
     pause,
 )
 from roundwise.forward.expert_tokens import ExpertCalibration
-from roundwise.forward.hooks import CalibrationHooks
+from roundwise.forward.hooks import CalibrationHooks, OutsideModel
 from roundwise.forward.input_groups import InputGroup, trace_block
 from roundwise.forward.offload import CpuOffload, DiskOffload
 from roundwise.model.blocks import Block, wrapped_forwards
-from roundwise.model.build import arguments
-from roundwise.model.moe import visit_all
+from roundwise.model.build import forward_kwargs
+from roundwise.model.moe import dispatch_to_all
 from roundwise.system.device import HOST, to_device
 from roundwise.system.distributed import Ranks
-from roundwise.system.half_matmul import cpu_half_matmul
+from roundwise.system.half_matmul import cpu_half_matmul, needs_half_matmul, outside_model
 from roundwise.system.timer import timer
 
 #: Tokens of the probe: enough for any local attention pattern to be well formed.
@@ -92,8 +92,13 @@ class ForwardScheduler:
         self.model, self.blocks, self.skip = model, blocks, skip
         self.policy, self.ranks = policy or ExpertCalibration(), ranks or Ranks()
         self.device, self.offload = device, offload
+        dtypes = (parameter.dtype for parameter in model.parameters())
+        ragged = any(block.experts for block in blocks)
+        changed = needs_half_matmul(dtypes, device, ragged=ragged)
+        self._matmul = cpu_half_matmul if changed else nullcontext
+        self._outside: OutsideModel = outside_model if changed else nullcontext
         self.hooks = CalibrationHooks(
-            self._current, held_out=held_out, ratio=ratio, policy=self.policy
+            self._current, self._outside, held_out=held_out, ratio=ratio, policy=self.policy
         )
         batches = [batch.to(device) for batch in batches]
         self.probe = PausedBatch(Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None), -1)
@@ -146,7 +151,7 @@ class ForwardScheduler:
             RunError: the block calls a linear more than once.
         """
         for experts in block.experts.values():
-            experts.visits = partial(visit_all, experts, as_one=self.policy.gather == "all")
+            experts.dispatch = partial(dispatch_to_all, experts, as_one=self.policy.gather == "all")
         with trace_block(block) as trace:
             self._advance([self.probe], EXIT)
         trace.stream.append((block.name, hidden(self.probe.output)))
@@ -299,8 +304,8 @@ class ForwardScheduler:
 
     def _run_model(self, batch: PausedBatch) -> None:
         """The body of a batch's greenlet: the whole forward, with its stops."""
-        with cpu_half_matmul():
-            self.model(**arguments(self.model, batch.batch.input_ids, batch.batch.mask))
+        with self._matmul():
+            self.model(**forward_kwargs(self.model, batch.batch.input_ids, batch.batch.mask))
 
     def _paused_forward(
         self, index: int, block: Block, original: Callable[..., Any]
@@ -313,24 +318,29 @@ class ForwardScheduler:
                 # Finished earlier: all of them return what the last one did, only that one counts.
                 return to_device(batch.resumed_outputs[block.stack], self.device)
             batch.block_inputs, batch.output = (args, kwargs), None
-            pause(ENTER)
+            self._pause(ENTER)
             if batch.number >= 0 and not self.hooks.sequential:
                 if self.hooks.counting:
                     original(*args, **kwargs)
-                    pause(COUNTED)
+                    self._pause(COUNTED)
                 batch.output = original(*args, **kwargs)
                 tried = self._trying
-                pause(GATHERED)
+                self._pause(GATHERED)
                 while self._trying:
                     batch.candidate_output = original(*args, **kwargs)
-                    pause(GATHERED)
+                    self._pause(GATHERED)
             if batch.output is None or not (batch.is_reference or tried):
                 batch.output = original(*args, **kwargs)
-            pause(EXIT)
+            self._pause(EXIT)
             output, batch.block_inputs, batch.output = batch.output, None, None
             return to_device(output, self.device)
 
         return forward
+
+    def _pause(self, stop: Stop) -> None:
+        """Stops the running batch, in the wrapper of a block's forward."""
+        with self._outside():
+            pause(stop)
 
     def _current(self) -> PausedBatch:
         """The batch that is running."""

@@ -16,13 +16,13 @@ from roundwise.errors import CheckpointError
 from roundwise.inference.quant_linear import QuantLinear
 from roundwise.model.blocks import weight_of
 from roundwise.model.moe import (
-    ROLES,
+    PROJECTION_ROLES,
     LinearExperts,
-    count_of,
-    is_fused,
-    roles_of,
-    shape_of,
-    split_name,
+    expert_count,
+    expert_roles,
+    is_fused_experts,
+    parse_expert_name,
+    projection_shape,
 )
 
 #: dtype in a safetensors header -> torch dtype of scales; any other is read as float16.
@@ -52,7 +52,7 @@ def replace_linears(
             weight = weight_of(module)
             shape = (weight.shape[0], weight.shape[1])
         else:
-            weight, shape = module.down_proj, shape_of(module, ROLES[expert[1]])
+            weight, shape = module.down_proj, projection_shape(module, PROJECTION_ROLES[expert[1]])
         layer = _make_layer(name, tensors, shape, zero_offset, weight.dtype)
         layer.train(module.training)
         if expert is None:
@@ -65,13 +65,11 @@ def replace_linears(
         model.set_submodule(target, LinearExperts(fused, {**layers}))
 
 
-def _check_experts(
-    name: str, fused: nn.Module, layers: dict[tuple[int, str], QuantLinear]
-) -> None:
+def _check_experts(name: str, fused: nn.Module, layers: dict[tuple[int, str], QuantLinear]) -> None:
     """Fails if the files have quantized layers for only some experts, or for more than there are."""
-    count, wanted = count_of(fused), set(roles_of(fused))
+    count, wanted = expert_count(fused), set(expert_roles(fused))
     for expert in range(count):
-        roles = {ROLES[projection] for number, projection in layers if number == expert}
+        roles = {PROJECTION_ROLES[projection] for number, projection in layers if number == expert}
         if roles != wanted:
             raise CheckpointError(
                 f"{name}.{expert} has no quantized {', '.join(sorted(wanted - roles))} projection: "
@@ -108,9 +106,9 @@ class _NameResolver:
                 module = self._module(full)
                 if module is not None and hasattr(module, "weight"):
                     return full, None
-                parts = split_name(full)
+                parts = parse_expert_name(full)
                 experts = self._module(parts[0]) if parts else None
-                if parts and experts is not None and is_fused(experts):
+                if parts and experts is not None and is_fused_experts(experts):
                     return parts
         raise CheckpointError(f"the files have {name}.qweight, but the model has no such layer")
 
@@ -150,8 +148,8 @@ def _make_layer(
     words, columns = parts["qweight"].shape
     if (in_features * bits, out_features) != (words * 32, columns):
         raise CheckpointError(
-            f"{name}.qweight {[words, columns]} does not fit a layer of "
-            f"{in_features} to {out_features} channels"
+            f"{name}.qweight {[words, columns]} does not fit a layer with "
+            f"{in_features} input and {out_features} output channels"
         )
     g_idx = tensors.get(f"{name}.g_idx")
     if g_idx is not None and tuple(g_idx.shape) != (in_features,):
@@ -160,8 +158,8 @@ def _make_layer(
         )
     if g_idx is None and in_features % parts["scales"].shape[0]:
         raise CheckpointError(
-            f"{name} has {in_features} input channels in {parts['scales'].shape[0]} groups, and no g_idx "
-            "that assigns channels to groups of unequal size"
+            f"{name} has {in_features} input channels in {parts['scales'].shape[0]} groups, and no "
+            "g_idx that assigns channels to groups of unequal size"
         )
     with torch.device("meta"):
         layer = QuantLinear(
@@ -174,5 +172,7 @@ def _make_layer(
             zero_offset=zero_offset,
             dtype=dtype,
         )
-        layer.scales = layer.scales.to(SCALE_DTYPES.get(tensors[f"{name}.scales"].dtype, torch.float16))
+        layer.scales = layer.scales.to(
+            SCALE_DTYPES.get(tensors[f"{name}.scales"].dtype, torch.float16)
+        )
     return layer

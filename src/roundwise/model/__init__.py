@@ -1,1 +1,1 @@
-"""A transformers model on the meta device."""
+"""Builds transformers models on the meta device and gives access to their weights block by block."""

@@ -1,9 +1,8 @@
-"""The repeated blocks of a model and the linears in them, found by shape, not by name.
+"""Finds a model's repeated blocks, the linear layers in them, and the output head.
 
-The output head as one more block: found, given a weight of its own where it shares the embedding's.
-
-A tied head is the embedding table, which stays as it is; so a quantized head needs its own tensor, and
-the config must no longer say that the two are one.
+Blocks are found by their structure, not by name, so no file per architecture is needed. With --lm-head
+the output head becomes one more block. A tied head shares the embedding table, which is not quantized,
+so a quantized head gets its own tensor and the config must no longer say that the two are tied.
 """
 
 from __future__ import annotations
@@ -22,67 +21,69 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.checkpoint.reader import Checkpoint, CheckpointView
 from roundwise.errors import ConfigError
-from roundwise.model.expert_weights import routers_of
+from roundwise.model.expert_weights import router_linears
 from roundwise.model.moe import LinearExperts
 
-#: A linear with fewer channels stays: it holds next to nothing, and codes are packed 32 to a few words.
+#: Linears with fewer channels are skipped: they hold few weights, and codes are packed in blocks of 32.
 MIN_CHANNELS = 32
 
 
 @dataclass
 class Block:
-    """One of the repeated blocks."""
+    """One of the repeated blocks of a model, or its output head."""
 
     name: str
-    """Prefix of its modules, such as model.layers.3."""
+    """Prefix of its modules, such as model.layers.3; of the head, the full name of its linear layer."""
     module: nn.Module
     linears: dict[str, nn.Module]
-    """Full module name -> nn.Linear or Conv1D, in order of definition."""
+    """Full module name -> nn.Linear or Conv1D to quantize, in order of definition."""
     skipped_linears: dict[str, str] = field(default_factory=dict)
-    """Full name of linears that are never quantized, and what they are."""
+    """Full name of linears that are never quantized -> the reason."""
     stack: int = 0
-    """Which of several lists of blocks it is in: a decoder's follow an encoder's."""
+    """Index of the list of blocks it belongs to: 0 for an encoder's, 1 for the decoder's behind it."""
     is_head: bool = False
-    """The output head; `module` is a `OutputHead`, its name that of the layer in it."""
+    """The block is the output head; `module` is an `OutputHead`."""
 
     @property
     def prefix(self) -> str:
-        """What the names of the modules in `module` begin with."""
+        """Prefix of the full names of the modules in `module`."""
         return self.name.rpartition(".")[0] if self.is_head else self.name
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """(full name, module) of everything inside."""
+        """Yields (full name, module) of every module inside the block."""
         for path, module in self.module.named_modules(prefix=self.prefix):
             if module is not self.module:
                 yield path.removeprefix("."), module
 
     @property
     def experts(self) -> dict[str, LinearExperts]:
-        """Full module name -> mixture of experts."""
+        """Full module name -> mixture of experts, for all in the block."""
         return {name: m for name, m in self.modules() if isinstance(m, LinearExperts)}
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The repeated blocks: the outermost ModuleList that holds most linear weights.
+    """Returns the repeated blocks: the outermost ModuleList that holds most linear weights.
 
-    An encoder-decoder has two such lists. Of a model with towers for pictures or sound, the language
-    model's is taken.
+    An encoder-decoder has two such lists. If the model has vision or audio towers, only the list of the
+    language model is used.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there are no repeated blocks with linear layers.
     """
-    found = []
-    for stack, scope in enumerate(_scopes(model)):
-        best = _largest_list(model, scope)
-        if best is not None:
-            modules = model.get_submodule(best)
+    blocks = []
+    for stack, root in enumerate(_search_roots(model)):
+        name = _largest_module_list(model, root)
+        if name is not None:
+            modules = model.get_submodule(name)
             assert isinstance(modules, nn.ModuleList)
-            found += [_block(f"{best}.{i}", module, stack) for i, module in enumerate(modules)]
-    if not any(block.linears for block in found):
+            blocks += [
+                _make_block(f"{name}.{i}", module, stack) for i, module in enumerate(modules)
+            ]
+    if not any(block.linears for block in blocks):
         raise ConfigError(
             f"{type(model).__name__} has no repeated blocks with linear layers: nothing to quantize"
         )
-    return found
+    return blocks
 
 
 @contextmanager
@@ -101,8 +102,12 @@ def wrapped_forwards(
 
 
 def head_block(model: PreTrainedModel) -> Block:
-    """The output head as a block; it is put into a module of its own."""
-    name = head_of(model)
+    """Wraps the output head of a model in an `OutputHead` and returns it as a block.
+
+    Raises:
+        ConfigError: the head is not a linear layer.
+    """
+    name = output_head_name(model)
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     head = OutputHead(name.rpartition(".")[2], linear)
@@ -110,8 +115,8 @@ def head_block(model: PreTrainedModel) -> Block:
     return Block(name, head, {name: linear}, is_head=True)
 
 
-def _scopes(model: nn.Module) -> list[str]:
-    """Where to look for lists of blocks, in the order in which they are called; "": everywhere."""
+def _search_roots(model: nn.Module) -> list[str]:
+    """Returns the modules to search for lists of blocks, in call order; "" is the whole model."""
     if not isinstance(model, PreTrainedModel):
         return [""]
     config = model.config
@@ -121,59 +126,61 @@ def _scopes(model: nn.Module) -> list[str]:
     text = config.get_text_config()
     if text is config:
         return [""]
-    inner = [
+    text_models = [
         name
         for name, module in model.named_modules()
         if name and isinstance(module, PreTrainedModel) and module.config is text
     ]
-    return inner[:1] or [""]
+    return text_models[:1] or [""]
 
 
-def _largest_list(model: nn.Module, scope: str) -> str | None:
+def _largest_module_list(model: nn.Module, root: str) -> str | None:
+    """Returns the name of the outermost ModuleList below `root` with most linear weights."""
     best, best_size = None, 0
-    lists: set[str] = set()
-    for name, module in model.get_submodule(scope).named_modules(prefix=scope):
-        inside = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not inside:
-            lists.add(name)
-            size = sum(linear.weight.numel() for _, linear in _linears(module))
+    outermost: set[str] = set()
+    for name, module in model.get_submodule(root).named_modules(prefix=root):
+        nested = any(name.startswith(f"{outer}.") for outer in outermost)
+        if isinstance(module, nn.ModuleList) and not nested:
+            outermost.add(name)
+            size = sum(linear.weight.numel() for _, linear in _named_linears(module))
             if size > best_size:
                 best, best_size = name, size
     return best
 
 
-def _block(name: str, module: nn.Module, stack: int) -> Block:
-    left = {f"{name}.{n}": reason for n, reason in routers_of(module).items()}
+def _make_block(name: str, module: nn.Module, stack: int) -> Block:
+    """Returns the block of a module, its linears sorted into those to quantize and those to skip."""
+    skipped = {f"{name}.{path}": reason for path, reason in router_linears(module).items()}
     linears = {}
-    for n, linear in _linears(module):
-        full = f"{name}.{n}"
-        if full in left:
+    for path, linear in _named_linears(module):
+        full_name = f"{name}.{path}"
+        if full_name in skipped:
             continue
-        if not _is_product(linear):
-            left[full] = f"{type(linear).__name__} computes more than a product"
+        if not _is_plain_matmul(linear):
+            skipped[full_name] = f"{type(linear).__name__} computes more than a matrix product"
         elif min(linear.weight.shape) < MIN_CHANNELS:
-            left[full] = f"it has fewer than {MIN_CHANNELS} channels"
+            skipped[full_name] = f"it has fewer than {MIN_CHANNELS} channels"
         else:
-            linears[full] = linear
-    return Block(name, module, linears, left, stack=stack)
+            linears[full_name] = linear
+    return Block(name, module, linears, skipped, stack=stack)
 
 
-def _is_product(linear: nn.Module) -> bool:
-    """Whether a linear of a class of its own computes x Wᵀ + b, tried on small numbers."""
+def _is_plain_matmul(linear: nn.Module) -> bool:
+    """Tells whether a linear computes x Wᵀ + b; forwards of subclasses are tried on small inputs."""
     if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
         return True
-    trial = copy.copy(linear)
+    small = copy.copy(linear)
     generator = torch.Generator().manual_seed(0)
     W, b, x = (torch.randn(*shape, generator=generator) for shape in ((4, 8), (4,), (3, 8)))
     bias = b if linear.bias is not None else None
-    trial._parameters = {
+    small._parameters = {
         "weight": nn.Parameter(W),
         "bias": nn.Parameter(b) if bias is not None else None,
     }
     with torch.no_grad():
         try:
-            y = trial(x)
-        except (RuntimeError, TypeError, AttributeError, IndexError):  # it takes something else
+            y = small(x)
+        except (RuntimeError, TypeError, AttributeError, IndexError):  # it takes other arguments
             return False
         return isinstance(y, torch.Tensor) and torch.allclose(
             y, nn.functional.linear(x, W, bias), atol=1e-5
@@ -181,34 +188,36 @@ def _is_product(linear: nn.Module) -> bool:
 
 
 def weight_of(linear: nn.Module) -> torch.Tensor:
-    """The weight as [out, in]; Conv1D keeps it as [in, out]."""
+    """Returns the weight of a linear as [out, in]; Conv1D stores it as [in, out]."""
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def set_weight(linear: nn.Module, W: torch.Tensor) -> None:
-    """Replaces the weight by W [out, in] in the dtype it had."""
+    """Replaces the weight of a linear by W [out, in], converted to the dtype of the old weight."""
     dtype = weight_of(linear).dtype
     value = W.T.contiguous() if isinstance(linear, Conv1D) else W
     linear.weight = nn.Parameter(value.to(dtype), requires_grad=False)
 
 
-def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _named_linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields (name, module) of every nn.Linear and Conv1D below a module."""
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear | Conv1D):
             yield name, child
 
 
+#: Setting of a config: output head and embedding share one weight.
 TIED = "tie_word_embeddings"
 
 
 class OutputHead(nn.Module):
-    """A head with a forward of its own around the linear layer's, where it can be stopped.
+    """Module around the linear layer of the output head, so that it can be paused like a block.
 
     Args:
-        name: of the layer in its parent.
-        linear: the layer.
+        name: name of the linear layer in its parent module.
+        linear: the linear layer.
     """
 
     def __init__(self, name: str, linear: nn.Linear) -> None:
@@ -216,17 +225,17 @@ class OutputHead(nn.Module):
         self.add_module(name, linear)
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Logits."""
+        """Returns the logits [..., vocabulary] of hidden states [..., hidden]."""
         (linear,) = self._modules.values()
         assert linear is not None
         return linear(x)
 
 
-def head_of(model: PreTrainedModel) -> str:
-    """Name of the linear layer that makes logits.
+def output_head_name(model: PreTrainedModel) -> str:
+    """Returns the name of the linear layer that computes the logits.
 
     Raises:
-        ConfigError: the model's head is something else.
+        ConfigError: the model has no output head, or it is not a linear layer.
     """
     head = model.get_output_embeddings()
     names: dict[str, nn.Module] = dict(model.named_modules())
@@ -237,12 +246,12 @@ def head_of(model: PreTrainedModel) -> str:
 
 
 def is_tied(config: Any) -> bool:
-    """Whether a config says that head and embedding are one."""
+    """Tells whether a transformers config says that output head and embedding share one weight."""
     return bool(getattr(config, TIED, False) or getattr(config.get_text_config(), TIED, False))
 
 
 def untie(config: Any) -> None:
-    """Has a config say that the head has a weight of its own."""
+    """Changes a transformers config so that the output head has its own weight."""
     for part in (config, config.get_text_config()):
         if hasattr(part, TIED):
             setattr(part, TIED, False)
@@ -251,28 +260,31 @@ def untie(config: Any) -> None:
 def untied_checkpoint(
     checkpoint: Checkpoint, model: PreTrainedModel, checkpoint_name_of: dict[str, str]
 ) -> Checkpoint:
-    """The checkpoint with a tensor for the head, which it may share with the embedding as it is.
+    """Returns a view of the checkpoint in which the output head has its own tensor.
+
+    If the files store one tensor for head and embedding, the view has it under both names.
 
     Args:
         checkpoint: the original.
-        model: built from a config that `untie` has seen.
-        source_of: names of the model's tensors in the checkpoint; that of the head becomes its own.
+        model: the model, built from a config that `untie` has changed.
+        checkpoint_name_of: names of the model's tensors in the checkpoint; that of the head is updated.
 
     Raises:
-        ConfigError: the model cannot have a head of its own.
+        ConfigError: the model always ties its head, or computes differently when it is untied.
     """
-    name = f"{head_of(model)}.weight"
+    name = f"{output_head_name(model)}.weight"
     stored = checkpoint_name_of[name]
     if list(checkpoint_name_of.values()).count(stored) == 1:
         return checkpoint
     kind = type(model).__name__
     if name in (getattr(model, "all_tied_weights_keys", None) or {}):
         raise ConfigError(
-            f"--lm-head: {kind} ties its head to the embedding whatever its config says"
+            f"--lm-head is not possible: {kind} always ties its head to the embedding"
         )
     if TIED in inspect.getsource(type(model).forward):
         raise ConfigError(
-            f"--lm-head: {kind} computes in another way if its head is not tied to the embedding"
+            f"--lm-head is not possible: {kind} computes differently if its head is not tied to the "
+            "embedding"
         )
     checkpoint_name_of[name] = name
     tensors = {**checkpoint.tensors, name: checkpoint.tensors[stored]}

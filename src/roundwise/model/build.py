@@ -1,4 +1,4 @@
-"""The model of a config: its class, built without weights, and what its forward is given."""
+"""Builds a transformers model without weights, and the arguments of its forward."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from roundwise.errors import CheckpointError, ConfigError, RoundwiseError
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """Transformers' config of a checkpoint as it is without quantization; no code of its own is run."""
+    """Returns transformers' config of a checkpoint, without `quantization_config`; runs no custom code.
+
+    Raises:
+        CheckpointError: transformers does not know the model or cannot read its config.
+    """
     try:
         config = transformers.AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=False, **checkpoint.overrides
         )
-    except Exception as error:  # transformers raises many kinds here; all mean the same to a user
+    except Exception as error:  # transformers raises many types here; users need one
         kind = checkpoint.config.get("model_type", "no model_type")
         reason = str(error).strip().split("\n", 1)[0]
         raise CheckpointError(
@@ -29,32 +33,35 @@ def load_config(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def dtype_of(config: dict[str, Any]) -> torch.dtype | None:
-    """What the config.json of a model says that it computes in; None: nothing."""
-    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    return found if isinstance(found, torch.dtype) else None
+def config_dtype(config: dict[str, Any]) -> torch.dtype | None:
+    """Returns the dtype that a model computes in according to its config.json; None if it has none."""
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def model_class(config: Any) -> type[transformers.PreTrainedModel]:
-    """The class that a checkpoint names, else the causal language model of its kind.
+    """Returns the class that a config names, else the causal language model of its `model_type`.
+
+    Args:
+        config: transformers' config.
 
     Raises:
         ConfigError: transformers has neither.
     """
     for name in getattr(config, "architectures", None) or []:
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            return named
     try:
-        found = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+        causal = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
-        raise ConfigError(f"{config.model_type} is no causal language model") from None
-    assert isinstance(found, type)
-    return found
+        raise ConfigError(f"{config.model_type} is not a causal language model") from None
+    assert isinstance(causal, type)
+    return causal
 
 
 def context_length(config: Any) -> int | None:
-    """The longest text that a model takes, in tokens; None: its config sets no limit.
+    """Returns the maximum number of tokens of a model's input; None if its config sets no limit.
 
     Args:
         config: transformers' config of the whole model.
@@ -64,62 +71,69 @@ def context_length(config: Any) -> int | None:
 
 
 def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The model on the meta device, only its computed buffers (rotary tables, masks) real.
+    """Builds the model on the meta device; only its computed buffers (rotary tables, masks) have memory.
+
+    Args:
+        config: transformers' config.
+        dtype: dtype of the parameters.
 
     Raises:
-        CheckpointError: the config makes no sense.
+        CheckpointError: the config is invalid, or asks for very large computed buffers.
+        ConfigError: transformers has no class for the model.
     """
-    kind = model_class(config)
+    cls = model_class(config)
     try:
         with torch.device("meta"):
-            model = kind._from_config(config, dtype=dtype)
+            model = cls._from_config(config, dtype=dtype)
     except RoundwiseError:
         raise
-    except Exception as error:  # many kinds for one reason: a config that makes no sense
+    except Exception as error:  # transformers raises many types for an invalid config
         reason = str(error).strip().split("\n", 1)[0]
         raise CheckpointError(
             f"transformers cannot build the {config.model_type} of config.json: {reason}"
         ) from error
     check_computed_buffers(model)
     computed = {name for name, _ in model.named_non_persistent_buffers()}
-    fresh = {""}
+    uninitialized = {""}
     for name, module in model.named_modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and f"{name}.{key}".lstrip(".") in computed:
                 module._buffers[key] = torch.empty_like(buffer, device="cpu")
                 parts = name.split(".")
-                fresh |= {".".join(parts[:end]) for end in range(len(parts) + 1)}
-    # transformers fills computed buffers in its own initialisation, at times that of a module around:
-    # let it see only these.
+                uninitialized |= {".".join(parts[:end]) for end in range(len(parts) + 1)}
+    # transformers fills computed buffers when it initialises their module or one of its parents, so only
+    # these are marked as uninitialised.
     for name, module in model.named_modules():
-        module._is_hf_initialized = name not in fresh
+        module._is_hf_initialized = name not in uninitialized
     model.initialize_weights()
     return model.eval()
 
 
-def arguments(
+def forward_kwargs(
     model: transformers.PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None = None
 ) -> dict[str, Any]:
-    """What the model's forward is called with for some text.
+    """Returns the keyword arguments for a model's forward on some text.
 
-    A decoder behind an encoder is given the same text as the encoder.
+    The decoder of an encoder-decoder gets the same text as the encoder.
 
     Args:
-        model: any of transformers'.
-        input_ids: [windows, length].
-        mask: bool, False on padding.
+        model: a transformers model.
+        input_ids: int64 [batch, length].
+        mask: bool [batch, length], False on padding; None: no padding.
 
     Raises:
-        ConfigError: the model does not begin with text.
+        ConfigError: the model's main input is not text.
     """
     if model.main_input_name != "input_ids":
         raise ConfigError(
-            f"{type(model).__name__} begins with {model.main_input_name}, which calibration text does "
-            "not give: use --method rtn"
+            f"{type(model).__name__} takes {model.main_input_name} instead of text, so it cannot be "
+            "calibrated: use --method rtn"
         )
-    given: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    kwargs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if mask is not None:
-        given["attention_mask"] = mask.long()
+        kwargs["attention_mask"] = mask.long()
     if getattr(model.config, "is_encoder_decoder", False):
-        given |= {f"decoder_{name}": value for name, value in given.items() if name != "use_cache"}
-    return given
+        kwargs |= {
+            f"decoder_{name}": value for name, value in kwargs.items() if name != "use_cache"
+        }
+    return kwargs

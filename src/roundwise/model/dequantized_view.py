@@ -1,7 +1,7 @@
-"""Checkpoints that are quantized already, seen as dense ones: weights are dequantized as they are read.
+"""A view of a quantized checkpoint that dequantizes weights while they are read.
 
-FP8 with a scale per block (DeepSeek-V3 and others), and the GPTQ format. One weight is in memory at a
-time; what is not quantized again is written as the dense tensor that it stands for.
+It supports FP8 with a scale per block (DeepSeek-V3 and others) and the GPTQ format. One weight is in
+memory at a time; layers that a run skips are written dequantized.
 """
 
 from __future__ import annotations
@@ -24,55 +24,66 @@ from roundwise.checkpoint.reader import (
     TensorInfo,
 )
 from roundwise.errors import CheckpointError, ConfigError
-from roundwise.model.build import build, dtype_of, load_config
+from roundwise.model.build import build, config_dtype, load_config
 
-#: Suffix of the scales of an FP8 weight, one for each block; the other is of activations.
-SCALES, ACTIVATION = "_scale_inv", "input_scale"
+#: Suffix of the tensor with an FP8 weight's scales, one per block.
+SCALES_SUFFIX = "_scale_inv"
+#: Suffix of scales of activations, which are not needed.
+ACTIVATION_SUFFIX = "input_scale"
 
 
 @dataclass(frozen=True)
 class DequantizedInfo(TensorInfo):
-    """A tensor that is computed whenever it is read; its place is that of what it is made from."""
+    """A tensor that is computed whenever it is read; its location is that of the quantized tensor."""
 
-    make: Callable[[], torch.Tensor]
+    compute: Callable[[], torch.Tensor]
 
     @classmethod
-    def of(
+    def from_source(
         cls, source: TensorInfo, shape: tuple[int, ...], dtype: torch.dtype,
-        make: Callable[[], torch.Tensor],
+        compute: Callable[[], torch.Tensor],
     ) -> DequantizedInfo:  # fmt: skip
-        """A tensor of `shape` and `dtype`, made by `make`."""
+        """Returns the info of a computed tensor.
+
+        Args:
+            source: the quantized tensor that it is computed from.
+            shape: shape of the result.
+            dtype: dtype of the result.
+            compute: returns the result, in any floating point dtype.
+        """
         count = 1
         for size in shape:
             count *= size
         return cls(
-            source.path, DTYPE_CODES[dtype], shape, source.start, count * dtype.itemsize, make
+            source.path, DTYPE_CODES[dtype], shape, source.start, count * dtype.itemsize, compute
         )
 
     def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
-        """The tensor; there is no map of it."""
-        return self.make().to(DTYPES[self.dtype]).contiguous(), None
+        """Returns the tensor and None: it is computed, so it has no memory map."""
+        return self.compute().to(DTYPES[self.dtype]).contiguous(), None
 
     def rows(self, start: int, count: int) -> TensorInfo:
-        """Some of its rows."""
+        """Returns `count` rows of the tensor, from row `start` on; reading them computes all rows."""
         shape = (count, *self.shape[1:])
-        return DequantizedInfo.of(
-            self, shape, DTYPES[self.dtype], lambda: self.make()[start : start + count]
+        return DequantizedInfo.from_source(
+            self, shape, DTYPES[self.dtype], lambda: self.compute()[start : start + count]
         )
 
     def chunks(self) -> Iterator[bytes]:
-        """The tensor's bytes, a few MB at a time."""
+        """Yields the tensor's bytes, at most `CHUNK` at a time."""
         data = self.read().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(data), CHUNK):
             yield bytes(data[start : start + CHUNK])
 
 
 def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint with dense weights, and what is to be said about it; itself if it is dense.
+    """Returns a view of the checkpoint with dense weights, and warnings for the user.
+
+    A checkpoint that is not quantized is returned unchanged.
 
     Raises:
-        ConfigError: it is quantized in another format.
-        CheckpointError: tensors are missing or do not fit together.
+        ConfigError: the checkpoint is quantized in an unsupported format.
+        CheckpointError: tensors are missing or contradict each other.
     """
     settings = checkpoint.config.get("quantization_config")
     if settings is None:
@@ -80,90 +91,92 @@ def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method == "fp8":
         tensors = _from_fp8(checkpoint, settings)
-        notes = []
+        warnings = []
     elif method == "gptq":
         tensors = _from_gptq(checkpoint, settings)
-        notes = [
+        warnings = [
             f"{checkpoint.folder} is quantized already, to {settings.get('bits')} bits: its weights are "
-            "dequantized first, and what it has lost stays lost; start from the original if you can"
+            "dequantized first and keep that loss of accuracy; start from the original if you can"
         ]
     else:
         raise ConfigError(
             f"{checkpoint.folder} is quantized already ({method or 'unknown'}): start from the original"
         )
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    return CheckpointView(checkpoint, tensors, config), notes
+    return CheckpointView(checkpoint, tensors, config), warnings
 
 
 def _from_fp8(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, TensorInfo]:
-    """FP8 weights times the scales of their blocks."""
-    sizes = settings.get("weight_block_size")
-    if not (isinstance(sizes, list) and len(sizes) == 2):
+    """Returns the tensors of an FP8 checkpoint; each FP8 weight is multiplied by its blocks' scales."""
+    block_size = settings.get("weight_block_size")
+    if not (isinstance(block_size, list) and len(block_size) == 2):
         raise ConfigError(
-            f"{checkpoint.folder} holds FP8 weights without weight_block_size: only those with a scale "
-            "per block can be read; start from the original"
+            f"{checkpoint.folder} holds FP8 weights without weight_block_size: only FP8 with a scale per"
+            " block is supported; start from the original"
         )
-    dtype = dtype_of(checkpoint.config) or torch.bfloat16
-    found: dict[str, TensorInfo] = {}
+    dtype = config_dtype(checkpoint.config) or torch.bfloat16
+    tensors: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
-        if name.endswith(SCALES) and name.removesuffix(SCALES) in checkpoint.tensors:
+        if name.endswith(SCALES_SUFFIX) and name.removesuffix(SCALES_SUFFIX) in checkpoint.tensors:
             continue
-        if name.endswith(ACTIVATION):
+        if name.endswith(ACTIVATION_SUFFIX):
             continue
         if not info.dtype.startswith("F8"):
-            found[name] = info
+            tensors[name] = info
             continue
-        scales = checkpoint.tensors.get(name + SCALES)
+        scales = checkpoint.tensors.get(name + SCALES_SUFFIX)
         if scales is None:
-            raise CheckpointError(f"{name} is in FP8, but {name}{SCALES} is missing")
-        blocks = tuple(-(-size // block) for size, block in zip(info.shape, sizes, strict=True))
+            raise CheckpointError(f"{name} is in FP8, but {name}{SCALES_SUFFIX} is missing")
+        blocks = tuple(-(-size // b) for size, b in zip(info.shape, block_size, strict=True))
         if scales.shape != blocks:
             raise CheckpointError(
-                f"{name}{SCALES} has shape {list(scales.shape)}; blocks of {sizes[0]} x {sizes[1]} "
-                f"ask for {list(blocks)}"
+                f"{name}{SCALES_SUFFIX} has shape {list(scales.shape)}; blocks of "
+                f"{block_size[0]} x {block_size[1]} require {list(blocks)}"
             )
-        found[name] = DequantizedInfo.of(
-            info, info.shape, dtype, _scaled(info, scales, sizes, dtype)
+        tensors[name] = DequantizedInfo.from_source(
+            info, info.shape, dtype, _dequantize_blocks(info, scales, block_size, dtype)
         )
-    return found
+    return tensors
 
 
-def _scaled(
-    info: TensorInfo, scales: TensorInfo, sizes: list[int], dtype: torch.dtype
+def _dequantize_blocks(
+    info: TensorInfo, scales: TensorInfo, block_size: list[int], dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
-    def make() -> torch.Tensor:
+    """Returns a function that reads an FP8 weight and multiplies each block by its scale."""
+
+    def compute() -> torch.Tensor:
         W, s = info.read(), scales.read().to(torch.float32)
-        columns = s.repeat_interleave(sizes[1], dim=1)[:, : info.shape[1]]
+        columns = s.repeat_interleave(block_size[1], dim=1)[:, : info.shape[1]]
         out = torch.empty(info.shape, dtype=dtype)
-        for index, row in enumerate(columns):
-            part = slice(index * sizes[0], (index + 1) * sizes[0])
-            out[part] = W[part].to(torch.float32) * row
+        for index, row_scales in enumerate(columns):
+            rows = slice(index * block_size[0], (index + 1) * block_size[0])
+            out[rows] = W[rows].to(torch.float32) * row_scales
         return out
 
-    return make
+    return compute
 
 
 def _from_gptq(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, TensorInfo]:
-    """What codes, scales and zero points stand for."""
+    """Returns the tensors of a GPTQ checkpoint with each layer's weight in place of its codes."""
     model = build(load_config(checkpoint), torch.float32)
-    transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
-    version = settings.get("checkpoint_format", "gptq")
-    dtype = dtype_of(checkpoint.config) or torch.float16
+    conv1d_names = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    checkpoint_format = settings.get("checkpoint_format", "gptq")
+    dtype = config_dtype(checkpoint.config) or torch.float16
     layers = {layer.name: layer for layer in quantized_layers(checkpoint)}
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         stem, _, suffix = name.rpartition(".")
         if stem not in layers or suffix not in SUFFIXES:
-            found[name] = info
+            tensors[name] = info
         elif suffix == "qweight":
             layer = layers[stem]
-            shape = (layer.parts["scales"].shape[1], layer.in_features())
-            across = any(path.endswith(stem) for path in transposed)
+            shape = (layer.tensors["scales"].shape[1], layer.in_features())
+            is_conv1d = any(path.endswith(stem) for path in conv1d_names)
 
-            def make(layer: Any = layer, across: bool = across) -> torch.Tensor:
-                W: torch.Tensor = layer.read(version).dequantize(dtype)
-                return W.T if across else W
+            def compute(layer: Any = layer, is_conv1d: bool = is_conv1d) -> torch.Tensor:
+                W: torch.Tensor = layer.read(checkpoint_format).dequantize(dtype)
+                return W.T if is_conv1d else W
 
-            shape = shape[::-1] if across else shape
-            found[f"{stem}.weight"] = DequantizedInfo.of(info, shape, dtype, make)
-    return found
+            shape = shape[::-1] if is_conv1d else shape
+            tensors[f"{stem}.weight"] = DequantizedInfo.from_source(info, shape, dtype, compute)
+    return tensors

@@ -1,15 +1,16 @@
-"""Experts of a checkpoint as matrices of their own, whichever way its files hold them.
+"""Gives access to each expert's weights separately, however a checkpoint stores them.
 
-Most families store a matrix per expert and projection; some store what transformers computes with: one
-tensor for all experts, gate and up in one, at times transposed or interleaved. `install_linear_experts` finds
-out which, puts `LinearExperts` into the model, and shows tensors that hold all experts as their parts.
+Most families store one matrix per expert and projection. Some store what transformers computes with: one
+tensor for all experts with gate and up in one, sometimes transposed or interleaved.
+`install_linear_experts` detects which, puts `LinearExperts` into the model and splits fused tensors into
+`ExpertSlice`s.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,257 +22,312 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from roundwise.checkpoint.reader import CHUNK, Checkpoint, CheckpointView, TensorInfo
 from roundwise.errors import CheckpointError
 from roundwise.model.moe import (
-    NAMES,
-    ROLES,
+    PROJECTION_ROLES,
     LinearExperts,
-    count_of,
-    is_fused,
-    roles_of,
-    shape_of,
-    split_name,
+    ProjectionNames,
+    expert_count,
+    expert_roles,
+    is_fused_experts,
+    parse_expert_name,
+    projection_shape,
 )
 
-#: Path of a module of experts -> name of each projection, by role.
-Layout = dict[str, dict[str, str]]
+#: Path of each module of experts -> names of its projections.
+ExpertLayout = dict[str, ProjectionNames]
 
 
 @dataclass(frozen=True)
 class ExpertSlice(TensorInfo):
-    """One expert's matrix or bias in a tensor that holds those of all; copied out when it is read."""
+    """One expert's matrix or bias within a fused tensor of all experts; it is copied when it is read."""
 
     whole: TensorInfo
+    """The fused tensor, [experts, …]."""
     whole_name: str
     expert: int
     half: int | None
-    """0: the gate's rows of gate and up, 1: up's; None: all rows."""
+    """Rows of a fused gate and up: 0 for the gate, 1 for up; None: all rows."""
     transposed: bool
-    """The file has it as [in, out]."""
+    """The file stores the matrix as [in, out]."""
 
     @classmethod
-    def of(cls, whole: TensorInfo, whole_name: str, expert: int, **layout: Any) -> ExpertSlice:
-        """The part with this layout; size and type follow from the whole."""
+    def from_whole(
+        cls,
+        whole: TensorInfo,
+        whole_name: str,
+        expert: int,
+        *,
+        half: int | None,
+        transposed: bool,
+    ) -> ExpertSlice:
+        """Returns a slice of a fused tensor; shape and type follow from the tensor.
+
+        Args:
+            whole: the fused tensor, [experts, out, in] ([experts, in, out] if transposed); biases are
+                [experts, out].
+            whole_name: its name.
+            expert: index of the expert.
+            half: rows of a fused gate and up: 0 for the gate, 1 for up; None: all rows.
+            transposed: the matrix is stored as [in, out].
+        """
         shape = list(whole.shape[1:])
-        if layout["transposed"]:
+        if transposed:
             shape.reverse()
-        if layout["half"] is not None:
+        if half is not None:
             shape[0] //= 2
-        nbytes = whole.nbytes // whole.shape[0] // (1 if layout["half"] is None else 2)
+        nbytes = whole.nbytes // whole.shape[0] // (1 if half is None else 2)
         return cls(
-            whole.path, whole.dtype, tuple(shape), whole.start, nbytes,
-            whole=whole, whole_name=whole_name, expert=expert, **layout,
+            whole.path, whole.dtype, tuple(shape), whole.start, nbytes, whole=whole,
+            whole_name=whole_name, expert=expert, half=half, transposed=transposed,
         )  # fmt: skip
 
     def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
-        """A copy of the part; there is no map of it."""
-        part = self.whole.rows(self.expert, 1).read()[0]
+        """Returns a contiguous copy of the slice and None: a copy has no memory map."""
+        matrix = self.whole.rows(self.expert, 1).read()[0]
         if self.transposed:
-            part = part.T
+            matrix = matrix.T
         if self.half is not None:
-            part = part[self.half * self.shape[0] :][: self.shape[0]]
-        return part.clone(memory_format=torch.contiguous_format), None
+            matrix = matrix[self.half * self.shape[0] :][: self.shape[0]]
+        return matrix.clone(memory_format=torch.contiguous_format), None
 
     def prefetch(self) -> None:
-        """As `TensorInfo.prefetch`, of its expert."""
+        """Asks the operating system to read the expert's part of the tensor in the background."""
         self.whole.rows(self.expert, 1).prefetch()
 
     def rows(self, start: int, count: int) -> TensorInfo:
-        """Not to be had: a part's rows have no place of their own in the file."""
-        raise CheckpointError(f"rows of a part of {self.whole_name} cannot be read alone")
+        """Raises CheckpointError: rows of a slice are not contiguous in the file."""
+        raise CheckpointError(f"single rows of an expert in {self.whole_name} cannot be read")
 
     def chunks(self) -> Iterator[bytes]:
-        """The part's bytes, a few MB at a time."""
+        """Yields the slice's bytes, at most `CHUNK` at a time."""
         data = self.read().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(data), CHUNK):
             yield bytes(data[start : start + CHUNK])
 
 
 def unquantized_tensors(tensors: Mapping[str, Any], quantized: set[str]) -> dict[str, Any]:
-    """What is written beside the quantized layers: experts that stay are put back into one tensor.
+    """Returns the tensors to write beside the quantized layers, fused again if they were split.
 
     Args:
-        tensors: of a checkpoint, or some of them.
-        quantized: names of layers whose weights are not wanted.
+        tensors: tensors of a checkpoint, or some of them, by name.
+        quantized: names of the quantized layers, whose weights are left out.
     """
-    found: dict[str, Any] = {}
+    unquantized: dict[str, Any] = {}
     for name, info in tensors.items():
         stem, _, kind = name.rpartition(".")
         if stem in quantized and kind == "weight":
             continue
         if isinstance(info, ExpertSlice) and stem not in quantized:
-            found[info.whole_name] = info.whole
+            unquantized[info.whole_name] = info.whole
         else:
-            found[name] = info
-    return found
+            unquantized[name] = info
+    return unquantized
 
 
 def install_linear_experts(
     model: PreTrainedModel, checkpoint: Checkpoint
-) -> tuple[Checkpoint, Layout]:
-    """Puts `LinearExperts` into the model wherever the checkpoint's experts can be told apart.
+) -> tuple[Checkpoint, ExpertLayout]:
+    """Puts `LinearExperts` into a model for every module of experts that the checkpoint stores.
+
+    Args:
+        model: a model on the meta device; it is changed.
+        checkpoint: its checkpoint.
 
     Returns:
-        The checkpoint with a tensor per expert and projection, and what `replace_fused_experts` needs to know to do
-        the same to another model of the kind.
+        The checkpoint with one tensor per expert and projection, and the layout with which
+        `replace_fused_experts` does the same to another model of the same config.
 
     Raises:
-        CheckpointError: a tensor of all experts has another shape than the model's.
+        CheckpointError: the shape of a fused tensor differs from the model's.
     """
-    fused = {name: module for name, module in model.named_modules() if is_fused(module)}
+    fused = {name: module for name, module in model.named_modules() if is_fused_experts(module)}
     if not fused:
         return checkpoint, {}
-    layout: Layout = {}
-    wholes: dict[str, dict[str, str]] = {}
-    for key, name in _renamed(model, checkpoint, lambda path: path in fused):
-        path, part = name
+    layout: ExpertLayout = {}
+    fused_keys: dict[str, dict[str, str]] = {}  # module -> parameter -> name in the checkpoint
+    for key, (path, part) in _expert_tensors(model, checkpoint, lambda path: path in fused):
         if isinstance(part, str):
-            wholes.setdefault(path, {})[part] = key
+            fused_keys.setdefault(path, {})[part] = key
         else:
-            layout.setdefault(path, {**NAMES})[ROLES[part[1]]] = part[1]
+            names = layout.get(path, ProjectionNames())
+            layout[path] = replace(names, **{PROJECTION_ROLES[part[1]]: part[1]})
     tensors = dict(checkpoint.tensors)
-    for path, keys in wholes.items():
-        if path not in layout and {*_wholes(fused[path])} <= {*keys}:
-            layout[path] = {**NAMES}
+    for path, keys in fused_keys.items():
+        if path not in layout and {*_fused_parameters(fused[path])} <= {*keys}:
+            layout[path] = ProjectionNames()
             for parameter, key in keys.items():
                 del tensors[key]
-                tensors |= _parts(path, fused[path], parameter, key, checkpoint.tensors[key])
+                tensors |= _slice_experts(
+                    path, fused[path], parameter, key, checkpoint.tensors[key]
+                )
     replace_fused_experts(model, layout)
-    split = tensors.keys() != checkpoint.tensors.keys()
-    return (CheckpointView(checkpoint, tensors) if split else checkpoint), layout
+    is_split = tensors.keys() != checkpoint.tensors.keys()
+    return (CheckpointView(checkpoint, tensors) if is_split else checkpoint), layout
 
 
-def replace_fused_experts(model: nn.Module, layout: Layout) -> None:
-    """Puts `LinearExperts` into a model on the meta device."""
+def replace_fused_experts(model: nn.Module, layout: ExpertLayout) -> None:
+    """Replaces modules of fused experts by `LinearExperts` whose layers are on the meta device.
+
+    Args:
+        model: a model on the meta device; it is changed.
+        layout: modules to replace, with the names of their projections.
+    """
     for path, names in layout.items():
         original = model.get_submodule(path)
         dtype = original.get_parameter("down_proj").dtype
         layers: dict[tuple[int, str], nn.Module] = {}
-        for expert in range(count_of(original)):
-            for role in roles_of(original):
-                rows, columns = shape_of(original, role)
-                layers[expert, names[role]] = nn.Linear(
+        for expert in range(expert_count(original)):
+            for role in expert_roles(original):
+                rows, columns = projection_shape(original, role)
+                layers[expert, names.of_role(role)] = nn.Linear(
                     columns, rows, bias=getattr(original, "has_bias", False),
                     device="meta", dtype=dtype,
                 )  # fmt: skip
         model.set_submodule(path, LinearExperts(original, layers).train(original.training))
 
 
-def routers_of(block: nn.Module) -> dict[str, str]:
-    """Linears that choose or weigh experts, by name in the block -> what they are.
+def router_linears(block: nn.Module) -> dict[str, str]:
+    """Returns the linears of a block that choose or weight experts, by name, and what they are.
 
-    They stand beside the experts, not in them, and have an output for each expert, or just one.
+    They are siblings of the experts' module, or below one, with one output per expert or a single one.
     """
-    found = {}
-    paths = {name: m for name, m in block.named_modules() if isinstance(m, LinearExperts)}
-    for path, experts in paths.items():
+    routers = {}
+    experts_of = {name: m for name, m in block.named_modules() if isinstance(m, LinearExperts)}
+    for path, experts in experts_of.items():
         parent = path.rpartition(".")[0]
         for name, module in block.get_submodule(parent).named_modules(prefix=parent):
-            inside = any(name == other or name.startswith(f"{other}.") for other in paths)
+            inside = any(name == other or name.startswith(f"{other}.") for other in experts_of)
             if isinstance(module, nn.Linear) and not inside:
                 if module.out_features == experts.count:
-                    found[name] = "a router: it chooses the experts of a token"
+                    routers[name] = "a router: it chooses the experts of a token"
                 elif module.out_features == 1:
-                    found[name] = "a gate: it weighs the shared expert"
-    return found
+                    routers[name] = "a gate: it weights the shared expert"
+    return routers
 
 
 @dataclass(frozen=True)
-class FusedExperts:
-    """A tensor of all experts that is made of their own."""
+class FusedExpertTensor:
+    """A fused tensor of all experts, assembled from the experts' own tensors."""
 
     name: str
     members: list[list[str]]
-    """By expert: its tensor, or those of gate and up."""
+    """For each expert: the name of its tensor, or the names of gate and up."""
     transposed: bool
+    """The fused tensor stores each matrix as [in, out]."""
 
-    def make(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """The tensor, from a function that reads the members."""
-        parts = []
+    def assemble(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """Returns the fused tensor [experts, …].
+
+        Args:
+            read: returns the tensor of a member.
+        """
+        matrices = []
         for names in self.members:
-            part = torch.cat([read(name) for name in names])
-            parts.append(part.T if self.transposed else part)
-        return torch.stack(parts)
+            matrix = torch.cat([read(name) for name in names])
+            matrices.append(matrix.T if self.transposed else matrix)
+        return torch.stack(matrices)
 
 
-def fused_experts(
-    model: PreTrainedModel, checkpoint: Checkpoint, stems: set[str]
-) -> list[FusedExperts]:
-    """Which layers make up tensors of all experts, where the family's files have no others.
+def fused_expert_tensors(
+    model: PreTrainedModel, layer_names: Iterable[str]
+) -> list[FusedExpertTensor]:
+    """Returns the fused tensors to assemble for families whose dense files store experts only fused.
 
     Args:
-        model: of transformers' own modules.
-        checkpoint: whose layers `stems` are; their biases are looked up in it.
-        stems: names of layers.
+        model: model with transformers' own modules of experts.
+        layer_names: names of the layers of a checkpoint that stores experts separately.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    modules: dict[str, dict[tuple[int, str], str]] = {}
-    for stem in stems:
-        name, converter = rename_source_key(f"{stem}.weight", renamings, converters)
-        part = split_name(name.removesuffix(".weight")) if converter is None else None
-        if part is not None:
-            path, (expert, projection) = part
-            modules.setdefault(path, {})[expert, ROLES[projection]] = stem
-    fused = {name: module for name, module in model.named_modules() if is_fused(module)}
+    layers_of: dict[str, dict[tuple[int, str], str]] = {}  # module -> (expert, role) -> layer
+    for layer_name in layer_names:
+        name, converter = rename_source_key(f"{layer_name}.weight", renamings, converters)
+        # A converter means that transformers itself reads separate experts of this family.
+        parsed = parse_expert_name(name.removesuffix(".weight")) if converter is None else None
+        if parsed is not None:
+            path, (expert, projection) = parsed
+            layers_of.setdefault(path, {})[expert, PROJECTION_ROLES[projection]] = layer_name
+    fused = {name: module for name, module in model.named_modules() if is_fused_experts(module)}
     base = f"{model.base_model_prefix}."
-    found = []
-    for path, layers in modules.items():
+    fused_tensors = []
+    for path, layers in layers_of.items():
         module = fused.get(path) or fused.get(base + path)
         if module is None:
             continue
-        for parameter in _wholes(module):
-            bias = parameter.endswith("_bias")
-            roles, kind = _roles_in(parameter), "bias" if bias else "weight"
+        for parameter in _fused_parameters(module):
+            is_bias = parameter.endswith("_bias")
+            roles, kind = _roles_of_parameter(parameter), "bias" if is_bias else "weight"
             members = [
                 [f"{layers[expert, role]}.{kind}" for role in roles]
-                for expert in range(count_of(module))
+                for expert in range(expert_count(module))
             ]
-            found.append(
-                FusedExperts(
+            fused_tensors.append(
+                FusedExpertTensor(
                     f"{path}.{parameter}", members,
-                    transposed=getattr(module, "is_transposed", False) and not bias,
+                    transposed=getattr(module, "is_transposed", False) and not is_bias,
                 )
             )  # fmt: skip
-    return found
+    return fused_tensors
 
 
-def _renamed(
-    model: PreTrainedModel, checkpoint: Checkpoint, wanted: Callable[[str], bool]
+def _expert_tensors(
+    model: PreTrainedModel, checkpoint: Checkpoint, is_experts: Callable[[str], bool]
 ) -> Iterator[tuple[str, tuple[str, str | tuple[int, str]]]]:
-    """Tensors of experts -> their module, and which parameter, or whose projection, they are."""
+    """Yields the tensors that belong to experts, with their place in the model.
+
+    Args:
+        model: the model.
+        checkpoint: its checkpoint.
+        is_experts: tells whether a path is a module of fused experts.
+
+    Yields:
+        (name in the checkpoint, (module of experts, place)); place is the name of a fused parameter or
+        (expert, projection) of a separate one.
+    """
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     base = f"{model.base_model_prefix}."
     for key in checkpoint.tensors:
         name = rename_source_key(key, renamings, [])[0]
-        for full in (name, base + name, name.removeprefix(base)):
-            path, _, parameter = full.rpartition(".")
-            part = split_name(path) if parameter in ("weight", "bias") else None
-            if part is not None and wanted(part[0]):
-                yield key, part
+        for full_name in (name, base + name, name.removeprefix(base)):
+            path, _, parameter = full_name.rpartition(".")
+            parsed = parse_expert_name(path) if parameter in ("weight", "bias") else None
+            if parsed is not None and is_experts(parsed[0]):
+                yield key, parsed
                 break
-            if wanted(path):
+            if is_experts(path):
                 yield key, (path, parameter)
                 break
 
 
-def _wholes(fused: nn.Module) -> list[str]:
-    """Names of the parameters that hold the layers of all experts."""
-    weights = ["gate_up_proj" if "gate" in roles_of(fused) else "up_proj", "down_proj"]
+def _fused_parameters(fused: nn.Module) -> list[str]:
+    """Returns the names of the parameters that hold the layers of all experts."""
+    weights = ["gate_up_proj" if "gate" in expert_roles(fused) else "up_proj", "down_proj"]
     has_bias = getattr(fused, "has_bias", False)
     return [*weights, *(f"{name}_bias" for name in weights if has_bias)]
 
 
-def _roles_in(parameter: str) -> tuple[str, ...]:
-    """The projections that a parameter of `_wholes` holds."""
+def _roles_of_parameter(parameter: str) -> tuple[str, ...]:
+    """Returns the roles of the projections that a parameter of `_fused_parameters` holds."""
     stem = parameter.removesuffix("_bias")
     return {"gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("down",)}[stem]
 
 
-def _parts(
+def _slice_experts(
     path: str, fused: nn.Module, parameter: str, key: str, whole: TensorInfo
 ) -> Iterator[tuple[str, TensorInfo]]:
-    """The parts of a tensor that holds all experts, by the names that they get."""
-    if parameter not in _wholes(fused):
+    """Yields the slices of a tensor of all experts by name; other tensors of the module unchanged.
+
+    Args:
+        path: name of the module of experts.
+        fused: the module.
+        parameter: name of the tensor in the module.
+        key: name of the tensor in the checkpoint.
+        whole: the tensor.
+
+    Raises:
+        CheckpointError: its shape differs from the model's, transposed or not.
+    """
+    if parameter not in _fused_parameters(fused):
         yield key, whole
         return
     expected = tuple(fused.get_parameter(parameter).shape)
@@ -279,18 +335,15 @@ def _parts(
     if whole.shape != expected:
         if whole.shape != (expected[0], *reversed(expected[1:])):
             raise CheckpointError(
-                f"tensor {key} has shape {list(whole.shape)}; the model's config asks for "
+                f"tensor {key} has shape {list(whole.shape)}; the model's config requires "
                 f"{list(expected)}"
             )
         transposed = not transposed
     prefix = key.removesuffix(f".{parameter}") if key.endswith(f".{parameter}") else path
-    stem, kind = (
-        parameter.removesuffix("_bias"),
-        "bias" if parameter.endswith("_bias") else "weight",
-    )
-    roles = {"gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("down",)}[stem]
+    kind = "bias" if parameter.endswith("_bias") else "weight"
+    roles, names = _roles_of_parameter(parameter), ProjectionNames()
     for expert in range(whole.shape[0]):
         for half, role in enumerate(roles):
-            yield f"{prefix}.{expert}.{NAMES[role]}.{kind}", ExpertSlice.of(
+            yield f"{prefix}.{expert}.{names.of_role(role)}.{kind}", ExpertSlice.from_whole(
                 whole, key, expert, transposed=transposed, half=half if len(roles) == 2 else None,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a forward without data tells: which layers are called, and which of them read the same input."""
+"""Runs a model on fake tensors to find which linears it calls and which of them share an input."""
 
 from __future__ import annotations
 
@@ -12,36 +12,44 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from roundwise.config import QuantizeConfig
-from roundwise.model.build import arguments, build
+from roundwise.model.build import build, forward_kwargs
 from roundwise.model.expert_weights import replace_fused_experts
-from roundwise.model.moe import visit_all
+from roundwise.model.moe import dispatch_to_all
 from roundwise.model.streamed import StreamedModel
 
-#: Tokens of the forward.
+#: Tokens of the fake input.
 PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class CallTrace:
-    """What a forward without data called; nothing if it looks at its data."""
+    """Calls of linears in a fake forward; empty if the model's forward depends on values."""
 
-    first: dict[str, str] = field(default_factory=dict)
-    """Layer -> the first that reads the same tensor."""
+    first_reader: dict[str, str] = field(default_factory=dict)
+    """Each called layer -> the first layer that reads the same tensor."""
     repeated: tuple[str, ...] = ()
     """Layers that were called more than once."""
 
 
 def drop_uncalled_linears(streamed: StreamedModel, config: QuantizeConfig) -> CallTrace:
-    """Has linears stay that the model never calls: it may read their weights in another way."""
+    """Skips the linears that the model never calls: it may use their weights in another way.
+
+    Args:
+        streamed: the model; `skipped_linears` of its blocks and `skipped_blocks` are updated.
+        config: settings of the run; `experts` decides how experts share inputs.
+
+    Returns:
+        The calls; if they are empty, nothing is skipped.
+    """
     calls = trace_calls(streamed, config)
-    called = calls.first
+    called = calls.first_reader
     for block in streamed.blocks if called else []:
-        reached = called.keys() & block.linears.keys()
-        for name in [name for name in block.linears if name not in reached]:
+        called_linears = called.keys() & block.linears.keys()
+        for name in [name for name in block.linears if name not in called_linears]:
             del block.linears[name]
             block.skipped_linears[name] = (
                 "the model never calls it, but may read its weight"
-                if reached
+                if called_linears
                 else "the model does not call its block for text alone"
             )
     streamed.skip_blocks([block for block in streamed.blocks if called and not block.linears])
@@ -49,16 +57,24 @@ def drop_uncalled_linears(streamed: StreamedModel, config: QuantizeConfig) -> Ca
 
 
 def trace_calls(streamed: StreamedModel, config: QuantizeConfig) -> CallTrace:
-    """Runs the forward."""
+    """Runs a forward of `PROBE_TOKENS` fake tokens through a second model on the meta device.
+
+    Args:
+        streamed: the model; it is not changed.
+        config: settings of the run; with experts="all", all experts read the same tensor.
+
+    Returns:
+        The calls of the blocks' linears; empty if the forward fails without real values.
+    """
     model = build(streamed.model.config, streamed.dtype)
-    replace_fused_experts(model, streamed.layout)
-    for path in streamed.layout:
+    replace_fused_experts(model, streamed.expert_layout)
+    for path in streamed.expert_layout:
         experts = model.get_submodule(path)
-        experts.visits = partial(visit_all, experts, as_one=config.experts == "all")
-    seen: list[tuple[str, torch.Tensor]] = []  # tensors are kept, so that no identity comes again
+        experts.dispatch = partial(dispatch_to_all, experts, as_one=config.experts == "all")
+    inputs: list[tuple[str, torch.Tensor]] = []  # holds the tensors, so that no storage is reused
 
     def hook(name: str) -> Any:
-        return lambda _, args: seen.append((name, args[0]))
+        return lambda _, args: inputs.append((name, args[0]))
 
     for block in streamed.blocks:
         for name in block.linears:
@@ -73,14 +89,13 @@ def trace_calls(streamed: StreamedModel, config: QuantizeConfig) -> CallTrace:
                 for key, buffer in module._buffers.items():
                     if buffer is not None:
                         module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
-            model(**arguments(model, torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)))
-    except Exception:  # a forward that looks at its data, which fails in many ways without any
+            model(**forward_kwargs(model, torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)))
+    except Exception:  # a forward that depends on values fails in many ways without them
         return CallTrace()
-    first: dict[tuple[int, int, int], str] = {}
-    found: dict[str, str] = {}
-    for name, x in seen:
+    reader_of: dict[tuple[int, int, int], str] = {}
+    first_reader: dict[str, str] = {}
+    for name, x in inputs:
         key = (x.untyped_storage()._cdata, x.numel(), x._version)
-        leader = first.setdefault(key, name)
-        found.setdefault(name, leader)
-    counts = Counter(name for name, _ in seen)
-    return CallTrace(found, tuple(name for name, count in counts.items() if count > 1))
+        first_reader.setdefault(name, reader_of.setdefault(key, name))
+    counts = Counter(name for name, _ in inputs)
+    return CallTrace(first_reader, tuple(name for name, count in counts.items() if count > 1))

@@ -1,97 +1,122 @@
-"""Mixtures of experts as linear layers: one for each expert and projection.
+"""Computes a mixture of experts with one linear layer per expert and projection.
 
-Transformers keeps the experts of a block as two tensors with an axis for the experts. Files hold one
-matrix per expert and projection, in most families, and always in the GPTQ format. `LinearExperts` takes
-the place of transformers' module and computes the same from the layers that it is given.
+Transformers keeps the experts of a block fused in two tensors with an axis for the experts. Files hold
+one matrix per expert and projection, in most families, and always in the GPTQ format. `LinearExperts`
+replaces transformers' module and computes the same from separate layers.
 
-Where one tensor holds gate and up, its first half is the "gate" and its second half the "up", as others
-have it too (GPTQModel), even if the model takes the rows in turns (GPT-OSS): put together again, they
-are what the model's own gate expects.
+If one tensor holds gate and up, its first half is called "gate" and its second half "up", as in
+GPTQModel, even if the model interleaves the rows (GPT-OSS): concatenated again, they are what its gate
+expects.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-#: Names of an expert's projections in files, by what they do: Mixtral's, and everybody else's.
-ROLES = {
+#: Name of an expert's projection in files (Mixtral's names, then all other families') -> its role.
+PROJECTION_ROLES = {
     "w1": "gate", "w3": "up", "w2": "down",
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
 }  # fmt: skip
-#: The other way round, where the files do not say: everybody else's.
-NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
-#: For some experts, in order: which tokens pass; None: all of them, as they came.
-Visits = Iterable[tuple[int, torch.Tensor | None]]
+#: (expert, indices of the tokens sent to it) in order of experts; None: all tokens, without indexing.
+ExpertDispatch = Iterable[tuple[int, torch.Tensor | None]]
 
 
-def split_name(name: str) -> tuple[str, tuple[int, str]] | None:
-    """The experts' module, and number and projection of one's layer; None if it is no such name."""
+@dataclass(frozen=True)
+class ProjectionNames:
+    """Names of an expert's projections in the files, by role."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    def of_role(self, role: str) -> str:
+        """Returns the name of the projection with a role: gate, up or down."""
+        return {"gate": self.gate, "up": self.up, "down": self.down}[role]
+
+
+def parse_expert_name(name: str) -> tuple[str, tuple[int, str]] | None:
+    """Splits the name of an expert's layer.
+
+    Args:
+        name: name of a layer, such as model.layers.0.mlp.experts.3.up_proj.
+
+    Returns:
+        (module of all experts, (expert, projection)), such as (model.layers.0.mlp.experts,
+        (3, up_proj)); None if the name does not belong to an expert.
+    """
     match = re.fullmatch(r"(.+)\.(\d+)\.(\w+)", name)
-    if match is None or match[3] not in ROLES:
+    if match is None or match[3] not in PROJECTION_ROLES:
         return None
     return match[1], (int(match[2]), match[3])
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Whether a module holds all experts in one tensor per projection, as transformers does."""
+def is_fused_experts(module: nn.Module) -> bool:
+    """Tells whether a module holds all experts in one tensor per projection, as transformers does."""
     return isinstance(getattr(module, "down_proj", None), nn.Parameter) and hasattr(
         module, "_apply_gate"
     )
 
 
-def roles_of(module: nn.Module) -> tuple[str, ...]:
-    """The projections of an expert, in the order in which they are computed."""
+def expert_roles(module: nn.Module) -> tuple[str, ...]:
+    """Returns the roles of an expert's projections, in the order of computation."""
     return ("gate", "up", "down") if getattr(module, "has_gate", True) else ("up", "down")
 
 
-def count_of(fused: nn.Module) -> int:
-    """How many experts a module of fused experts holds."""
+def expert_count(fused: nn.Module) -> int:
+    """Returns the number of experts in a module of fused experts."""
     return len(fused.get_parameter("down_proj"))
 
 
-def shape_of(fused: nn.Module, role: str) -> tuple[int, int]:
-    """Output and input channels of one expert's projection."""
+def projection_shape(fused: nn.Module, role: str) -> tuple[int, int]:
+    """Returns (out_features, in_features) of one expert's projection.
+
+    Args:
+        fused: module of fused experts.
+        role: gate, up or down.
+    """
     _, hidden, inner = fused.get_parameter("down_proj").shape
     if getattr(fused, "is_transposed", False):
         hidden, inner = inner, hidden
     return (hidden, inner) if role == "down" else (inner, hidden)
 
 
-def visit_all(
+def dispatch_to_all(
     experts: LinearExperts, x: torch.Tensor, _index: torch.Tensor, *, as_one: bool
-) -> Visits:
-    """Every token passes every expert, whatever the router chose.
+) -> ExpertDispatch:
+    """Sends every token to every expert, whatever the router chose.
 
     Args:
-        experts: the module.
+        experts: the module of experts.
         x: tokens [n, hidden].
-        as_one: experts are given the same tensor, not copies, so that they can share a Hessian.
+        as_one: all experts read the same tensor instead of copies, so that they can share a Hessian.
     """
-    own = None if as_one else torch.arange(len(x), device=x.device)
-    return [(expert, own) for expert in range(experts.count)]
+    rows = None if as_one else torch.arange(len(x), device=x.device)
+    return [(expert, rows) for expert in range(experts.count)]
 
 
 class LinearExperts(nn.Module):
-    """The product of tokens with the experts that the router chose for them.
+    """Mixture of experts that computes each projection of each expert with its own linear layer.
 
     Args:
-        original: the module of fused experts; what it knows of activation and gate is taken over.
-        layers: by expert and name of the projection, complete.
+        original: the module of fused experts; its activation, gate and settings are reused.
+        layers: all layers, by expert and name of the projection.
     """
 
-    #: From hidden states and the router's choice: more visits than the router asks for. What a visitor
-    #: computes that the router did not ask for counts for nothing in the result.
-    visits: Callable[[torch.Tensor, torch.Tensor], Visits] | None = None
+    #: Replaces `dispatch_by_router` during calibration: (hidden states, the router's choice) ->
+    #: dispatch, possibly of more tokens than the router chose; those do not change the output.
+    dispatch: Callable[[torch.Tensor, torch.Tensor], ExpertDispatch] | None = None
 
     def __init__(self, original: nn.Module, layers: dict[tuple[int, str], nn.Module]) -> None:
         super().__init__()
-        self.count, self.roles = count_of(original), roles_of(original)
+        self.count, self.roles = expert_count(original), expert_roles(original)
         self.has_post_expert_norm: bool = getattr(original, "has_post_expert_norm", False)
         for key, value in vars(original).items():
             if not key.startswith("_") and key not in vars(self):
@@ -99,42 +124,48 @@ class LinearExperts(nn.Module):
         for key, child in original.named_children():
             self.add_module(key, child)
         self._gate = type(original)._apply_gate  # type: ignore[attr-defined]
-        order = {(e, role): place for place, (e, role) in enumerate(self.places())}
+        order = {key: index for index, key in enumerate(self.projections())}
         for (expert, name), layer in sorted(
-            layers.items(), key=lambda item: order[item[0][0], ROLES[item[0][1]]]
+            layers.items(), key=lambda item: order[item[0][0], PROJECTION_ROLES[item[0][1]]]
         ):
             if str(expert) not in self._modules:
                 self.add_module(str(expert), nn.Module())
             self.get_submodule(str(expert)).add_module(name, layer)
 
-    def places(self) -> list[tuple[int, str]]:
-        """(expert, role) of each layer, in order."""
+    def projections(self) -> list[tuple[int, str]]:
+        """Returns (expert, role) of each layer, in order of computation."""
         return [(expert, role) for expert in range(self.count) for role in self.roles]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Tokens [n, hidden], their experts and these experts' weights [n, k] -> [n, hidden]."""
+        """Returns the weighted sum of the experts' outputs, [n, hidden].
+
+        Args:
+            hidden_states: tokens [n, hidden].
+            top_k_index: the k experts that the router chose for each token, [n, k].
+            top_k_weights: the weights of these experts, [n, k].
+        """
         out = torch.zeros_like(hidden_states)
-        visits = self.visits or self.routed
-        for expert, rows in visits(hidden_states, top_k_index):
-            # Of a token's k choices one at most is this expert, so that nothing is added up here.
+        dispatch = self.dispatch or self.dispatch_by_router
+        for expert, rows in dispatch(hidden_states, top_k_index):
+            # At most one of a token's k choices is this expert, so the sum has at most one term.
             weight = (top_k_weights * (top_k_index == expert)).sum(-1, keepdim=True)
             if rows is None:
-                out += (self.expert(expert, hidden_states) * weight).to(out.dtype)
+                out += (self.run_expert(expert, hidden_states) * weight).to(out.dtype)
             else:
-                answer = self.expert(expert, hidden_states[rows]) * weight[rows]
-                out.index_add_(0, rows, answer.to(out.dtype))
+                y = self.run_expert(expert, hidden_states[rows]) * weight[rows]
+                out.index_add_(0, rows, y.to(out.dtype))
         return out
 
-    def routed(self, _: torch.Tensor, top_k_index: torch.Tensor) -> Visits:
-        """The visits that the router asks for."""
+    def dispatch_by_router(self, _: torch.Tensor, top_k_index: torch.Tensor) -> ExpertDispatch:
+        """Yields each chosen expert with its tokens, from the router's choice [n, k]."""
         for expert in torch.unique(top_k_index).tolist():
-            if expert < self.count:  # the number after the last stands for none
+            if expert < self.count:  # the index `count` means no expert
                 yield expert, (top_k_index == expert).any(-1).nonzero()[:, 0]
 
-    def expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """What one expert makes of tokens [n, hidden]."""
+    def run_expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """Returns the output [n, hidden] of one expert for tokens x [n, hidden]."""
         if "gate" in self.roles:
             both = [self.layer(expert, role)(x) for role in ("gate", "up")]
             inner: torch.Tensor = self._gate(self, torch.cat(both, dim=-1))
@@ -144,6 +175,6 @@ class LinearExperts(nn.Module):
         return self.get_submodule("post_expert_norm")(y) if self.has_post_expert_norm else y
 
     def layer(self, expert: int, role: str) -> Any:
-        """The layer of one expert."""
+        """Returns the layer of one expert with a role: gate, up or down."""
         layers = self.get_submodule(str(expert))._modules
-        return next(layer for name, layer in layers.items() if ROLES[name] == role)
+        return next(layer for name, layer in layers.items() if PROJECTION_ROLES[name] == role)

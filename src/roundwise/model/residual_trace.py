@@ -1,13 +1,14 @@
-"""Who reads the residual stream, through which norm, and who writes into it: read off one small forward.
+"""Traces one small forward to find which linears read the residual stream, and which write to it.
 
-Nothing is known about the architecture. A forward of a few tokens in float32 runs through the model, one
-block in memory at a time; what passes by tells the rest:
+No knowledge of the architecture is needed. A few tokens run through the model in float32, with one block
+in memory at a time, and the recorded inputs and outputs of its modules identify
 
-    a norm     a module with one number per channel that does what RMSNorm or LayerNorm does
+    a norm     a module with one number per channel that computes the same as RMSNorm or LayerNorm
     a reader   a linear layer whose input is the output of a norm whose input is the stream
-    a writer   a linear layer whose output is part of the sum that the block adds to the stream
+    a writer   a linear layer whose output is a term of the sum that the block adds to the stream
 
-Both are candidates until `models/fold.py` has checked that a fold leaves the model's function as it is.
+Readers and writers are candidates: `rotate.check_equivalent` checks that the transformed model computes
+the same.
 """
 
 from __future__ import annotations
@@ -15,55 +16,67 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.errors import ConfigError
-from roundwise.model.blocks import Block, head_of, wrapped_forwards
-from roundwise.model.build import arguments
+from roundwise.model.blocks import Block, output_head_name, wrapped_forwards
+from roundwise.model.build import forward_kwargs
 from roundwise.model.streamed import StreamedModel
 
-#: Tokens of the forward.
+#: Tokens of the traced forward.
 TOKENS = 8
-#: Relative distance up to which two float32 results count as the same.
+#: Relative distance up to which two float32 results count as equal.
 TOLERANCE = 1e-4
-#: A part whose factor in a sum is smaller is none.
+#: Terms of a sum whose factor is smaller are ignored.
 NEGLIGIBLE = 1e-3
+
+
+class NormKind(NamedTuple):
+    """Formula of a norm: y = n(x) · (weight + offset) + bias."""
+
+    centred: bool
+    """n(x) subtracts the mean of x, as LayerNorm does."""
+    offset: float
+    """1 for models that store gains minus one, else 0."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm that linears read: y = n(x) · (weight + offset) + bias."""
+    """A norm whose output linears read: y = n(x) · (weight + offset) + bias."""
 
     name: str
     readers: tuple[str, ...]
-    """Linears that are fed with its output."""
+    """Names of the linears that read its output."""
     centred: bool
     """n(x) subtracts the mean of x, as LayerNorm does."""
     offset: float
-    """1 for models that store gains minus one."""
-    of_stream: bool
-    """x is the residual stream, not something inside a block."""
+    """1 for models that store gains minus one, else 0."""
+    reads_stream: bool
+    """x is the residual stream, not an intermediate result of a block."""
 
 
 @dataclass
-class TracedBlock:
-    """A block in the forward: what it was called with, and what was called in it."""
+class BlockCall:
+    """The call of a block: its arguments, its input and output, and the modules that it used."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     x: torch.Tensor
+    """The residual stream before the block, [1, tokens, hidden]."""
     y: torch.Tensor
+    """The residual stream after the block, [1, tokens, hidden]."""
     norms: list[Norm]
     writers: list[str]
+    """Names of the linears whose outputs add up to y - x; none if the sum has other terms."""
 
 
 @dataclass
 class ModuleCall:
-    """A module without children of its own was called."""
+    """The call of a module without children: copies of its input x and its output y."""
 
     name: str
     module: nn.Module
@@ -72,106 +85,114 @@ class ModuleCall:
 
 
 @dataclass
-class Trace:
-    """All that one forward told."""
+class ResidualTrace:
+    """Record of one forward: the residual stream and the modules that read and write it."""
 
     width: int
-    blocks: list[TracedBlock] = field(default_factory=list)
-    last: Norm | None = None
-    """The norm in front of the head."""
+    """Channels of the residual stream."""
+    blocks: list[BlockCall] = field(default_factory=list)
+    final_norm: Norm | None = None
+    """The norm in front of the output head."""
     logits: torch.Tensor | None = None
+    """Logits of the vocabulary rows that were loaded, [1, tokens, rows]."""
 
 
-def trace(streamed: StreamedModel) -> Trace:
-    """Runs the forward; the skeleton is used up by it.
+def trace_residual_stream(streamed: StreamedModel) -> ResidualTrace:
+    """Runs `TOKENS` tokens through the model and records norms, readers and writers of each block.
 
     Args:
-        skeleton: of the checkpoint, computing in float32 (`open_streamed_model(…, dtype=torch.float32)`).
+        streamed: the model, computing in float32 (`open_streamed_model(…, dtype=torch.float32)`); its
+            embedding and head hold only a few rows afterwards, so it cannot be used again.
 
     Raises:
-        ConfigError: what passes between the blocks is no stream of hidden states.
+        ConfigError: the blocks do not pass hidden states to each other, or are not called once each.
     """
-    model, head = streamed.model, head_of(streamed.model)
-    found = Trace(int(model.config.get_text_config().hidden_size))
+    model, head = streamed.model, output_head_name(streamed.model)
+    trace = ResidualTrace(int(model.config.get_text_config().hidden_size))
     inside = {id(module) for block in streamed.blocks for module in block.module.modules()}
     outside = {name: m for name, m in model.named_modules() if id(m) not in inside}
 
-    def gate(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def play(*args: Any, **kwargs: Any) -> Any:
+    def wrap(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def traced_forward(*args: Any, **kwargs: Any) -> Any:
             streamed.load(block.module, block.name)
-            with _calls(dict(block.module.named_modules(prefix=block.name))) as calls:
+            with _record_calls(dict(block.module.named_modules(prefix=block.name))) as calls:
                 output = forward(*args, **kwargs)
-            x, y = stream_of(args, kwargs), output[0] if isinstance(output, tuple) else output
-            if x is None or x.shape[-1] != found.width or y.shape != x.shape:
+            x = hidden_states_of(args, kwargs)
+            y = output[0] if isinstance(output, tuple) else output
+            if x is None or x.shape[-1] != trace.width or y.shape != x.shape:
                 raise ConfigError(f"{block.name} does not pass hidden states from block to block")
-            norms = list(_norms(calls, x))
-            found.blocks.append(
-                TracedBlock(args, kwargs, x, y, norms, _writers(calls, x, y, norms))
-            )
+            norms = list(_find_norms(calls, x))
+            writers = _find_writers(calls, x, y, norms)
+            trace.blocks.append(BlockCall(args, kwargs, x, y, norms, writers))
             streamed.unload(block.module, block.name)
             return output
 
-        return play
+        return traced_forward
 
-    with _calls(outside) as calls:
-        found.logits = run_forward(streamed, gate)
-    if len(found.blocks) != len(streamed.blocks):
+    with _record_calls(outside) as calls:
+        trace.logits = run_forward(streamed, wrap)
+    if len(trace.blocks) != len(streamed.blocks):
         raise ConfigError("it does not call each of its blocks once")
-    for norm in _norms(calls, found.blocks[-1].y):
-        if norm.of_stream and norm.readers == (head,):
-            found.last = norm
-    return found
+    for norm in _find_norms(calls, trace.blocks[-1].y):
+        if norm.reads_stream and norm.readers == (head,):
+            trace.final_norm = norm
+    return trace
 
 
-def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The hidden states that a block was called with."""
+def hidden_states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Returns the hidden states among a block's arguments; None if there are none."""
     x = args[0] if args else kwargs.get("hidden_states")
     return x if isinstance(x, torch.Tensor) else None
 
 
 @torch.no_grad()
 def run_forward(
-    streamed: StreamedModel, gate: Callable[[Block, Callable[..., Any]], Callable[..., Any]]
+    streamed: StreamedModel, wrap: Callable[[Block, Callable[..., Any]], Callable[..., Any]]
 ) -> torch.Tensor:
-    """Runs `TOKENS` tokens through the model, its blocks' forwards replaced by what `gate` returns.
+    """Runs `TOKENS` tokens through the model with a wrapper around each block's forward.
 
-    Of the embedding and the head only as many rows are loaded, from the middle of the vocabulary: they
-    are the largest tensors, and any rows do.
+    Of the embedding and the head only `TOKENS` rows are loaded, from the middle of the vocabulary: they
+    are the largest tensors, and any rows serve.
+
+    Args:
+        streamed: the model; everything outside its blocks is loaded.
+        wrap: returns the replacement for a block's forward, which must load the block's weights.
 
     Returns:
-        Logits of the rows loaded, [1, tokens, rows].
+        Logits of the loaded rows, [1, tokens, rows].
     """
     model, head = streamed.model, streamed.model.get_output_embeddings()
-    few = [module for module in (model.get_input_embeddings(), head) if module is not None]
+    tables = [module for module in (model.get_input_embeddings(), head) if module is not None]
     names = {block.name for block in streamed.blocks}
     for path, module in model.named_modules():
-        if any(module is one for one in few):
-            _load_rows(streamed, module, path)
+        if any(module is table for table in tables):
+            _load_middle_rows(streamed, module, path)
         elif not any(path == name or path.startswith(f"{name}.") for name in names):
             streamed.load(module, path, recurse=False)
-    count = len(few[0].weight)
-    with wrapped_forwards(streamed.blocks, lambda _, block, forward: gate(block, forward)):
-        output = model(**arguments(model, torch.arange(count)[None]))
+    count = len(tables[0].weight)
+    with wrapped_forwards(streamed.blocks, lambda _, block, forward: wrap(block, forward)):
+        output = model(**forward_kwargs(model, torch.arange(count)[None]))
     logits = output.logits
     assert isinstance(logits, torch.Tensor)
     return logits
 
 
-def _load_rows(streamed: StreamedModel, module: nn.Module, path: str) -> None:
+def _load_middle_rows(streamed: StreamedModel, module: nn.Module, path: str) -> None:
+    """Loads `TOKENS` rows of each parameter of a module, from the middle."""
     for name, parameter in list(module._parameters.items()):
         if parameter is not None:
             info = streamed.checkpoint.tensors[streamed.checkpoint_name_of[f"{path}.{name}"]]
             count = min(TOKENS, info.shape[0])
-            part = info.rows((info.shape[0] - count) // 2, count).read().to(streamed.dtype)
-            module._parameters[name] = nn.Parameter(part, requires_grad=False)
+            rows = info.rows((info.shape[0] - count) // 2, count).read().to(streamed.dtype)
+            module._parameters[name] = nn.Parameter(rows, requires_grad=False)
 
 
 @contextmanager
-def _calls(modules: dict[str, nn.Module]) -> Iterator[list[ModuleCall]]:
-    """Calls of modules without children, with copies of what went in and came out."""
+def _record_calls(modules: dict[str, nn.Module]) -> Iterator[list[ModuleCall]]:
+    """Context manager: a list to which each call of a module without children is appended."""
     calls: list[ModuleCall] = []
 
-    def note(name: str) -> Callable[..., None]:
+    def recording_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
                 calls.append(ModuleCall(name, module, args[0].clone(), output.clone()))
@@ -179,7 +200,7 @@ def _calls(modules: dict[str, nn.Module]) -> Iterator[list[ModuleCall]]:
         return hook
 
     hooks = [
-        module.register_forward_hook(note(name))
+        module.register_forward_hook(recording_hook(name))
         for name, module in modules.items()
         if not any(True for _ in module.children())
     ]
@@ -190,8 +211,13 @@ def _calls(modules: dict[str, nn.Module]) -> Iterator[list[ModuleCall]]:
             hook.remove()
 
 
-def _norms(calls: list[ModuleCall], stream: torch.Tensor) -> Iterator[Norm]:
-    """The norms that linears read, in order; weights are loaded."""
+def _find_norms(calls: list[ModuleCall], stream: torch.Tensor) -> Iterator[Norm]:
+    """Yields the norms among the called modules whose output linears read, in call order.
+
+    Args:
+        calls: calls of modules whose weights are still loaded.
+        stream: the residual stream before the calls.
+    """
     for index, call in enumerate(calls):
         if _is_linear(call.module) or call.y.shape != call.x.shape:
             continue
@@ -202,29 +228,39 @@ def _norms(calls: list[ModuleCall], stream: torch.Tensor) -> Iterator[Norm]:
             and later.x.numel() == call.y.numel()
             and torch.equal(later.x.reshape(call.y.shape), call.y)
         ]
-        kind = gain_kind(call.module, call.x.shape[-1]) if readers else None
+        kind = norm_kind(call.module, call.x.shape[-1]) if readers else None
         if kind is not None:
-            before = [c.y for c in calls[:index] if _is_linear(c.module)]
-            yield Norm(call.name, tuple(readers), *kind, _is_stream(call.x, stream, before))
+            earlier = [c.y for c in calls[:index] if _is_linear(c.module)]
+            reads_stream = _is_residual_stream(call.x, stream, earlier)
+            yield Norm(call.name, tuple(readers), kind.centred, kind.offset, reads_stream)
 
 
-def _is_stream(x: torch.Tensor, entered: torch.Tensor, outputs: list[torch.Tensor]) -> bool:
-    """Whether x is what entered the block plus outputs of linears."""
-    if not _alike(x, entered):  # some models flatten the tokens
+def _is_residual_stream(
+    x: torch.Tensor, block_input: torch.Tensor, outputs: list[torch.Tensor]
+) -> bool:
+    """Tells whether x is the block's input plus multiples of some linears' outputs."""
+    if not _same_size(x, block_input):
         return False
-    parts = [y for y in outputs if _alike(y, x)]
-    return _sum_of(x.reshape(entered.shape) - entered, parts) is not None
+    terms = [y for y in outputs if _same_size(y, x)]
+    return _fit_sum(x.reshape(block_input.shape) - block_input, terms) is not None
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """The same tokens and channels, however the tokens are laid out."""
+def _same_size(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Tells whether both have as many tokens and channels; some models flatten the token axes."""
     return a.numel() == b.numel() and a.shape[-1] == b.shape[-1]
 
 
-def gain_kind(module: nn.Module, width: int) -> tuple[bool, float] | None:
-    """(subtracts the mean, offset of its gains) if `module` normalises and scales each channel.
+def norm_kind(module: nn.Module, width: int) -> NormKind | None:
+    """Tests whether a module normalises its input and scales each channel.
 
-    Found by what it does to random rows, so large that no epsilon counts; None: it does something else.
+    The module is applied to random rows, so large that epsilon does not matter.
+
+    Args:
+        module: any module with loaded weights.
+        width: number of channels.
+
+    Returns:
+        The kind of the norm; None: the module computes something else.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, torch.Tensor) or weight.shape != (width,):
@@ -232,27 +268,34 @@ def gain_kind(module: nn.Module, width: int) -> tuple[bool, float] | None:
     generator = torch.Generator().manual_seed(0)
     x = 1000 * (torch.randn(16, width, generator=generator) + 0.5)
     y = module(x)
-    shift = bias if isinstance(bias, torch.Tensor) else torch.zeros(width)
+    b = bias if isinstance(bias, torch.Tensor) else torch.zeros(width)
     for centred in (False, True):
-        middle = x - x.mean(dim=-1, keepdim=True) if centred else x
-        normed = middle / middle.square().mean(dim=-1, keepdim=True).sqrt()
+        shifted = x - x.mean(dim=-1, keepdim=True) if centred else x
+        normed = shifted / shifted.square().mean(dim=-1, keepdim=True).sqrt()
         for offset in (0.0, 1.0):
-            if is_close(y, normed * (weight + offset) + shift):
-                return centred, offset
+            if is_close(y, normed * (weight + offset) + b):
+                return NormKind(centred, offset)
     return None
 
 
-def _writers(
+def _find_writers(
     calls: list[ModuleCall], x: torch.Tensor, y: torch.Tensor, norms: list[Norm]
 ) -> list[str]:
-    """The linears whose outputs make up y - x; none if something else is in the sum."""
-    readers = {reader for norm in norms if norm.of_stream for reader in norm.readers}
+    """Returns the names of the linears whose outputs add up to y - x; none if the sum has other terms.
+
+    Args:
+        calls: calls of the block's modules.
+        x: the residual stream before the block.
+        y: the residual stream after it.
+        norms: the block's norms; linears that read them are not writers.
+    """
+    readers = {reader for norm in norms if norm.reads_stream for reader in norm.readers}
     candidates = [
         call
         for call in calls
-        if _is_linear(call.module) and call.name not in readers and _alike(call.y, y)
+        if _is_linear(call.module) and call.name not in readers and _same_size(call.y, y)
     ]
-    factors = _sum_of(y - x, [call.y for call in candidates]) or []
+    factors = _fit_sum(y - x, [call.y for call in candidates]) or []
     return [
         call.name
         for call, factor in zip(candidates, factors, strict=bool(factors))
@@ -260,20 +303,20 @@ def _writers(
     ]
 
 
-def _sum_of(total: torch.Tensor, parts: list[torch.Tensor]) -> list[float] | None:
-    """Factors with which `parts` add up to `total`; None if they do not."""
+def _fit_sum(total: torch.Tensor, terms: list[torch.Tensor]) -> list[float] | None:
+    """Returns factors f with Σ f_i · terms_i = total, by least squares; None if there are none."""
     if not bool(total.any()):
-        return [0.0] * len(parts)
-    if not parts:
+        return [0.0] * len(terms)
+    if not terms:
         return None
-    A = torch.stack([part.reshape(-1) for part in parts], dim=1).to(torch.float64)
+    A = torch.stack([term.reshape(-1) for term in terms], dim=1).to(torch.float64)
     b = total.reshape(-1, 1).to(torch.float64)
     factors = torch.linalg.lstsq(A, b).solution
     return factors.flatten().tolist() if is_close(A @ factors, b) else None
 
 
 def is_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
-    """||a - b|| is a small part of ||b||."""
+    """Tells whether ||a - b|| ≤ tolerance · ||b||."""
     return float((a - b).norm()) <= tolerance * float(b.norm())
 
 

@@ -1,7 +1,7 @@
-"""The model without its weights, and where each weight is: blocks, linears, names.
+"""Opens a model on the meta device whose weights are loaded block by block from its checkpoint.
 
-The model is built by transformers on the meta device, so a 400B model costs nothing. Its repeated
-blocks are found by shape, not by name: no file per architecture.
+Transformers builds the model on the meta device, so even a 400B model takes no memory. Its repeated
+blocks are found by their structure, so no file per architecture is needed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from roundwise.checkpoint.untrusted import limit_module_count, parse_model_dtype
 from roundwise.model.blocks import Block, find_blocks, head_block, is_tied, untie, untied_checkpoint
 from roundwise.model.build import build, load_config
 from roundwise.model.dequantized_view import dequantized_checkpoint
-from roundwise.model.expert_weights import Layout, install_linear_experts, replace_fused_experts
-from roundwise.model.tensor_names import map_names
+from roundwise.model.expert_weights import (
+    ExpertLayout,
+    install_linear_experts,
+    replace_fused_experts,
+)
+from roundwise.model.tensor_names import map_tensor_names
 from roundwise.system.device import HOST, keep_embedding_on_host
 
 
 @dataclass
 class StreamedModel:
-    """A model on the meta device and the map from its tensors to the checkpoint's."""
+    """A model on the meta device, and the checkpoint that its weights are loaded from."""
 
     model: transformers.PreTrainedModel
     checkpoint: Checkpoint
@@ -37,37 +41,38 @@ class StreamedModel:
     """Name of a parameter or buffer in the model -> name of the tensor in the checkpoint."""
     dtype: torch.dtype
     device: torch.device = HOST
-    """Where blocks are loaded, and all else that a forward needs but tables of embeddings."""
+    """Device that weights are loaded to, except for embeddings outside the blocks."""
     skipped_blocks: list[Block] = field(default_factory=list)
-    """Blocks of which nothing is quantized, because a forward with text does not reach them."""
-    layout: Layout = field(default_factory=dict)
-    """Where there are experts, and what their projections are called."""
-    notes: list[str] = field(default_factory=list)
-    """What is to be said about the checkpoint."""
+    """Blocks that are not quantized because a forward with text does not call them."""
+    expert_layout: ExpertLayout = field(default_factory=dict)
+    """Modules of experts that are `LinearExperts`, with the names of their projections."""
+    warnings: list[str] = field(default_factory=list)
+    """Warnings about the checkpoint, for the user."""
     _block_of: dict[str, int] = field(default_factory=dict)
-    _maps: dict[str, mmap.mmap] = field(default_factory=dict)
-    """Name of a module -> where its loaded weight lives."""
+    """Name of a tensor in the checkpoint -> index of its block."""
+    maps: dict[str, mmap.mmap] = field(default_factory=dict)
+    """Name of a module -> memory map of its loaded weight."""
     _outside: list[str] = field(default_factory=list)
     """Names of the modules outside the blocks."""
     _computed: list[tuple[nn.Module, str]] = field(default_factory=list)
-    """What was loaded with `_outside`, but is no map."""
+    """(module, tensor) of everything in `_outside` that was loaded without a memory map."""
 
     def block_tensors(self, index: int) -> dict[str, TensorInfo]:
-        """All tensors of the checkpoint that belong to block `index`, by their names there."""
+        """Returns the tensors of the checkpoint that belong to block `index`, by their names in it."""
         tensors = self.checkpoint.tensors
         return {name: tensors[name] for name, block in self._block_of.items() if block == index}
 
     def prefetch(self, index: int) -> None:
-        """Has the system read block `index`, if there is one, while others are worked on."""
+        """Asks the operating system to read block `index`, if there is one, in the background."""
         for info in self.block_tensors(index).values():
             info.prefetch()
 
     def other_tensors(self) -> dict[str, TensorInfo]:
-        """The tensors of the checkpoint outside all blocks."""
+        """Returns the tensors of the checkpoint that belong to no block, by name."""
         return {n: info for n, info in self.checkpoint.tensors.items() if n not in self._block_of}
 
     def skip_blocks(self, blocks: list[Block]) -> None:
-        """Treats some blocks as everything else outside the blocks; they are in `skipped_blocks` from then on."""
+        """Moves blocks to `skipped_blocks`; they are handled like modules outside the blocks then."""
         self.skipped_blocks += blocks
         names = {block.name for block in blocks}
         self.blocks = [block for block in self.blocks if block.name not in names]
@@ -76,25 +81,32 @@ class StreamedModel:
     def load(
         self, module: nn.Module, prefix: str, *, recurse: bool = True, aligned: bool = True
     ) -> None:
-        """Gives the meta parameters and buffers of `module` (named `prefix`) their values.
+        """Loads the parameters and buffers of a module that are on the meta device.
 
-        Unless `aligned`, tensors are mapped even if their place in the file is not aligned.
+        Args:
+            module: the module.
+            prefix: its full name.
+            recurse: load the modules below it too.
+            aligned: copy tensors that the file does not align; else they are mapped as they are.
+
+        Raises:
+            CheckpointError: a tensor cannot be read.
         """
-        for owner, name, key in _tensors_of(module, prefix, recurse=recurse):
+        for owner, name, key in _named_tensors(module, prefix, recurse=recurse):
             current = owner._parameters.get(name, owner._buffers.get(name))
-            device = HOST if _is_table(owner, recurse=recurse) else self.device
+            device = HOST if _is_outer_embedding(owner, recurse=recurse) else self.device
             if (
                 current is None
                 or current.device.type != "meta"
                 or key not in self.checkpoint_name_of
             ):
                 if name in owner._buffers and current is not None and not current.is_meta:
-                    owner._buffers[name] = current.to(device)  # computed, not stored
+                    owner._buffers[name] = current.to(device)  # computed, not in the checkpoint
                 continue
             info = self.checkpoint.tensors[self.checkpoint_name_of[key]]
             value, view = info.memory_mapped(aligned=aligned and device == HOST)
             if view is not None and name == "weight" and device == HOST:
-                self._maps[key.removesuffix(".weight")] = view
+                self.maps[key.removesuffix(".weight")] = view
             if view is None and not aligned:
                 self._computed.append((owner, name))
             value = value.to(device, current.dtype if value.is_floating_point() else None)
@@ -104,18 +116,18 @@ class StreamedModel:
                 owner._buffers[name] = value
 
     def release_pages(self, names: list[str] | None = None) -> None:
-        """Gives memory of mapped weights back, for now: it is read again should it be needed.
+        """Releases the memory of mapped weights; they are read again from disk when they are used.
 
-        Tables outside the blocks that are no map (they were folded while being read) are put back on
-        the meta device instead: using one from then on is an error.
+        Matrices outside the blocks without a memory map (transformed while being read) are moved back to
+        the meta device instead; using one afterwards is an error.
 
         Args:
-            names: modules that have done their work; None: all outside the blocks, such as the
-                embeddings once all batches are in the first block.
+            names: names of modules; None: all outside the blocks, such as the embeddings once all
+                batches have reached the first block.
         """
         for name in self._outside if names is None else names:
-            if name in self._maps:
-                self._maps[name].madvise(mmap.MADV_DONTNEED)
+            if name in self.maps:
+                self.maps[name].madvise(mmap.MADV_DONTNEED)
         for owner, name in self._computed if names is None else []:
             value = owner._parameters.get(name)
             if value is not None and value.ndim > 1:
@@ -124,24 +136,29 @@ class StreamedModel:
             self._computed = []
 
     def load_outside_blocks(self) -> None:
-        """Loads embeddings, norms and whatever else is not in a block; the head only when tied."""
+        """Loads all modules outside the blocks, such as embeddings and norms, except the output head."""
         names = {block.name for block in self.blocks}
         head = self.model.get_output_embeddings()
         for path, owner in self.model.named_modules():
             inside = any(path == name or path.startswith(f"{name}.") for name in names)
-            # The paused forward ends behind the last block: a head that is no block is never reached.
+            # The paused forward ends behind the last block, so a head that is not a block is not called.
             if not inside and owner is not head:
                 self.load(owner, path, recurse=False, aligned=False)
                 self._outside.append(path)
-                if _is_table(owner, recurse=False) and self.device != HOST:
+                if _is_outer_embedding(owner, recurse=False) and self.device != HOST:
                     keep_embedding_on_host(owner, self.device)
 
     def unload(self, module: nn.Module, prefix: str) -> None:
-        """Puts what `load` gave back on the meta device, freeing its memory."""
-        for owner, name, key in _tensors_of(module, prefix):
+        """Moves what `load` has loaded back to the meta device and frees its memory.
+
+        Args:
+            module: the module.
+            prefix: its full name.
+        """
+        for owner, name, key in _named_tensors(module, prefix):
             if key not in self.checkpoint_name_of:
                 continue
-            self._maps.pop(key.removesuffix(".weight"), None)
+            self.maps.pop(key.removesuffix(".weight"), None)
             if owner._parameters.get(name) is not None:
                 value = owner._parameters[name]
                 assert value is not None
@@ -159,66 +176,78 @@ def open_streamed_model(
     lm_head: bool = False,
     device: torch.device = HOST,
 ) -> StreamedModel:
-    """Builds the model of a checkpoint on the meta device and maps its tensors.
+    """Builds the model of a checkpoint on the meta device and finds its blocks and tensors.
 
     Args:
-        source: folder, or a checkpoint that is open already.
-        dtype: what the model is to compute in instead of what its config says.
-        lm_head: the output head becomes the last block, with a weight of its own.
-        device: where it is to run.
+        source: folder, or an open checkpoint.
+        dtype: dtype to compute in; None: that of the config.
+        lm_head: make the output head the last block, with its own weight.
+        device: device that weights will be loaded to.
 
     Raises:
-        CheckpointError: the architecture is unknown, needs its own code, or tensors are missing.
-        ConfigError: the model has no repeated blocks with linear layers, or is quantized already.
+        CheckpointError: the architecture is unknown or needs custom code, or tensors are missing.
+        ConfigError: the model has no repeated blocks with linear layers, or is quantized in an
+            unsupported format.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    checkpoint, notes = dequantized_checkpoint(checkpoint)
+    checkpoint, warnings = dequantized_checkpoint(checkpoint)
     config = load_config(checkpoint)
     dtype = dtype or _model_dtype(config, checkpoint)
     with limit_module_count(len(checkpoint.tensors)):
         model = build(config, dtype)
-    checkpoint, layout = install_linear_experts(model, checkpoint)
-    checkpoint_name_of = map_names(model, checkpoint)
+    checkpoint, expert_layout = install_linear_experts(model, checkpoint)
+    checkpoint_name_of = map_tensor_names(model, checkpoint)
     if lm_head:
-        # Built again: what is tied once stays so.
+        # The model is built again: tied parameters of a built model cannot be separated.
         if is_tied(config):
             untie(config)
             model = build(config, dtype)
-            replace_fused_experts(model, layout)
+            replace_fused_experts(model, expert_layout)
         checkpoint = untied_checkpoint(checkpoint, model, checkpoint_name_of)
     blocks = find_blocks(model)
     if lm_head:
         blocks.append(head_block(model))
     streamed = StreamedModel(
-        model, checkpoint, blocks, checkpoint_name_of, dtype, device, layout=layout, notes=notes
-    )
+        model, checkpoint, blocks, checkpoint_name_of, dtype, device,
+        expert_layout=expert_layout, warnings=warnings,
+    )  # fmt: skip
     streamed._block_of = dict(_blocks_of_tensors(streamed))
     return streamed
 
 
-def split_into_linears(checkpoint: Checkpoint, layers: set[str], *, lm_head: bool) -> Checkpoint:
-    """The checkpoint with a tensor for each of `layers`: for each expert, for a head that is tied."""
+def unfused_checkpoint(checkpoint: Checkpoint, layers: set[str], *, lm_head: bool) -> Checkpoint:
+    """Returns a view with one weight per layer: fused experts are split, a tied head is untied.
+
+    Args:
+        checkpoint: the original.
+        layers: names of the layers that need a weight; if all have one, the checkpoint is returned.
+        lm_head: the output head is one of them.
+
+    Raises:
+        CheckpointError: as `open_streamed_model`.
+        ConfigError: as `open_streamed_model`.
+    """
     if all(f"{name}.weight" in checkpoint.tensors for name in layers):
         return checkpoint
     return open_streamed_model(checkpoint, lm_head=lm_head).checkpoint
 
 
-def _is_table(owner: nn.Module, *, recurse: bool) -> bool:
-    """An embedding outside the blocks, which is loaded by itself."""
+def _is_outer_embedding(owner: nn.Module, *, recurse: bool) -> bool:
+    """Tells whether a module is an embedding outside the blocks: only those are loaded singly."""
     return isinstance(owner, nn.Embedding) and not recurse
 
 
-def _tensors_of(
+def _named_tensors(
     module: nn.Module, prefix: str, *, recurse: bool = True
 ) -> Iterator[tuple[nn.Module, str, str]]:
-    """(owner, local name, full name) of every parameter and buffer of `module`, or below it too."""
+    """Yields (owner, local name, full name) of each parameter and buffer of a module and those below."""
     for path, owner in module.named_modules(prefix=prefix) if recurse else [(prefix, module)]:
         for name in [*owner._parameters, *owner._buffers]:
             yield owner, name, f"{path}.{name}" if path else name
 
 
 def _model_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype the model computes in: the config's, else that of its largest tensor."""
+    """Returns the dtype that the model computes in: the config's, else that of its largest tensor."""
     text = config.get_text_config()
     for value in (getattr(config, "dtype", None), getattr(text, "dtype", None)):
         if value is not None:
@@ -228,7 +257,7 @@ def _model_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _blocks_of_tensors(streamed: StreamedModel) -> Iterator[tuple[str, int]]:
-    """(checkpoint tensor, block index) for every tensor that a block loads."""
+    """Yields (name in the checkpoint, block index) for every tensor of a block."""
     for name, key in streamed.checkpoint_name_of.items():
         for index, block in enumerate(streamed.blocks):
             if name.startswith(f"{block.name}."):

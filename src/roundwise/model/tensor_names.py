@@ -1,4 +1,4 @@
-"""Which tensor of the files is which of the model's."""
+"""Maps the names of a model's tensors to their names in a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
 
 
-def map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Model tensor name -> checkpoint tensor name.
+def map_tensor_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns checkpoint tensor name by model tensor name, for every parameter and stored buffer.
 
-    Old names and missing base prefixes (GPT-2's `h.0…` for `transformer.h.0…`) are translated by
-    transformers; tied parameters may be stored under any of their names.
+    Transformers translates old names and missing base prefixes (GPT-2's `h.0…` for `transformer.h.0…`);
+    tied parameters may be stored under any of their names.
+
+    Args:
+        model: the model, on the meta device.
+        checkpoint: its checkpoint.
 
     Raises:
-        CheckpointError: a tensor that the model needs is missing, or has another shape.
+        CheckpointError: a tensor that the model needs is missing or has another shape.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -30,7 +34,7 @@ def map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> di
         name, converter = rename_source_key(
             key, renamings, converters, model.base_model_prefix, names
         )
-        if converter is not None:  # experts that were split need no conversion
+        if converter is not None:  # experts are separate layers here, so nothing is converted
             name = rename_source_key(key, renamings, [], model.base_model_prefix, names)[0]
         stored[name] = key
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -38,18 +42,18 @@ def map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> di
     for left, right in ties.items():
         partners.setdefault(left, []).append(right)
         partners.setdefault(right, []).append(left)
-    found: dict[str, str] = {}
+    checkpoint_name_of: dict[str, str] = {}
     missing = []
     for name in names:
         match = next((stored[n] for n in [name, *partners.get(name, [])] if n in stored), None)
         if match is None:
             missing.append(name)
             continue
-        found[name] = match
-        has, wants = checkpoint.tensors[match].shape, tuple(names[name].shape)
-        if has != wants:
+        checkpoint_name_of[name] = match
+        shape, expected = checkpoint.tensors[match].shape, tuple(names[name].shape)
+        if shape != expected:
             raise CheckpointError(
-                f"tensor {match} has shape {list(has)}; the model's config asks for {list(wants)}"
+                f"tensor {match} has shape {list(shape)}; the model's config requires {list(expected)}"
             )
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -57,4 +61,4 @@ def map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> di
             f"{checkpoint.folder} lacks {', '.join(missing[:3])}{more}, which "
             f"{type(model).__name__} of transformers {transformers.__version__} needs"
         )
-    return found
+    return checkpoint_name_of

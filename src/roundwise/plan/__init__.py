@@ -1,1 +1,1 @@
-"""What a run would do and take."""
+"""Plans of a run: its layers, memory, disk and time."""

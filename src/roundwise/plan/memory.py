@@ -1,6 +1,6 @@
-"""What a run needs: memory where it computes, and room on the disk. Nothing is loaded.
+"""Chooses the mode of a run by memory, and estimates its peak memory and disk space; loads nothing.
 
-`plan` says it, `quantize` goes by it.
+`plan` prints it, `quantize` follows it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import shutil
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+
+import torch
 
 from roundwise.checkpoint.gptq_format import packed_bytes
 from roundwise.config import Mode, QuantizeConfig
@@ -22,28 +24,27 @@ from roundwise.system.memory import available_memory, format_size, resident_byte
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run holds at its peak, where it computes."""
+    """Mode of a run, and its peak memory on the device that computes."""
 
     mode: Mode
     device: str
     offloaded: bool
-    """Batches wait elsewhere, for want of room: in a file, or on an accelerator's host."""
+    """Paused batches are offloaded for lack of memory: to a file, or to an accelerator's host."""
     keeps_freed: bool
-    """Freed memory is kept for what comes next: a fifth faster, with holes that count in the peak."""
+    """Freed memory is kept for the next tensors: a fifth faster, but holes add to the peak."""
     peak_bytes: int
     parts: dict[str, int]
-    """Bytes by what they are for; "libraries" is what this process holds without a model,
-    where the CPU computes."""
+    """Bytes by purpose; on the CPU, "libraries" is what this process holds before the run."""
     budget: int
 
     @property
     def reuses_freed(self) -> bool:
-        """Freed memory is kept, if only until a batch goes to the file where it waits."""
+        """True if freed memory is kept, even if only until a batch is offloaded to a file."""
         return self.keeps_freed or (self.offloaded and self.device == "cpu")
 
     @property
     def fits(self) -> bool:
-        """The peak is within the budget."""
+        """True if the peak is within the budget."""
         return self.peak_bytes <= self.budget
 
 
@@ -57,42 +58,37 @@ def plan_memory(
     budget: int | None = None,
     sharing: int = 1,
 ) -> MemoryPlan:
-    """The mode that fits and the peak it leads to: true_sequential if it fits, else block.
+    """Returns the first plan that fits into memory, or the smallest one if none fits.
 
-    Where nothing fits, what needs least. On the CPU batches wait in a file rather than in memory where
-    that saves true_sequential, and freed memory is kept where there is room for that; on an accelerator
-    batches wait on the host where not even block fits.
+    Mode true_sequential is tried first, then block. On the CPU, freed memory is kept if there is room,
+    and batches are offloaded to a file if that makes true_sequential fit. On an accelerator, batches are
+    offloaded to the host if not even block fits.
 
     Args:
-        skeleton: of the model.
+        streamed: the model.
         config: settings.
-        tokens: of calibration; 0 for rounding to nearest.
-        batch: tokens of one forward.
-        mode: asked for by the user; None: what fits.
-        budget: bytes; None: nine tenths of what is available, and what this process holds already.
-        sharing: how many processes share what is available.
+        tokens: calibration tokens of all batches together; 0 for rounding to nearest.
+        batch: tokens of the largest batch.
+        mode: mode that the user asked for; None: the one that fits.
+        budget: bytes; None: nine tenths of the available memory, plus what this process already holds.
+        sharing: number of processes that share the available memory.
     """
-    shapes, device = cost_model.shapes_of(streamed, config), streamed.device
+    shapes, device = cost_model.block_shapes(streamed, config), streamed.device
     held = resident_bytes() if device == HOST else 0
     vocabulary = int(streamed.model.config.get_text_config().vocab_size or 0)
     budget = budget or int(0.9 * available_memory(device)) // sharing + held
-    modes: list[Mode] = [mode] if mode else ["true_sequential", "block"]
-    choices = [(each, False) for each in modes]
-    if device == HOST and tokens and "true_sequential" in modes:
-        choices.insert(1, ("true_sequential", True))
-    elif device != HOST and "block" in modes:
-        choices.append(("block", True))
+    keep_choices = (True, False) if device == HOST and tokens else (False,)
     tried: list[MemoryPlan] = []
-    kept = (True, False) if device == HOST and tokens else (False,)
-    for (choice, offloaded), keeps_freed in product(choices, kept):
+    for (choice, offloaded), keeps_freed in product(_choices(mode, device, tokens), keep_choices):
         peaks = [
-            cost_model.memory(
-                each, config, tokens=tokens, batch=batch, mode=choice, offloaded=offloaded, keeps_freed=keeps_freed
+            cost_model.memory_bytes(
+                each, config, tokens=tokens, batch=batch, mode=choice, offloaded=offloaded,
+                keeps_freed=keeps_freed,
             )
             for each in shapes
         ]  # fmt: skip
         peaks += [
-            cost_model.gradients(each, config, tokens=tokens, vocabulary=vocabulary)
+            cost_model.gradient_bytes(each, config, tokens=tokens, vocabulary=vocabulary)
             for each in shapes[:1]
         ]
         largest = max(peaks, key=lambda parts: sum(parts.values()), default={})
@@ -104,24 +100,45 @@ def plan_memory(
     return min(tried, key=lambda memory: memory.peak_bytes)
 
 
+def _choices(mode: Mode | None, device: torch.device, tokens: int) -> list[tuple[Mode, bool]]:
+    """Returns the modes to try in order, each without or with offloaded batches."""
+    modes: list[Mode] = [mode] if mode else ["true_sequential", "block"]
+    choices = [(each, False) for each in modes]
+    if device == HOST and tokens and "true_sequential" in modes:
+        choices.insert(1, ("true_sequential", True))
+    elif device != HOST and "block" in modes:
+        choices.append(("block", True))
+    return choices
+
+
 def plan_disk(
     streamed: StreamedModel, config: QuantizeConfig, memory: MemoryPlan, *, tokens: int
 ) -> dict[str, int]:
-    """Bytes that a run needs in its output folder, by what they are for: the result, and beside it."""
-    found = {"result": bytes_after(streamed, config, set())[0]}
-    for shapes in cost_model.shapes_of(streamed, config)[:1] if tokens else []:
-        found |= cost_model.disk(
+    """Returns the bytes that a run needs in its output folder, by purpose.
+
+    Args:
+        streamed: the model.
+        config: settings.
+        memory: the memory plan of the run.
+        tokens: calibration tokens of all batches together.
+    """
+    parts = {"result": bytes_after(streamed, config, set())[0]}
+    for shapes in cost_model.block_shapes(streamed, config)[:1] if tokens else []:
+        parts |= cost_model.disk_bytes(
             shapes, config, tokens=tokens, mode=memory.mode, offloaded=memory.offloaded
         )
-    return found
+    return parts
 
 
 def bytes_after(
     streamed: StreamedModel, config: QuantizeConfig, chosen: set[str]
 ) -> tuple[int, int]:
-    """Bytes of all tensors of the result, and of its quantized layers alone.
+    """Returns the bytes of all tensors of the result, and of its quantized layers alone.
 
-    Those of `chosen` layers are what the target gives them.
+    Args:
+        streamed: the model.
+        config: settings.
+        chosen: layers whose width is still to be chosen; they count as `config.target_bpw` bits.
     """
     after = sum(info.nbytes for info in streamed.checkpoint.tensors.values())
     stored = 0
@@ -140,37 +157,40 @@ def bytes_after(
 
 
 def over_budget_message(memory: MemoryPlan) -> str:
-    """That it does not fit, and what would help most."""
-    most = max((name for name in memory.parts if name != "libraries"), key=memory.parts.__getitem__)
+    """Returns the message that a run does not fit into memory, and what would help most."""
+    largest = max(
+        (name for name in memory.parts if name != "libraries"), key=memory.parts.__getitem__
+    )
+    fewer_tokens = "fewer --samples, a shorter --seq-len"
+    if memory.mode == "block" and memory.device == "cpu":
+        fewer_tokens += ", or --mode true_sequential"
     advice = {
-        "paused activations": "a smaller --batch-size"
-        if memory.offloaded
-        else "fewer --samples, a shorter --seq-len"
-        + (
-            ", or --mode true_sequential"
-            if memory.mode == "block" and memory.device == "cpu"
-            else ""
-        ),
+        "paused activations": "a smaller --batch-size" if memory.offloaded else fewer_tokens,
         "logits and their gradient": "--output-tokens 0, which needs none",
         "forward of a batch": "a smaller --batch-size",
-    }.get(most, "--recipe textbook" if "drift" in memory.parts else "more memory")
+    }.get(largest, "--recipe textbook" if "drift" in memory.parts else "more memory")
     return (
         f"the run is expected to need {memory.peak_bytes / 1e9:.1f} GB on {memory.device}, more than "
-        f"the {memory.budget / 1e9:.1f} GB there are: most of it is {most} "
-        f"({memory.parts[most] / 1e9:.1f} GB); what helps: {advice}"
+        f"the {memory.budget / 1e9:.1f} GB available: the largest part is {largest} "
+        f"({memory.parts[largest] / 1e9:.1f} GB); try {advice}"
     )
 
 
 def check_disk_space(out: Path, parts: dict[str, int]) -> None:
-    """There is room for what the run will write, as far as that can be told.
+    """Checks that the disk has room for what a run is estimated to write.
+
+    Args:
+        out: output folder.
+        parts: bytes by purpose, from `plan_disk`.
 
     Raises:
-        OutputError: there is not.
+        OutputError: there is too little room.
     """
     free, needed = shutil.disk_usage(out).free, sum(parts.values())
     if needed > free:
         listed = ", ".join(f"{name} {format_size(part)}" for name, part in parts.items())
         less = "; --output-tokens 0 needs no gradients" if "gradients" in parts else ""
         raise OutputError(
-            f"{out} has room for {format_size(free)}, the run needs {format_size(needed)} ({listed}){less}"
+            f"{out} has room for {format_size(free)}, but the run needs {format_size(needed)} "
+            f"({listed}){less}"
         )

@@ -1,6 +1,6 @@
-"""What a run would do, from config.json and the headers of the weights alone: nothing is loaded.
+"""Plans a run from config.json and the headers of the weights alone; no weights are loaded.
 
-`quantize` asks the same forecast which mode the memory allows, so what is planned is what is done.
+`quantize` chooses its mode with the same estimate, so it does what was planned.
 """
 
 from __future__ import annotations
@@ -29,54 +29,64 @@ from roundwise.plan.memory import (
     plan_memory,
 )
 
-#: Part of all parameters below which a quantized model is hardly smaller: said as a warning.
+#: Fraction of all parameters below which a warning says that little is quantized.
 ADVISED_PART = 0.8
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A linear layer and what becomes of it."""
+    """A linear layer and how it is quantized."""
 
     name: str
     shape: tuple[int, int]
     """(out_features, in_features)."""
     bits: int | None
-    """None: it stays as it is."""
+    """None: it is not quantized."""
     group_size: int | None
-    shares: str | None
-    """The first layer that reads the same input, whose Hessian serves both; None: not known."""
-    why_not: str | None
-    """Why it stays as it is, or cannot be stored with these settings."""
+    shares_input_with: str | None
+    """First layer that reads the same input, and so shares its Hessian; None: not known."""
+    reason: str | None
+    """Reason why it is not quantized, or cannot be stored with these settings; None: there is none."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        return {
+            "name": self.name, "shape": self.shape, "bits": self.bits, "group_size": self.group_size,
+            "shares": self.shares_input_with, "why_not": self.reason,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do; `as_dict` is what `roundwise plan --json` prints."""
+    """Everything that a run would do and need; `roundwise plan --json` prints `as_dict`."""
 
     modules: list[PlannedLayer]
     quantized_part: float
-    """Of all parameters of the model, 0 … 1."""
+    """Fraction of all parameters of the model, 0 to 1."""
     bytes_before: int
     bytes_after: int
     bits_per_weight: float
     tied_embeddings: bool
     memory: MemoryPlan
     disk: dict[str, int]
-    """Bytes that a run needs in its output folder, by what they are for."""
+    """Bytes that a run needs in its output folder, by purpose."""
     phases: dict[str, float]
-    """Estimated seconds."""
+    """Estimated seconds of each phase."""
     served_by: dict[str, str | None]
-    """Engine -> why not; None: it serves the result."""
+    """Engine -> reason why it does not serve the result; None: it serves it."""
     tensor_parallel: list[int]
     problems: list[str]
-    """What a run would refuse."""
+    """Reasons why a run would be refused."""
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        memory = asdict(self.memory) | {"fits": self.memory.fits}
-        seconds = sum(self.phases.values())
-        return {**asdict(self), "memory": memory, "seconds": seconds}
+        """Returns plain JSON values."""
+        return {
+            **asdict(self),
+            "modules": [module.as_dict() for module in self.modules],
+            "memory": asdict(self.memory) | {"fits": self.memory.fits},
+            "seconds": sum(self.phases.values()),
+        }
 
 
 def plan(
@@ -89,79 +99,130 @@ def plan(
     mode: Mode | None = None,
     budget: int | None = None,
 ) -> Plan:
-    """Plans a run; takes seconds whatever the size of the model.
+    """Plans a run; takes seconds for a model of any size.
 
     Args:
-        skeleton: of the model.
+        streamed: the model.
         config: settings.
         samples, seq_len, batch_size: calibration windows, as for `quantize`.
         mode, budget: as for `plan_memory`.
     """
-    text = streamed.model.config.get_text_config()
+    text_config = streamed.model.config.get_text_config()
     limit = context_length(streamed.model.config) or seq_len
-    warnings = [*streamed.notes]
+    warnings = [*streamed.warnings]
     if seq_len > limit:
         seq_len = limit
         warnings.append(f"seq_len is {limit}, the longest text the model takes")
     tokens = 0 if config.method == "rtn" else samples * seq_len
-    modules, sharing = _modules(streamed, config)
-    if not sharing:
-        warnings.append("which layers share an input is found out when the run reaches them")
-    total = sum(weight.numel() for weight in streamed.model.parameters())
-    part = sum(m.shape[0] * m.shape[1] for m in modules if m.bits) / total
-    if part < ADVISED_PART:
-        warnings.append(f"only {part:.0%} of the parameters are quantized: {_rest(streamed)}")
-    problems = [m.why_not for m in modules if m.bits and m.why_not]
-    for block in streamed.blocks:
-        try:
-            check_experts(block, config)
-        except ConfigError as error:
-            problems.append(str(error))
-    open_ = [
-        m for m in modules if m.bits and config.target_bpw and not config.is_overridden(m.name)
-    ]
-    if open_:
-        warnings.append(
-            f"bits and groups of {len(open_)} layers are chosen when the run begins: those shown are "
-            f"not final, the size is that of {config.target_bpw:g} bits per weight"
-        )
+    modules = _planned_layers(streamed, config)
+    quantized = [module for module in modules if module.bits]
+    weights = sum(module.shape[0] * module.shape[1] for module in quantized)
+    part = weights / sum(weight.numel() for weight in streamed.model.parameters())
+    undecided = {
+        module.name
+        for module in quantized
+        if config.target_bpw and not config.is_overridden(module.name)
+    }
+    warnings += _warnings(streamed, config, modules, part, undecided)
     memory = plan_memory(
         streamed, config, tokens=tokens, batch=batch_size * seq_len, mode=mode, budget=budget
     )
     if not memory.fits:
         warnings.append(over_budget_message(memory))
-    shapes = cost_model.shapes_of(streamed, config)
-    flops: dict[str, float] = {}
-    for each in shapes if tokens else []:
-        work = cost_model.work(each, config, tokens=tokens, mode=memory.mode)
-        work |= cost_model.survey(each, config, tokens=tokens) if open_ else {}
-        flops = {phase: flops.get(phase, 0.0) + flop for phase, flop in work.items()}
-    after, stored = bytes_after(streamed, config, {m.name for m in open_})
-    heads = int(getattr(text, "num_attention_heads", 1) or 1)
+    after, stored = bytes_after(streamed, config, undecided)
+    heads = int(getattr(text_config, "num_attention_heads", 1) or 1)
     return Plan(
         modules=modules,
         quantized_part=part,
         bytes_before=streamed.checkpoint.nbytes(),
         bytes_after=after,
-        bits_per_weight=8 * stored / max(1, sum(m.shape[0] * m.shape[1] for m in modules if m.bits)),
+        bits_per_weight=8 * stored / max(1, weights),
         tied_embeddings=(
             is_tied(streamed.model.config) and streamed.model.get_output_embeddings() is not None
         ),
         memory=memory,
         disk=plan_disk(streamed, config, memory, tokens=tokens),
-        phases=cost_model.seconds(flops, streamed.dtype, streamed.device) if flops else {},
-        served_by=engines.served_by(_served(streamed, config)),
+        phases=_phases(streamed, config, tokens, memory.mode, surveyed=bool(undecided)),
+        served_by=engines.served_by(_served_layers(streamed, config)),
         tensor_parallel=engines.tensor_parallel_degrees(
-            [(*m.shape, m.group_size or -1) for m in modules if m.bits],
-            hidden=int(text.hidden_size), heads=heads,
-            kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            [(*module.shape, module.group_size or -1) for module in quantized],
+            hidden=int(text_config.hidden_size), heads=heads,
+            kv_heads=int(getattr(text_config, "num_key_value_heads", None) or heads),
         ),
-        problems=problems,
+        problems=_problems(streamed, config, quantized),
         warnings=warnings,
     )  # fmt: skip
 
 
-def _served(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[ServedLayer]:
+def _warnings(
+    streamed: StreamedModel,
+    config: QuantizeConfig,
+    modules: list[PlannedLayer],
+    part: float,
+    undecided: set[str],
+) -> list[str]:
+    """Returns the warnings about layers.
+
+    Args:
+        streamed: the model.
+        config: settings.
+        modules: all linear layers.
+        part: quantized fraction of all parameters.
+        undecided: layers whose width is chosen when the run begins.
+    """
+    warnings = []
+    if not any(module.shares_input_with for module in modules):
+        warnings.append("which layers share an input is found out when the run reaches them")
+    if part < ADVISED_PART:
+        warnings.append(
+            f"only {part:.0%} of the parameters are quantized: {_largest_others(streamed)}"
+        )
+    if undecided:
+        warnings.append(
+            f"bits and groups of {len(undecided)} layers are chosen when the run begins: the ones "
+            f"shown are not final, and the size assumes {config.target_bpw:g} bits per weight"
+        )
+    return warnings
+
+
+def _problems(
+    streamed: StreamedModel, config: QuantizeConfig, quantized: list[PlannedLayer]
+) -> list[str]:
+    """Returns the reasons why a run would be refused."""
+    problems = [module.reason for module in quantized if module.reason]
+    for block in streamed.blocks:
+        try:
+            check_experts(block, config)
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _phases(
+    streamed: StreamedModel, config: QuantizeConfig, tokens: int, mode: Mode, *, surveyed: bool
+) -> dict[str, float]:
+    """Estimates the seconds of each phase; empty if no calibration is needed.
+
+    Args:
+        streamed: the model.
+        config: settings.
+        tokens: calibration tokens of all batches together.
+        mode: mode of the run.
+        surveyed: widths are chosen before the run, which takes a phase of its own.
+    """
+    if not tokens:
+        return {}
+    total: dict[str, float] = {}
+    for shapes in cost_model.block_shapes(streamed, config):
+        flops = cost_model.phase_flops(shapes, config, tokens=tokens, mode=mode)
+        if surveyed:
+            flops |= cost_model.survey_flops(shapes, config, tokens=tokens)
+        for phase, count in flops.items():
+            total[phase] = total.get(phase, 0.0) + count
+    return cost_model.phase_seconds(total, streamed.dtype, streamed.device) if total else {}
+
+
+def _served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[ServedLayer]:
     """Yields the settings of each quantized layer as engines see them, conflicts between layers too."""
     for block in streamed.blocks:
         expert_settings = {path: set[ServedLayer]() for path in block.experts}
@@ -184,7 +245,7 @@ def _served(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[ServedL
                 layer = replace(layer, expert_naming=naming)
             layers.append(layer)
             if config.target_bpw and not block.is_head and not config.is_overridden(name):
-                # Every width that may be chosen; every engine supports the group sizes that may be.
+                # Every width that may be chosen; all engines support all group sizes that may be.
                 layers += [replace(layer, bits=bits) for bits in config.target_widths]
         yield from layers
         yield from (
@@ -198,37 +259,37 @@ def _served(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[ServedL
         )
 
 
-def _modules(streamed: StreamedModel, config: QuantizeConfig) -> tuple[list[PlannedLayer], bool]:
-    """All linears of the blocks, and whether it is known which share an input."""
-    leaders = drop_uncalled_linears(streamed, config).first
-    found = []
+def _planned_layers(streamed: StreamedModel, config: QuantizeConfig) -> list[PlannedLayer]:
+    """Returns all linears of the blocks; first those that can be quantized."""
+    shared = drop_uncalled_linears(streamed, config).first_reader
+    layers = []
     for block in streamed.blocks:
         for name, linear in block.linears.items():
             rows, columns = (int(size) for size in weight_of(linear).shape)
-            settings, why_not = config.for_module(name), None
+            settings, reason = config.for_module(name), None
             if settings is None:
-                why_not = "left out with --skip"
+                reason = "skipped with --skip"
             else:
                 try:
                     check_shape(name, rows, columns, settings)
                 except ConfigError as error:
-                    why_not = str(error)
-            found.append(
+                    reason = str(error)
+            layers.append(
                 PlannedLayer(
                     name, (rows, columns),
                     settings.bits if settings else None, settings.group_size if settings else None,
-                    leaders.get(name), why_not,
+                    shared.get(name), reason,
                 )
             )  # fmt: skip
     for block in [*streamed.blocks, *streamed.skipped_blocks]:
         for name, reason in block.skipped_linears.items():
             rows, columns = weight_of(streamed.model.get_submodule(name)).shape
-            found.append(PlannedLayer(name, (rows, columns), None, None, None, reason))
-    return found, bool(leaders)
+            layers.append(PlannedLayer(name, (rows, columns), None, None, None, reason))
+    return layers
 
 
-def _rest(streamed: StreamedModel) -> str:
-    """The largest tensors outside the blocks' linears, by name."""
+def _largest_others(streamed: StreamedModel) -> str:
+    """Names the two largest tensors that are not linears of the blocks."""
     linears = {id(x.weight) for block in streamed.blocks for x in block.linears.values()}
     others = [
         (weight.numel(), name)
@@ -236,6 +297,4 @@ def _rest(streamed: StreamedModel) -> str:
         if id(weight) not in linears
     ]
     largest = sorted(others, reverse=True)[:2]
-    return "the largest others are " + ", ".join(
-        f"{n} ({size:,})" for size, n in largest
-    )
+    return "the largest others are " + ", ".join(f"{name} ({size:,})" for size, name in largest)

@@ -29,7 +29,7 @@ __all__ = ["Progress", "QuantizeResult", "execute", "quantize"]
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What a run did; `as_dict` is what `roundwise quantize --json` prints."""
+    """Result of a run; `as_dict` is what `roundwise quantize --json` prints."""
 
     output: Path
     seconds: float

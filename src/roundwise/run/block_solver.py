@@ -6,8 +6,9 @@ the shard. Of several ranks, each solves its share of the rows, which are indepe
 
 from __future__ import annotations
 
+import mmap
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -19,6 +20,7 @@ from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.config import QuantizeConfig
 from roundwise.core.activation_scales import round_searched
 from roundwise.core.drift import Drift, Moments
+from roundwise.core.hessian import Hessian
 from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.core.solver import PreparedHessian, prepare_hessian, round_to_nearest, solve
 from roundwise.errors import NumericalError, SingularError
@@ -33,18 +35,15 @@ from roundwise.system.distributed import Ranks
 from roundwise.system.memory import reuse_small_blocks
 from roundwise.system.timer import timer
 
-#: Linear -> B [out, out], what errors of two of its outputs cost together (None: unknown), and the
-#: number of tokens it was made from.
-OutputWeights = Callable[[str], tuple[torch.Tensor | None, int]]
-
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """What the linears of a group are solved with: the moments of their input, and damping."""
+    """Statistics that the linears of a group are solved with: moments of their input, and damping."""
 
     moments: Moments | None
     """None: no calibration token reached the group."""
-    damping: Damping
+    damping: Damping | None = None
+    """None: the settings say it."""
     _factors: dict[tuple[Any, ...], PreparedHessian] = field(default_factory=dict)
 
     @property
@@ -69,7 +68,9 @@ class GroupStatistics:
         Raises:
             SingularError: see `prepare_hessian`, or there is no Hessian.
         """
-        H, settings = self.H, self.damping.settle(settings)
+        H = self.H
+        if self.damping is not None:
+            settings = self.damping.settle(settings)
         key = (settings.group_size, settings.desc_act, settings.order, settings.damp_percent)
         if key not in self._factors:
             self._factors.clear()  # a factor is as large as H: one at a time
@@ -80,7 +81,7 @@ class GroupStatistics:
     def take_target_shift(
         self, W: torch.Tensor, settings: QuantizeConfig, rows: slice | None, *, last: bool
     ) -> torch.Tensor | None:
-        """What the weight W is to make up for, [out, in]; None: nothing.
+        """Returns the shift of the target that makes up for earlier layers, [out, in]; None: no shift.
 
         Args:
             W: weight, or some rows of it.
@@ -106,9 +107,9 @@ class BlockSolver:
         config: settings.
         prescaler: finds scales for groups; None: not wanted.
         ranks: the processes of the run, which share the rows.
-        release: called with the names of solved linears: their pages are not read again.
+        maps: linear -> memory map of its weight; its pages are released once it is solved.
+        gradients: linear -> gradients of its output; see `OutputGradients.of_block`.
         on_layer: called with the record of each layer.
-        output_weights: see `OutputGradients.weights_of_block`.
     """
 
     def __init__(
@@ -118,13 +119,13 @@ class BlockSolver:
         *,
         prescaler: Prescaler | None,
         ranks: Ranks,
-        release: Callable[[list[str]], None],
+        maps: Mapping[str, mmap.mmap],
+        gradients: Mapping[str, list[torch.Tensor]],
         on_layer: Callable[[LayerRecord], None],
-        output_weights: OutputWeights,
     ) -> None:
         self.block, self.config, self.ranks = block, config, ranks
-        self._prescaler, self._release, self._on_layer = prescaler, release, on_layer
-        self._output_weights = output_weights
+        self._prescaler, self._on_layer = prescaler, on_layer
+        self._maps, self._gradients = maps, gradients
         self.packed: dict[str, dict[str, torch.Tensor]] = {}
         """Linear -> suffix -> tensor of the format."""
         self.scaled: dict[str, torch.Tensor] = {}
@@ -135,16 +136,17 @@ class BlockSolver:
     @reuse_small_blocks()
     def solve(self, group: InputGroup) -> None:
         """Quantizes the linears of a group whose sums are complete."""
-        # All batches are behind the linears of earlier groups by now.
-        self._release(list(self.packed))
+        for name in self.packed:  # all batches are behind the linears of earlier groups by now
+            if name in self._maps:
+                self._maps[name].madvise(mmap.MADV_DONTNEED)
         moments = group.take_moments()
         held = group.held.take_moments() if group.held is not None else None
         if moments is None:
             moments, held = held, None
         scaling = self._prescale(group, moments, held)
         weights = self._weights(group, scaling)
-        damping = Damping()
-        if moments is not None and held is not None:
+        damping = None
+        if self.config.damp_percent == "auto":
             with timer.phase("choose"):
                 damping = choose_damping([*weights], moments, held)
         statistics, left = GroupStatistics(moments, damping), len(group.names)
@@ -175,7 +177,9 @@ class BlockSolver:
             tensors = encode(q, settings).items()
             self.packed[name] = {suffix: tensor.to(HOST) for suffix, tensor in tensors}
         # Fields that only some settings have: those that are not set are not written.
-        optional: dict[str, Any] = statistics.damping.record(settings)
+        optional: dict[str, Any] = {}
+        if statistics.damping is not None:
+            optional |= statistics.damping.record(settings)
         if scaling is not None:
             optional["prescale"] = scaling.record(name)
         record = LayerRecord(
@@ -193,6 +197,21 @@ class BlockSolver:
         )
         self.layers.append(record)
         self._on_layer(record)
+
+    def _output_weights(self, name: str) -> tuple[torch.Tensor | None, int]:
+        """B = gᵀg / n [out, out] of the gradients g of a linear's output, and n; None: they are zero.
+
+        B tells what errors of two outputs cost together (`core.output_weighting`).
+        """
+        parts = self._gradients.get(name)
+        if not parts:
+            return None, 0
+        with timer.phase("gradients"):
+            moment = Hessian(parts[0].shape[1])
+            for g in parts:
+                moment.add(g)
+            tokens, B = moment.tokens, moment.take_mean()
+        return (B, tokens) if float(B.diagonal().sum()) > 0 else (None, 0)
 
     def _prescale(
         self, group: InputGroup, moments: Moments | None, held: Moments | None

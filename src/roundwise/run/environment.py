@@ -1,4 +1,4 @@
-"""What a run finds on the machine: what decides the bytes of its result, and what is worth recording."""
+"""The environment of a run: versions and hardware that decide its bytes, or are worth recording."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ from roundwise.system.device import HOST, device_name
 from roundwise.system.distributed import current_ranks
 from roundwise.version import __version__
 
-#: Packages beside those in `numeric_environment` that take part in a run.
+#: Packages that a run uses besides those in `numeric_environment`.
 LIBRARIES = ("greenlet", "huggingface-hub", "numpy", "safetensors", "tokenizers")
-#: Features of a processor that libraries choose their code by.
+#: Parts of the names of processor features by which libraries choose their code.
 FEATURES = ("avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")
 
 
 def numeric_environment(device: torch.device) -> dict[str, Any]:
-    """What the order of summation, and so the last bits, depend on; `device` computes."""
+    """Returns everything that the order of summation, and so the last bits of a result, depend on.
+
+    Args:
+        device: device that computes.
+    """
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),
-        "solver": _solver(device),
+        "solver": _solver_backend(device),
         "versions": {
             "roundwise": __version__,
             "torch": torch.__version__,
@@ -38,15 +42,15 @@ def numeric_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _solver(device: torch.device) -> str:
-    """What the inner loops run on."""
+def _solver_backend(device: torch.device) -> str:
+    """Returns the name of the solver's backend."""
     if device.type == "cuda":
         return "triton" if triton.available() else "torch"
     return (cpp.load()[1].active if device == HOST else None) or "torch"
 
 
 def platform_info() -> dict[str, Any]:
-    """The platform, for the manifest; the same from one start of a machine to the next."""
+    """Returns the platform for the manifest; it does not change when the machine restarts."""
     name, flags = _processor()
     return {
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -61,7 +65,7 @@ def platform_info() -> dict[str, Any]:
 
 
 def _processor() -> tuple[str, list[str]]:
-    """Its name and sorted features, as far as the system tells."""
+    """Returns the processor's name and sorted features; empty where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
@@ -74,23 +78,29 @@ def _processor() -> tuple[str, list[str]]:
 
 
 def describe_difference(old: Any, new: Any, path: str = "") -> str:
-    """Where two nested values differ, in words."""
+    """Describes where two nested values differ, such as "config.bits (3 -> 4)"; empty: nowhere.
+
+    Args:
+        old: JSON value before.
+        new: JSON value now.
+        path: dotted path of both, for the description.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
-        parts = [
+        differences = [
             describe_difference(
                 old.get(key, "none"), new.get(key, "none"), f"{path}.{key}".lstrip(".")
             )
             for key in sorted({*old, *new})
             if old.get(key) != new.get(key)
         ]
-        return ", ".join(parts)
+        return ", ".join(differences)
     short = [str(value) if len(str(value)) < 24 else "…" for value in (old, new)]
     return f"{path} ({short[0]} -> {short[1]})" if short[0] != short[1] else path
 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Computes with `count` threads in this block."""
+    """Context manager: torch computes with `count` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

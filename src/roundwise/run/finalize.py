@@ -136,8 +136,8 @@ def _write_side_files(plan: RunPlan, out: Path, shards: list[str]) -> dict[str, 
         copy_file(path, out / path.name)
     settings = quantization_config(
         plan.config, true_sequential=plan.fingerprint.mode == "true_sequential",
-        left=[n for b in [*streamed.blocks, *streamed.skipped_blocks] for n in b.skipped_linears],
-        names=[name for block in streamed.blocks for name in block.linears],
+        skipped=[n for b in [*streamed.blocks, *streamed.skipped_blocks] for n in b.skipped_linears],
+        linears=[name for block in streamed.blocks for name in block.linears],
     )  # fmt: skip
     write_json(out / "quantize_config.json", settings)
     write_json(_draft(out), {**source.config, "quantization_config": settings})

@@ -1,4 +1,4 @@
-"""`damp_percent=auto` in a run: some batches are held out of a group's moments for the choice."""
+"""Damping of a run with damp_percent=auto: chosen for each group on held-out calibration batches."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from roundwise.core.drift import Moments
 from roundwise.core.held_out_damping import held_out_losses
 from roundwise.errors import CalibrationError, SingularError
 
-#: One batch in so many is held out.
+#: One of this many batches is held out.
 EVERY = 8
-#: Damping where no held-out token reached a layer.
+#: Damping if no held-out token reaches a layer.
 DEFAULT = 0.01
 
 
 @dataclass(frozen=True)
 class Damping:
-    """What was chosen for a group."""
+    """Chosen damping of a group."""
 
     damp_percent: float = DEFAULT
     losses: dict[float, float] | None = None
-    """Damping -> loss on held-out tokens; None: there were none."""
+    """Damping -> loss on held-out tokens; None: there were no held-out tokens."""
 
     def settle(self, settings: QuantizeConfig) -> QuantizeConfig:
-        """The settings, with this damping if they leave it open."""
+        """Returns the settings, with this damping instead of "auto"."""
         if settings.damp_percent != "auto":
             return settings
         return settings.merged({"damp_percent": self.damp_percent})
 
     def record(self, settings: QuantizeConfig) -> dict[str, Any]:
-        """For the result: what the choice rests on, where there was one."""
+        """Returns the fields of a `LayerRecord` about the choice; empty if damping was not chosen."""
         if settings.damp_percent != "auto" or settings.method != "gptq":
             return {}
         if self.losses is None:
@@ -43,10 +43,14 @@ class Damping:
 
 
 def held_out_batches(config: QuantizeConfig, batches: int) -> frozenset[int]:
-    """Numbers of the batches to hold out; none unless damping is to be chosen.
+    """Returns the numbers of the batches to hold out; none unless damping is "auto".
+
+    Args:
+        config: settings.
+        batches: number of calibration batches.
 
     Raises:
-        CalibrationError: damping is to be chosen, and there is but one batch.
+        CalibrationError: damping is "auto", and there is only one batch.
     """
     if config.damp_percent != "auto" or config.method != "gptq":
         return frozenset()
@@ -59,18 +63,22 @@ def held_out_batches(config: QuantizeConfig, batches: int) -> frozenset[int]:
 
 
 def choose_damping(
-    weights: Sequence[tuple[torch.Tensor, QuantizeConfig]], fit: Moments, held: Moments
+    weights: Sequence[tuple[torch.Tensor, QuantizeConfig]],
+    fit: Moments | None,
+    held: Moments | None,
 ) -> Damping:
-    """The damping with the least loss on held-out tokens; then `fit` holds all tokens.
+    """Returns the damping with the lowest loss on held-out tokens; adds `held` to `fit`.
 
     Args:
-        weights: W [out, in] and its settings, each, of linears that read the same input.
-        fit: moments to solve with; `held` is joined to them.
-        held: moments of the tokens held out.
+        weights: W [out, in] and settings of each linear that reads the input.
+        fit: moments of the input to solve with; None: there are none.
+        held: moments of the held-out tokens; None: there are none.
     """
+    if fit is None or held is None:
+        return Damping()
     try:
         losses = held_out_losses(weights, fit, held)
-    except SingularError:  # the solver meets it too, and says so
+    except SingularError:  # the solver fails too, and reports it
         return Damping()
     finally:
         fit.join(held)

@@ -1,12 +1,12 @@
-"""The work folder of a run: lock, journal, activations. What makes a run resumable.
+"""Journal and saved activations in the work folder of a run: a stopped run resumes from them.
 
-    OUT/.roundwise/lock            held by the process that works here
-    OUT/.roundwise/journal.jsonl   line 1: fingerprint; then lists of finished blocks, one after another
-    OUT/.roundwise/activations-N-R.safetensors   what block N returned to the batches of rank R
+    OUT/.roundwise/lock            locked by the process that works here
+    OUT/.roundwise/journal.jsonl   line 1: fingerprint; then lists of finished blocks, in order
+    OUT/.roundwise/activations-N-R.safetensors   outputs of block N for the batches of rank R
 
-A line ends with a block that a run can go on behind. Its shards and the activations of that block are on
-the disk before the line is, so a line is proof of both. A last line without a newline was being
-written when the process died: it does not count.
+Each line records finished blocks; the run can resume after the last block of a line. The shards of the
+blocks and the activations of that last block are on disk before the line is, so a line proves both. A
+last line without a newline was being written when the process died: it is ignored.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ from roundwise.errors import OutputError, RunError
 
 
 def read_journal(out: Path) -> tuple[Fingerprint | None, list[BlockRecord]]:
-    """The fingerprint of the run in a folder (None: there is none) and its finished blocks.
+    """Returns the fingerprint of the run in an output folder, or None, and its finished blocks.
 
     Raises:
-        OutputError: it is damaged.
+        OutputError: the journal is damaged.
     """
     path = out / WORK / "journal.jsonl"
     if not path.exists():
         return None, []
-    whole, _, _torn = path.read_bytes().rpartition(b"\n")
+    complete, _, _torn = path.read_bytes().rpartition(b"\n")
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = [json.loads(line) for line in complete.splitlines()]
         if not lines:
             return None, []
         fingerprint = Fingerprint.model_validate(lines[0]["fingerprint"])
         blocks = TypeAdapter(list[list[BlockRecord]]).validate_python(lines[1:])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = explain(error) if isinstance(error, ValidationError) else str(error)
-        raise OutputError(f"{path} is damaged: start anew with --restart ({reason})") from None
+        raise OutputError(f"{path} is damaged: use --restart to start again ({reason})") from None
     return fingerprint, [block for line in blocks for block in line]
 
 
 class Journal:
-    """The journal of one output folder.
+    """The journal of one output folder, and the lock on that folder.
 
     Args:
-        out: output folder; made if it is not there.
+        out: output folder; created if it does not exist.
 
     Raises:
-        OutputError: another process works in it.
+        OutputError: another process works in the folder, or it cannot be written or locked.
     """
 
     def __init__(self, out: Path) -> None:
@@ -78,21 +78,21 @@ class Journal:
         except OSError as error:
             raise OutputError(f"cannot write to {out}: {error.strerror}") from None
         try:
-            # The kernel lets go of it when the process ends, however it ends.
+            # The kernel releases the lock when the process ends, even if it is killed.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
             if isinstance(error, BlockingIOError):
                 raise OutputError(f"another roundwise process is working in {out}") from None
-            # A file system without locks, or none left: to work unlocked could mix two runs.
+            # The file system has no locks, or none left. Without a lock, two runs could mix.
             raise OutputError(f"cannot lock {self.folder / 'lock'}: {error.strerror}") from None
 
     def read(self) -> tuple[Fingerprint | None, list[BlockRecord]]:
-        """As `read_journal`."""
+        """Returns the same as `read_journal`."""
         return read_journal(self.folder.parent)
 
     def layers(self) -> list[LayerRecord]:
-        """Records of all layers of finished blocks."""
+        """Returns the records of all layers of finished blocks."""
         return [layer for block in self.read()[1] for layer in block.layers]
 
     def start(self, fingerprint: Fingerprint) -> None:
@@ -101,15 +101,23 @@ class Journal:
         self._append({"fingerprint": fingerprint.as_json()})
 
     def trim(self) -> None:
-        """Drops a torn last line and files that were being written, so that work can go on."""
-        whole, newline, torn = self.path.read_bytes().rpartition(b"\n")
+        """Drops an incomplete last line and incomplete files, so that the run can resume."""
+        complete, newline, torn = self.path.read_bytes().rpartition(b"\n")
         if torn:
-            os.truncate(self.path, len(whole + newline))
+            os.truncate(self.path, len(complete + newline))
         for path in [*self.folder.glob("*" + PARTIAL), *self.folder.parent.glob("*" + PARTIAL)]:
             path.unlink()
 
     def blocks_done(self, blocks: list[BlockRecord], *, keep: set[str]) -> None:
-        """Records finished blocks; of all activations only the files `keep` are still needed."""
+        """Records finished blocks in one line, and removes activations that are no longer needed.
+
+        Args:
+            blocks: records of the blocks.
+            keep: names of the activation files that are still needed.
+
+        Raises:
+            StorageError: the disk is full or failed.
+        """
         self._append([block.as_json() for block in blocks])
         for path in self.folder.glob("activations-*.safetensors"):
             if path.name not in keep:
@@ -125,10 +133,10 @@ class Journal:
             raise storage_error(error, self.path) from error
 
     def check_outputs(self) -> None:
-        """Reads the activations to go on from once more.
+        """Checks the hashes of the activations that the run resumes from.
 
         Raises:
-            RunError: they are not what was written.
+            RunError: a file is missing or was changed.
         """
         done = self.read()[1]
         saved = done[-1].activations if done else None
@@ -138,19 +146,19 @@ class Journal:
                 raise RunError(f"{file} was changed or removed since it was written: use --restart")
 
     def finish(self) -> None:
-        """Removes the work folder: the checkpoint beside it is complete."""
+        """Removes the work folder, once the checkpoint is complete, and releases the lock."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
     def close(self) -> None:
-        """Lets go of the lock; what was begun stays for the next run."""
+        """Releases the lock; a started run keeps its journal for resuming."""
         if not self.path.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
 
-class _OneByOne(dict[str, torch.Tensor]):
-    """Tensors of batches, each in memory only while it is written."""
+class _OffloadedTensors(dict[str, torch.Tensor]):
+    """Tensors of batches by `KEY.PLACE`; each is in memory only while it is written."""
 
     onloaded: Callable[[str], AbstractContextManager[None]]
 
@@ -167,22 +175,23 @@ def save_outputs(
     outputs: dict[str, Any],
     onloaded: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> SavedActivations:
-    """Writes what block `index` returned to the batches of a rank.
+    """Writes the outputs of a block for the batches of a rank.
 
     Args:
         out: output folder of the run.
         index: number of the block.
-        rank: number of the rank; each writes a file of its own.
-        outputs: batch -> what the block returned to it.
-        present: see `ForwardScheduler.onloaded`.
+        rank: number of the rank; each rank writes its own file.
+        outputs: key of a batch -> return value of the block: a tensor, or a tuple of tensors and None.
+        onloaded: context manager that loads the tensors of a batch; see `ForwardScheduler.onloaded`.
 
     Returns:
-        What `load_outputs` needs to know.
+        The record from which `load_outputs` reads them.
 
     Raises:
-        RunError: the block returned something else than a tensor or a tuple of tensors.
+        RunError: the block returned something else.
+        StorageError: the disk is full or failed.
     """
-    tensors = _OneByOne()
+    tensors = _OffloadedTensors()
     tensors.onloaded = onloaded
     places = None
     for key, output in outputs.items():
@@ -199,7 +208,15 @@ def save_outputs(
 
 
 def load_outputs(out: Path, saved: SavedActivations) -> dict[str, Any]:
-    """Batch -> what the block returned to it, of all ranks; tensors are memory-mapped."""
+    """Returns the outputs of a block for the batches of all ranks, memory-mapped.
+
+    Args:
+        out: output folder of the run.
+        saved: the record from `save_outputs`, with the files of all ranks.
+
+    Returns:
+        Key of a batch -> return value of the block.
+    """
     infos: dict[str, Any] = {}
     for name in saved.files:
         infos |= read_header(out / WORK / name)

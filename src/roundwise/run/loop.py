@@ -53,7 +53,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class _BlockResult:
-    """What running a block with the calibration batches told, for its record."""
+    """Findings of running a block with the calibration batches, for its record."""
 
     activations: SavedActivations | None = None
     experts: dict[str, list[int]] | None = None
@@ -190,9 +190,8 @@ class Run:
         block, blocks = self.streamed.blocks[index], len(self.streamed.blocks)
         solver = BlockSolver(
             block, self.config, prescaler=self.plan.prescaler, ranks=self.ranks,
-            release=self.streamed.release_pages,
+            maps=self.streamed.maps, gradients=self.gradients.of_block(index),
             on_layer=lambda layer: self._report(index, first, layer),
-            output_weights=self.gradients.weights_of_block(index),
         )  # fmt: skip
         with timer.phase("read"):
             self.streamed.load(block.module, block.prefix)

@@ -26,7 +26,7 @@ from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
 from roundwise.errors import CalibrationError, ConfigError
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
-from roundwise.model.build import arguments, context_length
+from roundwise.model.build import context_length, forward_kwargs
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
 from roundwise.model.rotate import rotated_checkpoint
 from roundwise.model.streamed import StreamedModel, open_streamed_model
@@ -103,7 +103,7 @@ class RunPlan:
         return replace(self, memory=self.plan_memory(mode), threads=threads)
 
     def plan_memory(self, mode: Mode | None) -> MemoryPlan:
-        """What the run would hold in a mode; None: in the mode that memory allows."""
+        """Plans the memory of the run in a mode; None: in the mode that memory allows."""
         return _plan_memory(
             self.streamed, self.config, self.calibration, self.ranks, mode=mode, budget=self.budget
         )
@@ -172,7 +172,7 @@ def _open(
 ) -> tuple[StreamedModel, CallTrace, list[str]]:
     """The model to quantize, which layers its forward calls, and notes about its files."""
     streamed = open_streamed_model(local_folder(model), lm_head=config.lm_head, device=device)
-    notes = streamed.notes
+    notes = streamed.warnings
     if config.rotate:
         rotated = rotated_checkpoint(streamed.checkpoint, config.rotation_seed)
         streamed = open_streamed_model(rotated, lm_head=config.lm_head, device=device)
@@ -266,7 +266,7 @@ def _calibration(
             f"{config.method} needs calibration text: --calibration FILE, a named set such as "
             "python-stdlib or wikitext2, or self: text that the model writes"
         )
-    arguments(streamed.model, torch.zeros(1, 1, dtype=torch.int64))  # refuses other input than text
+    forward_kwargs(streamed.model, torch.zeros(1, 1, dtype=torch.int64))  # refuses other input than text
     limit = context_length(streamed.model.config) or windows.seq_len
     widest = max(
         weight_of(linear).shape[1] for block in streamed.blocks for linear in block.linears.values()

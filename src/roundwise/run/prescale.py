@@ -1,7 +1,7 @@
-"""Activation-aware scales while a run goes on: found for a group, put into its norm and its weights.
+"""Prescaling in a run: finds activation-aware scales for a group and folds them into its norm.
 
-The running model keeps its norms: its linears get what the scaled and quantized weights stand for on the
-unscaled input. Only what is written is scaled.
+Only the written tensors are scaled. The running model keeps its norms: its linears get the quantized
+weights divided by the scales again, which fit the unscaled input.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from roundwise.system.device import HOST
 
 @dataclass(frozen=True)
 class NormScaling:
-    """Scales of one group's input channels; without `s`, none."""
+    """Scales of a group's input channels; the default has none and changes nothing."""
 
     s: torch.Tensor | None = None
-    """float64 [in]: the columns of W are multiplied by them, the norm's gains divided."""
+    """float64 [in]: multiplies the columns of W and divides the norm's gains."""
     norm: ScalableNorm | None = None
     ratio: float = 0.0
+    """Exponent of the activation sizes; see `core.activation_scales`."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    """The norm's tensors as they are to be written."""
+    """Scaled tensors of the norm, to be written."""
 
     def apply(self, W: torch.Tensor) -> torch.Tensor:
-        """W diag(s), float32; W itself without scales."""
+        """Returns W diag(s) in float32 for W [out, in]; without scales, W itself."""
         return W if self.s is None else (W.to(torch.float64) * self.s).to(torch.float32)
 
     def undo(self, Q: torch.Tensor) -> torch.Tensor:
-        """Q diag(1/s) in the type of Q."""
+        """Returns Q diag(1/s) for Q [out, in], in the dtype of Q."""
         return Q if self.s is None else (Q.to(torch.float64) / self.s).to(Q.dtype)
 
     def record(self, name: str) -> PrescaleRecord | None:
-        """The scales that linear `name` shares with its norm; None: it has none."""
+        """Returns the record of the scales that the linear `name` shares with its norm, if any."""
         if self.norm is None:
             return None
         weight, axis = self.norm.readers[name]
@@ -53,7 +54,11 @@ class NormScaling:
 
 
 class Prescaler:
-    """Finds scales for groups of linears that a norm feeds.
+    """Finds scales for groups of linears that read the output of a norm.
+
+    Args:
+        streamed: the model.
+        config: settings.
 
     Raises:
         ConfigError: see `scalable_norms`.
@@ -64,43 +69,48 @@ class Prescaler:
         self._norms = {frozenset(n.readers): n for n in scalable_norms(streamed.checkpoint)}
 
     def issues(self) -> list[str]:
-        """A line for each norm that gets no scales because a layer behind it stays as it is."""
-        found = []
+        """Returns a line for each norm that gets no scales because a reader of it is not quantized."""
+        issues = []
         for readers in self._norms:
-            kept = sorted(name for name in readers if self._config.for_module(name) is None)
-            if 0 < len(kept) < len(readers):
-                others = ", ".join(sorted(readers - set(kept)))
-                found.append(
-                    f"{others} not prescaled: {kept[0]} has the same input and stays as it is"
+            skipped = sorted(name for name in readers if self._config.for_module(name) is None)
+            if 0 < len(skipped) < len(readers):
+                others = ", ".join(sorted(readers - set(skipped)))
+                issues.append(
+                    f"{others} not prescaled: {skipped[0]} has the same input and is not quantized"
                 )
-        return found
+        return issues
 
     def search(self, block: Block, names: Sequence[str], H: torch.Tensor) -> NormScaling:
-        """Scales for the linears `names`, which read one input with Hessian H; maybe none.
+        """Returns the best scales for linears that read one input; it may be none.
 
-        None where no norm feeds just these linears, where one of them is left as it is, and where no
-        scales round better than none.
+        There are none if no norm is read by exactly these linears, if one of them is not quantized, or
+        if no scales reduce the loss.
+
+        Args:
+            block: the block of the linears, with its weights loaded.
+            names: the linears.
+            H: Hessian [in, in] of their input.
         """
         norm = self._norms.get(frozenset(names))
         settings = [self._config.for_module(name) for name in names]
-        open_damping = Damping()  # chosen later, on the scaled input
+        default = Damping()  # damp_percent=auto is chosen later, on the scaled input
         weights = [
-            (weight_of(block.linears[name]), open_damping.settle(each))
+            (weight_of(block.linears[name]), default.settle(each))
             for name, each in zip(names, settings, strict=True)
             if each is not None
         ]
         if norm is None or len(weights) < len(names):
             return NormScaling()
         try:
-            found = search_scales(weights, H)
-        except SingularError:  # the solver meets it too, and says so
+            best = search_scales(weights, H)
+        except SingularError:  # the solver fails too, and reports it
             return NormScaling()
-        if found.ratio == 0.0:
+        if best.ratio == 0.0:
             return NormScaling()
         tensors = self._checkpoint.tensors
-        s = norm.storable(tensors[norm.weight].read(), found.s.to(HOST))
-        changed = {
-            name: change.rows(tensors[name].read()).to(tensors[name].read().dtype)
-            for name, change in norm.changes(s).items()
+        s = norm.storable_scales(tensors[norm.weight].read(), best.s.to(HOST))
+        scaled = {
+            name: transform.apply(tensors[name].read()).to(tensors[name].read().dtype)
+            for name, transform in norm.transforms(s).items()
         }
-        return NormScaling(s.to(H.device), norm, found.ratio, changed)
+        return NormScaling(s.to(H.device), norm, best.ratio, scaled)

@@ -51,7 +51,7 @@ class Reproduction:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """How the run of a manifest was made."""
+    """Model, text and settings of the run that made a manifest."""
 
     config: QuantizeConfig
     model: str
@@ -120,7 +120,7 @@ def reproduce(
 
 
 def read_recorded_run(file: Path, record: Manifest) -> RecordedRun:
-    """How the run of a manifest was made.
+    """Reads model, text and settings of the run that made a manifest.
 
     Raises:
         CheckpointError: it is damaged, of an older version, or the text was a Python list.

@@ -1,4 +1,4 @@
-"""Where a stopped run resumes: the output folder locked, its finished blocks checked, batches saved."""
+"""Resuming: locks the output folder, checks its finished blocks, and saves what the next run needs."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ class WritePace:
         self._last, self._cost = time.monotonic(), 0.0
 
     def due(self) -> bool:
-        """Whether it is time to write again; the first time always."""
+        """Returns True when it is time to write again; the first time always."""
         return time.monotonic() - self._last >= PACE * self._cost
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Issues: what cannot be done as asked, found before work begins or read off the record of each layer.
 
-With `strict` an issue is an error; otherwise it is one of the last lines of a run. Advice (few samples, a
-text that repeats itself) is not an issue: there, everything is done as asked. This module computes
+With `strict` an issue is an error; otherwise it is one of the last lines of a run. Advice (few samples,
+a text that repeats itself) is not an issue: there, everything is done as asked. This module computes
 nothing; it compares what was asked for with what is there.
 """
 

@@ -1,8 +1,8 @@
-"""Several processes that share one run: `torchrun --nproc-per-node N -m roundwise quantize …`.
+"""Ranks: several processes that share one run, started by `torchrun --nproc-per-node N -m roundwise …`.
 
-Calibration batches are dealt out; what is summed up over them is summed up over all ranks; each rank
-solves its share of every weight's rows, and all get the whole weight. The first rank decides and writes.
-What goes from rank to rank is numbers and JSON, no pickles. One process alone is the only rank.
+Calibration batches are split over the ranks and their sums are all-reduced. Each rank solves its share
+of the rows of every weight, and all gather the whole weight. The first rank decides and writes. Ranks
+exchange numbers and JSON, no pickles. A process that runs alone is the only rank.
 """
 
 from __future__ import annotations
@@ -17,41 +17,35 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from roundwise.errors import ConfigError, RunError
+from roundwise.errors import ConfigError, RunError, first_line
 from roundwise.system.device import HOST, device_count
 from roundwise.system.timer import timer
 
 T = TypeVar("T")
 
-#: How long a rank waits for the others. The longest wait is that for the first one's audit, at the end.
-#: A rank that dies is noticed at once.
+#: Maximum time that a rank waits for the others. The longest wait is for the first rank's audit at the
+#: end. A rank that dies is noticed at once.
 TIMEOUT = timedelta(hours=2)
 
 
 class Ranks:
-    """The processes of a run, seen from one of them.
+    """The ranks of a run, as seen from one of them.
 
     Args:
-        rank: number of this one.
-        count: of all.
-        local: of those on this machine, which share its memory.
+        rank: number of this rank.
+        count: number of ranks.
+        local: number of ranks on this machine, which share its memory.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, local: int = 1) -> None:
         self.rank, self.count, self.local = rank, count, local
-
-    @property
-    def is_first(self) -> bool:
-        """This one decides and writes."""
-        return self.rank == 0
-
-    @property
-    def is_single(self) -> bool:
-        """There is no other."""
-        return self.count == 1
+        self.is_first = rank == 0
+        """True for the rank that decides and writes."""
+        self.is_single = count == 1
+        """True if there is no other rank."""
 
     def local_device(self, device: torch.device) -> torch.device:
-        """This rank's own device: of several GPUs in a machine each rank has one, in turn."""
+        """Returns this rank's device: the GPUs of a machine are assigned to its ranks in turn."""
         if device.type == "cpu" or device.index is not None or self.is_single:
             return device
         return torch.device(
@@ -59,24 +53,28 @@ class Ranks:
         )
 
     def processes_sharing(self, device: torch.device) -> int:
-        """How many ranks share the memory of a device."""
+        """Returns the number of ranks that share the memory of a device."""
         if device.type == "cpu":
             return self.local
         return -(-self.local // device_count(device))
 
     def shard(self, items: Sequence[T]) -> Mapping[int, T]:
-        """This rank's part of what is dealt out, by its number among all."""
+        """Returns this rank's share of `items`: index in `items` -> item."""
         return {i: items[i] for i in range(self.rank, len(items), self.count)}
 
     def row_range(self, total: int) -> slice:
-        """This rank's part of so many rows."""
-        return self._rows(self.rank, total)
+        """Returns this rank's share of `total` rows; it may be empty."""
+        return self._row_range_of(self.rank, total)
 
-    def _rows(self, rank: int, total: int) -> slice:
+    def _row_range_of(self, rank: int, total: int) -> slice:
         return slice(total * rank // self.count, total * (rank + 1) // self.count)
 
     def broadcast_object(self, decide: Callable[[], T]) -> T:
-        """What the first rank decides, for all; JSON values. The others do not call `decide`."""
+        """Returns, on every rank, what `decide` returns on the first rank.
+
+        Args:
+            decide: returns JSON values; called on the first rank only.
+        """
         if self.is_single:
             return decide()
         text = json.dumps(decide()).encode() if self.is_first else b""
@@ -89,7 +87,7 @@ class Ranks:
         return json.loads(data.numpy().tobytes())  # type: ignore[no-any-return]
 
     def all_gather_object(self, value: T) -> list[T]:
-        """What each rank has, for all, in their order; JSON values."""
+        """Returns every rank's `value`, in the order of ranks; JSON values."""
         if self.is_single:
             return [value]
         text = json.dumps(value).encode()
@@ -104,7 +102,7 @@ class Ranks:
         ]
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Adds up tensors of one shape over all ranks, in place; those of a GPU on their hosts."""
+        """Sums a tensor over all ranks, in place, and returns it; GPUs exchange via their hosts."""
         if not self.is_single:
             host = values.to(HOST)
             with _collective():
@@ -113,28 +111,32 @@ class Ranks:
         return values
 
     def all_reduce_max(self, *values: int) -> list[int]:
-        """The largest of each number over all ranks."""
-        found = torch.tensor(values)
+        """Returns the maximum of each value over all ranks."""
+        largest = torch.tensor(values)
         if not self.is_single:
             with _collective():
-                distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        return found.tolist()
+                distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+        return largest.tolist()
 
     def all_gather_rows(self, part: torch.Tensor, total: int) -> torch.Tensor:
-        """The whole of a tensor [total, ...] of which each rank has its `rows`."""
+        """Returns the whole of a tensor [total, ...] from the rows that each rank has.
+
+        Args:
+            part: this rank's rows, those of `row_range(total)`.
+            total: rows of the whole tensor.
+        """
         if self.is_single:
             return part
-        # In bytes: not every type can be sent. Parts differ by a row, so all are made as long.
-        most = -(-total // self.count)
-        padded = torch.zeros(most, *part.shape[1:], dtype=part.dtype)
+        # As bytes, because not every dtype can be sent; padded to one length, because shares differ by
+        # up to one row.
+        longest = -(-total // self.count)
+        padded = torch.zeros(longest, *part.shape[1:], dtype=part.dtype)
         padded[: len(part)] = part
         parts = self._gather(padded.contiguous().view(torch.uint8))
-        whole = [each.view(part.dtype).view(padded.shape) for each in parts]
-        spans = [self._rows(rank, total) for rank in range(self.count)]
-        join_process_group = torch.cat(
-            [w[: s.stop - s.start] for w, s in zip(whole, spans, strict=True)]
-        )
-        return join_process_group.to(part.device)
+        tensors = [data.view(part.dtype).view(padded.shape) for data in parts]
+        spans = [self._row_range_of(rank, total) for rank in range(self.count)]
+        rows = [t[: span.stop - span.start] for t, span in zip(tensors, spans, strict=True)]
+        return torch.cat(rows).to(part.device)
 
     def _gather(self, data: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(data) for _ in range(self.count)]
@@ -142,38 +144,39 @@ class Ranks:
             distributed.all_gather(parts, data)
         return parts
 
-    def check_identical(self, found: dict[str, Any]) -> None:
-        """Refuses ranks that would compute otherwise than the first.
+    def check_identical(self, facts: dict[str, Any]) -> None:
+        """Refuses ranks that would compute something else than this one.
+
+        Args:
+            facts: name -> JSON value that must be equal on all ranks.
 
         Raises:
-            ConfigError: naming one and what differs.
+            ConfigError: a rank differs; names it and the first fact that differs.
         """
-        for rank, other in enumerate(self.all_gather_object(found)):
-            wrong = [key for key in other if other[key] != found[key]]
-            if wrong:
-                key = wrong[0]
+        for rank, other in enumerate(self.all_gather_object(facts)):
+            name = next((name for name in other if other[name] != facts[name]), None)
+            if name is not None:
                 raise ConfigError(
-                    f"rank {rank} differs from rank {self.rank} in {key} ({other[key]}, "
-                    f"{found[key]}): all must have the same files, versions and kind of processor"
+                    f"rank {rank} differs from rank {self.rank} in {name} ({other[name]}, "
+                    f"{facts[name]}): all ranks need the same files, versions and kind of processor"
                 )
 
 
 @contextmanager
 def _collective() -> Iterator[None]:
-    """An exchange; one that fails means that another rank has ended, or cannot be reached."""
+    """Context manager around an exchange between ranks: times it, and explains its failure."""
     try:
         with timer.phase("exchange"):
             yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:120]
         raise RunError(
-            f"another rank has ended or does not answer ({reason}); finished blocks are kept: run the "
-            "same command again to go on, with as many ranks as you like"
+            f"another rank has ended or does not answer ({first_line(error)[:120]}); finished blocks "
+            "are kept: run the same command again to resume, with any number of ranks"
         ) from error
 
 
 def current_ranks() -> Ranks:
-    """The ranks that this process is one of: itself, unless torch.distributed was set up."""
+    """Returns the ranks of this process group; a single rank if torch.distributed is not set up."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return Ranks()
     count = distributed.get_world_size()
@@ -182,7 +185,7 @@ def current_ranks() -> Ranks:
 
 @contextmanager
 def join_process_group() -> Iterator[Ranks]:
-    """Joins the other ranks while the block runs, where torchrun started this process."""
+    """Context manager: joins the other ranks if torchrun started this process."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         yield current_ranks()
         return

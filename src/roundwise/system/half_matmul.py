@@ -1,16 +1,17 @@
-"""Half precision on the CPU: products that torch computes slowly there, or never forgets.
+"""Half-precision (bf16, fp16) matmuls on the CPU, faster than torch's or with bounded memory.
 
-Where a CPU has no instructions for such products (x86 before AVX-512: most laptops), torch multiplies
-element by element, at a tenth of float32's speed. Widening the operands for the product loses nothing:
-it is what the instructions do, sums in float32 and one rounding at the end.
+A CPU without instructions for them (x86 before AVX-512: most laptops) multiplies element by element, at
+a tenth of float32's speed. There the operands are converted to float32 for the product. Nothing is
+lost: the instructions do the same, they sum in float32 and round once at the end.
 
-Where it has them, oneDNN compiles a program for each shape and keeps it: a megabyte for each number of
-tokens that an expert has ever seen, gigabytes for a mixture. Such inputs are filled up to few sizes.
+On a CPU with such instructions, oneDNN compiles and caches a kernel for each shape: a megabyte for each
+number of tokens that an expert has ever seen, gigabytes for a mixture of experts. There the inputs of
+experts are padded to a few sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -19,26 +20,38 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 HALF = (torch.bfloat16, torch.float16)
-#: Rows from which on widening a weight costs less than it gains.
-FEW = 8
-#: Rows of a linear layer's input that are widened at a time.
-ROWS = 1024
+#: Fewest rows of an input for which converting the weight to float32 pays off.
+MIN_ROWS = 8
+#: Rows of a linear layer's input that are converted at a time.
+ROWS_AT_A_TIME = 1024
 
 
 def cpu_half_matmul() -> CpuHalfMatmul:
-    """While it is entered, half precision on the CPU is multiplied as this processor does it best.
+    """Context manager: runs bf16/fp16 matmuls in float32 on CPUs without native support for them.
 
-    Large products are computed in float32 where it does not multiply the type itself; where it does,
-    the tokens of an expert are filled up to one of few numbers. The calling thread's alone.
+    For a type with native support, the inputs of experts are padded to a few sizes instead. Affects the
+    calling thread only.
     """
     return CpuHalfMatmul(frozenset(dtype for dtype in HALF if not has_native_matmul(dtype)))
+
+
+def needs_half_matmul(dtypes: Iterable[torch.dtype], device: torch.device, *, ragged: bool) -> bool:
+    """Returns True if `cpu_half_matmul` changes anything in a model's forward.
+
+    Args:
+        dtypes: dtypes of the model's weights.
+        device: device that runs the model.
+        ragged: the model has layers whose number of tokens varies, as that of experts does.
+    """
+    half = {*dtypes}.intersection(HALF) if device.type == "cpu" else set()
+    return any(ragged or not has_native_matmul(dtype) for dtype in half)
 
 
 class outside_model:  # noqa: N801  # a context manager that reads like a function
     """Context manager: switches `cpu_half_matmul` off for code that runs inside a model's forward.
 
-    Hooks that sum up activations are not the model's: they need none of its matmuls changed, and each of
-    their torch calls would pass through Python twice. A no-op where `cpu_half_matmul` is not on.
+    Hooks that sum up activations need no change of their matmuls, and each of their torch calls would
+    pass through Python twice. A no-op where `cpu_half_matmul` is not on.
     """
 
     def __enter__(self) -> None:
@@ -54,7 +67,11 @@ class outside_model:  # noqa: N801  # a context manager that reads like a functi
 
 @cache
 def has_native_matmul(dtype: torch.dtype) -> bool:
-    """Torch has fast products of this type on this CPU: those of oneDNN."""
+    """Returns True if oneDNN, and so torch, has fast products of `dtype` on this CPU.
+
+    Args:
+        dtype: bfloat16 or float16.
+    """
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     try:
         return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
@@ -63,73 +80,81 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
 
 
 class CpuHalfMatmul(TorchFunctionMode):
-    """Products of the `narrow` types in float32; those of the other half-precision type, filled up."""
+    """Torch function mode that replaces half-precision matmuls on the CPU.
 
-    def __init__(self, narrow: frozenset[torch.dtype]) -> None:
+    Args:
+        in_float32: the half-precision types whose products are computed in float32. With the other
+            half-precision types, the inputs of experts are padded.
+    """
+
+    def __init__(self, in_float32: frozenset[torch.dtype]) -> None:
         super().__init__()
-        self.narrow = narrow
+        self.in_float32 = in_float32
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """`func`, or what stands for it."""
+        """Calls `func`, or its replacement."""
         kwargs = kwargs or {}
-        product = PRODUCTS.get(func)
-        if product is None or "out" in kwargs:
+        replacement = REPLACEMENTS.get(func)
+        if replacement is None or "out" in kwargs:
             return func(*args, **kwargs)
         # The first matrix; a bias may stand before it.
         x = next((a for a in args if isinstance(a, torch.Tensor) and a.ndim > 1), None)
         if x is None or x.dtype not in HALF or x.device.type != "cpu":
             return func(*args, **kwargs)
-        if x.dtype not in self.narrow:
-            # Only experts take tokens without an axis for texts; their number differs every time.
+        if x.dtype not in self.in_float32:
+            # Only experts take tokens without a batch dimension; their number differs every time.
             varies = func is functional.linear and x.ndim == 2
             return (_padded_linear if varies else func)(*args, **kwargs)
-        if x.numel() < FEW * x.shape[-1]:
+        if x.numel() < MIN_ROWS * x.shape[-1]:
             return func(*args, **kwargs)
-        return product(func, self.narrow, *args, **kwargs)
+        return replacement(func, self.in_float32, *args, **kwargs)
 
 
 def padded_rows(rows: int) -> int:
-    """The least of few numbers that is not below `rows`: eight between a power of two and the next."""
-    step = max(FEW, 1 << max(0, (rows - 1).bit_length() - 4))
+    """Returns the next larger of a few sizes: eight between a power of two and the next."""
+    step = max(MIN_ROWS, 1 << max(0, (rows - 1).bit_length() - 4))
     return -(-rows // step) * step
 
 
 def _padded_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A linear layer whose input is filled up with zeros; a row's result does not depend on others."""
-    more = padded_rows(len(x)) - len(x)
-    if not more:
+    """A linear layer whose input is padded with zero rows; rows do not depend on one another."""
+    padding = padded_rows(len(x)) - len(x)
+    if not padding:
         return functional.linear(x, weight, bias)
-    return functional.linear(functional.pad(x, (0, 0, 0, more)), weight, bias)[: len(x)]
+    return functional.linear(functional.pad(x, (0, 0, 0, padding)), weight, bias)[: len(x)]
 
 
-def _linear(
-    func: Any, narrow: frozenset[torch.dtype], x: torch.Tensor, weight: torch.Tensor,
+def _float32_linear(
+    func: Any, in_float32: frozenset[torch.dtype], x: torch.Tensor, weight: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """A linear layer; its input is widened in parts, which may be much larger than its weight."""
+    """A linear layer in float32; converts its input, which may be far larger than W, in parts."""
     W, b = weight.float(), None if bias is None else bias.float()
     rows = x.reshape(-1, x.shape[-1])
-    parts = [func(part.float(), W, b).to(x.dtype) for part in torch.split(rows, ROWS)]
+    parts = [func(part.float(), W, b).to(x.dtype) for part in torch.split(rows, ROWS_AT_A_TIME)]
     return torch.cat(parts).view(*x.shape[:-1], len(W))
 
 
-def _widened(func: Any, narrow: frozenset[torch.dtype], *args: Any, **kwargs: Any) -> Any:
-    """Any other product: all operands widened."""
+def _float32_product(
+    func: Any, in_float32: frozenset[torch.dtype], *args: Any, **kwargs: Any
+) -> Any:
+    """Any other product, with all operands converted to float32."""
     dtype = next(a.dtype for a in args if isinstance(a, torch.Tensor))
 
-    def wide(a: Any) -> Any:
-        return a.float() if isinstance(a, torch.Tensor) and a.dtype in narrow else a
+    def convert(a: Any) -> Any:
+        return a.float() if isinstance(a, torch.Tensor) and a.dtype in in_float32 else a
 
-    result = func(*map(wide, args), **{name: wide(a) for name, a in kwargs.items()})
+    result = func(*map(convert, args), **{name: convert(a) for name, a in kwargs.items()})
     return result.to(dtype)
 
 
-PRODUCTS: dict[Any, Callable[..., Any]] = {
-    functional.linear: _linear,
+#: Torch function -> its replacement in float32.
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    functional.linear: _float32_linear,
     **dict.fromkeys(
         (
             functional.scaled_dot_product_attention, functional.conv1d, functional.conv2d,
@@ -137,6 +162,6 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {
             torch.bmm, torch.Tensor.bmm, torch.addmm, torch.Tensor.addmm, torch.baddbmm,
             torch.Tensor.baddbmm,
         ),
-        _widened,
+        _float32_product,
     ),
 }  # fmt: skip

@@ -1,9 +1,8 @@
-"""How much memory there is and is held, and how much the C library keeps."""
+"""Memory: sizes as text, how much is available and in use, and how much freed memory glibc keeps."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import resource
 import sys
@@ -12,37 +11,44 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roundwise.config import Mode
+import psutil
+
 from roundwise.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-#: glibc's numbers for its options.
+#: glibc's numbers of the options of mallopt.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-#: From which size on a tensor is returned to the system as soon as it is freed: as a rule, and while
-#: solving, whose temporaries (core.solver.ROW_WORKSPACE entries) are below it and what is kept above.
+#: Allocations of at least this many bytes return to the system as soon as they are freed: normally, and
+#: while solving, whose temporaries (core.solver.ROW_WORKSPACE entries) are smaller and whose results are
+#: larger.
 LARGE, LARGE_SOLVING = 1 << 20, 6 << 20
-#: glibc's own settings of the others, and what switches both off.
-TRIM, MAPPED, NEVER, NONE = 128 << 10, 1 << 16, (1 << 31) - 1, 0
+#: glibc's defaults of M_TRIM_THRESHOLD and M_MMAP_MAX, and the values that keep all freed memory.
+DEFAULT_TRIM_THRESHOLD, DEFAULT_MMAP_MAX = 128 << 10, 1 << 16
+NEVER_TRIM, NO_MMAP = (1 << 31) - 1, 0
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGT", start=1)}
 
 
 def parse_size(text: str | int | None) -> int | None:
-    """Bytes of a size such as 8GB, 512MiB or 900M; None stays None."""
+    """Returns the bytes of a size such as 8GB, 512MiB or 900M; None for None.
+
+    Raises:
+        ConfigError: the text is not a size.
+    """
     if text is None or isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?)B?\s*", text, flags=re.IGNORECASE)
     unit = match[2].upper().replace("I", "i") if match else "?"
     if match is None or unit not in UNITS:
-        raise ConfigError(f"{text!r} is no size: write it as 8GB, 512MiB or 900MB")
+        raise ConfigError(f"{text!r} is not a size (try 8GB, 512MiB or 900MB)")
     return int(float(match[1]) * UNITS[unit])
 
 
 def format_size(nbytes: int) -> str:
-    """Bytes for people: 4.6 MB."""
+    """Returns a size in bytes as text, such as "4.6 MB"."""
     value = float(nbytes)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -51,35 +57,25 @@ def format_size(nbytes: int) -> str:
     return f"{value:.1f} TB"
 
 
-def parse_mode(text: str | None) -> Mode | None:
-    """A mode by its name; None stays None.
-
-    Raises:
-        ConfigError: another name.
-    """
-    if text not in (None, "true_sequential", "block"):
-        raise ConfigError(f"mode={text!r} is not supported: use true_sequential or block")
-    return text  # type: ignore[return-value]  # just checked
-
-
 def available_memory(device: torch.device | None = None) -> int:
-    """Bytes of memory that are free, or can be made free, where a device computes; None: the CPU."""
+    """Returns the bytes that a device can still allocate without swapping; None: the CPU."""
     if device is not None and device.type != "cpu":
         from roundwise.system.device import free_memory
 
         return free_memory(device)
-    try:
-        with Path("/proc/meminfo").open(encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+    return int(psutil.virtual_memory().available)
+
+
+def resident_bytes() -> int:
+    """Returns the resident memory of this process in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss() -> int:
-    """Largest resident size of this process so far, in bytes.
+    """Returns the peak resident memory of this process so far, in bytes.
 
-    Linux's getrusage is not asked: a new process begins with the peak of the one that started it.
+    On Linux, getrusage is only a fallback: a new process inherits the peak of the one that started it.
+    psutil reports no peak there.
     """
     try:
         with Path("/proc/self/status").open(encoding="ascii") as file:
@@ -91,38 +87,32 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident_bytes() -> int:
-    """Bytes of memory that this process holds now; its peak so far where that is not known."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * int(os.sysconf("SC_PAGE_SIZE"))
-    except OSError:
-        return peak_rss()
-
-
 def release_large_blocks() -> None:
-    """Has the C library return large tensors to the system as soon as they are freed (glibc).
+    """Makes the C library return large tensors to the system as soon as they are freed (glibc).
 
-    Left alone it raises its limit for that to 32 MB as tensors come and go, and the holes that batches
-    leave behind when they go on one after another add up to as much memory as they fill.
+    By default glibc raises its threshold for that up to 32 MB as tensors come and go. The holes that
+    batches then leave behind, as they resume one after another, take as much memory as their tensors.
     """
-    _mallopt(M_MMAP_MAX, MAPPED)
-    _mallopt(M_TRIM_THRESHOLD, TRIM)
+    _mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
+    _mallopt(M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD)
     _mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 @contextmanager
-def keep_freed_memory(wanted: bool) -> Iterator[None]:
-    """Keeps all freed memory for the next tensor, if that is wanted; returns it in the end.
+def keep_freed_memory(enabled: bool) -> Iterator[None]:
+    """Context manager: keeps all freed memory for the next tensors, and returns it at the end.
 
-    The system clears every page that it gives: a fifth of a run goes into that where activations come
-    from it anew each time, and a fifth more memory into holes where they do not.
+    The system clears every page that it hands out. If activations get new pages each time, a fifth of a
+    run is spent on that; if freed memory is kept, holes take a fifth more memory.
+
+    Args:
+        enabled: False makes this a no-op.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
-    _mallopt(M_MMAP_MAX, NONE)
-    _mallopt(M_TRIM_THRESHOLD, NEVER)
+    _mallopt(M_MMAP_MAX, NO_MMAP)
+    _mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
     try:
         yield
     finally:
@@ -132,7 +122,10 @@ def keep_freed_memory(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def reuse_small_blocks() -> Iterator[None]:
-    """Keeps freed memory for the next tensor: for work that makes and drops many of one size."""
+    """Context manager: keeps freed tensors below `LARGE_SOLVING` for reuse.
+
+    For work that allocates and frees many tensors of one size.
+    """
     _mallopt(M_MMAP_THRESHOLD, LARGE_SOLVING)
     try:
         yield
@@ -148,7 +141,7 @@ def _mallopt(option: int, value: int) -> None:
 
 
 def trim_heap() -> None:
-    """Returns freed memory to the system, where the C library can: glibc keeps it otherwise."""
+    """Returns freed memory to the system; glibc keeps it otherwise. A no-op with other C libraries."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

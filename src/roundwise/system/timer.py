@@ -1,6 +1,6 @@
-"""Where the time of a run goes: seconds by phase, each moment counted once.
+"""PhaseTimer: seconds of a run by phase.
 
-A phase inside another one takes its time away from the outer one, so the sum is the whole.
+Time inside a nested phase counts for that phase only, so all phases add up to the whole.
 """
 
 from __future__ import annotations
@@ -13,42 +13,43 @@ from roundwise.system.device import HOST, synchronize
 
 
 class PhaseTimer:
-    """Adds up seconds by name of phase. One thread only, as the pipeline is."""
+    """Adds up seconds by phase name. Not thread-safe: a run does all its work on one thread."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._inside: list[str] = []
-        self._since = 0.0
+        self._open_phases: list[str] = []
+        self._lap_start = 0.0
         self.device = HOST
-        """Where the work is done: a phase ends when it is."""
+        """Device that computes: it is synchronized where a phase begins and ends."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the time of this block for `name`, not for the phase around it."""
+        """Context manager: counts the time of its body for `name`, not for the enclosing phase."""
         self._lap()
-        self._inside.append(name)
+        self._open_phases.append(name)
         try:
             yield
         finally:
             self._lap()
-            self._inside.pop()
+            self._open_phases.pop()
 
     def add(self, name: str, seconds: float) -> None:
-        """Counts time that was measured otherwise."""
+        """Adds time that was measured elsewhere."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _lap(self) -> None:
+        """Adds the time since the last call to the innermost open phase."""
         synchronize(self.device)
         now = time.perf_counter()
-        if self._inside:
-            self.add(self._inside[-1], now - self._since)
-        self._since = now
+        if self._open_phases:
+            self.add(self._open_phases[-1], now - self._lap_start)
+        self._lap_start = now
 
     def take(self) -> dict[str, float]:
-        """What was added up since the last call."""
+        """Returns the seconds by phase since the last call, and resets them."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 
 
-#: The one that everybody uses.
+#: The timer of this process.
 timer = PhaseTimer()

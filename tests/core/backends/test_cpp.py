@@ -1,12 +1,10 @@
-"""The native extension gives the codes of plain torch, on every instruction set this machine has."""
+"""The C++ extension gives the codes of plain torch, with every instruction set of this processor."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,30 +16,8 @@ from roundwise import QuantizeConfig, QuantizedWeight, solve
 from roundwise.core.backends import cpp
 from roundwise.core.quantized_weight import codes_per_block, pack
 from roundwise.errors import NumericalError
-from tests.core.test_solver import layer
-
-module, status = cpp.load()
-SETS = module.instruction_sets() if module else []
-needs_native = pytest.mark.skipif(
-    module is None, reason=f"needs the native extension: {status.reason}"
-)
-
-
-@contextmanager
-def using(name: str | None) -> Iterator[None]:
-    """Computes with one instruction set, or with plain torch (None)."""
-    if name is None:
-        loaded, cpp.load = cpp.load, lambda: (None, cpp.Status(None, "test"))
-        try:
-            yield
-        finally:
-            cpp.load = loaded
-        return
-    module.use(name)
-    try:
-        yield
-    finally:
-        module.use(SETS[0])
+from tests.core.native import SETS, module, needs_native, using
+from tests.core.problems import layer
 
 
 def solved(name: str | None, *args: Any, **kwargs: Any) -> QuantizedWeight:
@@ -50,7 +26,7 @@ def solved(name: str | None, *args: Any, **kwargs: Any) -> QuantizedWeight:
 
 
 def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
-    """Equal weights. Codes may differ where grids are equal: turned around, or shifted by a code."""
+    """Equal weights. Codes may differ where grids are equal: flipped, or shifted by a code."""
     return torch.equal(one.g_idx, other.g_idx) and torch.equal(one.dequantize(), other.dequantize())
 
 
@@ -112,15 +88,15 @@ def test_float32_loses_nothing(name: str) -> None:
 def test_threads_do_not_matter() -> None:
     W, H = layer(6, rows=100, width=128)
     threads = torch.get_num_threads()
-    found = []
+    solutions = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            found.append(solve(W, H))
+            solutions.append(solve(W, H))
     finally:
         torch.set_num_threads(threads)
-    assert same(found[0], found[1])
-    assert same(found[0], found[2])
+    assert same(solutions[0], solutions[1])
+    assert same(solutions[0], solutions[2])
 
 
 @needs_native
@@ -131,6 +107,29 @@ def test_packs_like_torch(bits: int, rows: int) -> None:
     with using(None):
         expected = pack(codes, bits)
     assert torch.equal(pack(codes, bits), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "m", "n"), [(1, 1, 1), (7, 5, 70), (300, 37, 129), (513, 200, 64), (1030, 96, 96)]
+)
+def test_native_sums_equal_the_plain_product(
+    name: str, dtype: torch.dtype, tokens: int, m: int, n: int
+) -> None:
+    with using(name):
+        if cpp.product_dtype(dtype) is None:
+            pytest.skip(f"needs an instruction for {dtype} in {name}")
+        generator = torch.Generator().manual_seed(tokens)
+        A, B = (torch.randn(tokens, k, generator=generator).to(dtype) for k in (m, n))
+        C = torch.ones(m, n)
+        cpp.add_moment(C, A, B, lower=False)
+        torch.testing.assert_close(C.double(), A.double().T @ B.double() + 1, rtol=1e-5, atol=1e-4)
+        H = torch.zeros(m, m)
+        cpp.add_moment(H, A, A, lower=True)
+        exact = A.double().T @ A.double()
+        torch.testing.assert_close(H.tril().double(), exact.tril(), rtol=1e-5, atol=1e-4)
 
 
 @needs_native

@@ -1,7 +1,7 @@
-"""The solver's Triton programs find the codes of plain torch.
+"""The solver's Triton programs give the codes of plain torch.
 
-Where there is no CUDA device they run in Triton's interpreter: slow, but the same programs. That they
-are machine code for a GPU too is tested by compiling them for one.
+Without a CUDA device they run in Triton's interpreter: slow, but the same programs. Another test
+compiles them for a GPU.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.backends import cpp, triton
-from roundwise.core.backends.reference import descend, exchange
-from roundwise.core.grid import Grid
-from roundwise.core.grid_search import _candidates, _scores
+from roundwise.core import solver
+from roundwise.core.backends import cpp
+from roundwise.core.backends.base import CodePanel, ColumnGrids
+from roundwise.core.backends.reference import TorchBackend
+from roundwise.core.backends.triton import TritonBackend
+from roundwise.core.grid import Grid, GridSpec
+from roundwise.core.grid_search import candidates
 from roundwise.core.solver import prepare_hessian, solve
 from tests.hopper import compiles
 
@@ -28,15 +31,15 @@ needs_cuda = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA devic
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the native extension, and without what is compared with it."""
+    """Without the native extension, and at first in plain torch."""
     monkeypatch.setattr(cpp, "load", lambda: (None, cpp.Status(None, "test")))
-    monkeypatch.setattr(triton, "usable", lambda _: False)
+    monkeypatch.setattr(solver, "choose_backend", lambda _: TorchBackend())
 
 
 @pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch) -> Any:
+def use_triton(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Switches the programs on."""
-    return lambda: monkeypatch.setattr(triton, "usable", lambda _: True)
+    return lambda: monkeypatch.setattr(solver, "choose_backend", lambda _: TritonBackend())
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,32 +64,35 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch
         {"exchange": 3, "bits": 2, "grid_candidates": 1},
     ],
 )
-def test_a_weight_gets_the_same_codes(settings: dict[str, Any], on: Any) -> None:
+def test_a_weight_gets_the_same_codes(settings: dict[str, Any], use_triton: Any) -> None:
     W, H = problem(18, 64)
     config = QuantizeConfig(**{"group_size": 32, **settings})
     plain = solve(W, H, config)
-    on()
-    found = solve(W, H, config)
+    use_triton()
+    q = solve(W, H, config)
     for name in ("codes", "scales", "zeros", "g_idx"):
-        assert torch.equal(getattr(found, name), getattr(plain, name))
-    assert found.relative_error == pytest.approx(plain.relative_error, rel=1e-5)
+        assert torch.equal(getattr(q, name), getattr(plain, name))
+    assert q.relative_error == pytest.approx(plain.relative_error, rel=1e-5)
 
 
-def test_more_columns_than_a_panel_has(on: Any) -> None:
+def test_more_columns_than_a_panel_has(use_triton: Any) -> None:
     W, H = problem(5, 160)
     config = QuantizeConfig(recipe="textbook", group_size=-1)
     plain = solve(W, H, config)
-    on()
+    use_triton()
     assert torch.equal(solve(W, H, config).codes, plain.codes)
 
 
 @pytest.mark.parametrize("sym", [True, False])
 def test_grids_cost_the_same(sym: bool) -> None:
     W, H = problem(20, 70)  # neither fills its tiles
-    grids = _candidates(W.T, 7, sym=sym, min_zero=1, flip_sign=True)
+    grids = candidates(W.T, GridSpec(3, sym, min_zero=1))
     grids = Grid(*(part[::17] for part in grids))
     D = H.diagonal()
-    torch.testing.assert_close(triton.scores(W.T, D, grids, 7), _scores(W.T, D, grids, 7))
+    scores, plain = (
+        backend.score_grids(W.T, D, grids, 7) for backend in (TritonBackend(), TorchBackend())
+    )
+    torch.testing.assert_close(scores, plain)
 
 
 @pytest.mark.parametrize("moves", [1, 2, 5])
@@ -99,32 +105,26 @@ def test_codes_are_improved_alike(moves: int) -> None:
     grids = Grid(scale, torch.full_like(scale, 4.0))
     index = torch.arange(n, device=DEVICE) // 20
     E = (codes - grids.zero[index]) * scale[index] - W.T
-    plain, found = codes.clone(), codes.clone()
     wide = torch.cat([H, H], dim=1)[:, :n]  # rows that are longer than the panel
-    if moves == 1:
-        moved = descend(wide, H @ E, grids, index, maxq, plain)
-    else:
-        moved = exchange(wide, H @ E, grids, index, maxq, plain, moves)
-    again = triton.descend(wide, H @ E, grids, index, maxq, found, moves)
-    assert torch.equal(found, plain)
-    assert not torch.equal(found, codes)
-    torch.testing.assert_close(again, moved)
-
-
-def test_double_precision_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    assert not triton.usable(torch.zeros(2))
-    if DEVICE.type == "cuda":
-        assert triton.usable(torch.zeros(2, device=DEVICE))
-        assert not triton.usable(torch.zeros(2, device=DEVICE, dtype=torch.float64))
+    panel = CodePanel(wide, ColumnGrids(grids, index, maxq))
+    improved, changes = [], []
+    for backend in (TritonBackend(), TorchBackend()):
+        improved.append(codes.clone())
+        if moves == 1:
+            changes.append(backend.descend(panel, H @ E, improved[-1]))
+        else:
+            changes.append(backend.exchange(panel, H @ E, improved[-1], moves))
+    assert torch.equal(improved[0], improved[1])
+    assert not torch.equal(improved[0], codes)
+    torch.testing.assert_close(changes[0], changes[1])
 
 
 COMPILED = """
 import roundwise.core.backends.triton_kernels as programs
 
 for name, constants in (
-    ("rounding", dict(N=128, R=16)), ("scores", dict(N=64, R=16)),
-    ("descending", dict(N=128, R=16)), ("exchanging", dict(N=1024)),
+    ("round_panel", dict(N=128, R=16)), ("score_grids", dict(N=64, R=16)),
+    ("descend", dict(N=128, R=16)), ("exchange", dict(N=1024)),
 ):
     function = getattr(programs, name)
     numbers = {"n", "rows", "maxq", "moves"}
@@ -135,19 +135,19 @@ for name, constants in (
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-def test_is_machine_code_for_hopper(tmp_path: Path) -> None:
+def test_compiles_for_hopper(tmp_path: Path) -> None:
     compiles(COMPILED, tmp_path)
 
 
 @needs_cuda
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
-def test_large_weights_are_solved_as_well(bits: int, sym: bool, on: Any) -> None:
+def test_large_weights_are_solved_as_well(bits: int, sym: bool, use_triton: Any) -> None:
     W, H = problem(1024, 2048)
     config = QuantizeConfig(bits=bits, sym=sym)
     ready = prepare_hessian(H, config)
     plain = solve(W, ready, config)
-    on()
+    use_triton()
     first, second = (solve(W, ready, config) for _ in range(2))
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.scales, second.scales)

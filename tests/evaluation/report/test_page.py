@@ -165,14 +165,14 @@ def test_what_it_refuses(made, tmp_path, commands):
 
 
 def test_a_page_that_cannot_be_drawn_does_not_fail_the_run(made, monkeypatch, capsys):
-    from roundwise.cli.commands.report import after_run
+    from roundwise.cli.results import write_run_report
 
     def fail(*_):
         raise RuntimeError("no pen")
 
     monkeypatch.setattr("roundwise.evaluation.report.page.render", fail)
-    assert after_run(made[0]) is None
-    assert "no report was written (RuntimeError: no pen)" in capsys.readouterr().err
+    assert write_run_report(made[0]) is None
+    assert "the report could not be written (RuntimeError: no pen)" in capsys.readouterr().err
 
 
 def test_names_from_outside_stay_text():

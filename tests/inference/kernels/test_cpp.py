@@ -1,10 +1,8 @@
-"""Every kernel computes with exactly the weights that the file stands for, and gives them back."""
+"""The C++ kernel computes with exactly the weights that the file holds, and gives them back."""
 
 from __future__ import annotations
 
-import copy
 import itertools
-import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -13,13 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roundwise.core.backends import cpp
-from roundwise.core.quantized_weight import WIDTHS, codes_per_block, pack
-from roundwise.errors import ConfigError
-from roundwise.inference.kernels import dispatch
+from roundwise.core.quantized_weight import WIDTHS, codes_per_block, pack, unpack
 from roundwise.inference.kernels.base import PackedWeight
-from roundwise.inference.kernels.cpp import NativeKernel
-from roundwise.inference.kernels.reference import ReferenceKernel
-from roundwise.inference.quant_linear import QuantLinear
+from roundwise.inference.kernels.cpp import (
+    NativeKernel,
+    activation_order,
+    column_layout,
+    join_tiles,
+    pack_tiles,
+    unpack_tiles,
+)
+from tests.inference.kernels.packed import FLOATS, assert_same_file, random_weight
 
 module, status = cpp.load()
 needs_native = pytest.mark.skipif(
@@ -27,37 +29,11 @@ needs_native = pytest.mark.skipif(
 )
 SETS = module.instruction_sets() if module is not None else []
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def weight_of(
-    seed: int, bits: int, in_features: int, out_features: int, group_size: int, *,
-    sym: bool = True, act_order: bool = False, stored_g_idx: bool = True, zero_offset: int = 1,
-    scales: torch.dtype = torch.float16,
-) -> PackedWeight:  # fmt: skip
-    """A packed weight of random codes, scales of both signs, and zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = -(-in_features // group_size)
-    codes = torch.randint(0, 2**bits, (in_features, out_features), generator=generator)
-    zeros = torch.full((groups, out_features), 2 ** (bits - 1))
-    if not sym:
-        zeros = torch.randint(0, 2**bits, zeros.shape, generator=generator)
-    sizes = torch.rand(groups, out_features, generator=generator) * 0.01 + 0.001
-    sizes *= torch.where(torch.rand(sizes.shape, generator=generator) < 0.2, -1, 1)
-    g_idx = torch.arange(in_features) // group_size
-    if act_order:
-        g_idx = g_idx[torch.randperm(in_features, generator=generator)]
-    stored = ((zeros - zero_offset) & (2**bits - 1)).T.contiguous()
-    return PackedWeight(
-        pack(codes, bits), pack(stored, bits).T.contiguous(), sizes.to(scales),
-        g_idx.to(torch.int32) if stored_g_idx or act_order else None, bits, zero_offset,
-    )  # fmt: skip
-
 
 def right(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight, within: float = 1e-4) -> bool:
-    """Within 1e-4 of float64, relative, and half a unit in the last place of the answer's dtype.
+    """Tells whether y is within 1e-4 of float64, relative, and half a unit in the last place.
 
-    Relative to the size of the terms: they may cancel, and nobody is right about what is left of it.
+    Relative to the size of the terms of the sums: if they cancel, rounding errors are all that is left.
     """
     W = weight.dequantize(torch.float64)
     assert y.shape == (len(x), W.shape[1])
@@ -66,9 +42,7 @@ def right(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight, within: float 
     size = (x.double().square() @ W.square()).sum().sqrt()
     off = (y.double() - exact).norm()
     kind = torch.finfo(y.dtype)
-    least = (
-        kind.smallest_normal * kind.eps / 2 * y.numel() ** 0.5
-    )  # half of what subnormals tell apart
+    least = kind.smallest_normal * kind.eps / 2 * y.numel() ** 0.5  # half a step of subnormals
     return bool(off <= within * size + kind.eps / 2 * exact.norm() + least)
 
 
@@ -88,9 +62,9 @@ def test_every_case(bits: int, sym: bool, act_order: bool, instruction_set: str)
     for (in_features, out_features), group_size, dtype in itertools.product(
         [(128, 64), (96, 32), (1056, 160)], [8, 32, 48, 128, 1056], FLOATS
     ):
-        weight = weight_of(
-            in_features, bits, in_features, out_features, min(group_size, in_features),
-            sym=sym, act_order=act_order,
+        weight = random_weight(
+            bits, in_features, out_features, group_size, seed=in_features, sym=sym,
+            act_order=act_order,
         )  # fmt: skip
         kernel = NativeKernel(weight)
         for rows in (1, 2, 4, 7):
@@ -118,18 +92,14 @@ def test_any_case(
 ) -> None:  # fmt: skip
     block = codes_per_block(bits)
     sym, act_order, stored = flags
-    weight = weight_of(
-        seed, bits, shape[0] * block, shape[1] * block, min(group_size, shape[0] * block),
+    weight = random_weight(
+        bits, shape[0] * block, shape[1] * block, group_size, seed=seed,
         sym=sym, act_order=act_order, stored_g_idx=stored, zero_offset=zero_offset, scales=scales,
     )  # fmt: skip
     kernel = NativeKernel(weight)
-    given_back = kernel.packed()
-    for name in ("qweight", "qzeros", "scales"):
-        assert torch.equal(getattr(given_back, name), getattr(weight, name)), name
-        assert getattr(given_back, name).dtype == getattr(weight, name).dtype
-    assert given_back.g_idx is weight.g_idx
+    assert_same_file(kernel.packed(), weight)
     if dtype == torch.float16 and size < 1e-3:
-        size = 1.0  # below what float16 can say
+        size = 1.0  # too small for float16
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(rows, weight.in_features, generator=generator) * size).to(dtype)
     y = kernel(x)
@@ -143,7 +113,7 @@ def test_any_case(
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_a_row_depends_on_nothing_else(bits: int, instruction_set: str) -> None:
     """Neither on the other rows, nor on their number, nor on the number of threads."""
-    kernel = NativeKernel(weight_of(0, bits, 512, 192, 128, sym=False))
+    kernel = NativeKernel(random_weight(bits, 512, 192, 128, seed=0, sym=False))
     x = torch.randn(1000, 512)
     together, threads = kernel(x), torch.get_num_threads()
     for start, count in [(0, 1), (1, 2), (3, 3), (6, 5), (500, 400), (999, 1)]:
@@ -157,13 +127,13 @@ def test_a_row_depends_on_nothing_else(bits: int, instruction_set: str) -> None:
 
 
 @needs_native
-def test_outliers_cost_no_more_than_their_share() -> None:
-    """They make the integers of their run coarse, and nobody else's."""
-    weight = weight_of(1, 4, 512, 64, 128)
+def test_outliers_affect_only_their_run() -> None:
+    """An outlier makes the integers of its run coarser, but not those of other runs."""
+    weight = random_weight(4, 512, 64, 128, seed=1)
     x = torch.randn(4, 512)
     x[:, 7] = 1000
     assert right(NativeKernel(weight)(x), x, weight, within=2e-4)
-    others, beyond = x.clone(), weight_of(1, 4, 512, 64, 128)
+    others, beyond = x.clone(), random_weight(4, 512, 64, 128, seed=1)
     beyond.scales[0] = 0
     others[:, 7] = 1
     kernel = NativeKernel(beyond)
@@ -174,7 +144,7 @@ def test_outliers_cost_no_more_than_their_share() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_what_is_not_finite_stays_so(value: float, dtype: torch.dtype) -> None:
-    kernel = NativeKernel(weight_of(2, 4, 256, 64, 128))
+    kernel = NativeKernel(random_weight(4, 256, 64, 128, seed=2))
     x = torch.randn(3, 256).to(dtype)
     clean = kernel(x)
     x[1, 200] = value
@@ -185,7 +155,7 @@ def test_what_is_not_finite_stays_so(value: float, dtype: torch.dtype) -> None:
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_answers_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
+def test_results_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
     """One input channel of code 1, zero 0 and scale 4: y is 4 x, infinite where that is too large."""
     codes = torch.zeros(8, 8, dtype=torch.int64)
     codes[0] = 1
@@ -204,8 +174,8 @@ def test_answers_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
 
 
 @needs_native
-def test_takes_any_strides() -> None:
-    weight = weight_of(3, 4, 128, 64, 64)
+def test_any_strides() -> None:
+    weight = random_weight(4, 128, 64, 64, seed=3)
     kernel, x = NativeKernel(weight), torch.randn(128, 6)
     assert torch.equal(kernel(x.T), kernel(x.T.contiguous()))
     assert torch.equal(kernel(x.T[::2]), kernel(x.T.contiguous()[::2]))
@@ -214,121 +184,82 @@ def test_takes_any_strides() -> None:
 @needs_native
 def test_another_width_of_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"roundwise\._native: x"):
-        NativeKernel(weight_of(4, 4, 128, 64, 64))(torch.randn(1, 120))
-
-
-def linear_of(weight: PackedWeight, bias: bool = True) -> QuantLinear:
-    linear = QuantLinear(
-        weight.in_features, weight.out_features, bits=weight.bits, groups=weight.groups, bias=bias,
-        stored_g_idx=weight.g_idx is not None, zero_offset=weight.zero_offset, dtype=torch.float32,
-    )  # fmt: skip
-    tensors = {name: getattr(weight, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
-    if bias:
-        tensors["bias"] = torch.randn(weight.out_features)
-    linear.load_state_dict({name: t for name, t in tensors.items() if t is not None})
-    return linear
-
-
-@pytest.mark.parametrize("kernel", [k.name for k in dispatch.KERNELS])
-class TestAsALayer:
-    """QuantLinear with each kernel."""
-
-    @pytest.fixture
-    def linear(self, kernel: str) -> QuantLinear:
-        weight = weight_of(5, 3, 96, 64, 32, sym=False, act_order=True)
-        reason = dispatch.choose(weight, "reference") and next(
-            k.why_not(weight) for k in dispatch.KERNELS if k.name == kernel
-        )
-        if reason is not None:
-            pytest.skip(f"needs what {kernel} needs: {reason}")
-        linear = linear_of(weight)
-        linear.prepare(kernel)
-        assert f"kernel={kernel}" in repr(linear)
-        return linear
-
-    def test_there_is_one_copy(self, linear: QuantLinear) -> None:
-        assert linear.qweight is None
-        assert linear.qzeros is None
-
-    def test_asking_for_the_weights_dtype_costs_nothing(
-        self, linear: QuantLinear, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(type(linear.kernel), "packed", None)
-        assert linear.weight.dtype == torch.float32
-        assert linear.weight.device.type == "cpu"
-
-    def test_state_dict_is_that_of_the_file(self, linear: QuantLinear) -> None:
-        weight = weight_of(5, 3, 96, 64, 32, sym=False, act_order=True)
-        state = linear.state_dict()
-        for name in ("qweight", "qzeros", "scales", "g_idx"):
-            assert torch.equal(state[name], getattr(weight, name))
-        other = linear_of(weight_of(6, 3, 96, 64, 32, sym=False, act_order=True))
-        other(torch.zeros(1, 96))
-        other.load_state_dict(state)
-        x = torch.randn(2, 96)
-        other.prepare(linear.kernel.name)
-        assert torch.equal(other(x), linear(x))
-
-    def test_copies_compute_the_same(self, linear: QuantLinear) -> None:
-        x = torch.randn(3, 96)
-        before = linear(x)
-        for reference in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
-            assert torch.equal(reference(x), before)
-
-    def test_other_dtypes_of_the_module(self, linear: QuantLinear, kernel: str) -> None:
-        x = torch.randn(3, 96)
-        before = linear(x)
-        linear.to(torch.bfloat16)
-        assert linear.kernel is None
-        linear.prepare(kernel)
-        torch.testing.assert_close(linear(x), before, rtol=0.02, atol=0.02)
-
-    def test_gradients(self, linear: QuantLinear) -> None:
-        x = torch.randn(4, 96, requires_grad=True)
-        linear(x).sum().backward()
-        expected = linear.dequantize().sum(1).expand(4, 96)
-        torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)
-
-    def test_compiles_without_a_break(self, linear: QuantLinear) -> None:
-        x = torch.randn(2, 3, 96)
-        with torch.no_grad():
-            compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
-            torch.testing.assert_close(compiled(x), linear(x))
+        NativeKernel(random_weight(4, 128, 64, 64, seed=4))(torch.randn(1, 120))
 
 
 @needs_native
-def test_the_operator_keeps_torchs_rules() -> None:
-    kernel = NativeKernel(weight_of(7, 4, 128, 64, 64))
-    arguments = (torch.randn(2, 128), *kernel._tensors(), *kernel._numbers())
+def test_the_operator_obeys_torchs_rules() -> None:
+    kernel = NativeKernel(random_weight(4, 128, 64, 64, seed=7))
+    arguments = (torch.randn(2, 128), *kernel.operator_tensors(), *kernel.operator_integers())
     torch.library.opcheck(torch.ops.roundwise.native_linear.default, arguments)
 
 
-class TestDispatch:
-    """Who computes what, and who may say so."""
+def test_columns_stay_in_the_order_of_the_file_if_groups_fill_words() -> None:
+    layout = column_layout(random_weight(4, 192, 8, 64))
+    assert layout.is_file_order
+    assert layout.file_columns.tolist() == list(range(192))
+    assert layout.runs.tolist() == [[64, 0], [64, 1], [64, 2]]
+    assert column_layout(random_weight(4, 320, 8, 320)).runs.tolist() == [
+        [128, 0],
+        [128, 0],
+        [64, 0],
+    ]
 
-    WEIGHT = weight_of(8, 4, 128, 64, 64)
 
-    @needs_native
-    def test_native_on_the_cpu(self) -> None:
-        assert dispatch.choose(self.WEIGHT) is NativeKernel
+def test_columns_are_sorted_by_group_and_padded_to_whole_words() -> None:
+    """Groups of 5 columns at 8 bits: a word has 4 codes, so each group is padded to 8 columns."""
+    weight = random_weight(8, 12, 4, 5)
+    g_idx = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2, 2], dtype=torch.int32)
+    layout = column_layout(PackedWeight(**{**vars(weight), "g_idx": g_idx}))
+    pad = 12
+    assert not layout.is_file_order
+    assert layout.file_columns.tolist() == [
+        0, 2, 4, 6, 8, pad, pad, pad, 1, 3, 5, 7, 9, pad, pad, pad, 10, 11, pad, pad,
+    ]  # fmt: skip
+    assert layout.runs.tolist() == [[8, 0], [8, 1], [4, 2]]
 
-    def test_reference_without_the_extension(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cpp, "load", lambda: (None, cpp.Status(None, "not built")))
-        assert dispatch.choose(self.WEIGHT) is ReferenceKernel
-        with pytest.raises(ConfigError, match=r"native cannot compute this layer: .* not built"):
-            dispatch.choose(self.WEIGHT, "native")
 
-    def test_by_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("ROUNDWISE_KERNEL", "reference")
-        assert dispatch.choose(self.WEIGHT) is ReferenceKernel
+@pytest.mark.parametrize(
+    ("bits", "first"),
+    [
+        (2, [0, 8, 1, 9, 2, 10]),
+        (3, [0, 8, 1, 9, 2, 10]),
+        (4, [0, 4, 1, 5, 2, 6, 3, 7]),
+        (8, [0, 2, 1, 3, 4, 6, 5, 7]),
+    ],
+)
+def test_activations_are_in_the_order_of_pairs(bits: int, first: list[int]) -> None:
+    layout = column_layout(random_weight(bits, 64, 32, 64))
+    order = activation_order(layout, bits)
+    assert order[: len(first)].tolist() == first
+    assert sorted(order.tolist()) == list(range(64))
 
-    def test_an_unknown_name(self) -> None:
-        with pytest.raises(ConfigError, match=r"no kernel is called 'fast': there are .*reference"):
-            dispatch.choose(self.WEIGHT, "fast")
 
-    def test_elsewhere(self) -> None:
-        away = PackedWeight(
-            *(t.to("meta") for t in (self.WEIGHT.qweight, self.WEIGHT.qzeros, self.WEIGHT.scales)),
-            None, 4, 1,
-        )  # fmt: skip
-        assert "not on meta" in str(NativeKernel.why_not(away))
+def test_three_bit_words_are_as_documented() -> None:
+    """Every code by itself: its two low bits in one word, its high bit in the third one."""
+    for column in range(32):
+        codes = torch.zeros(32, 64, dtype=torch.int64)
+        codes[column] = 0b110
+        weight = PackedWeight(
+            pack(codes, 3), torch.zeros(1, 6, dtype=torch.int32), torch.ones(1, 64), None, 3, 0
+        )
+        [words] = (pack_tiles(weight, column_layout(weight)).long() & 0xFFFFFFFF)[:, :, 0].tolist()
+        half, c = divmod(column, 16)
+        high = 8 * half + (2 * (c % 8) if c % 8 < 4 else 2 * (c % 8 - 4) + 1) + 16 * (c // 8)
+        expected = [0, 0, 1 << high]
+        expected[half] = 0b10 << 2 * c
+        assert words == expected, column
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_tiles_hold_the_codes(bits: int, act_order: bool) -> None:
+    """96 output channels are two tiles, the second one half full."""
+    weight = random_weight(bits, 64, 96, 32, act_order=act_order)
+    layout = column_layout(weight)
+    tiles = pack_tiles(weight, layout)
+    assert tiles.shape == (2, len(layout.file_columns) * bits // 32, 64)
+    assert torch.equal(unpack_tiles(tiles, 96, layout, bits), weight.qweight)
+    if bits != 3:
+        codes = unpack(join_tiles(tiles, 96), bits)
+        assert torch.equal(codes, unpack(weight.qweight, bits)[layout.file_columns])

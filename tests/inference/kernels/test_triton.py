@@ -1,7 +1,7 @@
-"""The Triton kernel computes with exactly the weights that the file stands for.
+"""The Triton kernel computes with exactly the weights that the file holds.
 
-Where there is no CUDA device, its programs run in Triton's interpreter: slow, but the same programs.
-That they are machine code for a GPU too is tested by compiling them for one.
+Without a CUDA device the programs run in Triton's interpreter: slow, but the same programs. A test also
+compiles them for a GPU.
 """
 
 from __future__ import annotations
@@ -21,53 +21,31 @@ from torch.nn import functional
 from roundwise.core.quantized_weight import pack, unpack
 from roundwise.errors import ConfigError
 from roundwise.inference.kernels.base import PackedWeight
-from roundwise.inference.kernels.dispatch import choose
+from roundwise.inference.kernels.dispatch import choose_kernel
 from roundwise.inference.kernels.reference import ReferenceKernel
-from roundwise.inference.kernels.triton import Device, TritonKernel, tiling
-from roundwise.inference.quant_linear import QuantLinear
+from roundwise.inference.kernels.triton import DeviceLimits, TritonKernel, choose_tiling
 from tests.hopper import compiles
+from tests.inference.kernels.packed import (
+    FILE,
+    FLOATS,
+    assert_same_file,
+    layer_of,
+    random_weight,
+)
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
-FILE = ("qweight", "qzeros", "scales", "g_idx")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-H100 = Device(processors=132, shared=232448)
+H100 = DeviceLimits(processors=132, shared_memory=232448)
 
 
 def weight(
-    channels: int,
-    outputs: int,
-    bits: int,
-    group_size: int,
-    *,
-    sym: bool = False,
-    zero_offset: int = 1,
-    act_order: bool = False,
-    stored_g_idx: bool = True,
-    scales: torch.dtype = torch.float16,
-    seed: int = 0,
-    device: str = DEVICE,
+    channels: int, outputs: int, bits: int, group_size: int, *, sym: bool = False, **options: Any
 ) -> PackedWeight:
-    """A random weight, as a file holds it."""
-    generator = torch.Generator().manual_seed(seed)
-    size = channels if group_size == -1 else group_size
-    groups = -(-channels // size)
-    codes = torch.randint(0, 2**bits, (channels, outputs), generator=generator)
-    zeros = torch.randint(zero_offset, 2**bits, (groups, outputs), generator=generator)
-    if sym:
-        zeros = torch.full_like(zeros, 2 ** (bits - 1))
-    g_idx = torch.arange(channels, dtype=torch.int32) // size
-    if act_order:
-        g_idx = g_idx[torch.randperm(channels, generator=generator)]
-    return PackedWeight(
-        pack(codes, bits).to(device),
-        pack((zeros - zero_offset).T, bits).T.contiguous().to(device),
-        (torch.rand(groups, outputs, generator=generator) / 50 + 0.01).to(scales).to(device),
-        g_idx.to(device) if stored_g_idx else None,
-        bits,
-        zero_offset,
+    """A random weight on the device."""
+    return random_weight(
+        bits, channels, outputs, group_size, sym=sym, **{"device": DEVICE, **options}
     )
 
 
@@ -138,21 +116,11 @@ def test_any_layer_the_format_allows(
     assert_same_file(kernel.packed(), packed)
 
 
-def assert_same_file(one: PackedWeight, other: PackedWeight) -> None:
-    assert (one.bits, one.zero_offset) == (other.bits, other.zero_offset)
-    for name in FILE:
-        a, b = getattr(one, name), getattr(other, name)
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert a.dtype == b.dtype
-            assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("stored_g_idx", [False, True])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("zero_offset", [0, 1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gives_back_the_file(
+def test_gives_back_the_layout_of_the_file(
     bits: int, zero_offset: int, act_order: bool, stored_g_idx: bool
 ) -> None:
     packed = weight(
@@ -212,7 +180,7 @@ def test_takes_any_shape_and_strides() -> None:
 
 
 def test_another_width_of_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="x has 120 channels, and the weight takes 128"):
+    with pytest.raises(ValueError, match="x has 120 channels, but the weight has 128"):
         TritonKernel(weight(128, 64, 4, 32))(rows(1, 120))
 
 
@@ -231,7 +199,7 @@ def test_what_is_not_finite_stays_so(value: float, group_size: int) -> None:
         assert torch.equal(y[[0, 2]], clean[[0, 2]])
 
 
-def test_extreme_scales_cost_nothing() -> None:
+def test_extreme_scales_cost_no_accuracy() -> None:
     packed = weight(64, 64, 8, 32, scales=torch.float32)
     for factor in (1e-30, 1e30):
         far = PackedWeight(**{**vars(packed), "scales": packed.scales * factor})
@@ -239,22 +207,9 @@ def test_extreme_scales_cost_nothing() -> None:
         assert error(TritonKernel(far)(x), x, far) < 2e-5
 
 
-def layer(packed: PackedWeight, bias: bool = True) -> QuantLinear:
-    channels, outputs = packed.in_features, packed.out_features
-    linear = QuantLinear(
-        channels, outputs, bits=packed.bits, groups=packed.groups, bias=bias,
-        stored_g_idx=packed.g_idx is not None, zero_offset=packed.zero_offset, dtype=torch.float32,
-    )  # fmt: skip
-    tensors = {name: getattr(packed, name) for name in FILE if getattr(packed, name) is not None}
-    if bias:
-        tensors["bias"] = torch.arange(outputs) / 8
-    linear.load_state_dict(tensors)
-    return linear.to(DEVICE)
-
-
 def test_a_layer_is_prepared_by_name() -> None:
     packed = weight(128, 96, 4, 32, act_order=True)
-    linear = layer(packed)
+    linear = layer_of(packed)
     assert isinstance(linear.prepare("triton"), TritonKernel)
     assert "kernel=triton" in repr(linear)
     x = rows(6, 128).view(2, 3, 128)
@@ -263,24 +218,24 @@ def test_a_layer_is_prepared_by_name() -> None:
     saved = linear.state_dict()
     for name in FILE:
         assert torch.equal(saved[name], getattr(packed, name))
-    other = layer(weight(128, 96, 4, 32, act_order=True, seed=1))
+    other = layer_of(weight(128, 96, 4, 32, act_order=True, seed=1))
     other.load_state_dict(saved)
     other.prepare("triton")
     assert torch.equal(other(x), linear(x))
 
 
 def test_copies_compute_the_same() -> None:
-    linear = layer(weight(64, 64, 3, 32))
+    linear = layer_of(weight(64, 64, 3, 32))
     linear.prepare("triton")
     x = rows(2, 64)
-    for reference in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
-        assert reference.kernel.name == "triton"
-        assert torch.equal(reference(x), linear(x))
+    for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert other.kernel.name == "triton"
+        assert torch.equal(other(x), linear(x))
 
 
 def test_gradients_reach_the_input() -> None:
     packed = weight(128, 64, 4, 32, act_order=True)
-    linear = layer(packed)
+    linear = layer_of(packed)
     linear.prepare("triton")
     x = rows(3, 128).requires_grad_()
     linear(x).square().sum().backward()
@@ -311,7 +266,7 @@ def test_the_op_is_what_torch_expects_of_one(group_size: int, act_order: bool, s
 # torch's compiler instantiates autograd functions, and torch warns of it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_into_one_graph() -> None:
-    linear = layer(weight(128, 64, 4, 32))
+    linear = layer_of(weight(128, 64, 4, 32))
     linear.prepare("triton")
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True, dynamic=True)
     for count in (2, 5):
@@ -327,41 +282,43 @@ def test_compiles_into_one_graph() -> None:
 def test_chosen_on_cuda_and_in_the_interpreter_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = weight(64, 64, 4, 32, device="cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose(packed) is not TritonKernel
-    assert choose(packed, "triton") is TritonKernel
+    assert choose_kernel(packed) is not TritonKernel
+    assert choose_kernel(packed, "triton") is TritonKernel
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert choose(packed) is not TritonKernel
-    with pytest.raises(ConfigError, match="runs on CUDA devices, and the weight is on cpu"):
-        choose(packed, "triton")
+    assert choose_kernel(packed) is not TritonKernel
+    with pytest.raises(ConfigError, match="runs on CUDA devices, but the weight is on cpu"):
+        choose_kernel(packed, "triton")
     with pytest.raises(ConfigError, match="not on cpu"):
         torch.ops.roundwise.triton_linear(rows(1, 64).cpu(), *arguments(TritonKernel(packed)))
 
 
-def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("roundwise.inference.kernels.triton._installed", lambda: False)
+def test_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roundwise.inference.kernels.triton._is_installed", lambda: False)
     packed = weight(64, 64, 4, 32)
-    assert choose(packed) is ReferenceKernel or DEVICE == "cpu"
+    assert choose_kernel(packed) is ReferenceKernel or DEVICE == "cpu"
     with pytest.raises(ConfigError, match=r"triton is not installed: pip install .*roundwise\[tri"):
-        choose(packed, "triton")
+        choose_kernel(packed, "triton")
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_tilings_fit_small_devices(bits: int, size: int) -> None:
-    small = Device(processors=46, shared=101376)  # compute capability 8.6, 8.9 and 12.0
+    small = DeviceLimits(
+        processors=46, shared_memory=101376
+    )  # compute capability 8.6, 8.9 and 12.0
     for count in (1, 16, 17, 64, 65, 4096):
         for run in (0, 32, 96, 128, 4096):
             for device in (small, H100):
-                cut = tiling(count, 4096, run, bits, size, device)
-                assert cut.shared(bits, size) <= device.shared
-                assert run % cut.BK == 0
-                splits = cut.splits(count, 4096, 4096, device)
-                assert splits == 1 or 4096 // splits >= 4 * cut.BK
+                tiling = choose_tiling(count, 4096, run, bits, size, device)
+                assert tiling.shared_memory(bits, size) <= device.shared_memory
+                assert run % tiling.BK == 0
+                splits = tiling.splits(count, 4096, 4096, device)
+                assert splits == 1 or 4096 // splits >= 4 * tiling.BK
 
 
 COMPILED = """
 import roundwise.inference.kernels.triton_kernels as programs
-from roundwise.inference.kernels.triton import Device, tiling
+from roundwise.inference.kernels.triton import DeviceLimits, choose_tiling
 
 def aligned(name):
     return name.endswith("_ptr") or name in ("N", "K", "x_stride")
@@ -372,21 +329,21 @@ pointers = dict(words_ptr="*i32", scales_ptr="*fp16", zeros_ptr="*u8", groups_pt
 for x, size, bits, count, run in (
     ("*bf16", 2, 4, 1, 128), ("*fp16", 2, 3, 512, 32), ("*fp32", 4, 8, 64, 128), ("*bf16", 2, 2, 1, 0)
 ):
-    cut = tiling(count, 4096, run, bits, size, Device(132, 232448))
+    tiling = choose_tiling(count, 4096, run, bits, size, DeviceLimits(132, 232448))
     built = build(
-        programs.tiles, {**scalars, **pointers, "x_ptr": x, "y_ptr": x},
-        dict(BITS=bits, ZERO=-1 if run == 32 else 2, SCATTERED=run == 0, BM=cut.BM, BN=cut.BN,
-             BK=cut.BK, STAGES=cut.stages), cut.warps, aligned)
+        programs.matmul_tiles, {**scalars, **pointers, "x_ptr": x, "y_ptr": x},
+        dict(BITS=bits, ZERO=-1 if run == 32 else 2, SCATTERED=run == 0, BM=tiling.BM, BN=tiling.BN,
+             BK=tiling.BK, STAGES=tiling.stages), tiling.warps, aligned)
     assert "wgmma" in built.asm["ptx"], "no tensor cores"
     if run:
-        assert built.metadata.shared <= cut.shared(bits, size), (built.metadata.shared, cut)
-build(programs.total, {**scalars, "parts_ptr": "*fp32", "y_ptr": "*bf16"},
+        assert built.metadata.shared <= tiling.shared_memory(bits, size), (built.metadata.shared, tiling)
+build(programs.sum_splits, {**scalars, "parts_ptr": "*fp32", "y_ptr": "*bf16"},
       dict(SPLITS=4, BLOCK=1024), 4, aligned)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-def test_is_machine_code_for_hopper(tmp_path: Path) -> None:
+def test_compiles_for_hopper(tmp_path: Path) -> None:
     compiles(COMPILED, tmp_path)
 
 
@@ -413,7 +370,7 @@ def test_large_layers(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> 
 @on_cuda
 @pytest.mark.parametrize("count", [1, 64])
 def test_is_captured_in_a_graph(count: int) -> None:
-    linear = layer(weight(2048, 1024, 4, 128, act_order=True))
+    linear = layer_of(weight(2048, 1024, 4, 128, act_order=True))
     x = rows(count, 2048, torch.bfloat16)
     with torch.no_grad():
         linear(x)
@@ -429,7 +386,7 @@ def test_is_captured_in_a_graph(count: int) -> None:
 
 @on_cuda
 def test_compiles_with_inductor_and_graphs() -> None:
-    linear = layer(weight(1024, 512, 4, 128))
+    linear = layer_of(weight(1024, 512, 4, 128))
     linear.prepare()
     compiled = torch.compile(linear, mode="reduce-overhead", fullgraph=True)
     x = rows(1, 1024, torch.bfloat16)

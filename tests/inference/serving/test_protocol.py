@@ -1,20 +1,24 @@
-"""Requests: what is understood, and how the rest is refused."""
+"""Requests: which are accepted, and how others are refused; and the JSON of responses."""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from roundwise.inference.generation import Generated
 from roundwise.inference.serving.protocol import (
     ApiError,
     ChatRequest,
     CompletionRequest,
     Request,
-    parse,
+    ResponseFormat,
+    parse_request,
+    usage,
 )
 
 TEXT = {"model": "m", "prompt": "p"}
@@ -23,7 +27,7 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 def parsed(fields: dict[str, Any], base: dict[str, Any] = TEXT) -> Any:
     kind = ChatRequest if base is CHAT else CompletionRequest
-    return parse(json.dumps({**base, **fields}).encode(), kind)
+    return parse_request(json.dumps({**base, **fields}).encode(), kind)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +55,9 @@ def test_messages() -> None:
 
 
 def test_both_names_of_the_limit() -> None:
-    assert parsed({"max_tokens": 5}).wanted_tokens == 5
-    assert parsed({"max_tokens": 5, "max_completion_tokens": 7}, CHAT).wanted_tokens == 7
-    assert parsed({}, CHAT).wanted_tokens is None
+    assert parsed({"max_tokens": 5}).token_limit == 5
+    assert parsed({"max_tokens": 5, "max_completion_tokens": 7}, CHAT).token_limit == 7
+    assert parsed({}, CHAT).token_limit is None
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,7 @@ def test_both_names_of_the_limit() -> None:
         {"echo": False, "best_of": 1, "suffix": None, "temperature": None},
     ],
 )
-def test_what_asks_for_nothing_is_taken(fields: dict[str, Any]) -> None:
+def test_fields_without_effect_are_accepted(fields: dict[str, Any]) -> None:
     parsed(fields)
 
 
@@ -89,11 +93,11 @@ def test_what_asks_for_nothing_is_taken(fields: dict[str, Any]) -> None:
         ({"stop": ["x"] * 17}, "stop", None),
     ],
 )
-def test_what_is_refused(fields: dict[str, Any], message: str, param: str | None) -> None:
-    with pytest.raises(ApiError) as found:
+def test_refused(fields: dict[str, Any], message: str, param: str | None) -> None:
+    with pytest.raises(ApiError) as raised:
         parsed(fields)
-    error = found.value.body["error"]
-    assert found.value.status == 400
+    error = raised.value.body["error"]
+    assert raised.value.status == 400
     assert error["message"].startswith(message)
     assert error["type"] == "invalid_request_error"
     assert param is None or error["param"] == param
@@ -109,15 +113,15 @@ def test_what_is_refused(fields: dict[str, Any], message: str, param: str | None
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
     ],
 )
-def test_what_is_refused_in_chats(fields: dict[str, Any], message: str) -> None:
+def test_refused_in_chats(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ApiError, match=message.replace(".", r"\.")):
         parsed(fields, CHAT)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 100_000])
-def test_what_is_no_json_object(body: bytes) -> None:
+def test_not_a_json_object(body: bytes) -> None:
     with pytest.raises(ApiError, match="the body is not"):
-        parse(body, CompletionRequest)
+        parse_request(body, CompletionRequest)
 
 
 @given(
@@ -129,9 +133,63 @@ def test_what_is_no_json_object(body: bytes) -> None:
     st.sampled_from(sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields})),
     st.sampled_from([CompletionRequest, ChatRequest]),
 )
-def test_any_value_is_taken_or_refused(value: Any, field: str, kind: type[Request]) -> None:
+def test_any_value_is_accepted_or_refused(value: Any, field: str, kind: type[Request]) -> None:
     base = CHAT if kind is ChatRequest else TEXT
     try:
-        parse(json.dumps({**base, field: value}).encode(), kind)
+        parse_request(json.dumps({**base, field: value}).encode(), kind)
     except ApiError as error:
         assert error.status == 400
+
+
+def test_sampling_defaults_are_the_models_then_openais() -> None:
+    def model(**config: Any) -> Any:
+        return SimpleNamespace(
+            generation_config=SimpleNamespace(**{"do_sample": False, "temperature": None, **config})
+        )
+
+    request = parsed({"stop": "end", "seed": 2**63 - 1})
+    sampling = request.sampling(7, model(), choice=1)
+    assert (sampling.max_new_tokens, sampling.temperature) == (7, 1.0)
+    assert (sampling.stop, sampling.seed) == (("end",), 0)  # seeds wrap around
+    own = model(do_sample=True, temperature=0.6)
+    assert request.sampling(7, own, 0).temperature == 0.6
+    assert request.sampling(7, model(temperature=0.6), 0).temperature == 1.0
+    assert parsed({"temperature": 0}).sampling(7, own, 0).temperature == 0
+
+
+def generated(text: str, tokens: int, finish: Any = "stop") -> Generated:
+    return Generated(text, 4, tokens, finish, 0.1, 0.2)
+
+
+def test_usage_counts_a_prompt_once() -> None:
+    answers = [generated("a", 1), generated("b", 2), generated("c", 3), generated("d", 4)]
+    assert usage(answers, prompts=2) == {
+        "prompt_tokens": 8, "completion_tokens": 10, "total_tokens": 18
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_chunks_of_a_stream_add_up_to_the_response(chat: bool) -> None:
+    form = ResponseFormat(chat=chat, model="m", identity="1")
+    answer = generated("ab", 2, "cancelled")
+    counts = usage([answer], 1)
+    whole = form.response([answer], counts)
+    [choice] = whole["choices"]
+    assert choice["finish_reason"] == "length"  # the time limit, to a client
+    chunks = [form.first_chunk(0), form.text_chunk(0, "a"), form.text_chunk(0, "b"),
+              form.last_chunk(0, answer), form.usage_chunk(counts)]  # fmt: skip
+    assert (chunks[0] is not None) == chat
+    chunks = [chunk for chunk in chunks if chunk is not None]
+    assert {chunk["id"] for chunk in chunks} == {whole["id"]}
+    parts = [c["choices"][0] for c in chunks[:-1]]
+    assert [p["finish_reason"] for p in parts][-2:] == [None, "length"]
+    if chat:
+        assert whole["object"] == "chat.completion"
+        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+        assert parts[0]["delta"]["role"] == choice["message"]["role"] == "assistant"
+        texts = [p["delta"].get("content", "") for p in parts]
+        assert "".join(texts) == choice["message"]["content"] == "ab"
+    else:
+        assert {chunk["object"] for chunk in [*chunks, whole]} == {"text_completion"}
+        assert "".join(p["text"] for p in parts) == choice["text"] == "ab"
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], counts)

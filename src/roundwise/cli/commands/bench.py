@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from roundwise.cli.progress import JsonOption, print_json, stdout, steps
+from roundwise.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument
+from roundwise.cli.progress import count_of, print_json, print_labelled, steps
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
@@ -16,24 +17,25 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Model, quantized or not: folder or hub id.")],
+    model: ModelArgument,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     generated_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Rows generated together.")] = 1,
-    repetitions: Annotated[int, typer.Option(help="Measured runs; medians are shown.")] = 3,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Sequences generated in parallel.")] = 1,
+    repetitions: Annotated[int, typer.Option(help="Measured runs; their medians are shown.")] = 3,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     threads: Annotated[
-        int | None, typer.Option(help="Of the CPU (default: torch's choice).", min=1)
+        int | None, typer.Option(help="CPU threads (default: torch's choice).", min=1)
     ] = None,
     kernel: Annotated[
-        str | None, typer.Option(help="This kernel for all quantized layers, not the best.")
+        str | None,
+        typer.Option(help="Kernel for all quantized layers (default: the fastest for each)."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure prompt and generation speed, latency per token and memory of a model."""
     if kernel is not None:
-        os.environ["ROUNDWISE_KERNEL"] = kernel  # read where layers choose
+        os.environ["ROUNDWISE_KERNEL"] = kernel  # read when layers choose their kernel
 
     import torch
 
@@ -51,26 +53,35 @@ def command(
             loaded, prompt_tokens=prompt_tokens, generated_tokens=generated_tokens,
             batch_size=batch_size, repetitions=repetitions, progress=shown.update,
         )  # fmt: skip
-    more = {
-        "load_seconds": load_seconds,
-        "threads": torch.get_num_threads(),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "device": str(loaded.device),
-    }
+    threads = torch.get_num_threads()
+    dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
     if as_json:
-        print_json({**result.as_dict(), **more})
-    else:
-        _print(
-            result, load_seconds, f"{more['dtype']} on {more['device']}, {more['threads']} threads"
-        )
+        print_json(
+            {
+                **result.as_dict(),
+                "load_seconds": load_seconds, "threads": threads, "dtype": dtype, "device": device,
+            }
+        )  # fmt: skip
+        return
+    conditions = f"{dtype} on {device}, {count_of(threads, 'thread')}"
+    print_labelled(
+        {
+            **_describe(result),
+            "load": f"{load_seconds:.2f} s",
+            "kernels": ", ".join(f"{name} {count}" for name, count in result.kernels.items()),
+            "measured": f"medians of {count_of(result.repetitions, 'run')}, {conditions}",
+        },
+        width=12,
+    )
 
 
-def _print(result: Speed, load_seconds: float, where: str) -> None:
+def _describe(result: Speed) -> dict[str, str]:
+    """Returns speeds, latencies and memory in words: label -> text."""
     latency = result.latency_ms
     peak = format_size(result.peak_rss_bytes)
     if result.peak_device_bytes is not None:
         peak += f", {format_size(result.peak_device_bytes)} on the device"
-    for name, text in {
+    return {
         "prompt": f"{result.prompt_tokens_per_second:.1f} tokens/s  "
         f"({result.batch_size} x {result.prompt_tokens}, first token after "
         f"{latency.first_token:.1f} ms)",
@@ -78,8 +89,4 @@ def _print(result: Speed, load_seconds: float, where: str) -> None:
         f"({result.batch_size} x {result.generated_tokens})",
         "per token": f"p50 {latency.p50:.2f} ms, p90 {latency.p90:.2f} ms, p99 {latency.p99:.2f} ms",
         "peak memory": peak,
-        "load": f"{load_seconds:.2f} s",
-        "kernels": ", ".join(f"{name} {count}" for name, count in result.kernels.items()),
-        "measured": f"medians of {result.repetitions} runs, {where}",
-    }.items():
-        stdout.print(f"{name:12} {text}", highlight=False, soft_wrap=True)
+    }

@@ -5,48 +5,56 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from roundwise.cli.progress import JsonOption, console, print_json
+from roundwise.cli.options import (
+    ChatTemplateOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+)
+from roundwise.cli.progress import console, print_json
 
 if TYPE_CHECKING:
     from roundwise.inference.generation import Generated
 
-#: Goes on from token ids, handing each piece of text to a function.
+#: Continues token ids and calls a function with each piece of text.
 Answer = Callable[[list[int], Callable[[str], None]], "Generated"]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Model, quantized or not: folder or hub id.")],
+    model: ModelArgument,
     prompt: Annotated[
-        str | None, typer.Argument(help="Text to go on with (default: standard input).")
+        str | None, typer.Argument(help="Text to continue (default: standard input).")
     ] = None,
     chat: Annotated[
         bool,
         typer.Option(
-            "--chat", help="PROMPT is a message, put through the model's chat template; without "
-            "PROMPT on a terminal: a conversation.",
+            "--chat", help="Answer PROMPT as a chat message, with the model's chat template; without "
+            "PROMPT on a terminal: hold a conversation.",
         ),
     ] = False,
-    system: Annotated[str | None, typer.Option(help="Instructions before the chat.")] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="Jinja file, instead of the model's own template.")
+    system: Annotated[str | None, typer.Option(help="System message at the start of the chat.")] = None,
+    chat_template: ChatTemplateOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0: always the most likely token.", min=0)
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text at which the answer ends; can be repeated.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0)] = 0.0,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling, with a temperature.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Random seed for sampling (with --temperature).")] = 0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Go on with a prompt, or answer a message; the text appears as it is generated."""
-    from roundwise.errors import CheckpointError, ConfigError
+    """Continue a prompt, or answer a chat message; the text appears as it is generated."""
+    from roundwise.errors import ConfigError
     from roundwise.inference.generation import Sampling, generate
-    from roundwise.inference.load import load, parse_dtype
+    from roundwise.inference.load import load, parse_dtype, require_tokenizer
     from roundwise.inference.prompts import encode_chat, encode_text, read_chat_template
     from roundwise.system.device import parse_device
 
@@ -54,14 +62,13 @@ def command(
         raise ConfigError("--system and --chat-template are for a chat: add --chat")
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
-    talking = chat and prompt is None and sys.stdin.isatty() and not as_json
-    if prompt is None and not talking:
+    in_conversation = chat and prompt is None and sys.stdin.isatty() and not as_json
+    if prompt is None and not in_conversation:
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
-        raise ConfigError("the prompt is empty: give some text to go on with")
+        raise ConfigError("the prompt is empty: give some text to continue")
     loaded, tokenizer = load(model, dtype=parse_dtype(dtype), device=parse_device(device))
-    if tokenizer is None:
-        raise CheckpointError(f"{model} has no tokenizer")
+    require_tokenizer(tokenizer, model)
     if chat_template is not None:
         read_chat_template(tokenizer, chat_template)
     messages = [{"role": "system", "content": system}] if system else []
@@ -70,8 +77,8 @@ def command(
     def answer(ids: list[int], on_text: Callable[[str], None]) -> Generated:
         return generate(loaded, tokenizer, ids, sampling, on_text=on_text)
 
-    if talking:
-        _talk(tokenizer, messages, answer)
+    if in_conversation:
+        _hold_conversation(tokenizer, messages, answer)
         return
     assert prompt is not None
     ids = (
@@ -80,22 +87,24 @@ def command(
         else encode_text(tokenizer, prompt)
     )
     if as_json:
-        print_json({"prompt": prompt, **_figures(answer(ids, lambda _: None))})
+        print_json({"prompt": prompt, **_as_json(answer(ids, lambda _: None))})
         return
     if not chat:
-        _show(prompt)
-    result = answer(ids, _show)
+        _print_piece(prompt)
+    result = answer(ids, _print_piece)
     print()
-    _speed(result)
+    _print_speed(result)
 
 
-def _talk(tokenizer: Any, messages: list[dict[str, Any]], answer: Answer) -> None:
-    """A conversation on the terminal, until its end (Ctrl-D) or an empty line."""
+def _hold_conversation(tokenizer: Any, messages: list[dict[str, Any]], answer: Answer) -> None:
+    """Reads messages from the terminal and answers them, until an empty line or Ctrl-D."""
     from roundwise.inference.prompts import encode_chat
 
-    encode_chat(tokenizer, [*messages, {"role": "user", "content": "."}])  # no template: say so now
-    with contextlib.suppress(ImportError):  # not on every system
-        import readline  # noqa: F401  # input() lets lines be edited and recalled with it
+    encode_chat(
+        tokenizer, [*messages, {"role": "user", "content": "."}]
+    )  # fails now if there is no template
+    with contextlib.suppress(ImportError):  # it is not on every system
+        import readline  # noqa: F401  # makes input() lines editable
     console.print("an empty line or Ctrl-D ends the conversation")
     while True:
         try:
@@ -106,17 +115,17 @@ def _talk(tokenizer: Any, messages: list[dict[str, Any]], answer: Answer) -> Non
         if not line.strip():
             return
         messages.append({"role": "user", "content": line})
-        result = answer(encode_chat(tokenizer, messages), _show)
+        result = answer(encode_chat(tokenizer, messages), _print_piece)
         messages.append({"role": "assistant", "content": result.text})
         print()
-        _speed(result)
+        _print_speed(result)
 
 
-def _show(text: str) -> None:
+def _print_piece(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _speed(result: Generated) -> None:
+def _print_speed(result: Generated) -> None:
     speed = result.tokens_per_second
     rate = f", {speed:.1f} tokens/s after the first" if speed else ""
     console.print(
@@ -124,7 +133,7 @@ def _speed(result: Generated) -> None:
     )
 
 
-def _figures(result: Generated) -> dict[str, Any]:
+def _as_json(result: Generated) -> dict[str, Any]:
     return {
         "text": result.text,
         "tokens": result.tokens,

@@ -3,48 +3,99 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from roundwise.cli.progress import JsonOption, print_json, stdout
+from roundwise.cli.options import JsonOption
+from roundwise.cli.progress import count_of, print_json, print_line, stdout
 from roundwise.system.memory import format_size
+
+if TYPE_CHECKING:
+    from roundwise.checkpoint.gptq_format import QuantizedLayer
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A quantized layer."""
+
+    name: str
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    act_order: bool
+    bits_per_weight: float
+    """Scales, zero points and g_idx included."""
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What is in a checkpoint; `as_dict` is what `roundwise inspect --json` prints."""
+
+    checkpoint: str
+    architecture: str
+    files: int
+    bytes: int
+    quantization: dict[str, Any] | None
+    """Its quantization config; None: nothing is quantized."""
+    layers: list[LayerSummary]
+    other_tensors: int
+    """Number of tensors that are not quantized."""
+    other_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        return asdict(self)
 
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="Folder, or id on the Hugging Face hub.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Checkpoint folder, or id on the Hugging Face hub.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Show what is in a checkpoint, without loading it."""
-    found = describe(checkpoint)
+    summary = summarize(checkpoint)
     if as_json:
-        print_json(found)
+        print_json(summary.as_dict())
         return
     stdout.print(
-        f"[bold]{found['architecture']}[/]  {format_size(found['bytes'])}, {found['files']} files"
+        f"[bold]{summary.architecture}[/]  {format_size(summary.bytes)}, "
+        f"{count_of(summary.files, 'file')}"
     )
-    for key, value in (found["quantization"] or {"quantized": "no"}).items():
+    for key, value in (summary.quantization or {"quantized": "no"}).items():
         stdout.print(f"  {key}: {value}", highlight=False)
+    if summary.layers:
+        stdout.print(_layer_table(summary.layers))
+    print_line(
+        f"{summary.other_tensors} tensors are not quantized ({format_size(summary.other_bytes)})"
+    )
+
+
+def _layer_table(layers: list[LayerSummary]) -> Table:
+    """Returns a table with one row for all layers that are alike."""
     table = Table("layers", "bits", "group", "in", "out", "act-order", "bits per weight")
-    columns = ("bits", "group_size", "in_features", "out_features", "act_order")
-    kinds = Counter(
-        (*(layer[column] for column in columns), round(layer["bits_per_weight"], 3))
-        for layer in found["layers"]
-    )
-    for kind, count in kinds.items():
-        table.add_row(str(count), *map(str, kind))
-    if found["layers"]:
-        stdout.print(table)
-    stdout.print(
-        f"{found['other_tensors']} tensors are not quantized ({format_size(found['other_bytes'])})"
-    )
+    alike = Counter(
+        (
+            layer.bits, layer.group_size, layer.in_features, layer.out_features, layer.act_order,
+            round(layer.bits_per_weight, 3),
+        )
+        for layer in layers
+    )  # fmt: skip
+    for values, count in alike.items():
+        table.add_row(str(count), *map(str, values))
+    return table
 
 
-def describe(name: str) -> dict[str, Any]:
-    """Layers, widths and sizes of a checkpoint, from its headers and g_idx alone."""
-    import torch
+def summarize(name: str) -> CheckpointSummary:
+    """Returns what is in a checkpoint; reads only the headers of its files, and g_idx.
 
+    Args:
+        name: folder, or id on the Hugging Face hub.
+    """
     from roundwise.checkpoint.gptq_format import (
         SUFFIXES,
         quantized_layers,
@@ -54,37 +105,45 @@ def describe(name: str) -> dict[str, Any]:
     from roundwise.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint(local_folder(name))
-    layers = []
-    for layer in quantized_layers(checkpoint):
-        bits, in_features = layer.bits(), layer.in_features()
-        groups, out_features = layer.tensors["scales"].shape
-        size_of_group = -(-in_features // groups)
-        g_idx = layer.tensors["g_idx"].read() if "g_idx" in layer.tensors else None
-        trivial = torch.arange(in_features) // size_of_group
-        stored = sum(info.nbytes for info in layer.tensors.values())
-        layers.append(
-            {
-                "name": layer.name, "bits": bits,
-                "group_size": -1 if groups == 1 else size_of_group,
-                "in_features": in_features, "out_features": out_features,
-                "act_order": g_idx is not None and not bool((g_idx == trivial).all()),
-                "bits_per_weight": 8 * stored / (in_features * out_features),
-            }
-        )  # fmt: skip
-    names = checkpoint.config.get("architectures")
-    stems = {layer["name"] for layer in layers}
+    layers = [_summarize_layer(layer) for layer in quantized_layers(checkpoint)]
+    architectures = checkpoint.config.get("architectures")
+    stems = {layer.name for layer in layers}
     others = [
         info
         for tensor, info in checkpoint.tensors.items()
         if not (tensor.rpartition(".")[0] in stems and tensor.rpartition(".")[2] in SUFFIXES)
     ]
-    return {
-        "checkpoint": str(checkpoint.folder),
-        "architecture": str(names[0]) if isinstance(names, list) and names else "unknown",
-        "files": len(checkpoint.files),
-        "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
-        "quantization": read_quantization_config(checkpoint) if layers else None,
-        "layers": layers,
-        "other_tensors": len(others),
-        "other_bytes": sum(info.nbytes for info in others),
-    }
+    return CheckpointSummary(
+        checkpoint=str(checkpoint.folder),
+        architecture=(
+            str(architectures[0])
+            if isinstance(architectures, list) and architectures
+            else "unknown"
+        ),
+        files=len(checkpoint.files),
+        bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        quantization=read_quantization_config(checkpoint) if layers else None,
+        layers=layers,
+        other_tensors=len(others),
+        other_bytes=sum(info.nbytes for info in others),
+    )
+
+
+def _summarize_layer(layer: QuantizedLayer) -> LayerSummary:
+    import torch
+
+    in_features = layer.in_features()
+    groups, out_features = layer.tensors["scales"].shape
+    group_size = -(-in_features // groups)
+    g_idx = layer.tensors["g_idx"].read() if "g_idx" in layer.tensors else None
+    in_order = torch.arange(in_features) // group_size
+    stored = sum(info.nbytes for info in layer.tensors.values())
+    return LayerSummary(
+        name=layer.name,
+        bits=layer.bits(),
+        group_size=-1 if groups == 1 else group_size,
+        in_features=in_features,
+        out_features=out_features,
+        act_order=g_idx is not None and not bool((g_idx == in_order).all()),
+        bits_per_weight=8 * stored / (in_features * out_features),
+    )

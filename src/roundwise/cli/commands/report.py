@@ -7,41 +7,55 @@ from typing import Annotated
 
 import typer
 
-from roundwise.cli.progress import JsonOption, console, print_json, stdout, steps
+from roundwise.cli.commands.compare import evaluation_tokens, fitting_window
+from roundwise.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxTokensOption,
+    StrideOption,
+    WindowOption,
+)
+from roundwise.cli.progress import print_json, print_line, steps
 from roundwise.system.memory import format_size
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder that `roundwise quantize` made.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Output folder of `roundwise quantize`.")],
     against: Annotated[
-        str | None, typer.Option(help="The original, for --text and --prompt: folder or hub id.")
+        str | None,
+        typer.Option(
+            help="Original model, for --text and --prompt: folder or Hugging Face hub id."
+        ),
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(help="Held-out text: also perplexity and KL, beside rounding to nearest."),
+        typer.Option(
+            help="Held-out text to measure perplexity and KL on, also of plain rounding to nearest."
+        ),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Also how both models go on from it; several at once.")
+        list[str] | None,
+        typer.Option(help="Prompt that both models continue in the report; can be repeated."),
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens the model sees at once.", min=2)] = 2048,
-    stride: Annotated[
-        int, typer.Option(help="Tokens from one window to the next, for perplexity.", min=1)
-    ] = 512,
-    max_tokens: Annotated[int, typer.Option(help="Only the first tokens of the text.")] = 50_000,
+    window: WindowOption = 2048,
+    stride: StrideOption = 512,
+    max_tokens: MaxTokensOption = 50_000,
     output: Annotated[
         Path | None,
         typer.Option(help="File to write (default: roundwise-report.html in the folder)."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows that go together.", min=1)] = 4,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: BatchSizeOption = 4,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Write a page about a run: what it made, what it lost, what it took; one file, no network.
+    """Write a report of a run: one HTML file about its result, accuracy, time and memory.
 
-    `quantize` writes it too; with --against, --text and --prompt it also says what was lost.
+    `quantize` writes it too; --against, --text and --prompt add what was lost.
+    The page loads nothing from the network.
     """
-    from roundwise.cli.commands.compare import evaluation_tokens, fitting_window
     from roundwise.errors import ConfigError
     from roundwise.evaluation.compare import Protocol
     from roundwise.evaluation.report.facts import read_facts
@@ -50,15 +64,15 @@ def command(
     from roundwise.inference.load import parse_dtype
     from roundwise.system.device import parse_device
 
-    prompts, evaluation, found = prompt or [], None, []
+    prompts, evaluation, continuations = prompt or [], None, []
     if (text is not None or prompts) and against is None:
-        raise ConfigError("--text and --prompt need the original: --against MODEL")
-    read_facts(checkpoint)  # what is no run of ours is refused before anything is measured
-    type_, place = parse_dtype(dtype), str(parse_device(device))
+        raise ConfigError("--text and --prompt need the original model: --against MODEL")
+    read_facts(checkpoint)  # refuses other folders before anything is measured
+    torch_dtype, place = parse_dtype(dtype), str(parse_device(device))
     if against is not None and text is not None:
         protocol = Protocol(
             ids=evaluation_tokens(against, text, max_tokens), window=fitting_window(against, window),
-            stride=stride, batch_size=batch_size, speed=False, dtype=type_, device=place,
+            stride=stride, batch_size=batch_size, speed=False, dtype=torch_dtype, device=place,
         )  # fmt: skip
         with steps("comparing") as shown:
             evaluation = evaluate(
@@ -66,26 +80,9 @@ def command(
                 progress=lambda what, done: shown.update(done, what),
             )  # fmt: skip
     if against is not None:
-        found = answers(against, checkpoint, prompts, dtype=type_, device=place)
-    path = write_report(checkpoint, output, evaluation=evaluation, answers=found)
+        continuations = answers(against, checkpoint, prompts, dtype=torch_dtype, device=place)
+    path = write_report(checkpoint, output, evaluation=evaluation, answers=continuations)
     if as_json:
         print_json({"report": str(path), "bytes": path.stat().st_size})
     else:
-        stdout.print(
-            f"{path} ({format_size(path.stat().st_size)})", highlight=False, soft_wrap=True
-        )
-
-
-def after_run(out: Path) -> Path | None:
-    """Draws the report of a run that has just finished; where that fails, the run has not failed."""
-    from roundwise.evaluation.report.page import write_report
-
-    try:
-        return write_report(out)
-    except Exception as error:  # a run's result is safe by now: nothing about a page may fail it
-        console.print(
-            f"[yellow]note:[/] no report was written ({type(error).__name__}: {error}); "
-            f"`roundwise report {out}` tries again",
-            highlight=False, soft_wrap=True, markup=True,
-        )  # fmt: skip
-        return None
+        print_line(f"{path} ({format_size(path.stat().st_size)})")

@@ -4,55 +4,117 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from roundwise.cli.progress import JsonOption, console, print_json
+from roundwise.cli.options import ChatTemplateOption, DtypeOption, JsonOption, ModelArgument
+from roundwise.cli.progress import console, print_json, print_note
+
+#: Tokens of prompt and answer if neither the user nor the model sets a limit.
+DEFAULT_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Limits of the transformers server that were given; None: the server's default."""
+
+    max_tokens: int | None
+    max_requests: int | None
+    max_bytes: int | None
+    timeout: float | None
+
+    def given(self) -> dict[str, Any]:
+        """Returns only the limits that were given, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Address of the server, and the name of its model."""
+
+    name: str
+    host: str
+    port: int
+    api_key: str | None
+    as_json: bool
+    """Announce it as one JSON object too."""
+
+    def announce(self, backend: str, reason: str, port: int) -> None:
+        """Prints the server's URL; at once, even into a pipe, because the command keeps running.
+
+        Args:
+            backend: vllm or transformers.
+            reason: why this backend was chosen.
+            port: the real one, where 0 was asked for.
+        """
+        url = f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{port}/v1"
+        if self.as_json:
+            print_json({"url": url, "model": self.name, "backend": backend, "reason": reason})
+            sys.stdout.flush()
+        console.print(
+            f"serving {self.name} on {url} with {backend} ({reason})", highlight=False,
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Model, quantized or not: folder or hub id.")],
+    model: ModelArgument,
     extra: Annotated[
-        list[str] | None, typer.Argument(help="After --: arguments for vLLM, passed through.")
+        list[str] | None, typer.Argument(help="After --: more arguments for vLLM.")
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="auto (vLLM where it is installed and can), vllm or transformers.")
+        str,
+        typer.Option(
+            help="Server: vllm, transformers, or auto (vLLM if it is installed and supports the model)."
+        ),
     ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0: any free port.", min=0, max=65535)
+    ] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model (default: as MODEL ends).")
+        str | None,
+        typer.Option(help="Name of the model for clients (default: the last part of MODEL)."),
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="ROUNDWISE_API_KEY", help="Key that clients must send."),
+        typer.Option(envvar="ROUNDWISE_API_KEY", help="API key that clients must send."),
     ] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="Jinja file, instead of the model's own template.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda (transformers).")] = "auto",
-    tensor_parallel: Annotated[int, typer.Option(help="GPUs to split it over (vLLM).", min=1)] = 1,
+    chat_template: ChatTemplateOption = None,
+    dtype: DtypeOption = "auto",
+    device: Annotated[
+        str, typer.Option(help="Device to compute on: auto, cpu or cuda (transformers).")
+    ] = "auto",
+    tensor_parallel: Annotated[
+        int, typer.Option(help="GPUs to split the model over (vLLM).", min=1)
+    ] = 1,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and answer (default: the model's).", min=2)
+        int | None,
+        typer.Option(help="Maximum tokens of prompt and answer (default: the model's).", min=2),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of one answer (transformers).", min=1)
+        int | None, typer.Option(help="Maximum tokens of an answer (transformers).", min=1)
     ] = None,
     max_requests: Annotated[
-        int | None, typer.Option(help="Running and waiting at once; 32 (transformers).", min=1)
+        int | None,
+        typer.Option(
+            help="Maximum requests running and waiting (transformers; default: 32).", min=1
+        ),
     ] = None,
     max_bytes: Annotated[
-        int | None, typer.Option(help="Of a request; 2000000 (transformers).", min=1)
+        int | None,
+        typer.Option(help="Maximum request size in bytes (transformers; default: 2000000).", min=1),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds for a request; 600 (transformers).", min=0.1)
+        float | None,
+        typer.Option(help="Maximum seconds for a request (transformers; default: 600).", min=0.1),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Serve a model over HTTP with OpenAI's API, on this machine only unless told otherwise."""
+    """Serve a model over HTTP with OpenAI's API; by default, only to this machine."""
     import torch
 
     from roundwise.checkpoint.hub import local_folder
@@ -61,97 +123,90 @@ def command(
     from roundwise.inference.load import parse_dtype
     from roundwise.inference.serving import launch, vllm
 
-    parse_dtype(dtype)  # refuses other names
+    parse_dtype(dtype)  # refuses unknown names before anything is loaded
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)
-    name = name or Path(model).resolve().name if Path(model).exists() else name or model
-    limits = {"max_tokens": max_tokens, "max_requests": max_requests, "max_bytes": max_bytes,
-              "timeout": timeout}  # fmt: skip
-    limits = {key: value for key, value in limits.items() if value is not None}
-    found, why = launch.choose(
+    name = name or (Path(model).resolve().name if Path(model).exists() else model)
+    endpoint = Endpoint(name, host, port, api_key, as_json)
+    limits = RequestLimits(max_tokens, max_requests, max_bytes, timeout)
+    vllm_command, reason = launch.choose_backend(
         backend, checkpoint.config, dtype=dtype, gpu=torch.cuda.is_available()
     )
-    if found is not None:
-        if limits:
+    if vllm_command is not None:
+        if limits.given():
             raise ConfigError(
-                f"--{next(iter(limits)).replace('_', '-')} is for the transformers backend: use "
-                "--backend transformers, or vLLM's own arguments after --"
+                f"--{next(iter(limits.given())).replace('_', '-')} is for the transformers backend: "
+                "use --backend transformers, or vLLM's own arguments after --"
             )
         options = vllm.VllmOptions(
             name, host, port, dtype, max_model_len, tensor_parallel, chat_template,
             tuple(extra or ()),
         )  # fmt: skip
-        _announce(as_json, "vllm", why, name, host, port)
+        endpoint.announce("vllm", reason, port)
         if api_key:
             os.environ["VLLM_API_KEY"] = api_key
-        line = vllm.arguments(found, folder, options)
-        os.execv(line[0], line)  # noqa: S606  # no shell: vLLM takes this process's place
+        line = vllm.command_line(vllm_command, folder, options)
+        os.execv(line[0], line)  # noqa: S606  # no shell: vLLM replaces this process
     if extra or tensor_parallel > 1:
         raise ConfigError(
             f"{' '.join(extra) if extra else '--tensor-parallel'} is for vLLM, and the backend is "
-            f"transformers ({why})"
+            f"transformers ({reason})"
         )
-    _serve_here(
-        folder, name, why, as_json=as_json, host=host, port=port, api_key=api_key, dtype=dtype,
-        device=device, chat_template=chat_template, context=max_model_len, limits=limits,
+    _serve_with_transformers(
+        folder, endpoint, reason, dtype=dtype, device=device, chat_template=chat_template,
+        context=max_model_len, limits=limits,
     )  # fmt: skip
 
 
-def _serve_here(
+def _serve_with_transformers(
     folder: Path,
-    name: str,
-    why: str,
+    endpoint: Endpoint,
+    reason: str,
     *,
-    as_json: bool,
-    host: str,
-    port: int,
-    api_key: str | None,
     dtype: str,
     device: str,
     chat_template: Path | None,
     context: int | None,
-    limits: dict[str, Any],
+    limits: RequestLimits,
 ) -> None:
-    """Loads the model and serves it in this process."""
+    """Loads the model and serves it in this process.
+
+    Args:
+        folder: of the checkpoint.
+        endpoint: address, and name of the model.
+        reason: why this backend was chosen.
+        dtype, device, chat_template: as given to the command.
+        context: maximum tokens of prompt and answer; None: the model's.
+        limits: what a client may ask.
+    """
     from roundwise.inference.serving import launch
 
     launch.check_installed()
 
-    from roundwise.errors import CheckpointError, ConfigError
-    from roundwise.inference.load import load, parse_dtype
+    from roundwise.errors import ConfigError
+    from roundwise.inference.load import load, parse_dtype, require_tokenizer
     from roundwise.inference.prompts import read_chat_template
     from roundwise.inference.serving.app import LOCAL_NAMES, Limits, Server
+    from roundwise.model.build import context_length
     from roundwise.system.device import parse_device
 
-    with launch.bound_socket(host, port) as sock:
+    with launch.bind_socket(endpoint.host, endpoint.port) as sock:
         loaded, tokenizer = load(folder, dtype=parse_dtype(dtype), device=parse_device(device))
-        if tokenizer is None:
-            raise CheckpointError(f"{folder} has no tokenizer")
+        require_tokenizer(tokenizer, folder)
         if chat_template is not None:
             read_chat_template(tokenizer, chat_template)
-        own = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and own is not None and context > own:
-            raise ConfigError(f"--max-model-len {context}: the model was made for {own} tokens")
-        local = launch.is_local(sock)
+        longest = context_length(loaded.config)
+        if context is not None and longest is not None and context > longest:
+            raise ConfigError(f"--max-model-len {context}: the model was made for {longest} tokens")
+        local, api_key = launch.is_local(sock), endpoint.api_key
         server = Server(
-            loaded, tokenizer, name, Limits(context or own or 2048, **limits), api_key=api_key,
-            hosts=[host, *LOCAL_NAMES] if local and not api_key else None,
+            loaded, tokenizer, endpoint.name,
+            Limits(context or longest or DEFAULT_CONTEXT, **limits.given()), api_key=api_key,
+            hosts=[endpoint.host, *LOCAL_NAMES] if local and not api_key else None,
         )  # fmt: skip
         if not local and not api_key:
-            console.print("note: everyone who reaches this address can use it: set --api-key")
+            print_note("note: everyone who reaches this address can use it: set --api-key")
         sock.listen(128)
-        _announce(as_json, "transformers", why, name, host, sock.getsockname()[1])
-        launch.run(server.app, sock)
-    console.print("stopped")
-
-
-def _announce(as_json: bool, backend: str, why: str, name: str, host: str, port: int) -> None:
-    """Says where it is; at once, also into a pipe, because the command stays."""
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    if as_json:
-        print_json({"url": url, "model": name, "backend": backend, "reason": why})
-        sys.stdout.flush()
-    console.print(
-        f"serving {name} on {url} with {backend} ({why})", highlight=False, soft_wrap=True,
-        markup=False,
-    )  # fmt: skip
+        endpoint.announce("transformers", reason, sock.getsockname()[1])
+        launch.run_server(server.app, sock)
+    print_note("stopped")

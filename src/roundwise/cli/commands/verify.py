@@ -6,22 +6,28 @@ from typing import Annotated
 
 import typer
 
-from roundwise.cli.progress import JsonOption, console, print_json, stdout
+from roundwise.cli.options import JsonOption
+from roundwise.cli.progress import count_of, print_json, print_line, print_note
 
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="Quantized checkpoint.")],
-    against: Annotated[str | None, typer.Option(help="The model that it was made from.")] = None,
+    checkpoint: Annotated[
+        str, typer.Argument(help="Quantized checkpoint: folder or Hugging Face hub id.")
+    ],
+    against: Annotated[str | None, typer.Option(help="Original model to compare it with.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read a finished checkpoint back and check all that can be checked. Exit code 1 if it fails."""
+    """Read a finished checkpoint back and check everything that can be checked.
+
+    Exit code 1: a check failed.
+    """
     from roundwise.checkpoint.hub import local_folder
     from roundwise.checkpoint.reader import Checkpoint
     from roundwise.verify import audit
 
     source = Checkpoint(local_folder(against)) if against else None
     folder = local_folder(checkpoint)
-    Checkpoint(folder)  # no checkpoint at all is bad input, not a failed check
+    Checkpoint(folder)  # a folder without a checkpoint is bad input, not a failed check
     report = audit(folder, against=source)
     if as_json:
         print_json(
@@ -30,9 +36,10 @@ def command(
         )  # fmt: skip
     else:
         for kind, count in report.checked.items():
-            stdout.print(f"{kind}: {count} checked", highlight=False)
+            print_line(f"{kind}: {count} checked")
         for failure in report.failures:
-            console.print(f"[red]failed:[/] {failure}", highlight=False, soft_wrap=True)
-        stdout.print("verified" if not report.failures else f"{len(report.failures)} checks failed")
+            print_note(f"[red]failed:[/] {failure}")
+        failed = f"{count_of(len(report.failures), 'check')} failed"
+        print_line(failed if report.failures else "verified")
     if report.failures:
         raise typer.Exit(1)

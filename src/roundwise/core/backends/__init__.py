@@ -1,1 +1,1 @@
-"""The solver's inner loops on each kind of machine."""
+"""The solver's inner loops: one protocol (`base`), three implementations, one choice (`dispatch`)."""

@@ -1,8 +1,8 @@
-"""The C++ extension: what it is used for, and why not where it is not.
+"""The C++ extension: its loading, its matrix products, its packing, and the solver backend made of it.
 
-Everything it does exists in plain torch as well (`core/recursion.py`, `core/packing.py`), tested to give
-the same codes; it is only much faster. It takes float32 and float64 tensors, and codes, on the CPU;
-`core/gpu.py` is its like for GPUs.
+Everything it does exists in plain torch as well (`core/backends/reference.py`, `core/linalg.py`,
+`core/quantized_weight.py`) and is tested to give the same codes; it is only much faster. It takes
+tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import re
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from roundwise.core.grid import MAX_SCALE, Grid
+from roundwise.core.backends.base import CodePanel, ColumnGrids, FactorBlock, Rounded
+from roundwise.core.grid import MAX_SCALE, Grid, GridSpec
+from roundwise.core.grid_search import SHRINK, best_grids
 from roundwise.errors import ConfigError, NumericalError
 
 #: Environment variable: "off", or the instruction set to use instead of the best there is.
@@ -36,10 +38,11 @@ class Status(NamedTuple):
 
 @cache
 def load() -> tuple[Any, Status]:
-    """The extension's module (None where it is not used), and the reason.
+    """Returns the extension's module (None where it is not used), and the reason.
 
     Raises:
-        ConfigError: the environment asks for an instruction set that is not there.
+        ConfigError: the environment asks for an instruction set that this processor lacks, or for an
+            extension that is not built.
     """
     wanted = os.environ.get(VARIABLE, "")
     if wanted == "off":
@@ -54,7 +57,7 @@ def load() -> tuple[Any, Status]:
         return None, Status(
             None, f"not built ({error}): install a C++ compiler and roundwise again"
         )
-    module.use_team(_openmp())
+    module.use_team(_openmp_entry())
     if wanted:
         if wanted not in module.instruction_sets():
             known = ", ".join(module.instruction_sets())
@@ -64,15 +67,21 @@ def load() -> tuple[Any, Status]:
     return module, Status(module.active(), "the best this processor has")
 
 
-def _openmp() -> int:
-    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; 0 where there is none.
+def available() -> bool:
+    """Returns whether the extension is used."""
+    return load()[0] is not None
 
-    Threads of two runtimes would fight for the same cores: torch's spin for a while after each product.
+
+def _openmp_entry() -> int:
+    """Returns the address of GOMP_parallel in the OpenMP runtime that torch has loaded; 0 if none.
+
+    The extension runs on torch's threads: threads of a second runtime would compete with torch's for
+    the same cores, since torch's spin for a while after each product.
     """
     try:
         with Path("/proc/self/maps").open(encoding="utf-8") as maps:
             files = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line}
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return 0
     for file in sorted(files, key=lambda file: ("torch" not in file, file)):
         if re.search(r"lib[gi]?omp\d?[-.\w]*$", file):
@@ -82,14 +91,8 @@ def _openmp() -> int:
     return 0
 
 
-def usable(tensor: torch.Tensor) -> bool:
-    """The extension is there and takes tensors like this one."""
-    other = (torch.float16, torch.bfloat16)
-    return tensor.device.type == "cpu" and tensor.dtype not in other and load()[0] is not None
-
-
-def products(dtype: torch.dtype) -> torch.dtype | None:
-    """In which type `add_moment` multiplies inputs of this one; None: it does not take them."""
+def product_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """Dtype in which `add_moment` multiplies inputs of `dtype`; None if unsupported."""
     module = load()[0]
     if module is None or dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -100,13 +103,17 @@ def add_moment(
     C: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
     *, lower: bool = False, transposed: bool = False, scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """C += scale · Aᵀ B in float32: A [tokens, m], B [tokens, n], C [m, n] float32.
+    """Adds scale · Aᵀ B to C in place; sums are float32.
 
     Rows must be contiguous; the distance between them is free.
 
     Args:
-        lower: A is B, up to a factor; blocks above the diagonal are left as they are.
-        transposed: A is given as [m, tokens], float32; C += scale · A B then.
+        C: [m, n], float32.
+        A: [tokens, m], float32 or bfloat16.
+        B: [tokens, n], of A's dtype.
+        lower: A is B, up to a factor; blocks above the diagonal are not computed.
+        transposed: A is given as [m, tokens], float32: adds scale · A B.
+        scale: factor of what is added.
     """
     module, threads = load()[0], torch.get_num_threads()
     if A.dtype == torch.bfloat16:
@@ -116,51 +123,69 @@ def add_moment(
         module.moment(A, B, C, lower, transposed, scale, threads)
 
 
-def round_group(
-    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, feedback: torch.Tensor,
-    *, weights: torch.Tensor | None, shrink: torch.Tensor, keep: int, maxq: int, min_zero: int,
-    sym: bool, flip_sign: bool,
-) -> tuple[Grid, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`core.recursion.round_group`, natively."""
-    scale, zero, loss = (torch.empty_like(target[0]) for _ in range(3))
-    codes, E = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
-    fits = load()[0].group(
-        U, D, target, feedback, weights is not None, D if weights is None else weights, shrink,
-        keep, maxq, min_zero, sym, flip_sign, scale, zero, loss, codes, E, torch.get_num_threads(),
-    )  # fmt: skip
-    if not fits:
-        raise NumericalError(f"a scale does not fit float16 (largest {MAX_SCALE:g})")
-    return Grid(scale, zero), codes, E, loss
-
-
-def round_known(
-    U: torch.Tensor, D: torch.Tensor, target: torch.Tensor, feedback: torch.Tensor, grids: Grid,
-    index: torch.Tensor, maxq: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`core.recursion.round_known`, natively."""
-    codes, E = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
-    loss = torch.empty_like(target[0])
-    load()[0].known(
-        U, D, target, feedback, grids.scale, grids.zero, index, maxq, loss, codes, E,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return codes, E, loss
-
-
-def descend(
-    H: torch.Tensor, G: torch.Tensor, grids: Grid, index: torch.Tensor, maxq: int,
-    codes: torch.Tensor, moves: int,
-) -> torch.Tensor:  # fmt: skip
-    """`core.recursion.descend` and `exchange`, natively."""
-    change = torch.empty_like(G)
-    load()[0].descend(
-        H, G, grids.scale, grids.zero, index, maxq, codes, change, moves, torch.get_num_threads()
-    )
-    return change
-
-
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [in·bits/32, out] of uint8 codes [out, in], which must be contiguous."""
+    """Packs contiguous uint8 codes [out, in] into int32 words [in·bits/32, out]."""
     words = torch.empty(codes.shape[1] * bits // 32, codes.shape[0], dtype=torch.int32)
     load()[0].pack(codes, bits, words, torch.get_num_threads())
     return words
+
+
+class CppBackend:
+    """The solver's loops in C++, rows in parallel; float32 and float64 on the CPU.
+
+    Args:
+        extension: the module that `load` returns.
+    """
+
+    name: ClassVar[str] = "cpp"
+
+    def __init__(self, extension: Any) -> None:
+        self._extension = extension
+
+    def search_grids(self, W: torch.Tensor, weights: torch.Tensor, spec: GridSpec) -> Grid:
+        """Searches the best grids of one group, in plain torch; see `SolverBackend`."""
+        return best_grids(W, weights, spec)
+
+    def round_group(
+        self, block: FactorBlock, T: torch.Tensor, feedback: torch.Tensor, spec: GridSpec
+    ) -> tuple[Grid, Rounded]:
+        """Finds the grid of one group and rounds its columns; see `SolverBackend`."""
+        weights = spec.error_weights(block.D)
+        scale, zero, loss = (torch.empty_like(T[0]) for _ in range(3))
+        codes, E = torch.empty_like(T, dtype=torch.uint8), torch.empty_like(T)
+        fits = self._extension.group(
+            block.U, block.D, T, feedback, weights is not None,
+            block.D if weights is None else weights, SHRINK.to(T), spec.keep, spec.maxq,
+            spec.min_zero, spec.sym, spec.flip_sign, scale, zero, loss, codes, E,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if not fits:
+            raise NumericalError(f"a scale does not fit float16 (largest {MAX_SCALE:g})")
+        return Grid(scale, zero), Rounded(codes, E, loss)
+
+    def round_known(
+        self, block: FactorBlock, T: torch.Tensor, feedback: torch.Tensor, grids: ColumnGrids
+    ) -> Rounded:
+        """Rounds columns whose grids are known; see `SolverBackend`."""
+        codes, E = torch.empty_like(T, dtype=torch.uint8), torch.empty_like(T)
+        loss = torch.empty_like(T[0])
+        self._extension.known(
+            block.U, block.D, T, feedback, *grids.groups, grids.index, grids.maxq, loss, codes, E,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return Rounded(codes, E, loss)
+
+    def descend(self, panel: CodePanel, G: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Moves each code to its best value, all others fixed; see `SolverBackend`."""
+        return self.exchange(panel, G, codes, moves=1)
+
+    def exchange(
+        self, panel: CodePanel, G: torch.Tensor, codes: torch.Tensor, moves: int
+    ) -> torch.Tensor:
+        """Lets several codes of a row move together; see `SolverBackend`. One move: descent."""
+        grids, change = panel.grids, torch.empty_like(G)
+        self._extension.descend(
+            panel.H, G, *grids.groups, grids.index, grids.maxq, codes, change, moves,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return change

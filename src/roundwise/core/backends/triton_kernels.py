@@ -1,33 +1,33 @@
-"""Triton programs of the solver: the inner loops of `core/recursion.py` on a GPU.
+"""Triton programs of the solver: the inner loops of `core/backends/reference.py` on a GPU.
 
-They do column after column what the plain version does, for tiles of rows (which are independent), with
-all that changes in registers. Rounding is half to even and division exact, as torch's. This file needs
-triton and is imported with the first weight that is solved on a GPU.
+They do column by column what the plain version does, for tiles of rows (which are independent), with
+everything that changes in registers. Rounding is half to even and division exact, as torch's. This file
+needs triton; it is imported when the first weight is solved on a GPU.
 """
 
 import triton
 import triton.language as tl
 
-#: As in `core/recursion.py`.
-REACH, WORTH = tl.constexpr(0.25), tl.constexpr(1e-4)
+#: As in `core/backends/reference.py`.
+MIN_DISTANCE, MIN_GAIN = tl.constexpr(0.25), tl.constexpr(1e-4)
 
 
 @triton.jit
 def _nearest(x, low, high):
-    """The whole number nearest to x, from `low` to `high`, whole ones less than 2^21 in size."""
+    """Returns the integer nearest to x from `low` to `high`, integers of less than 2^21 in size."""
     x = tl.minimum(tl.maximum(x, low), high)
-    # Beyond 1.5 · 2^23 float32 has whole numbers only, and adding rounds half to even.
+    # Beyond 1.5 · 2^23 float32 has integers only, and adding rounds half to even.
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def _at(values, here):
-    """The row of `values` [n, R] that `here` [n] marks."""
+def _row(values, here):
+    """Returns the row of `values` [n, R] that the mask `here` [n] marks."""
     return tl.sum(tl.where(here[:, None], values, 0.0), axis=0)
 
 
 @triton.jit(do_not_specialize=["n", "rows", "maxq"])
-def rounding(
+def round_panel(
     U_ptr,
     T_ptr,
     t_ptr,
@@ -49,9 +49,9 @@ def rounding(
 ):
     """Rounds n <= N columns of a tile of R rows, one after another.
 
-    In: U [n, n] unit upper triangular; target T [n, rows]; t [n, rows], T and what finished columns ask
-    for; scale and zero, a row of `rows` for each column, or one for all (`grid_stride` 0). Out: codes,
-    E = T - value, and t as it was when its column was rounded.
+    In: U [n, n] unit upper triangular; target T [n, rows]; t [n, rows], T plus the feedback of finished
+    columns; scale and zero, `rows` values for each column, or the same for all (`grid_stride` 0). Out:
+    codes, E = T - value, and t as it was when its column was rounded.
     """
     r = tl.program_id(0) * R + tl.arange(0, R)
     k = tl.arange(0, N)
@@ -61,7 +61,7 @@ def rounding(
     for j in range(n):
         scale = tl.load(scale_ptr + j * grid_stride + r, mask=live, other=1.0)
         zero = tl.load(zero_ptr + j * grid_stride + r, mask=live, other=0.0)
-        value = _nearest(tl.div_rn(_at(t, k == j), scale), -zero, maxq - zero)
+        value = _nearest(tl.div_rn(_row(t, k == j), scale), -zero, maxq - zero)
         target = tl.load(T_ptr + j * T_stride + r, mask=live, other=0.0)
         E = target - value * scale
         tl.store(codes_ptr + j * codes_stride + r, (value + zero).to(tl.uint8), mask=live)
@@ -72,7 +72,7 @@ def rounding(
 
 
 @triton.jit(do_not_specialize=["n", "rows", "maxq"])
-def scores(
+def score_grids(
     W_ptr,
     D_ptr,
     scale_ptr,
@@ -85,15 +85,15 @@ def scores(
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    """What candidate c (a program of its own) costs: Σ_j D_j (w_j - q_j)² for W [n, rows].
+    """Computes what each candidate costs: Σ_j D_j (w_j - q_j)² for W [n, rows]; one program for each.
 
     scale, zero and score are [candidates, rows].
     """
     r = tl.program_id(0) * R + tl.arange(0, R)
     live = r < rows
-    own = tl.program_id(1) * rows + r
-    scale = tl.load(scale_ptr + own, mask=live, other=1.0)[None, :]
-    zero = tl.load(zero_ptr + own, mask=live, other=0.0)[None, :]
+    at = tl.program_id(1) * rows + r
+    scale = tl.load(scale_ptr + at, mask=live, other=1.0)[None, :]
+    zero = tl.load(zero_ptr + at, mask=live, other=0.0)[None, :]
     total = tl.zeros([R], tl.float32)
     for start in range(0, n, N):
         k = start + tl.arange(0, N)
@@ -104,11 +104,11 @@ def scores(
             _nearest(tl.div_rn(W, tl.broadcast_to(scale, [N, R])), -zero, maxq - zero) * scale - W
         )
         total += tl.sum(D[:, None] * error * error, axis=0)
-    tl.store(score_ptr + own, total, mask=live)
+    tl.store(score_ptr + at, total, mask=live)
 
 
 @triton.jit(do_not_specialize=["n", "rows", "maxq"])
-def descending(
+def descend(
     H_ptr,
     G_ptr,
     scale_ptr,
@@ -124,10 +124,10 @@ def descending(
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Moves the codes of n <= N columns of a tile of R rows to their best, one after another.
+    """Moves the codes of n <= N columns of a tile of R rows to their best values, one after another.
 
-    In: H [n, n]; G [n, rows]; scale and zero [groups, rows]; index [n], the group of each column. Codes
-    [n, rows] are changed; change [n, rows] is by how much the values moved.
+    In: H [n, n]; G [n, rows]; scale and zero [groups, rows]; index [n], the group of each column. In and
+    out: codes [n, rows]. Out: change [n, rows], by how much the values moved.
     """
     r = tl.program_id(0) * R + tl.arange(0, R)
     k = tl.arange(0, N)
@@ -140,7 +140,7 @@ def descending(
         zero = tl.load(zero_ptr + group, mask=live, other=0.0)
         at = j * rows + r
         before = tl.load(codes_ptr + at, mask=live, other=0).to(tl.float32) - zero
-        gradient = _at(G, k == j)
+        gradient = _row(G, k == j)
         diagonal = tl.load(H_ptr + j * H_stride + j)
         best = before * scale - tl.div_rn(gradient, tl.broadcast_to(diagonal, [R]))
         after = _nearest(tl.div_rn(best, scale), -zero, maxq - zero)
@@ -153,12 +153,12 @@ def descending(
 
 @triton.jit
 def _answers(
-    free, low, gradient, own, ratio, H_ptr, scale_ptr, index_ptr, k, inside, rows, maxq,
+    free, low, gradient, step_cost, ratio, H_ptr, scale_ptr, index_ptr, k, inside, rows, maxq,
     H_stride, left,
 ):  # fmt: skip
-    """Up to `skipped_linears` moves, each the one of all `free` columns that gains most, until none gains.
+    """Makes up to `left` moves, each the one of all `free` columns that gains most, until none gains.
 
-    Returns by how many codes each column moved, the gradient after it, and what it costs (below zero).
+    Returns by how many codes each column moved, the gradient afterwards, and the cost (below zero).
     """
     moved = tl.zeros_like(gradient)
     total = tl.sum(moved)
@@ -166,7 +166,7 @@ def _answers(
         wanted = gradient * ratio
         answer = _nearest(wanted, low - moved, low - moved + maxq)
         answer = tl.where(free, answer, 0.0)
-        cost = (answer - 2.0 * wanted) * answer * own
+        cost = (answer - 2.0 * wanted) * answer * step_cost
         least, j = tl.min(cost, axis=0, return_indices=True)
         left = tl.where(least < 0.0, left - 1, 0)
         if least < 0.0:
@@ -179,7 +179,7 @@ def _answers(
 
 
 @triton.jit(do_not_specialize=["n", "rows", "maxq", "moves"])
-def exchanging(
+def exchange(
     H_ptr,
     G_ptr,
     scale_ptr,
@@ -194,9 +194,9 @@ def exchanging(
     G_stride,
     N: tl.constexpr,
 ):
-    """Each of n <= N codes of one row to its best, then up to `moves` together, beginning with each.
+    """Moves each of n <= N codes of one row to its best, then up to `moves` together, from each one.
 
-    Arguments as for `descending`. One program has one row, so that it can pass over what does not pay.
+    Arguments as for `descend`. Each program has one row, so that it can skip moves that do not pay.
     """
     row = tl.program_id(0)
     k = tl.arange(0, N)
@@ -204,11 +204,11 @@ def exchanging(
     group = tl.load(index_ptr + k, mask=inside, other=0)
     scale = tl.load(scale_ptr + group * rows + row, mask=inside, other=1.0)
     diagonal = tl.load(H_ptr + k * (H_stride + 1), mask=inside, other=1.0)
-    own = scale * scale * diagonal
+    step_cost = scale * scale * diagonal
     ratio = -tl.div_rn(tl.full([N], 1.0, tl.float32), scale * diagonal)
     gradient = tl.load(G_ptr + k * G_stride + row, mask=inside, other=0.0)
     code = tl.load(codes_ptr + k * rows + row, mask=inside, other=0).to(tl.float32)
-    low = -code  # by how many codes a column may still move down; up: low + maxq
+    low = -code  # how far a column may still move down, in codes; up: low + maxq
     for i in range(n):
         here = k == i
         wanted = tl.sum(tl.where(here, gradient * ratio, 0.0))
@@ -225,19 +225,19 @@ def exchanging(
         below = tl.sum(tl.where(here, low, 0.0))
         above = below + maxq
         first = _nearest(wanted, below, above)
-        far = (first != 0.0) | (tl.abs(wanted) >= REACH)
+        begins = (first != 0.0) | (tl.abs(wanted) >= MIN_DISTANCE)
         first = tl.where(first != 0.0, first, tl.where(wanted < 0.0, -1.0, 1.0))
-        if far & (first >= below) & (first <= above):
+        if begins & (first >= below) & (first <= above):
             step = tl.load(scale_ptr + tl.load(index_ptr + i) * rows + row)
             cost = step * step * tl.load(H_ptr + i * H_stride + i)
             h = tl.load(H_ptr + i * H_stride + k, mask=inside, other=0.0)
-            # It must not move back.
+            # The first column must not move back.
             answers, tried, gain = _answers(
-                inside & (k != i), low, gradient + h * (first * step), own, ratio, H_ptr,
+                inside & (k != i), low, gradient + h * (first * step), step_cost, ratio, H_ptr,
                 scale_ptr + row, index_ptr, k, inside, rows, maxq, H_stride, moves - 1,
             )  # fmt: skip
             gain += (first - 2.0 * wanted) * first * cost
-            if gain + cost * WORTH < 0.0:
+            if gain + cost * MIN_GAIN < 0.0:
                 gradient = tried
                 low -= tl.where(here, first, answers)
     at = k * rows + row

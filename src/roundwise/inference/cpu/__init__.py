@@ -1,1 +1,1 @@
-"""Parts of inference for the CPU alone."""
+"""CPU-only parts of inference: memory-mapped embeddings, streamed linear layers, decoding attention."""

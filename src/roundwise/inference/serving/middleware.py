@@ -1,4 +1,4 @@
-"""What stands around the routes: the key, the time limit, and errors in OpenAI's shape."""
+"""ASGI middleware for the API key and the time limit, and error responses in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -17,20 +17,30 @@ logger = logging.getLogger("roundwise.serve")
 
 
 class Guard:
-    """Lets nobody in without the key, and cuts what takes too long, be it the client's fault."""
+    """ASGI middleware: refuses requests without the API key, and cuts those that exceed a time limit.
+
+    Args:
+        app: the application.
+        api_key: key that clients must send; None: no key is needed.
+        seconds: time limit of a connection, however slowly the client sends or reads.
+    """
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, seconds: float) -> None:
         self.app, self.seconds = app, seconds
         self._expected = f"Bearer {api_key}".encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handles one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        sent = dict(scope["headers"]).get(b"authorization", b"")
-        public = scope["path"] == "/health"
-        if self._expected and not public and not hmac.compare_digest(sent, self._expected):
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        is_public = scope["path"] == "/health"
+        if (
+            self._expected
+            and not is_public
+            and not hmac.compare_digest(authorization, self._expected)
+        ):
             error = ApiError(
                 401, "the API key is missing or wrong", kind="authentication_error",
                 code="invalid_api_key",
@@ -40,31 +50,31 @@ class Guard:
         try:
             async with asyncio.timeout(self.seconds):
                 await self.app(scope, receive, send)
-        except TimeoutError:  # one that sends or reads too slowly; the connection is closed
+        except TimeoutError:  # the client sends or reads too slowly
             logger.warning("a client was too slow: its connection is closed")
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told; what it is not told goes to the log."""
+    """Returns the error to send to the client; details of unexpected errors go to the log only."""
     if isinstance(error, ApiError):
         return error
     logger.error("a request failed", exc_info=error)
     return ApiError(500, f"the model failed: {type(error).__name__}", kind="server_error")
 
 
-def answer_api_error(_: HttpRequest, error: Exception) -> Response:
-    """In OpenAI's shape."""
+def handle_api_error(_: HttpRequest, error: Exception) -> Response:
+    """Returns the response for an ApiError."""
     assert isinstance(error, ApiError)
     return JSONResponse(error.body, error.status)
 
 
-def answer_nobody(_: HttpRequest, __: Exception | None) -> Response:
-    """The client has gone; nobody reads this."""
+def handle_disconnect(_: HttpRequest, __: Exception | None) -> Response:
+    """Returns status 499, for a client that has disconnected: it is not sent."""
     return Response(status_code=499)
 
 
-def answer_http_error(http: HttpRequest, error: Exception) -> Response:
-    """No such path, or not with this method."""
+def handle_http_error(http: HttpRequest, error: Exception) -> Response:
+    """Returns the response for an unknown path, or a method that a path does not have."""
     assert isinstance(error, HTTPException)
     body = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}").body
     return JSONResponse(body, error.status_code, headers=error.headers)

@@ -1,6 +1,6 @@
-"""OpenAI's requests, answers and errors as data; knows nothing of models or of the network.
+"""Data types for OpenAI's requests, responses and errors; knows nothing of models or of the network.
 
-A field that would change the answer and is not supported is an error, never passed over in silence.
+An unsupported field that would change the answer is an error, never silently ignored.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from roundwise.inference.generation import Generated, Sampling
 from roundwise.inference.prompts import Message
 
-#: Answers that one request may ask for: its prompts times n.
+#: Most answers of one request: its prompts times n.
 MAX_CHOICES = 64
 
-#: Fields that change nothing about the answer here.
-IGNORED = frozenset({
+#: Fields that have no effect on the answer of this server.
+IGNORED_FIELDS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "parallel_tool_calls",
 })  # fmt: skip
 
-#: Fields that are not supported, with the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+#: Unsupported field -> values that are accepted because they have no effect.
+UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
     "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "best_of": (1,), "suffix": ("",),
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
@@ -35,7 +35,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """What a client is told instead of an answer; its message becomes OpenAI's error object."""
+    """Error that is sent to the client as OpenAI's error object.
+
+    Args:
+        status: HTTP status.
+        message: one sentence for the client.
+        kind: OpenAI's error type.
+        param: name of the field that is wrong.
+        code: OpenAI's error code.
+    """
 
     def __init__(
         self,
@@ -52,14 +60,14 @@ class ApiError(Exception):
 
 
 class StreamOptions(BaseModel):
-    """`stream_options`."""
+    """The field `stream_options`."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class Request(BaseModel):
-    """What both kinds of completions share."""
+    """Fields that text and chat completions share."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -77,24 +85,33 @@ class Request(BaseModel):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """The limit the client has set."""
+    def token_limit(self) -> int | None:
+        """Most tokens to generate; None: the client sets no limit."""
         return self.max_tokens
 
     def sampling(self, max_new_tokens: int, model: Any, choice: int) -> Sampling:
-        """For the answer number `choice`; what is not said is the model's own, then OpenAI's."""
-        own = model.generation_config
-        usual = own.temperature if own.do_sample and own.temperature is not None else 1.0
+        """Returns the sampling parameters of one answer.
+
+        Defaults are the model's (generation_config.json), then OpenAI's.
+
+        Args:
+            max_new_tokens: most tokens to generate.
+            model: transformers causal language model.
+            choice: number of the answer, from 0; each has another seed.
+        """
+        defaults = model.generation_config
+        samples = defaults.do_sample and defaults.temperature is not None
+        temperature = defaults.temperature if samples else 1.0
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return Sampling(
-            max_new_tokens,
-            usual if self.temperature is None else self.temperature,
-            self.top_p,
-            self.top_k,
-            self.min_p,
-            self.repetition_penalty,
-            None if self.seed is None else (self.seed + choice) % 2**63,
-            tuple(stop),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature if self.temperature is None else self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=None if self.seed is None else (self.seed + choice) % 2**63,
+            stop=tuple(stop),
         )
 
 
@@ -102,19 +119,19 @@ R = TypeVar("R", bound=Request)
 
 
 class CompletionRequest(Request):
-    """POST /v1/completions."""
+    """Body of POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
 
     def prompts(self) -> list[str | list[int]]:
-        """One or many, texts or token ids."""
+        """Returns the prompts, one or several, as texts or token ids."""
         if isinstance(self.prompt, str) or all(isinstance(x, int) for x in self.prompt):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class Part(BaseModel):
-    """A part of a message; only text is understood."""
+class TextPart(BaseModel):
+    """A part of a message; only text is supported."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -123,56 +140,60 @@ class Part(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """A message; fields beyond role and content are the template's matter."""
+    """A message of a chat; other fields than role and content are passed to the chat template."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: str
-    content: str | list[Part] | None = None
+    content: str | list[TextPart] | None = None
 
     def as_dict(self) -> Message:
-        """With its parts joined, as templates take it."""
+        """Returns the message with its parts joined, as chat templates take it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {**(self.model_extra or {}), "role": self.role, "content": text}
 
 
 class ChatRequest(Request):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """The limit the client has set, by the newer name or the older."""
+    def token_limit(self) -> int | None:
+        """Most tokens to generate, by the field's newer or older name; None: no limit."""
         return self.max_completion_tokens or self.max_tokens
 
 
-def parse(body: bytes, kind: type[R]) -> R:
-    """Reads a request.
+def parse_request(body: bytes, kind: type[R]) -> R:
+    """Parses the body of a request.
+
+    Args:
+        body: JSON.
+        kind: class of the request.
 
     Raises:
-        ApiError: no JSON, a field that is missing, wrong, unknown or not supported.
+        ApiError: not a JSON object, or a field that is missing, wrong, unknown or unsupported.
     """
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not JSON") from None
+        raise ApiError(400, "the body is not valid JSON") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object")
-    given = {k: v for k, v in value.items() if v is not None and k not in IGNORED}
-    for name in given.keys() & NEUTRAL.keys():
-        if given.pop(name) not in NEUTRAL[name]:
+    fields = {k: v for k, v in value.items() if v is not None and k not in IGNORED_FIELDS}
+    for name in fields.keys() & UNSUPPORTED_FIELDS.keys():
+        if fields.pop(name) not in UNSUPPORTED_FIELDS[name]:
             raise ApiError(400, f"{name} is not supported by this server", param=name)
     try:
-        return kind.model_validate_json(json.dumps(given))
+        return kind.model_validate_json(json.dumps(fields))
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _as_api_error(error) from None
 
 
-def _refusal(error: ValidationError) -> ApiError:
-    """The first thing that is wrong, as OpenAI would name it."""
+def _as_api_error(error: ValidationError) -> ApiError:
+    """Returns the first of pydantic's errors as an ApiError."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -183,9 +204,14 @@ def _refusal(error: ValidationError) -> ApiError:
 
 
 def usage(answers: list[Generated], prompts: int) -> dict[str, int]:
-    """Token counts; a prompt with several answers counts once, as at OpenAI."""
-    each = len(answers) // prompts
-    prompt = sum(answer.prompt_tokens for answer in answers[::each])
+    """Returns token counts as OpenAI's `usage`; a prompt with several answers counts once.
+
+    Args:
+        answers: answers to all prompts, in order, the same number for each.
+        prompts: number of prompts.
+    """
+    answers_per_prompt = len(answers) // prompts
+    prompt = sum(answer.prompt_tokens for answer in answers[::answers_per_prompt])
     completion = sum(answer.tokens for answer in answers)
     return {
         "prompt_tokens": prompt,
@@ -194,24 +220,30 @@ def usage(answers: list[Generated], prompts: int) -> dict[str, int]:
     }
 
 
-class Shape:
-    """The JSON of one answer, whole or in pieces."""
+class ResponseFormat:
+    """Builds the JSON of a response, whole or as chunks of a stream.
+
+    Args:
+        chat: True for chat completions, False for text completions.
+        model: name of the model.
+        identity: unique part of the response's id.
+    """
 
     def __init__(self, *, chat: bool, model: str, identity: str) -> None:
         self._chat = chat
-        self._head = {
+        self._header = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{identity}",
             "created": int(time.time()),
             "model": model,
         }
 
-    def whole(self, answers: list[Generated], counts: dict[str, int]) -> dict[str, Any]:
-        """The answer to a request without `stream`."""
+    def response(self, answers: list[Generated], usage: dict[str, int]) -> dict[str, Any]:
+        """Returns the whole response, for a request without `stream`."""
         choices = [
             {
                 "index": index,
                 "logprobs": None,
-                "finish_reason": _reason(answer),
+                "finish_reason": _finish_reason(answer),
                 **(
                     {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
                     if self._chat
@@ -220,38 +252,39 @@ class Shape:
             }
             for index, answer in enumerate(answers)
         ]
-        return {**self._kind(""), "choices": choices, "usage": counts}
+        return {**self._with_object(""), "choices": choices, "usage": usage}
 
-    def begin(self, index: int) -> dict[str, Any] | None:
-        """What a chat answer starts with."""
+    def first_chunk(self, index: int) -> dict[str, Any] | None:
+        """Returns the chunk that starts answer `index` of a chat; None for text completions."""
         delta = {"role": "assistant", "content": ""}
         return self._chunk(index, {"delta": delta}, None) if self._chat else None
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """Some more text."""
+    def text_chunk(self, index: int, text: str) -> dict[str, Any]:
+        """Returns a chunk with a piece of text."""
         return self._chunk(
             index, {"delta": {"content": text}} if self._chat else {"text": text}, None
         )
 
-    def end(self, index: int, answer: Generated) -> dict[str, Any]:
-        """Why one answer has ended."""
-        return self._chunk(index, {"delta": {}} if self._chat else {"text": ""}, _reason(answer))
+    def last_chunk(self, index: int, answer: Generated) -> dict[str, Any]:
+        """Returns the chunk that ends an answer, with its finish_reason."""
+        content: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
+        return self._chunk(index, content, _finish_reason(answer))
 
-    def counts(self, counts: dict[str, int]) -> dict[str, Any]:
-        """The last piece, for those who ask for usage."""
-        return {**self._kind(".chunk"), "choices": [], "usage": counts}
+    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+        """Returns the last chunk of a stream, for clients that asked for usage."""
+        return {**self._with_object(".chunk"), "choices": [], "usage": usage}
 
     def _chunk(self, index: int, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
         choice = {"index": index, **content, "logprobs": None, "finish_reason": reason}
-        return {**self._kind(".chunk"), "choices": [choice]}
+        return {**self._with_object(".chunk"), "choices": [choice]}
 
-    def _kind(self, suffix: str) -> dict[str, Any]:
+    def _with_object(self, suffix: str) -> dict[str, Any]:
         return {
-            **self._head,
+            **self._header,
             "object": f"chat.completion{suffix}" if self._chat else "text_completion",
         }
 
 
-def _reason(answer: Generated) -> str:
-    """An answer that was cut off by the time limit is too long for this server."""
+def _finish_reason(answer: Generated) -> str:
+    """Returns OpenAI's finish_reason; an answer that the time limit ended counts as too long."""
     return "stop" if answer.finish == "stop" else "length"

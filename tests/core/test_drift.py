@@ -1,0 +1,116 @@
+"""The target makes a layer reproduce the original model's output from the input that it gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from roundwise.core.drift import ROWS, Drift, Moments, corrected_target
+from roundwise.core.hessian import CrossMoment, Hessian
+from roundwise.core.linalg import factor
+from tests.core.oracle import damped
+from tests.core.problems import layer
+
+
+def inputs(tokens: int = 500, width: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """X and X̃ [tokens, width]."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(20, width, generator=generator)
+    X = torch.randn(tokens, 20, generator=generator) @ mix
+    X += 0.2 * torch.randn(tokens, width, generator=generator)
+    return X, X + 0.3 * torch.randn(tokens, width, generator=generator)
+
+
+def moments(X: torch.Tensor, original: torch.Tensor) -> Moments:
+    return Moments(X.T @ X / len(X), Drift((original - X).T @ X / len(X)), len(X))
+
+
+def test_the_target_is_the_best_weight_for_the_original_output() -> None:
+    """Without damping, T is the least-squares solution of X Tᵀ = X̃ Wᵀ + R̃ - R."""
+    X, original = (x.double() for x in inputs())
+    W = torch.randn(10, 64, generator=torch.Generator().manual_seed(1)).double()
+    residual = torch.randn(500, 10, generator=torch.Generator().manual_seed(2)).double()
+    drift = Drift((original - X).T @ X / 500, residual.T @ X / 500)
+    Y = drift.take_target_shift(W, 1.0, 1.0)
+    assert Y is not None
+    assert drift.residual is None
+    perm = torch.randperm(64, generator=torch.Generator().manual_seed(3))
+    T = corrected_target(W, Y, perm, factor(X.T @ X / 500, perm, 0.0))
+    assert T is Y
+    expected = torch.linalg.lstsq(X, original @ W.T + residual).solution.T
+    torch.testing.assert_close(T, expected)
+
+
+def test_the_target_is_taken_with_the_damping_of_the_factor() -> None:
+    W, H = layer(0, rows=ROWS + 5, width=48)
+    Y = 0.01 * torch.randn(W.shape, generator=torch.Generator().manual_seed(0)).double()
+    expected = W + torch.linalg.solve(damped(H, 0.01), Y.T).T
+    perm = torch.arange(48).flip(0)
+    torch.testing.assert_close(corrected_target(W, Y, perm, factor(H, perm, 0.01)), expected)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (0.5, 0.0), (0.5, 0.8)])
+def test_corrections_have_a_strength(alpha: float, beta: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, residual = (torch.randn(16, 24, generator=generator) for _ in range(2))
+    square = torch.randn(24, 24, generator=generator)
+    Y = Drift(square, residual.clone()).take_target_shift(W, alpha, beta)
+    torch.testing.assert_close(Y, alpha * W @ square + beta * residual)
+
+
+def test_without_drift_there_is_nothing_to_correct() -> None:
+    assert Drift().take_target_shift(torch.ones(4, 8), 1.0, 1.0) is None
+    assert Drift(torch.ones(8, 8)).take_target_shift(torch.ones(4, 8), 0.0, 1.0) is None
+
+
+def test_the_drift_of_some_rows_leaves_that_of_all_alone() -> None:
+    drift = Drift(torch.ones(8, 8), torch.ones(6, 8))
+    some = drift.rows(slice(0, None, 2))
+    assert some.residual is not None
+    some.residual.zero_()
+    assert drift.residual is not None
+    assert torch.equal(drift.residual, torch.ones(6, 8))
+
+
+def test_a_drift_can_be_summed_up_behind_the_layer() -> None:
+    """(X̃ - X)ᵀX first and W afterwards, or (X̃ - X)Wᵀ first: the same Y."""
+    generator = torch.Generator().manual_seed(3)
+    x, r, W = (torch.randn(*n, generator=generator) for n in ((50, 24), (50, 16), (16, 24)))
+    x0, r0 = (y + 0.1 * torch.randn(y.shape, generator=generator) for y in (x, r))
+    apart = [CrossMoment(24, 24), CrossMoment(16, 24)]
+    apart[0].add(x0, x, x, None)
+    apart[1].add(r0, r, x, None)
+    together = CrossMoment(16, 24)
+    together.add(r0, r, x, None, (x0 - x) @ W.T * (0.5 / 0.8))
+    wanted = Drift(*(moment.take_mean() for moment in apart)).take_target_shift(W, 0.5, 0.8)
+    shift = Drift(None, together.take_mean()).take_target_shift(W, 0.5, 0.8)
+    torch.testing.assert_close(shift, wanted)
+    # Or X̃Wᵀ with the batches, and XWᵀ subtracted at the end.
+    outputs, H = CrossMoment(16, 24), Hessian(24)
+    outputs.add(r0, r, x, None, x0 @ W.T * (0.5 / 0.8))
+    H.add(x)
+    drift = Drift(None, outputs.take_mean())
+    drift.subtract_output(W, H.mean(), 0.5 / 0.8)
+    torch.testing.assert_close(drift.take_target_shift(W, 0.5, 0.8), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_joined_moments_are_those_of_all_tokens() -> None:
+    X, original = inputs()
+    parts = [moments(X[:200], original[:200]), moments(X[200:], original[200:])]
+    parts[0].join(parts[1])
+    whole = moments(X, original)
+    torch.testing.assert_close(parts[0].H, whole.H)
+    torch.testing.assert_close(parts[0].drift.input, whole.drift.input)
+    assert parts[0].tokens == 500
+
+
+def test_divided_moments_are_those_of_divided_inputs() -> None:
+    X, original = inputs()
+    s = torch.rand(64) + 0.5
+    divided = moments(X, original)
+    divided.drift.residual = original[:, :10].T @ X / len(X)
+    divided.divide(s.double())
+    expected = moments(X / s, original / s)
+    torch.testing.assert_close(divided.H, expected.H)
+    torch.testing.assert_close(divided.drift.input, expected.drift.input)
+    torch.testing.assert_close(divided.drift.residual, original[:, :10].T @ (X / s) / len(X))

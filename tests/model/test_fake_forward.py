@@ -1,0 +1,96 @@
+"""A forward on fake tensors tells which linears are called, and which share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import roundwise as rw
+from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears, trace_calls
+from roundwise.model.streamed import open_streamed_model
+from tests.helpers import ARCHITECTURES
+from tests.matrix.families import FAMILIES
+
+CONFIG = rw.QuantizeConfig()
+
+
+def saved(folder: Path, family: str) -> Path:
+    FAMILIES[family].make().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_linears_that_read_one_input_have_the_same_first(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    streamed = open_streamed_model(folder_of(name))
+    calls = trace_calls(streamed, CONFIG)
+    assert calls.first_reader == {
+        f"{block.name}.{linear}": f"{block.name}.{group[0]}"
+        for block in streamed.blocks
+        for group in ARCHITECTURES[name].groups
+        for linear in group
+    }
+    assert calls.repeated == ()
+    assert all(p.device.type == "meta" for p in streamed.model.parameters())
+
+
+@pytest.mark.parametrize(("experts", "inputs"), [("routed", 4), ("all", 1)])
+def test_experts_share_an_input_only_if_each_gets_all_tokens(
+    experts: Any, inputs: int, folder_of: Callable[[str], Path]
+) -> None:
+    streamed = open_streamed_model(folder_of("mixtral"))
+    first = trace_calls(streamed, rw.QuantizeConfig(experts=experts)).first_reader
+    path = "model.layers.0.mlp.experts"
+    gates = [f"{path}.{expert}.w1" for expert in range(4)]
+    assert len({first[gate] for gate in gates}) == inputs
+    assert all(first[f"{path}.{e}.w3"] == first[gates[e]] for e in range(4))
+
+
+def test_a_weight_that_is_used_without_a_call_is_skipped(tmp_path: Path) -> None:
+    streamed = open_streamed_model(saved(tmp_path, "Mamba"))
+    drop_uncalled_linears(streamed, CONFIG)
+    for block in streamed.blocks:
+        assert not any("dt_proj" in name for name in block.linears)
+        assert block.skipped_linears[f"{block.name}.mixer.dt_proj"] == (
+            "the model never calls it, but may read its weight"
+        )
+
+
+def test_blocks_that_text_does_not_reach_are_skipped(tmp_path: Path) -> None:
+    streamed = open_streamed_model(saved(tmp_path, "Mllama"))
+    drop_uncalled_linears(streamed, CONFIG)
+    (skipped,) = streamed.skipped_blocks
+    assert ".layers.1" in skipped.name
+    assert not skipped.linears
+    assert set(skipped.skipped_linears.values()) == {
+        "the model does not call its block for text alone"
+    }
+    assert skipped.name not in [block.name for block in streamed.blocks]
+
+
+def test_layers_that_are_called_several_times(tmp_path: Path) -> None:
+    streamed = open_streamed_model(saved(tmp_path, "Albert"))
+    calls = trace_calls(streamed, CONFIG)
+    assert set(calls.repeated) == set(streamed.blocks[0].linears)
+
+
+def test_a_forward_that_depends_on_values_tells_nothing(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = transformers.models.llama.modeling_llama.LlamaMLP.forward
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return original(self, x) if float(x.sum()) > 0 else x
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", forward)
+    streamed = open_streamed_model(llama)
+    before = [list(block.linears) for block in streamed.blocks]
+    assert drop_uncalled_linears(streamed, CONFIG) == CallTrace()
+    assert [list(block.linears) for block in streamed.blocks] == before
+    assert streamed.skipped_blocks == []
