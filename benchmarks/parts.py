@@ -18,12 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import roundwise as rw
 from roundwise.checkpoint.hub import bundled_model
-from roundwise.core.act_order import permuted_columns
 from roundwise.core.backends.dispatch import choose_backend
-from roundwise.core.grid import GridSpec
 from roundwise.core.hessian import Hessian
+from roundwise.core.linalg import permuted_columns
 from roundwise.core.rounding import ColumnSweep
-from roundwise.core.solver import prepare_hessian
+from roundwise.core.solver import grid_spec, prepare_hessian
 from roundwise.system.half_matmul import cpu_half_matmul, has_native_matmul
 
 LENGTH = 512
@@ -68,7 +67,7 @@ def round_only(W: torch.Tensor, H: torch.Tensor, config: rw.QuantizeConfig) -> C
     prepared = prepare_hessian(H, config)
     columns = ColumnSweep(
         permuted_columns(W, prepared.order.perm), prepared.factor, prepared.order,
-        GridSpec.from_config(config), None, choose_backend(W),
+        grid_spec(config), None, choose_backend(W),
     )  # fmt: skip
     columns.round_all()
     return columns

@@ -1,4 +1,4 @@
-"""What tests share: small models of ten architectures, folders as bytes, commands as processes."""
+"""Helpers of tests: small models of ten architectures, folders as hashes, commands as processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LLAMA_GROUPS = [QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family, as a small config, and what is known of its blocks."""
+    """A model family: a small config, and the expected groups of its blocks."""
 
     config: Callable[[], transformers.PretrainedConfig]
     blocks: str
@@ -116,7 +116,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def random_model(config: transformers.PretrainedConfig, seed: int = 0) -> Any:
-    """A model with random weights, none of them zero or one: biases and norms count."""
+    """A model with random weights; biases are not zero and norms are not one."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -127,13 +127,13 @@ def random_model(config: transformers.PretrainedConfig, seed: int = 0) -> Any:
 
 
 def windows(count: int = 4, length: int = 32, seed: int = 0) -> list[list[int]]:
-    """Random token ids, as calibration for models that have no tokenizer."""
+    """Random token ids: calibration for models without a tokenizer."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
 
 
 def batches(rows: list[list[int]], size: int = 2) -> list[Batch]:
-    """Windows of one length as batches without padding."""
+    """Windows of equal length in batches without padding."""
     return [Batch(torch.tensor(rows[i : i + size]), None) for i in range(0, len(rows), size)]
 
 
@@ -143,9 +143,9 @@ def inputs(batch: Batch) -> dict[str, torch.Tensor]:
     return given if batch.mask is None else {**given, "attention_mask": batch.mask.long()}
 
 
-def conduct(
+def run_blocks(
     streamed: StreamedModel,
-    played: list[Batch],
+    calibration: list[Batch],
     solve: Callable[[InputGroup], None] = lambda group: None,
     *,
     sequential: bool = True,
@@ -153,12 +153,12 @@ def conduct(
     held_out: frozenset[int] = frozenset(),
     policy: ExpertCalibration | None = None,
 ) -> Iterator[tuple[list[InputGroup], ForwardScheduler]]:
-    """Leads batches through all blocks; yields the groups of each, all players standing behind it."""
+    """Runs batches through all blocks; yields the groups of each block, all batches paused after it."""
     streamed.load_outside_blocks()
     with ForwardScheduler(
         streamed.model,
         streamed.blocks,
-        played,
+        calibration,
         reference=reference,
         held_out=held_out,
         policy=policy,
@@ -172,7 +172,7 @@ def conduct(
 
 
 def hidden(output: Any) -> torch.Tensor:
-    """The hidden states among what a block returns."""
+    """The hidden states in the return value of a block."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -188,14 +188,14 @@ def linear_names(model: Any, architecture: Architecture) -> list[str]:
 
 
 def assign(model: Any, name: str, W: torch.Tensor) -> None:
-    """Puts W [out, in] in place of the weight of a linear or Conv1D."""
+    """Replaces the weight of a linear or Conv1D by W [out, in]."""
     linear = model.get_submodule(name)
     with torch.no_grad():
         weight_of(linear).copy_(W)
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file below a folder and the hash of its bytes, but for what tells how long it took."""
+    """Every file in a folder -> hash of its bytes, without files that contain timings."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -216,7 +216,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def journal_blocks(out: Path) -> list[int]:
-    """Blocks that the journal of an unfinished run calls finished, in the order of its lines."""
+    """Finished blocks in the journal of an unfinished run, in the order of its lines."""
     path = out / ".roundwise" / "journal.jsonl"
     whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
     lists = [json.loads(line) for line in whole.splitlines()[1:]]
@@ -238,21 +238,21 @@ class Ended:
 
     @property
     def sentence(self) -> str:
-        """What follows `error:` on stderr; it must be one line, and no traceback anywhere."""
+        """The error message on stderr; it must be one line, without a traceback."""
         assert "Traceback" not in self.stderr + self.stdout, self.stderr
         lines = [line for line in self.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.stderr
         return lines[0].removeprefix("error: ")
 
 
-#: Runs in a process of its own: imports what takes seconds, then forks a child for each command.
-_NURSERY = """
+#: Runs in a process of its own: imports slow modules once, then forks a child for each command.
+_SERVER = """
 import json, os, runpy, resource, signal, sys, traceback
 import roundwise.cli, roundwise.inference.load, roundwise.evaluation.perplexity
 import matplotlib.figure, matplotlib.backends.backend_svg
 from roundwise.model.streamed import open_streamed_model
 from roundwise.run.prepare import load_tokenizer
-warm = open_streamed_model(sys.argv[1])  # imports what transformers imports late
+warm = open_streamed_model(sys.argv[1])  # transformers imports some modules late
 load_tokenizer(warm.checkpoint)
 for line in sys.stdin:
     order = json.loads(line)
@@ -282,7 +282,7 @@ for line in sys.stdin:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # leaves out taking apart thousands of modules, which takes as long as the run
+    os._exit(code)  # skips the cleanup of thousands of modules, which takes as long as the run
 """
 
 
@@ -296,22 +296,22 @@ class Commands:
             "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
-        self._nursery = subprocess.Popen(
-            [sys.executable, "-c", _NURSERY, str(model)],
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", _SERVER, str(model)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **settings},
         )  # fmt: skip
 
     def close(self) -> None:
-        assert self._nursery.stdin and self._nursery.stdout
-        self._nursery.stdin.close()
-        self._nursery.wait()
-        self._nursery.stdout.close()
+        assert self._server.stdin and self._server.stdout
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()
 
     def _ask(self, **order: Any) -> int:
-        assert self._nursery.stdin and self._nursery.stdout
-        self._nursery.stdin.write(json.dumps(order) + "\n")
-        self._nursery.stdin.flush()
-        return int(json.loads(self._nursery.stdout.readline()))
+        assert self._server.stdin and self._server.stdout
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        return int(json.loads(self._server.stdout.readline()))
 
     def start(self, *arguments: object, largest_file: int = 0) -> Running:
         """Starts a command; `largest_file`: bytes after which writing to a file fails."""
@@ -330,7 +330,7 @@ class Commands:
 
 @dataclass
 class Running:
-    """A command under way."""
+    """A running command."""
 
     commands: Commands
     pid: int
@@ -342,12 +342,12 @@ class Running:
         return Ended(code, self.out.read_text(), self.err.read_text())
 
     def stop(self, number: signal.Signals = signal.SIGKILL) -> Ended:
-        """Sends a signal and waits for the end. It may have ended before: a zombie takes no harm."""
+        """Sends a signal and waits for the end; a no-op if the process has ended."""
         os.kill(self.pid, number)
         return self.wait()
 
     def reach(self, happened: Callable[[], bool], seconds: float = 60.0) -> None:
-        """Waits until something has happened."""
+        """Waits until `happened` returns True."""
         limit = time.monotonic() + seconds
         while not happened():
             assert time.monotonic() < limit, self.err.read_text()
@@ -355,7 +355,7 @@ class Running:
 
 
 class Stop(Exception):
-    """Raised by a test in the middle of a run, as a crash would."""
+    """Raised by a test in the middle of a run, like a crash."""
 
 
 def stop_after(count: int) -> Callable[[Any], None]:
@@ -371,7 +371,7 @@ def stop_after(count: int) -> Callable[[Any], None]:
 
 @contextmanager
 def edited_json(path: Path) -> Iterator[dict[str, Any]]:
-    """A JSON file as a dict whose changes are written back."""
+    """Context manager: a JSON file as a dict; changes are written back."""
     value = json.loads(path.read_text())
     yield value
     path.write_text(json.dumps(value))
@@ -382,7 +382,7 @@ def flatten(rows: Sequence[Sequence[int]]) -> list[int]:
     return [token for row in rows for token in row]
 
 
-#: A chat template as small as they get; `examples/tiny-llama` has none.
+#: A minimal chat template; `examples/tiny-llama` has none.
 CHAT_TEMPLATE = (
     "{% for message in messages %}# {{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}# assistant:{% endif %}"

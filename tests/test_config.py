@@ -152,5 +152,3 @@ def test_groups(group_size: int, columns: int, size: int, groups: int) -> None:
 
 def test_codes() -> None:
     assert [QuantizeConfig(bits=bits).maxq for bits in (2, 3, 4, 8)] == [3, 7, 15, 255]
-    assert QuantizeConfig().min_zero == 1
-    assert QuantizeConfig(format="gptq_v2").min_zero == 0

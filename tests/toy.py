@@ -1,7 +1,7 @@
-"""An accelerator for tests: a device of its own, whose tensors live in this process's memory.
+"""An accelerator for tests: a device written in Python, whose tensors live in this process's memory.
 
-Like a GPU it refuses what mixes its tensors with those of the CPU; what it computes is what the CPU
-computes, to the bit. So code that is to run on any device can be seen to do so without one.
+Like a GPU it refuses operations that mix its tensors with those of the CPU. Its results equal the CPU's
+bit for bit. So code that should run on any device can be tested without one.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 NAME = "toy"
 aten = torch.ops.aten
-#: What takes tensors from one device to another.
+#: Operations that move tensors between devices.
 COPIES = (aten._to_copy.default, aten.copy_.default)
-#: Results that are no tensors of the device.
+#: Operations whose results are not tensors of the device.
 NUMBERS = (aten._local_scalar_dense.default,)
 
 
@@ -28,7 +28,7 @@ class OnToy(torch.Tensor):
     """A tensor on the device; `value` holds its numbers."""
 
     value: torch.Tensor
-    parked: bool
+    offloaded: bool
 
     @staticmethod
     def __new__(cls, value: torch.Tensor) -> OnToy:
@@ -36,7 +36,7 @@ class OnToy(torch.Tensor):
             cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(),
             dtype=value.dtype, device=torch.device(NAME, 0),
         )  # fmt: skip
-        made.value, made.parked = value, False
+        made.value, made.offloaded = value, False
         return made
 
     @classmethod
@@ -51,10 +51,10 @@ class OnToy(torch.Tensor):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        """Elsewhere from now on, or here again; it cannot be used meanwhile."""
-        self.parked = not isinstance(value, OnToy)
+        """Moves the tensor to another device, where it cannot be used, or back."""
+        self.offloaded = not isinstance(value, OnToy)
         self.value = value.value if isinstance(value, OnToy) else value
-        Backend.parked += self.parked
+        Backend.offloaded += self.offloaded
 
     def data_ptr(self) -> int:
         return self.value.data_ptr()
@@ -63,11 +63,11 @@ class OnToy(torch.Tensor):
         return self.value.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        raise TypeError(f"a tensor on {NAME} is no numpy array")
+        raise TypeError(f"a tensor on {NAME} is not a numpy array")
 
 
 class _Everywhere(TorchDispatchMode):
-    """Sees what makes tensors on the device, or brings them there, too."""
+    """Also handles operations that create tensors on the device, or move them there."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -76,10 +76,10 @@ class _Everywhere(TorchDispatchMode):
 
 
 class Backend:
-    """What torch asks a device about."""
+    """The functions that torch calls on a device's module."""
 
     FREE, PEAK = 64 << 30, 123456
-    waited = parked = 0
+    synchronized = offloaded = 0
 
     def is_available(self) -> bool:
         return True
@@ -118,37 +118,37 @@ class Backend:
         return self.PEAK
 
     def synchronize(self, device: Any) -> None:
-        Backend.waited += 1
+        Backend.synchronized += 1
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation, on the numbers themselves; its results are on the device if it worked there."""
+    """Runs an operation on the CPU tensors inside; its results are on the device if its inputs were."""
     flat, spec = tree_flatten((args, kwargs))
     here = [x for x in flat if isinstance(x, OnToy)]
     moving = func is aten._to_copy.default
-    if any(x.parked for x in here) and not moving:
+    if any(x.offloaded for x in here) and not moving:
         raise RuntimeError(f"{func}: the tensor is not on {NAME} now")
     others = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, OnToy)]
-    # As on a GPU, a number may come from anywhere.
+    # As on a GPU, scalars may be on any device.
     if func not in COPIES and here and any(other.ndim for other in others):
         raise RuntimeError(f"{func}: tensors on {NAME} and on the CPU in one operation")
     bare, named = tree_unflatten([x.value if isinstance(x, OnToy) else x for x in flat], spec)
-    asked = named.get("device")
-    inside = bool(here) if asked is None else torch.device(asked).type == NAME
-    if inside and asked is not None:
+    requested = named.get("device")
+    inside = bool(here) if requested is None else torch.device(requested).type == NAME
+    if inside and requested is not None:
         named["device"] = torch.device("cpu")
-    found = func(*bare, **named)
+    result = func(*bare, **named)
     if func is aten.copy_.default:
         return args[0]
     if not inside or func in NUMBERS:
-        return found
-    known = {id(x.value): x for x in here}  # what worked in place returns what it was given
+        return result
+    known = {id(x.value): x for x in here}  # in-place operations return their input
     return tree_map_only(
-        torch.Tensor, lambda x: known[id(x)] if id(x) in known else OnToy(x), found
+        torch.Tensor, lambda x: known[id(x)] if id(x) in known else OnToy(x), result
     )
 
 
-#: Makes torch know a device that is written in Python; None: this torch cannot.
+#: Registers a device written in Python; None: this version of torch cannot.
 SETUP = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
 
 
@@ -160,7 +160,7 @@ def _register() -> None:
 
 @contextmanager
 def toy() -> Iterator[torch.device]:
-    """The device, which is there while the block runs."""
+    """Context manager: makes the device available."""
     _register()
     with _Everywhere():
         yield torch.device(NAME, 0)

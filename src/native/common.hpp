@@ -1,5 +1,5 @@
-// What the kernels share. Everything here and in them has internal linkage: a function shared with another
-// instruction set's copy of the same file could end up running on a machine that lacks it.
+// Helpers of the kernels. Everything here and in the kernels has internal linkage: otherwise the linker could
+// keep the copy of a function that was compiled for an instruction set that the machine lacks.
 #pragma once
 #include "kernels.hpp"
 #include "threads.hpp"

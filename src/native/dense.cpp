@@ -1,5 +1,5 @@
-// y = x Wᵀ for a few rows of x and a weight of 16-bit floating point numbers that is too large for any cache,
-// such as a head's: one pass over the weight, sums in float32.
+// y = x Wᵀ for a few rows of x and a weight of 16-bit floating point numbers that is larger than the caches,
+// such as a language model's head: one pass over the weight, sums in float32.
 #include "common.hpp"
 #include "halves.hpp"
 
@@ -8,10 +8,10 @@
 namespace roundwise {
 namespace {
 
-constexpr int PAIRS = 2; // vectors of sums a row, so that additions need not wait for each other
-constexpr int MOST = 2;  // rows
+constexpr int PAIRS = 2; // vectors of sums per row, so that additions need not wait for each other
+constexpr int MOST = 2;  // rows of x, at most
 
-// Two vectors of numbers from one of 16-bit ones: the lower and the upper of each pair.
+// Widens a vector of 16-bit numbers to two vectors of float32: the lower and the upper of each pair.
 template <Type type>
 inline void widen(const std::uint16_t *from, Vec &lower, Vec &upper) {
     const Bits both = load<Bits>(from);
@@ -24,7 +24,7 @@ inline void widen(const std::uint16_t *from, Vec &lower, Vec &upper) {
     }
 }
 
-// x as float32, pairs apart as `widen` takes them: [rows][vector][lower, upper].
+// x as float32, in the order of `widen`: [rows][vector][lower, upper].
 template <Type type>
 void spread(const Dense &p, float *x) {
     for (Index r = 0; r < p.rows; ++r) {

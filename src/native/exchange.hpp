@@ -1,5 +1,5 @@
-// Codes of one row that move together. The lanes of a vector are columns here, because which columns move
-// is another matter in each row.
+// Exchange: codes of one row that move together. The lanes of a vector are columns here, because other columns
+// move in each row.
 #pragma once
 #include "kernels.hpp"
 #include "simd.hpp"
@@ -10,8 +10,8 @@
 namespace roundwise {
 namespace {
 
-// As in core/backends/reference.py: how far from its best value a column must be for its other code to be tried, in
-// steps, and which part of the cost of such a step must be won.
+// MIN_DISTANCE and MIN_GAIN of core/backends/reference.py: how far from its best value, in steps, a column must
+// be for an exchange to begin with it, and the smallest gain, as a part of what that step costs.
 constexpr double REACH = 0.25, WORTH = 1e-4;
 
 // One row of a panel; all arrays are [columns], padded with columns that cannot move.
@@ -26,7 +26,7 @@ struct Row {
     const Panel<T> &p;
     const T maxq;
     Index padded;
-    T *g, *trial; // gradient: of the row as it is, and after the moves that are tried
+    T *g, *trial; // gradient of the row as it is, and after the moves that are tried
     T *code;
     T *step, *own, *ratio; // scale s, s² H_jj, -1 / (s H_jj); a ratio of zero keeps a column where it is
 
@@ -47,7 +47,7 @@ struct Row {
         }
     }
 
-    // By how many codes column i is to move for its best value, as far as it can.
+    // Returns by how many codes column i must move to come nearest to its best value.
     T best(Index i, T wanted) const {
         return nearest<T>(splat<T>(wanted), splat<T>(-code[i]), splat<T>(maxq - code[i]))[0];
     }
@@ -62,7 +62,7 @@ struct Row {
         code[i] += codes;
     }
 
-    // trial = from + H_j δ for the move, and the best single move after it.
+    // Sets trial = from + H_j δ for the move; returns the best single move after it.
     Move answer(const T *from, const Move &move) {
         const T *H = p.H + move.column * p.ld_h;
         const T delta = move.codes * step[move.column];
@@ -83,7 +83,7 @@ struct Row {
         Index j = 0;
         for (; j + L <= p.columns; j += L) visit(j, load<T>(H + j, L));
         if (j < p.columns) visit(j, load<T>(H + j, static_cast<int>(p.columns - j)));
-        T lanes[L]; // not indexed in the vector itself: each lane would wait for the one before
+        T lanes[L]; // a copy: indexing the vector itself would make each lane wait for the one before
         store<T>(lanes, least, L);
         int lane = 0;
         T lowest = lanes[0];

@@ -1,4 +1,4 @@
-// Vectors of one instruction set's width, and 16-bit floating point numbers to and from float32.
+// Vectors of one instruction set's width, and conversion of 16-bit floating point numbers to and from float32.
 #pragma once
 #include "common.hpp"
 
@@ -62,12 +62,12 @@ inline float to_float(std::uint16_t x, Type type) {
 
 inline std::uint16_t from_float(float x, Type type) {
     const std::uint32_t bits = load<std::uint32_t>(&x), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
-    // Without branches, so that compilers make vectors of it.
+    // Without branches, so that compilers vectorize it.
     if (type == Type::bfloat16) {
         const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
         return static_cast<std::uint16_t>(size > 0x7f800000u ? sign | 0x7fc0u : rounded);
     }
-    const float padded = load<float>(&size) + 0.5f; // makes the adder round what will be subnormal
+    const float padded = load<float>(&size) + 0.5f; // the addition rounds numbers that become subnormal
     const std::uint32_t small = load<std::uint32_t>(&padded) - 0x3f000000u;
     const std::uint32_t normal = (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13;
     const std::uint32_t finite = size < 0x38800000u ? small : normal;

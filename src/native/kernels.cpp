@@ -1,6 +1,6 @@
-// The kernels themselves; compiled once per instruction set: ROUNDWISE_ISA names it, its vectors hold
-// ROUNDWISE_VECTOR bytes, ROUNDWISE_BESIDE of them are worked on beside each other. Lanes are independent
-// of one another, so with fused multiply-add or without, but whatever the width, results are the same.
+// The solver's kernels, compiled once per instruction set: ROUNDWISE_ISA names it, its vectors hold
+// ROUNDWISE_VECTOR bytes, ROUNDWISE_BESIDE of them are processed side by side. Lanes are independent of one
+// another, so results do not depend on the vector width, only on whether there is fused multiply-add.
 #include "exchange.hpp"
 #include "simd.hpp"
 
@@ -9,8 +9,8 @@
 namespace roundwise {
 namespace {
 
-// Positive x rounded to float16, half to even, not below its smallest positive value: adding 1.5 times
-// the power of two whose last place is float16's last place for x rounds it there.
+// Rounds positive x to float16, half to even, at least to its smallest positive value: adding 1.5 times a
+// power of two, chosen so that the last place of the sum is the last place of x in float16, rounds there.
 template <class T>
 inline Vec<T> storable(Vec<T> x) {
     x = larger(x, splat<T>(T(5.9604644775390625e-8))); // 2^-24
@@ -23,13 +23,13 @@ inline Vec<T> storable(Vec<T> x) {
     return (x + magic) - magic;
 }
 
-// Columns taken together, and vectors beside each other: their product is held in registers.
+// Columns processed together, and vectors side by side: BLOCK x BESIDE vectors stay in registers.
 constexpr int BLOCK = 4;
 constexpr int BESIDE = ROUNDWISE_BESIDE;
 
-// The recursion that everything here is: for j = 0, 1, …
+// The recursion that all kernels here are made of: for j = 0, 1, …
 //     E[j] = finish(j, base(j) + sum over i < j of E[i] * M[i, j])
-// for K vectors beside each other; E is [n, K].
+// for K vectors side by side; E is [n, K].
 template <class T, int B, int K, class Base, class Finish>
 inline void step(Index j, const T *M, Index ld, Vec<T> *E, const Base &base, const Finish &finish) {
     Vec<T> sum[B][K];
@@ -57,7 +57,7 @@ inline void sweep(Index n, const T *M, Index ld, Vec<T> *E, const Base &base, co
     for (; j < n; ++j) step<T, 1, K>(j, M, ld, E, base, finish);
 }
 
-// Grids of the rows in one vector, the best first; `cost` decides.
+// The grids of least cost for the rows in one vector, the best first.
 template <class T>
 struct Best {
     Index keep;
@@ -122,7 +122,7 @@ struct Searcher {
         zero = nearest<T>(-low / scale, splat<T>(lowest), splat<T>(maxq));
     }
 
-    // What rounding the group to this grid costs, each squared error weighed.
+    // Weighed squared error of rounding the group to this grid.
     Vec<T> cost(Vec<T> scale, Vec<T> zero) const {
         const Vec<T> inverse = T(1) / scale, least = -zero, most = static_cast<T>(g.maxq) - zero;
         Vec<T> even{}, odd{};
@@ -169,7 +169,7 @@ struct Searcher {
     }
 };
 
-// The group's columns rounded with K grids beside each other; the loss of each, and E [n, K].
+// Rounds the group's columns with K grids side by side; returns the loss of each, and E [n, K].
 template <class T, int K, class Keep>
 void round_with(const Group<T> &g, const Vec<T> *target, const Vec<T> *start, const Vec<T> *scale,
                 const Vec<T> *zero, Vec<T> *E, Vec<T> *loss, const Keep &keep) {
@@ -210,7 +210,7 @@ bool group(const Group<T> &g, int threads) {
                 target[j] = load<T>(g.target + j * g.ld_target + row, count);
                 start[j] = load<T>(g.asked + j * g.ld_asked + row, count);
             }
-            // W = target + asked U⁻¹, since the group's own later columns are still free to move:
+            // W = target + asked U⁻¹, the group's weights while its own later columns are free to move:
             // M[j] = asked[j] - sum over i < j of M[i] U[i, j].
             sweep<T, 1>(
                 n, g.U, g.ld_u, W, [&](Index j, int) { return -start[j]; },

@@ -1,4 +1,4 @@
-// What the extension computes, per instruction set. Matrices are row-major: pointer, sizes, strides in
+// Interface of the kernels, one set per instruction set. Matrices are row-major: pointer, sizes, strides in
 // entries. Columns of a weight are rows here: [columns, rows of the weight], so that the lanes of a
 // vector are rows of the weight, which are independent of one another given the Hessian.
 #pragma once
@@ -10,17 +10,17 @@ using Index = std::int64_t;
 
 enum class Search : int { minmax = 0, weighted = 1 };
 
-// One group of columns whose grid is to be found; see core/rounding.py for the maths.
+// One group of columns whose grid is searched; core/backends/reference.py has the maths.
 template <class T>
 struct Group {
     Index columns, rows;
     const T *U; // U[i * ld_u + j], i and j within the group
     Index ld_u;
     const T *D; // [columns]: the cost of a squared error in each column
-    const T *target, *asked; // [columns, rows]: T, and what finished columns ask for
+    const T *target, *asked; // [columns, rows]: T, and the feedback of finished columns
     Index ld_target, ld_asked;
     Search search;
-    const T *weights; // [columns]: of squared errors in the search
+    const T *weights; // [columns]: weights of squared errors in the search
     const T *shrink; // ranges tried, as parts of the full one
     Index shrinks, keep;
     int maxq, min_zero;
@@ -52,7 +52,7 @@ struct Known {
     Index ld_E;
 };
 
-// Descent or exchange on a panel of columns: G = (Q - T)H as it was in front of the panel.
+// Descent or exchange on a panel of columns: G = (Q - T)H before any of them moves.
 template <class T>
 struct Panel {
     Index columns, rows;
@@ -81,7 +81,7 @@ struct Moment {
     Index ld_C;
     bool lower; // A is B, and blocks of C above the diagonal are not needed
     bool turned; // A is given as [m, tokens]; not for bfloat16
-    float scale; // of what is added
+    float scale; // factor of what is added
 };
 
 // y[rows, out] = x[rows, in] Wᵀ from codes in tiles of 64 output channels.
@@ -92,13 +92,13 @@ struct Linear {
     void *y; // of the same type
     Type type;
     int bits;                    // 2, 3, 4, 8
-    const std::uint32_t *codes;  // [tiles, words, 64]; `linear.cpp` says how they lie in a word
+    const std::uint32_t *codes;  // [tiles, words, 64]; `linear.cpp` has the layout of a word
     Index words, groups;
     const std::uint8_t *scales;  // [tiles, groups, 64] of float16 (half) or float32
     bool half;
     const std::uint8_t *zeros;   // [tiles, groups, 64]; null: all are `zero`
     int zero;
-    const std::int32_t *order;   // [columns] of x that the codes want, in turn; `in` where they want none
+    const std::int32_t *order;   // [columns]: column of x for each column of codes; `in` for padding
     Index columns;
     const std::int32_t *run;     // [runs, 2]: number of columns, at most 128, and their group
     Index runs;

@@ -1,10 +1,10 @@
-// y = x Wᵀ from packed weights. Activations become 16-bit integers, a scale for each run of up to 128 of a
-// group; products with the codes are summed up exactly, in 32-bit integers, and scaled once a run:
+// y = x Wᵀ from packed weights. Activations are rounded to 16-bit integers, with a scale for each run of up
+// to 128 in a group; products with the codes are summed exactly, in 32-bit integers, and scaled once a run:
 //
 //     y[o] += scale[o] · s · (Σ code[o, k] q[k] - zero[o] Σ q[k])        x[k] ≈ s · q[k], |q| ≤ 32767
 //
-// That is as accurate as float32 for what comes out of it, and as fast as 16-bit products: one instruction
-// multiplies and adds pairs. A row's result depends neither on the other rows nor on the number of threads.
+// The result is as accurate as in float32, at the speed of 16-bit products: one instruction multiplies and
+// adds pairs. A row's result depends neither on the other rows nor on the number of threads.
 //
 // Codes lie in tiles of 64 output channels, [tile][word][64], so that a thread reads memory in one stream.
 // A 32-bit word holds neighbours k of one channel; codes bits·p and bits·p + 16 of it make pair p.
@@ -20,11 +20,11 @@ namespace {
 
 constexpr int TILE = 64;                                // output channels
 constexpr int VECTORS = TILE / LANES;                   // of a tile
-constexpr int BESIDE = ROUNDWISE_VECTOR == 64 ? 4 : 2;  // of them in registers at a time
-constexpr int ROWS = 6;                                 // of activations in registers at a time
-constexpr Index STRETCH = 960;                          // rows made integers at a time
-constexpr Index CHUNK = 192;                            // rows of a job: their sums stay near
-constexpr Index AHEAD = 1024;                           // words asked of memory in advance
+constexpr int BESIDE = ROUNDWISE_VECTOR == 64 ? 4 : 2;  // vectors in registers at a time
+constexpr int ROWS = 6;                                 // rows of activations in registers at a time
+constexpr Index STRETCH = 960;                          // rows rounded to integers at a time
+constexpr Index CHUNK = 192;                            // rows of a job: their sums stay in the cache
+constexpr Index AHEAD = 1024;                           // words prefetched in advance
 constexpr int RUN = 128;                                // columns of a run, at most
 
 // sum + a·b over the pairs of 16-bit integers in each lane.
@@ -45,8 +45,8 @@ inline Int dot(Int sum, Int a, Int b) {
 // Activations 2p and 2p + 1 in every lane.
 inline Int both(const std::int16_t *q, Index p) { return load<std::int32_t>(q + 2 * p) - Int{}; }
 
-// How `bits`-wide codes lie in words. A word has two codes `bits`·l above each of its bytes' lowest bits,
-// 16 bits apart: a pair. The two bytes of a half (h) and the places in a byte (l) number the pairs.
+// Layout of `bits`-wide codes in words. Two codes 16 bits apart in a word are a pair. A pair is numbered by
+// its byte in each half of the word (h) and its place in that byte (l), `bits`·l above the lowest bit.
 template <int bits>
 struct Width {
     static constexpr int field = bits == 3 ? 2 : bits;         // bits of a code in its word
@@ -65,7 +65,7 @@ struct Width {
     }
 };
 
-// What a run adds to the sums of a tile: one vector of output channels at `v`.
+// Adds a run to the sums of a tile: one vector of output channels at `v`.
 struct Scaling {
     const std::uint8_t *scales; // of the tile and group
     const std::uint8_t *zeros;  // likewise; null: all are `zero`
@@ -89,7 +89,7 @@ inline void add(float *sums, Vec scale, Vec offset, Int dots, float step, float 
     store(sums, load<Vec>(sums) + scale * value);
 }
 
-// One run of one row, straight from the words.
+// One run of one row, computed from the words directly.
 template <int bits>
 inline void run_of_row(const std::uint32_t *codes, const std::int16_t *q, int units, const Scaling &scaling,
                        float step, float total, float *sums) {
@@ -145,7 +145,7 @@ inline void unpack(const std::uint32_t *codes, int units, std::int32_t *pairs) {
     }
 }
 
-// One run of `rows` rows, from its unpacked pairs.
+// One run of `rows` rows, computed from unpacked pairs.
 template <int rows>
 inline void run_of_rows(const std::int32_t *pairs, const std::int16_t *q, int count, const Scaling &scaling,
                         const float *step, const float *total, float *sums) {
@@ -179,7 +179,7 @@ struct Integers {
     Index rows;
 };
 
-// One row: x in its own order and type, `line` room for it in float32 and a zero behind it.
+// One row: x in its own order and type; `line` has room for it in float32, and for a zero at its end.
 inline void make_integers(const Linear &p, Index row, const Integers &to, Index place, float *line) {
     if (p.type == Type::float32) {
         std::memcpy(line, static_cast<const float *>(p.x) + row * p.in, static_cast<std::size_t>(p.in) * 4);
@@ -191,12 +191,12 @@ inline void make_integers(const Linear &p, Index row, const Integers &to, Index 
             for (Index k = 0; k < p.in; ++k) line[k] = to_float(x[k], Type::float16);
         }
     }
-    line[p.in] = 0; // what padding reads
+    line[p.in] = 0; // read by padding columns
     Index column = 0;
     for (Index run = 0; run < p.runs; ++run) {
         const Index n = p.run[2 * run];
         float values[RUN];
-        std::int32_t largest = 0; // as bits: their order is that of the sizes, and nan is above all
+        std::int32_t largest = 0; // as bits, which are ordered by size; NaN is the largest
         for (Index i = 0; i < n; ++i) {
             values[i] = line[p.order[column + i]];
             std::int32_t bits;
@@ -207,7 +207,7 @@ inline void make_integers(const Linear &p, Index row, const Integers &to, Index 
         const float size = load<float>(&largest);
         std::int16_t *q = to.q + column * to.rows + place * n;
         float step = size / 32767, inverse = 32767 / size;
-        if (!(size < INFINITY)) step = NAN; // so is what is computed from it
+        if (!(size < INFINITY)) step = NAN; // and so is every result that uses it
         if (!(size > 0x1p-100f) || !(size < INFINITY)) inverse = 0;
         std::int32_t total = 0;
         for (Index i = 0; i < n; ++i) {
@@ -239,7 +239,7 @@ void tile_of_chunk(const Linear &p, Index tile, const Integers &x, Index first, 
         const Scaling scaling{p.scales + at * wide, p.zeros ? p.zeros + at : nullptr, p.half, static_cast<float>(p.zero)};
         const std::int16_t *q = x.q + column * x.rows + first * n;
         const float *step = x.step + run * x.rows + first, *total = x.total + run * x.rows + first;
-        if (rows <= 3) { // not worth a copy of the pairs
+        if (rows <= 3) { // too few to pay for unpacking the pairs
             for (Index r = 0; r < rows; ++r)
                 run_of_row<bits>(codes, q + r * n, units, scaling, step[r], total[r], sums + r * TILE);
         } else {
@@ -293,7 +293,7 @@ void linear(const Linear &p, int threads) {
             Scratch<float> line(p.in + 1);
             for (Index row; (row = parts.next()) >= 0;) make_integers(p, start + row, x, row, line.get());
         });
-        // Tiles of a job lie one after the other: few jobs, long streams from memory.
+        // The tiles of a job are contiguous: few jobs, long streams from memory.
         const Index beside = std::max<Index>(1, tiles / (8 * threads)), jobs = (tiles + beside - 1) / beside;
         in_parallel(jobs * chunks, threads, [&](Parts &parts) {
             const Index most = least(CHUNK, rows);

@@ -1,5 +1,5 @@
-// roundwise._native: hands arrays from Python to the kernels of this machine's instruction set. Checks
-// shapes and strides, so that no mistake in Python becomes a wild pointer. Knows nothing of torch.
+// roundwise._native: passes arrays from Python to the kernels of this processor's instruction set. Checks
+// shapes and strides, so that a mistake in Python cannot become a wild pointer. Does not depend on torch.
 #include "kernels.hpp"
 #include "threads.hpp"
 
@@ -61,7 +61,7 @@ Index rows_of(const M &matrix, Index rows, Index columns, const char *what) {
     require(Index(matrix.shape(0)) == rows && Index(matrix.shape(1)) == columns, what);
     require(matrix.stride(1) == 1 || columns <= 1, what);
     require(matrix.stride(0) >= columns || rows <= 1, what);
-    // Of a single row the distance means nothing, and torch up to 2.6 says 1.
+    // The stride of a single row means nothing; torch up to 2.6 gives 1.
     return rows <= 1 ? columns : Index(matrix.stride(0));
 }
 template <class V>
@@ -125,7 +125,7 @@ void known(Matrix<const T> U, Vector<const T> D, Matrix<const T> target, Matrix<
     }
 }
 
-// `moves` codes of a row at most are moved together; 1: each for itself.
+// At most `moves` codes of a row are moved together; 1: coordinate descent.
 template <class T>
 void descend(Matrix<const T> H, Matrix<const T> G, Matrix<const T> scale, Matrix<const T> zero,
              Vector<const Index> grid, int maxq, Matrix<std::uint8_t> codes, Matrix<T> change,
@@ -165,7 +165,7 @@ void sum_f32(const Moment &p, int threads) {
     moment_f32_baseline(p, threads);
 }
 
-// Whether `moment` takes bfloat16: only where one instruction multiplies pairs of it.
+// Returns whether `moment` takes bfloat16: only where one instruction multiplies pairs of it.
 bool has_bf16() {
 #ifdef ROUNDWISE_X86
     return chosen == &avx512 && __builtin_cpu_supports("avx512bf16");
@@ -186,7 +186,7 @@ void moment(Matrix<const T> A, Matrix<const T> B, Matrix<float> C, bool lower, b
         C.data(), rows_of(C, m, n, "C"), lower, turned, scale,
     };
     require(sizeof(T) == 4 || has_bf16(), "this processor multiplies no bfloat16");
-    // A thread is worth its start from some millions of products on.
+    // Starting a thread pays from some millions of products on.
     const double work = static_cast<double>(tokens) * static_cast<double>(m) * static_cast<double>(n);
     threads = std::min(threads, 1 + static_cast<int>(std::min(work / 4e6, 1e6)));
     nb::gil_scoped_release release;
@@ -204,7 +204,7 @@ const std::int32_t *integers(const Vector<const std::int32_t> &array, Index leng
     return array.data();
 }
 
-// A layer's weight, checked once; whoever made it keeps the arrays alive.
+// A layer's weight, checked once; the caller keeps the arrays alive.
 class PackedLinear {
 public:
     PackedLinear(Index in, Index out, int bits, Vector<const std::int32_t> codes, Vector<const std::uint8_t> scales,
@@ -234,7 +234,7 @@ public:
         };
     }
 
-    // x [rows, in] at one address, y [rows, out] at the other: a check of arrays would take as long as a product.
+    // x [rows, in] and y [rows, out] as addresses: checking arrays would take as long as a small product.
     void multiply(std::uintptr_t x, std::uintptr_t y, Index rows, Index in, int type, int threads) const {
         require(in == linear_.in && type >= 0 && type <= 2, "x");
         Linear p = linear_;
@@ -242,7 +242,7 @@ public:
         p.y = reinterpret_cast<void *>(y);
         p.rows = rows;
         p.type = static_cast<Type>(type);
-        // A thread is worth its start from some tens of thousands of products on.
+        // Starting a thread pays from some tens of thousands of products on.
         const Index work = rows * p.out * p.columns;
         threads = static_cast<int>(std::min<Index>(threads, 1 + work / 100'000));
         nb::gil_scoped_release release;
@@ -257,7 +257,7 @@ private:
     Linear linear_;
 };
 
-// x [rows, in], W [out, in] and y [rows, out] at their addresses, as in PackedLinear::multiply.
+// x [rows, in], W [out, in] and y [rows, out] as addresses, as in PackedLinear::multiply.
 void dense(std::uintptr_t x, std::uintptr_t W, std::uintptr_t y, Index rows, Index in, Index out, int type, int threads) {
     require(rows >= 1 && rows <= 2 && in > 0 && in % 32 == 0 && out > 0 && (type == 1 || type == 2), "dense");
     const Dense p{rows, in, out, reinterpret_cast<const void *>(x), reinterpret_cast<const void *>(W),
@@ -280,7 +280,7 @@ void bind(nb::module_ &m) {
 } // namespace
 
 NB_MODULE(_native, m) {
-    nb::set_leak_warnings(false); // a model that lives until the interpreter ends is no leak
+    nb::set_leak_warnings(false); // a model that lives until the interpreter exits is not a leak
     chosen = supported().front();
     m.doc() = "The solver's inner loops in C++; core/backends/cpp.py is the one who calls them.";
     m.def("instruction_sets", &instruction_sets, "What this processor can run, the widest first.");

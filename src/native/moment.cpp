@@ -1,10 +1,10 @@
-// C += Aᵀ B for tall A [tokens, m] and B [tokens, n]: the sums that Hessians and drifts are made of. With
+// C += Aᵀ B for tall A [tokens, m] and B [tokens, n]: the sums behind Hessians and drifts. With
 // `lower`, A is B and only the blocks of C on and below the diagonal are computed. Products of bfloat16
 // pairs are exact and summed up in float32 by one instruction where the machine has it.
 //
 // Blocks of C of ROWS x COLUMNS vectors stay in registers while DEPTH tokens pass; the tokens are copied
-// into strips first, so that the inner loop reads memory in order: those of B once for all, those of A by
-// each job, into its own cache.
+// into strips first, so that the inner loop reads memory in order: strips of B once for all jobs, strips of
+// A by each job, into its own cache.
 #include "common.hpp"
 
 #include <cstring>
@@ -27,8 +27,8 @@ constexpr Index DEPTH = 256; // tokens that pass through a block at a time
 constexpr Index COPIED = 16 << 20; // bytes of B in strips at a time
 constexpr Index TILE_A = 16, TILE_B = 16, LEAST_A = 2; // strips of a job; fewer where there are few jobs
 
-// What the inner loop reads, a unit for each step and column: a float32, or two tokens' bfloat16 beside each
-// other. `pack` copies `depth` tokens of some columns into strips that are W columns wide.
+// Input of the inner loop, a unit for each step and column: a float32, or the bfloat16 of two tokens side by
+// side. `pack` copies `depth` tokens of some columns into strips that are W columns wide.
 struct Float32 {
     typedef float Input;
     typedef float Unit;
@@ -44,7 +44,7 @@ struct Float32 {
                 unit[c * depth + rest] = c + rest < columns ? from[c + rest] : 0;
         }
     }
-    // The same of the transpose: x is [columns, tokens].
+    // The same for the transpose: x is [columns, tokens].
     template <int W>
     static void pack_turned(const Input *x, Index ld, Index depth, Index columns, Unit *to) {
         for (Index c = 0; c < columns; c += W)
@@ -80,7 +80,7 @@ struct BFloat16 {
         }
     }
     template <int W>
-    static void pack_turned(const Input *, Index, Index, Index, Unit *) {} // nobody asks for it
+    static void pack_turned(const Input *, Index, Index, Index, Unit *) {} // never called
     static Vec product(Unit a, const Unit *b, Vec sum) {
         const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a));
         const __m512bh right = (__m512bh)_mm512_loadu_si512(b);
@@ -142,7 +142,7 @@ void moment(const Moment &p, int threads) {
     Index each = TILE_A;
     while (each > LEAST_A && (strips_a + each - 1) / each * tiles_b < 4 * threads) each /= 2;
     const Index tiles_a = (strips_a + each - 1) / each;
-    // Tokens copied at a time: whole depths, and few enough for their copy to stay small.
+    // Tokens copied at a time: a multiple of the depth, and few enough for a small copy.
     const Index fit = COPIED / Index(sizeof(Unit)) * Type::tokens / (strips_b * WIDE * DEPTH);
     const Index stretch = least(fit > 1 ? fit * DEPTH : DEPTH, (p.tokens + DEPTH - 1) / DEPTH * DEPTH);
     Scratch<Unit> copy(strips_b * WIDE * (stretch / Type::tokens));

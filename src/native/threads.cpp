@@ -46,7 +46,7 @@ void on_threads(std::int64_t count, int threads, void (*work)(void *, Parts &), 
             try {
                 others.emplace_back(take_part, &job);
             } catch (const std::system_error &) {
-                break; // no further thread to be had: those there are do all the work
+                break; // no further thread can be started: those that run do all the work
             }
         }
         take_part(&job);

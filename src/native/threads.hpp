@@ -1,11 +1,11 @@
-// Parts of a job on several threads: those of an OpenMP runtime that is there already, such as torch's, whose
-// idle threads would otherwise spin beside ours; else on threads that live as long as the call.
+// Runs the parts of a job on several threads: those of an OpenMP runtime that is loaded already, such as
+// torch's, whose idle threads would otherwise spin beside ours; else threads that live as long as the call.
 #pragma once
 #include <cstdint>
 
 namespace roundwise {
 
-// Hands out 0 … count - 1, each once, to whoever asks; then -1.
+// Hands out 0 … count - 1, each once, over all threads; then -1.
 class Parts {
 public:
     explicit Parts(std::int64_t count) : count_(count) {}

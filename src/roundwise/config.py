@@ -338,11 +338,6 @@ class QuantizeConfig(Settings):
         return int(2**self.bits) - 1
 
     @property
-    def min_zero(self) -> int:
-        """Smallest zero point the file can hold: v1 stores zero - 1, so zero = 0 is avoided there."""
-        return 1 if self.format == "gptq" else 0
-
-    @property
     def needs_gradients(self) -> bool:
         """True if the original model must be run forward and backward before quantizing."""
         return self.method == "gptq" and self.output_tokens > 0

@@ -1,4 +1,4 @@
-"""Scripts written for AutoGPTQ, as tutorials write them, with one import changed."""
+"""Scripts for AutoGPTQ, as in tutorials, run after changing one import."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from roundwise.evaluation.perplexity import perplexity
 
 @pytest.fixture(scope="module")
 def saved(text_model, text, tmp_path_factory) -> Path:
-    """The first half of the tutorial: calibrate, quantize, save."""
+    """The first half of a tutorial: calibrate, quantize, save."""
     quantized_model_dir = str(tmp_path_factory.mktemp("compat") / "opt-4bit")
     tokenizer = AutoTokenizer.from_pretrained(text_model, use_fast=True)
     lines = [line for line in text.read_text().splitlines() if len(line) > 40]
@@ -28,7 +28,7 @@ def saved(text_model, text, tmp_path_factory) -> Path:
         model = AutoGPTQForCausalLM.from_pretrained(
             str(text_model), quantize_config, low_cpu_mem_usage=True, torch_dtype=torch.float32
         )
-    assert model.config.vocab_size == 4096  # looked up on the transformers model
+    assert model.config.vocab_size == 4096  # an attribute of the transformers model
     model.quantize(examples, batch_size=4, cache_examples_on_gpu=False)
     ids = tokenizer("import os", return_tensors="pt")
     assert (
@@ -37,7 +37,7 @@ def saved(text_model, text, tmp_path_factory) -> Path:
     )
     model.save_quantized(quantized_model_dir, use_safetensors=True)
     tokenizer.save_pretrained(quantized_model_dir)
-    with pytest.raises(OutputError, match="already holds a model"):
+    with pytest.raises(OutputError, match="already has a model"):
         model.save_quantized(quantized_model_dir)
     return Path(quantized_model_dir)
 
@@ -87,7 +87,7 @@ def test_defaults_are_those_of_auto_gptq():
     assert (static.order, static.desc_act) == ("static", False)
 
 
-def test_what_is_refused(text_model, saved, tmp_path):
+def test_refused(text_model, saved, tmp_path):
     config = BaseQuantizeConfig()
     with pytest.raises(ConfigError, match="never run here"):
         AutoGPTQForCausalLM.from_pretrained(str(text_model), config, trust_remote_code=True)
@@ -98,7 +98,7 @@ def test_what_is_refused(text_model, saved, tmp_path):
         model.save_quantized(str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="not read"):
         AutoGPTQForCausalLM.from_quantized(str(saved), use_safetensors=False)
-    with pytest.raises(ConfigError, match="quantized already"):
+    with pytest.raises(ConfigError, match="already quantized"):
         AutoGPTQForCausalLM.from_quantized(str(saved), device="cpu").quantize(["x"])
 
 

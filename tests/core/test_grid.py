@@ -14,6 +14,7 @@ from roundwise.core.grid import (
     minmax,
     round_to_float16,
 )
+from roundwise.core.solver import grid_spec
 from roundwise.errors import NumericalError
 
 
@@ -60,10 +61,10 @@ def test_scales_fit_float16() -> None:
 
 
 def test_the_rules_of_a_grid_follow_the_settings() -> None:
-    spec = GridSpec.from_config(QuantizeConfig(bits=3, positive_scales=True, grid_candidates=5))
+    spec = grid_spec(QuantizeConfig(bits=3, positive_scales=True, grid_candidates=5))
     assert (spec.bits, spec.maxq, spec.sym, spec.min_zero) == (3, 7, True, 1)
     assert (spec.flip_sign, spec.search, spec.keep) == (False, "pivot", 5)
-    textbook = GridSpec.from_config(QuantizeConfig(sym=False, grid="minmax", grid_candidates=5))
+    textbook = grid_spec(QuantizeConfig(sym=False, grid="minmax", grid_candidates=5))
     # Without a search there is one candidate.
     assert (textbook.min_zero, textbook.flip_sign, textbook.keep) == (0, True, 1)
 

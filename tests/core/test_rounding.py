@@ -7,12 +7,12 @@ import torch
 
 from roundwise import QuantizeConfig
 from roundwise.core import rounding
-from roundwise.core.act_order import permuted_columns
 from roundwise.core.backends.base import PANEL
 from roundwise.core.backends.reference import TorchBackend
-from roundwise.core.grid import Grid, GridSpec
+from roundwise.core.grid import Grid
+from roundwise.core.linalg import permuted_columns
 from roundwise.core.rounding import ColumnSweep
-from roundwise.core.solver import prepare_hessian, round_to_nearest
+from roundwise.core.solver import grid_spec, prepare_hessian, round_to_nearest
 from tests.core.oracle import damped, output_error
 from tests.core.problems import layer
 
@@ -37,7 +37,7 @@ def swept(
         grids = Grid(nearest.scales, nearest.zeros)
     sweep = ColumnSweep(
         permuted_columns(W, prepared.order.perm), prepared.factor, prepared.order,
-        GridSpec.from_config(config), grids, TorchBackend(),
+        grid_spec(config), grids, TorchBackend(),
     )  # fmt: skip
     sweep.round_all()
     return sweep, config
@@ -76,6 +76,6 @@ def test_the_result_is_in_the_original_order(settings: dict) -> None:
     E = torch.empty_like(W)
     E[:, sweep.order.perm] = sweep.E.T
     torch.testing.assert_close(W - q.dequantize(torch.float64), E)
-    assert torch.equal(q.g_idx, sweep.order.g_idx())
+    assert torch.equal(q.g_idx, sweep.order.g_idx)
     assert (q.bits, q.damp_percent, q.damp_tried) == (3, 0.01, (0.01,))
     assert q.scales.shape == q.zeros.shape == (5, config.groups(96))

@@ -16,6 +16,7 @@ from roundwise.core import solver
 from roundwise.core.act_order import processing_order
 from roundwise.core.backends import reference
 from roundwise.core.grid import Grid
+from roundwise.core.solver import grid_spec
 from roundwise.errors import ConfigError, NumericalError, SingularError
 from tests.core import oracle
 from tests.core.oracle import output_error
@@ -37,7 +38,7 @@ def assert_codes_of_the_oracle(W: torch.Tensor, H: torch.Tensor, config: Quantiz
     reference = oracle.gptq_in_order(
         W, H, order,
         bits=config.bits, sym=config.sym, damp=config.damp_percent,
-        min_zero=config.min_zero, fixed=fixed,
+        min_zero=grid_spec(config).min_zero, fixed=fixed,
     )  # fmt: skip
     tied = (reference.margin[:, order.perm] < 1e-6).cummax(dim=1).values
     differ = (q.codes.long() != reference.codes)[:, order.perm] & ~tied

@@ -1,4 +1,4 @@
-"""Perplexity equals a few plain lines that compute the same."""
+"""Perplexity equals a direct computation of a few lines."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def loaded(tiny: Path) -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def ids(loaded: tuple[Any, Any]) -> list[int]:
     content = read_text("python-stdlib")[: 8 * TOKENS]
-    found = loaded[1](content, add_special_tokens=False, verbose=False)["input_ids"]
-    assert len(found) >= TOKENS
-    return found[:TOKENS]
+    tokens = loaded[1](content, add_special_tokens=False, verbose=False)["input_ids"]
+    assert len(tokens) >= TOKENS
+    return tokens[:TOKENS]
 
 
 @torch.no_grad()
 def plain(model: Any, ids: list[int], window: int, stride: int) -> tuple[float, int]:
-    """Each token scored once, by the first window that holds it, as the transformers recipe does."""
+    """Scores each token once, in the first window that has it, as in the example of transformers."""
     total, count, previous = 0.0, 0, 0
     for begin in range(0, len(ids), stride):
         end = min(begin + window, len(ids))
@@ -56,9 +56,9 @@ def test_equals_the_plain_computation(
     window: int, stride: int, loaded: tuple[Any, Any], ids: list[int]
 ) -> None:
     expected, count = plain(loaded[0], ids, window, stride)
-    found = rw.perplexity(loaded[0], None, ids, window=window, stride=stride)
-    assert found.perplexity == pytest.approx(expected, rel=1e-4)
-    assert (found.tokens, found.window, found.stride) == (count, window, stride)
+    result = rw.perplexity(loaded[0], None, ids, window=window, stride=stride)
+    assert result.perplexity == pytest.approx(expected, rel=1e-4)
+    assert (result.tokens, result.window, result.stride) == (count, window, stride)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ def test_equals_the_plain_computation(
 def test_tokens_are_counted_exactly(
     length: int, window: int, stride: int, tokens: int, loaded: tuple[Any, Any], ids: list[int]
 ) -> None:
-    found = rw.perplexity(loaded[0], None, ids[:length], window=window, stride=stride)
-    assert found.tokens == tokens
-    assert found.tokens == plain(loaded[0], ids[:length], found.window, found.stride)[1]
+    result = rw.perplexity(loaded[0], None, ids[:length], window=window, stride=stride)
+    assert result.tokens == tokens
+    assert result.tokens == plain(loaded[0], ids[:length], result.window, result.stride)[1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -89,7 +89,7 @@ def test_batches_do_not_matter(batch_size: int, loaded: tuple[Any, Any], ids: li
     assert other.tokens == one.tokens
 
 
-def test_text_and_its_ids_are_the_same(loaded: tuple[Any, Any]) -> None:
+def test_a_text_and_its_token_ids_are_equivalent(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     text = "import os\n\ndef walk(top):\n    return os.walk(top)\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -101,7 +101,7 @@ def test_only_the_first_tokens_count(loaded: tuple[Any, Any], ids: list[int]) ->
     assert cut == rw.perplexity(loaded[0], None, ids[:200], window=64)
 
 
-def test_a_model_that_knows_nothing_scores_the_vocabulary(llama: Path) -> None:
+def test_uniform_predictions_have_the_perplexity_of_the_vocabulary(llama: Path) -> None:
     model, _ = rw.load(llama)
     with torch.no_grad():
         model.lm_head.weight.zero_()

@@ -1,8 +1,7 @@
-"""Tasks through lm-eval: a task file of one's own, offline, against sums by hand."""
+"""Tasks of lm-eval: own task files, offline, against log-likelihoods computed here."""
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from pathlib import Path
@@ -15,57 +14,17 @@ import roundwise as rw
 from roundwise.cli.commands import evaluate
 from roundwise.errors import ConfigError, RunError
 from roundwise.evaluation.tasks import TaskScores, evaluate_tasks, scores_of
+from tests.evaluation.own_tasks import QUESTIONS, TEXTS, WARNINGS, write_tasks
 from tests.helpers import Commands
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'roundwise[eval]'")
-pytestmark = [
-    # lm-eval and what it brings along are not warning-free.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
-
-QUESTIONS = [
-    {"question": "import os\nos.path.", "choices": ["join", "zebra"], "answer": 0},
-    {"question": "def f(self", "choices": ["?!", "):"], "answer": 1},
-    {"question": "for i in", "choices": [" while", " range"], "answer": 1},
-]
-TEXTS = ["def read_file(path):\n    return open(path).read()\n", "import os\nimport sys\n"]
+pytestmark = WARNINGS
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks of our own, with their data beside them."""
     folder = tmp_path_factory.mktemp("tasks")
-    (folder / "choice.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
-    (folder / "rolling.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-    (folder / "choice.yaml").write_text(
-        f"""
-task: own_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder / "choice.jsonl"}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
-    )
-    (folder / "rolling.yaml").write_text(
-        f"""
-task: own_rolling
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder / "rolling.jsonl"}}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: byte_perplexity}}]
-"""
-    )
+    write_tasks(folder)
     return folder
 
 
@@ -87,7 +46,7 @@ def log_likelihood(loaded: tuple[Any, Any], context: list[int], target: list[int
     return float(logs.gather(1, torch.tensor(target)[:, None]).sum())
 
 
-def test_both_kinds_are_what_sums_by_hand_say(loaded: tuple[Any, Any], folder: Path) -> None:
+def test_scores_equal_a_direct_computation(loaded: tuple[Any, Any], folder: Path) -> None:
     result = evaluate_tasks(*loaded, ["own_choice", "own_rolling"], include_path=folder)
     tokenizer = loaded[1]
     right = 0
@@ -115,10 +74,10 @@ def test_the_command(commands: Commands, tiny: Path, folder: Path, text: Path) -
         "--text", text, "--max-tokens", 100, "--json",
     )  # fmt: skip
     assert ended.code == 0, ended.stderr
-    found = ended.json
-    assert found.keys() == {"perplexity", "tokens", "window", "stride", "tasks"}
-    assert found["tasks"]["samples"] == {"own_choice": 2}
-    assert 0 <= found["tasks"]["scores"]["own_choice"]["acc"] <= 1
+    result = ended.json
+    assert result.keys() == {"perplexity", "tokens", "window", "stride", "tasks"}
+    assert result["tasks"]["samples"] == {"own_choice": 2}
+    assert 0 <= result["tasks"]["scores"]["own_choice"]["acc"] <= 1
 
 
 def test_the_commands_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,21 +87,7 @@ def test_the_commands_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert row.replace("│", " ").split() == ["own", "4", "2", "acc", "0.5000", "±", "0.2500"]
 
 
-def test_lm_eval_knows_us_by_name(tiny: Path, folder: Path) -> None:
-    """As its command line does it; tests/clients runs that."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    import roundwise.evaluation.lm_eval_model  # noqa: F401  # registers
-
-    found = lm_eval.simple_evaluate(
-        model="roundwise", model_args=f"pretrained={tiny},dtype=float32", tasks=["own_choice"],
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False), limit=1,
-    )  # fmt: skip
-    assert scores_of(found).samples == {"own_choice": 1}
-
-
-def test_a_task_that_is_not_there(
+def test_an_unknown_task(
     loaded: tuple[Any, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_eval import tasks
@@ -159,20 +104,20 @@ def test_a_task_that_is_not_there(
     assert seen == [False, True]
 
 
-def test_a_folder_that_is_not_there(loaded: tuple[Any, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no such folder"):
+def test_a_missing_folder(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="this folder does not exist"):
         evaluate_tasks(*loaded, ["own_choice"], include_path=tmp_path / "nowhere")
 
 
-def test_data_that_are_not_there(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) -> None:
+def test_missing_data(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) -> None:
     broken = (folder / "choice.yaml").read_text().replace("choice.jsonl", "nowhere.jsonl")
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "choice.yaml").write_text(broken)
-    with pytest.raises(RunError, match="the data of own_choice cannot be had"):
+    with pytest.raises(RunError, match="the data of own_choice is unavailable"):
         evaluate_tasks(*loaded, ["own_choice"], include_path=tmp_path / "own")
 
 
-def test_figures_of_a_group() -> None:
+def test_scores_of_tasks_and_groups() -> None:
     result = {
         "results": {
             "a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": "N/A", "em,strict": 1, "name": "a"}
@@ -181,9 +126,9 @@ def test_figures_of_a_group() -> None:
         "n-samples": {"a": {"original": 9, "effective": 4}},
         "n-shot": {"a": 5},
     }  # fmt: skip
-    found = scores_of(result)
-    assert found.scores == {"a": {"acc": 0.5, "em,strict": 1.0}, "g": {"acc": 0.25}}
-    assert (found.samples, found.shots) == ({"a": 4}, {"a": 5})
+    scores = scores_of(result)
+    assert scores.scores == {"a": {"acc": 0.5, "em,strict": 1.0}, "g": {"acc": 0.25}}
+    assert (scores.samples, scores.shots) == ({"a": 4}, {"a": 5})
 
 
 def test_nothing_to_do(commands: Commands, tiny: Path) -> None:
@@ -198,7 +143,7 @@ def test_without_lm_eval(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatc
         evaluate_tasks(*loaded, ["own_choice"])
 
 
-def test_compare_tells_what_each_task_has_lost(
+def test_compare_reports_the_change_of_each_task(
     text_model: Path, folder: Path, tmp_path: Path, commands: Commands
 ) -> None:
     rw.quantize(text_model, tmp_path / "q", rw.QuantizeConfig(method="rtn", bits=2, group_size=32))
@@ -211,8 +156,8 @@ def test_compare_tells_what_each_task_has_lost(
     scores = []
     for model in (text_model, tmp_path / "q"):
         loaded, tokenizer = rw.load(model)
-        found = evaluate_tasks(loaded, tokenizer, ["own_choice"], include_path=folder)
-        scores.append(found.scores["own_choice"]["acc"])
+        result = evaluate_tasks(loaded, tokenizer, ["own_choice"], include_path=folder)
+        scores.append(result.scores["own_choice"]["acc"])
     assert [change["base"], change["quantized"]] == scores
     assert change["points"] == pytest.approx(100 * (scores[1] - scores[0]))
     assert ended.json["perplexity"] is None

@@ -1,4 +1,4 @@
-"""Paused batches offloaded to a file: the same results, and tensors that modules hold are not touched."""
+"""Paused batches offloaded to a file: the same results, and what modules hold is not touched."""
 
 from __future__ import annotations
 

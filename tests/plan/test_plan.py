@@ -1,10 +1,9 @@
-"""`roundwise plan`: what is said beforehand, against what then happens."""
+"""`roundwise plan`: sizes, peak memory and engines, compared with the run."""
 
 from __future__ import annotations
 
 import json
 import resource
-import shutil
 import struct
 import subprocess
 import sys
@@ -16,12 +15,11 @@ import torch
 import transformers
 
 import roundwise as rw
-from roundwise.errors import OutputError
 from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.plan import plan
 from tests.helpers import ARCHITECTURES, windows
 
-#: Runs in a process of its own, whose peak is the run's.
+#: Runs in a process of its own, so that the peak memory is that of the run.
 RUN = """
 import json, sys, torch, roundwise as rw
 torch.set_num_threads(1)
@@ -82,16 +80,16 @@ def test_peak_and_size_are_as_planned(name, settings, mode, tmp_path):
 
 
 def run(model, out, settings, mode, rows, length, budget):
-    """A run in a process of its own, as the result says of it."""
-    order = [str(model), str(out), settings, mode, rows, length, budget]
+    """The result of a run in a process of its own, as JSON values."""
+    arguments = [str(model), str(out), settings, mode, rows, length, budget]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(order)], capture_output=True, text=True
+        [sys.executable, "-c", RUN, json.dumps(arguments)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_batches_that_wait_in_a_file_are_not_in_memory(tmp_path):
+def test_offloaded_batches_are_not_in_memory(tmp_path):
     config = transformers.LlamaConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=4, vocab_size=512, max_position_embeddings=256,
@@ -100,21 +98,21 @@ def test_batches_that_wait_in_a_file_are_not_in_memory(tmp_path):
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     rows, length = 128, 256
-    found = [
+    results = [
         run(tmp_path / "model", tmp_path / str(budget), {"refine": 0}, "true_sequential", rows,
             length, budget)
         for budget in (None, 1)
     ]  # fmt: skip
-    for result in found:
+    for result in results:
         assert result["planned_peak_bytes"] == pytest.approx(result["peak_rss_bytes"], rel=0.15)
-    # Two streams: residual, and the inputs of the widest layer, of all batches but one of 16.
+    # Residual streams and inputs of the widest layer, of two models, for 15 of 16 batches.
     saved = 2 * rows * length * (256 + 1024) * 2 * 15 / 16
-    peaks = [result["peak_rss_bytes"] for result in found]
+    peaks = [result["peak_rss_bytes"] for result in results]
     assert peaks[0] - peaks[1] > 0.7 * saved
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_sizes_are_exact_and_sharing_is_what_the_probe_finds(name, folder_of, quantized):
+def test_sizes_and_shared_inputs_equal_those_of_the_run(name, folder_of, quantized):
     config = rw.QuantizeConfig(group_size=32, recipe="textbook")
     planned = plan(open_streamed_model(folder_of(name)), config, samples=4, seq_len=32)
     manifest = json.loads((quantized(name, recipe="textbook") / "roundwise.json").read_text())
@@ -125,7 +123,7 @@ def test_sizes_are_exact_and_sharing_is_what_the_probe_finds(name, folder_of, qu
     assert (
         "which layers share an input is found out when the run reaches them" not in planned.warnings
     )
-    shared = {m.name: m.shares for m in planned.modules}
+    shared = {m.name: m.shares_input_with for m in planned.modules}
     assert all(leader is not None for leader in shared.values())
     if name == "llama":
         block = "model.layers.0"
@@ -134,85 +132,16 @@ def test_sizes_are_exact_and_sharing_is_what_the_probe_finds(name, folder_of, qu
         assert shared[f"{block}.mlp.down_proj"] == f"{block}.mlp.down_proj"
 
 
-def test_the_mode_follows_the_budget_in_plan_and_run(llama, tmp_path):
-    streamed, config = (
-        open_streamed_model(llama),
-        rw.QuantizeConfig(group_size=32, recipe="textbook"),
-    )
-    free = plan(streamed, config, samples=4, seq_len=32)
-    assert free.memory.mode == "true_sequential"
-    assert free.memory.fits
-    tight = plan(streamed, config, samples=4, seq_len=32, budget=1000)
-    least = min(
-        plan(streamed, config, samples=4, seq_len=32, budget=1000, mode=mode).memory.peak_bytes
-        for mode in ("block", "true_sequential")
-    )
-    # What this process holds may grow between two plans.
-    assert tight.memory.peak_bytes == pytest.approx(least, rel=0.05)
-    assert "expected to need" in tight.warnings[-1]
-    result = rw.quantize(llama, tmp_path, config, windows(), samples=4, seq_len=32, max_memory=1000)
-    assert result.mode == tight.memory.mode
-    assert "expected to need" in result.not_as_asked[-1]
-
-
-def test_a_run_for_which_the_disk_has_no_room_is_refused_before_it_begins(
-    llama, tmp_path, monkeypatch
-):
-    config = rw.QuantizeConfig(group_size=32)
-    planned = plan(open_streamed_model(llama), config, samples=4, seq_len=32)
-    assert set(planned.disk) == {"result", "activations", "gradients"}
-    needed = sum(planned.disk.values())
-    free = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed - 1))
-    with pytest.raises(OutputError, match=r"has room for .* needs .*gradients.*--output-tokens 0"):
-        rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32)
-    assert not (tmp_path / "out" / "model-00001-of-00003.safetensors").exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed))
-    rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32)
-
-
-def test_what_is_kept_on_the_disk_is_as_planned(llama, tmp_path):
-    """Of a run that waits in front of its last block: all but the last shard, and what it needs."""
-    config = rw.QuantizeConfig(group_size=32)
-    seen = []
-
-    def look(progress):
-        if progress.layer is None and not seen:
-            seen.append(
-                sum(f.stat().st_size for f in (tmp_path / "out" / ".roundwise").glob("*-*"))
-            )
-
-    rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32, progress=look)
-    planned = plan(open_streamed_model(llama), config, samples=4, seq_len=32).disk
-    # Behind the first of two blocks: half of the gradients, and one block's activations of two.
-    expected = (planned["gradients"] + planned["activations"]) / 2
-    assert seen[0] == pytest.approx(expected, rel=0.2)
-
-
-def test_advice_names_what_weighs_most(llama):
-    config = rw.QuantizeConfig(group_size=32)
-    many = plan(open_streamed_model(llama), config, samples=1_000_000, seq_len=64, mode="block")
-    assert max(many.memory.parts, key=many.memory.parts.__getitem__) == "paused activations"
-    assert "fewer --samples" in many.warnings[-1]
-    assert "--mode true_sequential" in many.warnings[-1]  # where batches wait in a file
-    waits = plan(
-        open_streamed_model(llama), config, samples=1 << 20, seq_len=64, batch_size=1 << 20,
-        mode="true_sequential", budget=1 << 30,
-    )  # fmt: skip
-    assert waits.memory.offloaded and "a smaller --batch-size" in waits.warnings[-1]
-
-
-def test_settings_that_do_not_fit_are_all_named(llama):
-    planned = plan(
-        open_streamed_model(llama), rw.QuantizeConfig(group_size=64)
-    )  # 96 is no multiple
+def test_all_settings_that_do_not_fit_are_reported(llama):
+    config = rw.QuantizeConfig(group_size=64)  # does not divide 96
+    planned = plan(open_streamed_model(llama), config)
     downs = [m for m in planned.modules if m.name.endswith("down_proj")]
     assert len(planned.problems) == len(downs)
     assert all("group_size=64 does not divide" in problem for problem in planned.problems)
 
 
 def huge(folder: Path) -> Path:
-    """A checkpoint of a Llama of 405B parameters: headers, and a hole where the weights would be."""
+    """A checkpoint of a Llama with 405B parameters: sparse files with headers but no weights."""
     config = transformers.LlamaConfig(
         hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
         num_key_value_heads=8, vocab_size=128256, dtype="bfloat16",
@@ -234,7 +163,7 @@ def huge(folder: Path) -> Path:
     return folder
 
 
-def test_a_model_of_405_billion_parameters_takes_seconds_and_no_memory(tmp_path):
+def test_a_model_of_405_billion_parameters_needs_seconds_and_no_memory(tmp_path):
     folder = huge(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.monotonic()
@@ -270,31 +199,48 @@ def test_as_a_command(commands, text_model):
         ({r"gate_proj|up_proj": {"group_size": 64}, "o_proj": None}, None),
     ],
 )
-def test_layers_that_vllm_joins_must_agree(override, split, text_model):
+def test_layers_that_vllm_fuses_must_agree(override, split, text_model):
     config = rw.QuantizeConfig(group_size=32, dynamic=override)
-    found = plan(open_streamed_model(text_model), config, samples=4, seq_len=32)
+    planned = plan(open_streamed_model(text_model), config, samples=4, seq_len=32)
     for engine in ("vLLM, CPU", "vLLM, GPU (Marlin)"):
-        why_not = found.served_by[engine]
+        reason = planned.served_by[engine]
         if split is None or (engine == "vLLM, CPU" and "q_proj" in override):
-            assert (why_not is None) == (split is None)  # there, 8 bits are the first reason
+            assert (reason is None) == (split is None)  # 8 bits are the first reason there
         else:
-            assert why_not == (
+            assert reason == (
                 f"it fuses layers into {split}, but these layers have different settings"
             )
-    assert found.served_by["GPTQModel"] is None
+    assert planned.served_by["GPTQModel"] is None
 
 
-def test_the_size_of_a_target_is_that_of_the_run(tiny, tmp_path):
+def test_the_size_of_a_target_equals_that_of_the_run(tiny, tmp_path):
     config = rw.QuantizeConfig(target_bpw=3.5, target_widths=(2, 4))
-    found = plan(open_streamed_model(tiny), config, samples=4, seq_len=32)
+    planned = plan(open_streamed_model(tiny), config, samples=4, seq_len=32)
     result = rw.quantize(tiny, tmp_path / "out", config, windows(4), samples=4, seq_len=32)
-    # No more than the target, and less by what is too little for one more layer.
-    assert 0.97 * found.bytes_after < result.bytes_after <= found.bytes_after
-    assert found.bits_per_weight == pytest.approx(3.5)
-    assert found.phases["survey"] > 0
-    assert "42 layers are chosen when the run begins" in " ".join(found.warnings)
-    assert found.served_by["vLLM, GPU (Marlin)"] == "it has no kernel for 2 bits (4, and 8 on GPUs)"
+    # At most the target, and so near that no wider layer would fit.
+    assert 0.97 * planned.bytes_after < result.bytes_after <= planned.bytes_after
+    assert planned.bits_per_weight == pytest.approx(3.5)
+    assert planned.phases["survey"] > 0
+    assert "42 layers are chosen when the run begins" in " ".join(planned.warnings)
+    assert (
+        planned.served_by["vLLM, GPU (Marlin)"] == "it has no kernel for 2 bits (4, and 8 on GPUs)"
+    )
     wide = plan(
         open_streamed_model(tiny), config.merged({"target_widths": (4, 8), "target_bpw": 5.0})
     )
     assert wide.served_by["vLLM, GPU (Marlin)"] is None
+
+
+def test_json_values_of_a_layer(llama):
+    config = rw.QuantizeConfig(group_size=32, dynamic={"o_proj": None})
+    printed = plan(open_streamed_model(llama), config, samples=4, seq_len=32).as_dict()
+    layers = {layer["name"]: layer for layer in printed["modules"]}
+    attention = "model.layers.0.self_attn"
+    assert layers[f"{attention}.k_proj"] == {
+        "name": f"{attention}.k_proj", "shape": (32, 64), "bits": 4, "group_size": 32,
+        "shares": f"{attention}.q_proj", "why_not": None,
+    }  # fmt: skip
+    assert layers[f"{attention}.o_proj"]["why_not"] == "skipped with --skip"
+    assert printed["seconds"] == pytest.approx(sum(printed["phases"].values()))
+    assert printed["memory"]["fits"] is True
+    json.dumps(printed)

@@ -1,6 +1,6 @@
 """Quantizes small models on the device of `tests.toy` and on the CPU; prints which results agree.
 
-A process of its own: torch, once it knows another device, does not forget it.
+A process of its own, because torch cannot unregister a device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.toy import Backend, toy
 
 
 def model(name: str) -> Any:
-    """A small model with random weights; of one block where damping or scales are searched for."""
+    """A small model with random weights; with one block where a search makes runs slow."""
     torch.manual_seed(0)
     if name == "t5":
         sizes = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4}
@@ -54,7 +54,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": ({**QUICK, "damp_percent": "auto"}, {"mode": "true_sequential"}),
     "gpt2": ({**QUICK, "sym": False, "desc_act": True}, {"mode": "block"}),
     "tied": ({**TEXTBOOK, "lm_head": True, "prescale": "awq", "rotate": True}, {}),
-    "qwen3_moe": (TEXTBOOK, {"mode": "block", "max_memory": 1}),  # batches wait on the host
+    "qwen3_moe": (
+        TEXTBOOK,
+        {"mode": "block", "max_memory": 1},
+    ),  # batches are offloaded to the host
     "deepseek_v3": ({**TEXTBOOK, "alpha": 1.0, "experts": "all"}, {"mode": "true_sequential"}),
     "t5": ({"method": "awq", "group_size": 32}, {}),
     "qwen3": ({**TEXTBOOK, "target_bpw": 6, "target_widths": (4, 8)}, {}),
@@ -62,17 +65,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-#: Model -> number of blocks, after how many to stop, after which it is time to write batches down, and
-#: which blocks are therefore in the journal then: all up to the last that was written down.
+#: Model -> number of blocks, after how many to stop, after which of them activations are saved, and
+#: which blocks are therefore in the journal: all up to the last with saved activations.
 STOPPED: dict[str, tuple[int, int, set[int], list[int]]] = {
     "llama": (4, 3, {1}, [0, 1]),
     "never": (3, 2, set(), []),
-    "t5": (4, 3, set(), [0, 1]),  # its decoder's blocks need what the last of its encoder returned
+    "t5": (4, 3, set(), [0, 1]),  # the decoder's blocks need the output of the encoder's last block
 }
 
 
 def stopped(folder: Path, name: str) -> dict[str, Any]:
-    """Stops a run on the device behind a block and goes on; what the journal had, and the outcome."""
+    """Stops a run on the device after a block and resumes it; returns the journal and the outcome."""
     blocks, count, due, _ = STOPPED[name]
     config = transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": blocks})
     (model("t5") if name == "t5" else random_model(config)).save_pretrained(folder / name)
@@ -86,7 +89,7 @@ def stopped(folder: Path, name: str) -> dict[str, Any]:
                 raise Stop
 
     def run(out: Path, device: str, progress: Any = None) -> Any:
-        tokens = 16 if name == "llama" else 0  # gradients must wait for their block as well
+        tokens = 16 if name == "llama" else 0  # gradients must be kept for their block as well
         settings = rw.QuantizeConfig(**TEXTBOOK, alpha=1.0, output_tokens=tokens)
         with toy(), sdpa_kernel(SDPBackend.MATH):
             return rw.quantize(
@@ -108,17 +111,17 @@ def stopped(folder: Path, name: str) -> dict[str, Any]:
 
 
 def main(folder: Path) -> dict[str, Any]:
-    """By case, what the result says of the device, and whether all bytes are the CPU's."""
-    found = {}
+    """Returns, for each case, figures of the result, and whether all bytes equal those of the CPU."""
+    results: dict[str, Any] = {}
     for name in CASES:
         model(name).save_pretrained(folder / name)
-    # The same kernels for both: the extension knows no other device, nor does fast attention.
+    # The same kernels for both: neither the extension nor fast attention supports the device.
     cpp.load = lambda: (None, cpp.Status(None, "test"))  # type: ignore[assignment]
     texts = windows()
     texts[0] = texts[0][:20]  # padding
     for name, (config, options) in CASES.items():
         with toy(), sdpa_kernel(SDPBackend.MATH):
-            results = [
+            runs = [
                 rw.quantize(
                     folder / name, folder / f"{name}-{device}", rw.QuantizeConfig(**config),
                     None if config.get("method") == "rtn" else texts,
@@ -128,25 +131,25 @@ def main(folder: Path) -> dict[str, Any]:
             ]  # fmt: skip
         tensors = [
             {n: digest for n, digest in contents(r.output).items() if n.endswith(".safetensors")}
-            for r in results
+            for r in runs
         ]
-        result, parked, Backend.parked = results[1], Backend.parked, 0
-        found[name] = {
+        result, offloaded, Backend.offloaded = runs[1], Backend.offloaded, 0
+        results[name] = {
             "device": result.device,
             "same": tensors[0] == tensors[1],
             "peak_device_bytes": result.peak_device_bytes,
             "layers": len(result.layers),
-            "parked": parked,
+            "offloaded": offloaded,
         }
     (folder / "stopped").mkdir()
-    found["stopped"] = {name: stopped(folder / "stopped", name) for name in STOPPED}
+    results["stopped"] = {name: stopped(folder / "stopped", name) for name in STOPPED}
     try:
         with toy():
             torch.zeros(2).to("toy") + torch.zeros(2)
     except RuntimeError as error:
-        found["mixed"] = str(error)
-    found["waited"] = Backend.waited
-    return found
+        results["mixed"] = str(error)
+    results["synchronized"] = Backend.synchronized
+    return results
 
 
 if __name__ == "__main__":

@@ -377,7 +377,7 @@ class TestRefusedBeforeAnyWork:
             ({"calibration": None}, "gptq needs calibration text"),
             ({"calibration": []}, "no tokens"),
             ({"calibration": [[]]}, "no tokens"),
-            ({"calibration": [[3, 128]]}, "token id 128, but the model knows 128"),
+            ({"calibration": [[3, 128]]}, "token id 128, but the model's vocabulary has 128"),
             ({"calibration": [[3, -1]]}, "token id -1"),
             ({"calibration": [[0.5, 1.5]]}, "strings or token ids, not fractions"),
             ({"samples": 0}, "samples=0"),

@@ -15,10 +15,10 @@ from roundwise.model.streamed import open_streamed_model
 from tests.helpers import (
     Stop,
     batches,
-    conduct,
     contents,
     hidden,
     raw,
+    run_blocks,
     stop_after,
     tensors_of,
     windows,
@@ -64,7 +64,7 @@ def test_hidden_states_are_those_of_the_plain_model(
             plain(**forward_kwargs(plain, batch.input_ids))
     names = iter([block.name for block in streamed.blocks])
     sequential = mode == "true_sequential"
-    for _, scheduler in conduct(streamed, played, sequential=sequential, reference=True):
+    for _, scheduler in run_blocks(streamed, played, sequential=sequential, reference=True):
         name = next(names)
         for player in [*scheduler.quantized, *scheduler.references]:
             assert torch.equal(hidden(player.output), seen[name][player.number])

@@ -15,7 +15,7 @@ from roundwise.forward.input_groups import InputGroup
 from roundwise.model.streamed import open_streamed_model
 from roundwise.run.held_out_damping import held_out_batches
 from tests.conftest import BEST, QUICK
-from tests.helpers import QKV, Commands, Stop, batches, conduct, contents, stop_after, windows
+from tests.helpers import QKV, Commands, Stop, batches, contents, run_blocks, stop_after, windows
 
 AUTO = BEST.merged({"damp_percent": "auto"})
 
@@ -80,7 +80,7 @@ def test_held_out_batches_are_summed_up_apart(llama: Path) -> None:
         seen.append((group.hessian.tokens, group.held.hessian.tokens if group.held else 0))  # type: ignore[union-attr]
 
     streamed = open_streamed_model(llama)
-    for _ in conduct(streamed, batches(rows, 1), solve, held_out=frozenset([3])):
+    for _ in run_blocks(streamed, batches(rows, 1), solve, held_out=frozenset([3])):
         pass
     assert set(seen) == {(96, 32)}
 

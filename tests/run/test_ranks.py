@@ -1,4 +1,4 @@
-"""Several processes share a run: they make what one makes, and what is left of a broken run goes on."""
+"""Several ranks share a run: the result equals that of one process, and a broken run resumes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ import pytest
 import torch
 
 import roundwise as rw
-from roundwise.errors import RunError
 from roundwise.inference.load import load
-from roundwise.system.distributed import Ranks
 from roundwise.verify import audit
 from tests.helpers import Commands, Stop, contents, journal_blocks, stop_after, windows
 from tests.run.ranks_script import exact_sums, quantize
 
-#: One case for everything that is summed up, shared out or decided.
+#: Together the cases cover everything that is summed, split or decided by one rank.
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", {"bits": 3}, {}),
     ("llama", {"sym": False, "desc_act": True, "damp_percent": "auto"}, {"mode": "block"}),
@@ -62,7 +60,10 @@ def calibration(settings: dict[str, Any]) -> dict[str, Any]:
 def together(
     folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[Path], list[dict[str, Any]]]:
-    """What two ranks made of each case, and of half a run; what each of the ranks says."""
+    """Runs all cases, a half-finished run and an impossible one with two ranks.
+
+    Returns the output folders, and what each rank printed.
+    """
     scratch = tmp_path_factory.mktemp("together")
     cases = [
         {
@@ -71,28 +72,28 @@ def together(
         }
         for i, (name, settings, options) in enumerate(CASES)
     ]  # fmt: skip
-    # One more goes on with what a single process has begun,
+    # One more resumes what a single process has begun,
     half = {**cases[0], "out": str(scratch / "half")}
     with pytest.raises(Stop):
         quantize(**{**half, "options": {**half["options"], "progress": stop_after(8)}})
     assert journal_blocks(scratch / "half") == [0]
     # and one has more ranks than batches.
-    lonely = {
+    too_small = {
         **cases[0],
         "out": str(scratch / "no"),
         "options": {**cases[0]["options"], "batch_size": 8},
     }
-    (scratch / "cases.json").write_text(json.dumps([*cases, half, lonely]))
+    (scratch / "cases.json").write_text(json.dumps([*cases, half, too_small]))
     script = Path(__file__).with_name("ranks_script.py")
     with torchrun([str(script), str(scratch / "cases.json")], cwd=script.parents[2]) as running:
         _, stderr = running.communicate(timeout=300)
     assert running.returncode == 0, stderr
-    said = [json.loads((scratch / f"cases.json.{rank}").read_text()) for rank in range(2)]
-    return [Path(case["out"]) for case in cases], said
+    printed = [json.loads((scratch / f"cases.json.{rank}").read_text()) for rank in range(2)]
+    return [Path(case["out"]) for case in cases], printed
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_two_ranks_make_what_one_makes(
+def test_two_ranks_give_the_result_of_one(
     number: int,
     together: tuple[list[Path], list[dict[str, Any]]],
     folder_of: Callable[[str], Path],
@@ -105,15 +106,15 @@ def test_two_ranks_make_what_one_makes(
     )  # fmt: skip
     out = together[0][number]
     one, two = contents(tmp_path / "out"), contents(out)
-    assert one.pop("roundwise.json") != two.pop("roundwise.json")  # it says how many they were
+    assert one.pop("roundwise.json") != two.pop("roundwise.json")  # it records the number of ranks
     assert one == two
     assert audit(out).failures == []
     manifest = json.loads((out / "roundwise.json").read_text())
     assert manifest["platform"]["ranks"] == 2
-    for said in together[1]:  # every rank returns the result
-        found = said["cases"][number]
-        assert found["experts"] == alone.experts
-        for mine, theirs in zip(alone.layers, found["layers"], strict=True):
+    for printed in together[1]:  # every rank returns the result
+        result = printed["cases"][number]
+        assert result["experts"] == [dict(module) for module in alone.experts]
+        for mine, theirs in zip(alone.layers, result["layers"], strict=True):
             figures = ("relative_error", "weight_error", "damp_losses")
             assert _figures(theirs) == pytest.approx(_figures(mine), rel=1e-4)
             assert {k: v for k, v in theirs.items() if k not in figures} == {
@@ -122,12 +123,12 @@ def test_two_ranks_make_what_one_makes(
 
 
 def _figures(layer: dict[str, Any]) -> list[float]:
-    """What is added up in another order by two ranks."""
+    """The figures of a layer whose sums two ranks add in another order."""
     errors = [layer["relative_error"] or 0.0, layer["weight_error"]]
     return [*errors, *(layer.get("damp_losses") or {}).values()]
 
 
-def test_two_ranks_go_on_with_what_one_has_begun(
+def test_two_ranks_resume_the_run_of_one_process(
     together: tuple[list[Path], list[dict[str, Any]]],
 ) -> None:
     whole = together[0][0]
@@ -137,55 +138,28 @@ def test_two_ranks_go_on_with_what_one_has_begun(
 
 
 def test_too_many_ranks_are_refused(together: tuple[list[Path], list[dict[str, Any]]]) -> None:
-    for said in together[1]:
-        error = said["cases"][-1]["error"]
+    for printed in together[1]:
+        error = printed["cases"][-1]["error"]
         assert error.startswith("ConfigError: 2 ranks cannot share 1 batches")
     assert not together[0][0].with_name("no").exists()
 
 
-def test_what_ranks_tell_each_other(together: tuple[list[Path], list[dict[str, Any]]]) -> None:
-    for rank, said in enumerate(together[1]):
-        tools = said["tools"]
+def test_collectives(together: tuple[list[Path], list[dict[str, Any]]]) -> None:
+    for rank, printed in enumerate(together[1]):
+        tools = printed["collectives"]
         assert tools["rank"] == rank
-        assert tools["agree"] == ["of", 0]
-        assert tools["each"] == [{"rank": 0, "long": ""}, {"rank": 1, "long": "x" * 100}]
-        assert tools["largest"] == [1, 0]
+        assert tools["broadcast"] == ["of", 0]
+        assert tools["gathered"] == [{"rank": 0, "long": ""}, {"rank": 1, "long": "x" * 100}]
+        assert tools["max"] == [1, 0]
         assert tools["sum"] == [2.0, 1.0]
         assert tools["rows"] == torch.arange(15.0).view(5, 3).tolist()
-        assert tools["few"] == [[1, 1]]
-        assert tools["share"] == [[[0, "a"], [2, "c"], [4, "e"]], [[1, "b"], [3, "d"]]][rank]
+        assert tools["one row"] == [[1, 1]]
+        assert tools["shard"] == [[[0, "a"], [2, "c"], [4, "e"]], [[1, "b"], [3, "d"]]][rank]
 
 
-def test_one_rank_is_alone() -> None:
-    ranks, values = Ranks(), torch.ones(3)
-    assert ranks.is_first
-    assert ranks.broadcast_object(lambda: values) is values
-    assert ranks.all_reduce_sum(values) is ranks.all_gather_rows(values, 3) is values
-    assert ranks.shard("ab") == {0: "a", 1: "b"}
-    assert [Ranks(i, 3).row_range(7) for i in range(3)] == [slice(0, 2), slice(2, 4), slice(4, 7)]
-
-
-def test_a_lost_rank_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("[gloo/transport] Connection closed by peer\nmore")
-
-    monkeypatch.setattr("torch.distributed.all_reduce", fail)
-    with pytest.raises(RunError, match=r"another rank has ended .*closed by peer\); finished"):
-        Ranks(0, 2).all_reduce_sum(torch.ones(1))
-
-
-def test_unlike_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Ranks(0, 2)
-    monkeypatch.setattr(
-        ranks, "all_gather_object", lambda mine: [mine, {**mine, "processor": "AVX2"}]
-    )
-    with pytest.raises(rw.RoundwiseError, match="rank 1 differs from rank 0 in processor"):
-        ranks.check_identical({"threads": 1, "processor": "AVX512"})
-
-
-def test_sums_of_the_bundled_model_in_float64_change_little(tiny: Path, tmp_path: Path) -> None:
-    """What the other tests patch is not what they prove."""
-    found = []
+def test_errors_change_little_with_sums_in_float64(tiny: Path, tmp_path: Path) -> None:
+    """Other tests sum in float64: that must not be what makes them pass."""
+    errors = []
     for name in ("a", "b"):
         out = tmp_path / name
         config = rw.QuantizeConfig(bits=3)
@@ -195,9 +169,9 @@ def test_sums_of_the_bundled_model_in_float64_change_little(tiny: Path, tmp_path
                 result = rw.quantize(*arguments, **OPTIONS)
         else:
             result = rw.quantize(*arguments, **OPTIONS)
-        found.append([layer["relative_error"] for layer in result.layers])
-    assert found[1] == pytest.approx(found[0], rel=0.2)
-    assert sum(found[1]) == pytest.approx(sum(found[0]), rel=0.02)
+        errors.append([layer["relative_error"] for layer in result.layers])
+    assert errors[1] == pytest.approx(errors[0], rel=0.2)
+    assert sum(errors[1]) == pytest.approx(sum(errors[0]), rel=0.02)
 
 
 def _child(pid: int, rank: int) -> int:
@@ -209,7 +183,7 @@ def _child(pid: int, rank: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
-def test_a_rank_that_is_killed_ends_the_job_and_nothing_is_lost(
+def test_a_killed_rank_ends_the_job_and_finished_blocks_are_kept(
     tiny: Path, text: Path, commands: Commands, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -232,15 +206,15 @@ def test_a_rank_that_is_killed_ends_the_job_and_nothing_is_lost(
     done = commands.run(*command)
     assert done.code == 0, done.stderr
     assert audit(out).failures == []
-    # What is in it is a model like any other: near the original.
+    # The result is close to the original model.
     base, quantized = (load(folder, dtype=torch.float32)[0] for folder in (tiny, out))
     ids = torch.tensor(windows(2))
     with torch.no_grad():
-        describe_difference = (base(ids).logits - quantized(ids).logits).square().mean()
-        assert describe_difference < 0.1 * base(ids).logits.var()
+        error = (base(ids).logits - quantized(ids).logits).square().mean()
+        assert error < 0.1 * base(ids).logits.var()
 
 
-def test_bad_input_is_said_once(tiny: Path, tmp_path: Path) -> None:
+def test_bad_input_is_reported_once(tiny: Path, tmp_path: Path) -> None:
     command = ["quantize", str(tiny), str(tmp_path / "out"), "--bits", "5"]
     with torchrun(["-m", "roundwise", *command, "--calibration", "python-stdlib"]) as running:
         _, stderr = running.communicate(timeout=120)

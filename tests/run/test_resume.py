@@ -475,7 +475,7 @@ class TestFinished:
 
     def test_other_settings_are_refused(self, llama: Path, done: Path) -> None:
         before = contents(done)
-        with pytest.raises(OutputError, match=r"finished checkpoint made otherwise.*--restart"):
+        with pytest.raises(OutputError, match=r"finished checkpoint made with other settings.*--restart"):
             quantize(llama, done, config=QUICK.merged({"bits": 3}))
         assert contents(done) == before, "something was left behind"
 
@@ -484,7 +484,7 @@ class TestFinished:
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1
         shard.write_bytes(data)
-        with pytest.raises(OutputError, match=r"model-00001.* was changed since.*--restart"):
+        with pytest.raises(OutputError, match=r"model-00001.* was changed; --restart"):
             quantize(llama, done)
         quantize(llama, done, restart=True)
         assert audit(done).failures == []
@@ -499,7 +499,7 @@ class TestFinished:
         data[-5] ^= 1
         file.write_bytes(data)
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-        with pytest.raises(OutputError, match=r"made otherwise \(model.files.model.safetensors"):
+        with pytest.raises(OutputError, match=r"made with other settings \(model.files.model.safetensors"):
             quantize(model, out)
 
     def test_restart_replaces_it(self, llama: Path, done: Path) -> None:

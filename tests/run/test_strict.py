@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import roundwise as rw
+from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.core.backends import cpp
 from roundwise.errors import FallbackError, StrictError
 from roundwise.model.fake_forward import CallTrace
@@ -21,6 +22,15 @@ from roundwise.plan import cost_model, memory
 from roundwise.run import strict
 from tests.conftest import QUICK
 from tests.helpers import random_model, windows
+
+
+def layer_record(name: str, **changes: Any) -> LayerRecord:
+    """The record of a layer that was quantized as asked, but for some fields."""
+    usual: dict[str, Any] = {
+        "bits": 4, "group_size": 128, "relative_error": 0.01, "weight_error": 0.01,
+        "damp_percent": 0.01, "damp_tried": [0.01], "tokens": 128, "fallback": None,
+    }  # fmt: skip
+    return LayerRecord(name=name, **{**usual, **changes})
 
 
 def quantize(model: Path, out: Path, **changes: Any) -> rw.QuantizeResult:
@@ -124,7 +134,7 @@ def test_weights_that_belong_to_no_linear_layer(tmp_path: Path) -> None:
     random_model(config).save_pretrained(tmp_path / "model")
     streamed = open_streamed_model(tmp_path / "model")
     small, line = strict.check_run(streamed, QUICK, CallTrace())
-    assert "x_proj and 3 more stay: it has fewer than 32 channels" in small
+    assert "x_proj and 3 more stay dense: it has fewer than 32 channels" in small
     assert re.match(
         r"2\d% of the blocks' weights belong to no linear layer and stay as they are", line
     )
@@ -180,26 +190,18 @@ class TestLayers:
         assert "damping raised to" in quantize(llama, tmp_path / "out", **options).not_as_asked[0]
 
     def test_damping_without_tokens_to_choose_by(self) -> None:
-        layer = {
-            "name": "model.layers.3.mlp.experts.7.up_proj", "fallback": None, "damp_percent": 0.01,
-            "damp_tried": [0.01], "damp_losses": None,
-        }  # fmt: skip
+        layer = layer_record("model.layers.3.mlp.experts.7.up_proj", damp_losses=None)
         assert strict.layer_issue(layer) == (
-            "damping 0.01: no token that was held out reached it to choose by"
+            "damping 0.01: no held-out token reached the layer to choose it by"
         )
-        assert strict.layer_issue({**layer, "damp_losses": {"0.01": 1.0}}) is None
+        chosen = layer_record(layer.name, damp_losses={"0.01": 1.0})
+        assert strict.layer_issue(chosen) is None
+        assert strict.layer_issue(layer_record(layer.name)) is None
 
     def test_layers_alike_share_a_line(self) -> None:
-        layers = [
-            {
-                "name": f"model.layers.{i}.up_proj",
-                "fallback": "no token",
-                "relative_error": None,
-                "damp_tried": [],
-            }
-            for i in range(40)
-        ]
-        assert strict.layer_issues([*layers, {**layers[0], "name": "head"}]) == [
+        missed = {"fallback": "no token", "relative_error": None, "damp_tried": []}
+        layers = [layer_record(f"model.layers.{i}.up_proj", **missed) for i in range(40)]
+        assert strict.layer_issues([*layers, layer_record("head", **missed)]) == [
             "model.layers.*.up_proj (40 layers): rounded to nearest: no token",
             "head: rounded to nearest: no token",
         ]
@@ -207,11 +209,10 @@ class TestLayers:
 
 def test_experts_with_few_tokens_share_a_line_and_are_not_called_rounded():
     layers = [
-        {
-            "name": f"model.layers.0.mlp.experts.{expert}.up_proj",
-            "fallback": f"only {expert} of 128 calibration tokens were routed here",
-            "relative_error": 0.01,
-        }
+        layer_record(
+            f"model.layers.0.mlp.experts.{expert}.up_proj",
+            fallback=f"only {expert} of 128 calibration tokens were routed here",
+        )
         for expert in range(3)
     ]
     (line,) = strict.layer_issues(layers)

@@ -1,4 +1,4 @@
-"""Products of half precision in float32: the same to the last bit of the result's type, or nearly."""
+"""Half-precision matmuls in float32 differ by at most one rounding; inputs of experts are padded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from roundwise.system.half_matmul import (
-    PRODUCTS,
+    REPLACEMENTS,
     CpuHalfMatmul,
     cpu_half_matmul,
     has_native_matmul,
@@ -22,7 +22,7 @@ HALF = frozenset((torch.bfloat16, torch.float16))
 half = pytest.mark.parametrize("dtype", sorted(HALF, key=str))
 
 
-#: How many kilobytes products of an expert with 300 numbers of tokens leave behind.
+#: Prints the growth in kilobytes over products of an expert with 300 different numbers of tokens.
 GROWTH = """
 import torch
 from contextlib import nullcontext
@@ -41,20 +41,20 @@ print(size() - before)
 
 
 class Seen(TorchFunctionMode):
-    """Types of the first operands of all products that are really computed."""
+    """Records the dtype of the first operand of every matmul that is computed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.types: list[torch.dtype] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in PRODUCTS:
+        if func in REPLACEMENTS:
             self.types.append(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
 
 def near(y: torch.Tensor, exact: torch.Tensor) -> bool:
-    """As near as one rounding of the result, and the noise of a sum in float32, allow."""
+    """Differs by no more than one rounding of the result, and the error of a float32 sum."""
     step = torch.finfo(y.dtype).eps * exact.abs().clamp(min=1)
     return bool(((y.double() - exact).abs() <= step).all())
 
@@ -92,7 +92,7 @@ def test_products_and_attention(dtype):
     assert attended.dtype == dtype and near(attended[0], exact[0])
 
 
-def test_few_rows_other_types_and_results_with_a_place_are_left_alone():
+def test_few_rows_other_types_and_calls_with_out_are_not_changed():
     W = torch.randn(40, 96).bfloat16()
     with Seen() as seen, CpuHalfMatmul(frozenset({torch.bfloat16})):
         functional.linear(torch.randn(2, 96).bfloat16(), W)
@@ -104,7 +104,7 @@ def test_few_rows_other_types_and_results_with_a_place_are_left_alone():
 
 
 @pytest.mark.parametrize("rows", [0, 1, 8, 9, 100, 1000, 4095, 4096])
-def test_tokens_of_an_expert_are_filled_up_to_one_of_few_numbers(rows):
+def test_inputs_of_an_expert_are_padded_to_few_sizes(rows):
     x, W, b = (torch.randn(*n).bfloat16() for n in ((rows, 96), (40, 96), (40,)))
     sizes = []
 
@@ -122,7 +122,7 @@ def test_tokens_of_an_expert_are_filled_up_to_one_of_few_numbers(rows):
     assert rows <= padded_rows(rows) <= max(rows + 7, 1.125 * rows)
 
 
-def test_there_are_few_numbers_and_each_stays_what_it_is():
+def test_there_are_few_padded_sizes():
     sizes = {padded_rows(rows) for rows in range(1, 4097)}
     assert len(sizes) < 60
     assert all(padded_rows(size) == size for size in sizes)
@@ -132,7 +132,7 @@ def test_there_are_few_numbers_and_each_stays_what_it_is():
     not has_native_matmul(torch.bfloat16), reason="needs a processor with bfloat16 products"
 )
 def test_memory_does_not_grow_with_the_numbers_of_tokens():
-    """Each shape that oneDNN has met costs a megabyte, and for thousands of them gigabytes."""
+    """Every shape that oneDNN has seen costs a megabyte, so thousands of them cost gigabytes."""
     grown = {}
     for mode in ("nullcontext()", "cpu_half_matmul()"):
         done = subprocess.run(
@@ -142,5 +142,5 @@ def test_memory_does_not_grow_with_the_numbers_of_tokens():
     assert grown["cpu_half_matmul()"] < grown["nullcontext()"] / 4
 
 
-def test_what_is_multiplied_in_float32_is_what_the_processor_does_not_multiply():
-    assert cpu_half_matmul().narrow == {dtype for dtype in HALF if not has_native_matmul(dtype)}
+def test_only_types_without_native_products_are_multiplied_in_float32():
+    assert cpu_half_matmul().in_float32 == {dtype for dtype in HALF if not has_native_matmul(dtype)}

@@ -1,4 +1,4 @@
-"""Sizes in words, and the mode that fits a budget."""
+"""Sizes as text, memory of the machine and of this process, and freed memory that is kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from roundwise.errors import ConfigError
 from roundwise.system.memory import (
     available_memory,
-    parse_mode,
+    format_size,
     parse_size,
     peak_rss,
     resident_bytes,
@@ -31,18 +31,26 @@ def test_sizes(text: str | int | None, size: int | None) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "8XB", "8 G B", "eight", "1e9", "i"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no size: write it as 8GB"):
+def test_texts_that_are_not_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not a size \(try 8GB"):
         parse_size(text)
 
 
-def test_what_this_machine_has() -> None:
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (4_600_000, "4.6 MB"), (8 * 10**9, "8.0 GB"), (10**13, "10.0 TB")],
+)
+def test_sizes_as_text(nbytes: int, text: str) -> None:
+    assert format_size(nbytes) == text
+
+
+def test_memory_of_the_machine_and_of_this_process() -> None:
     assert 10**6 < peak_rss() < 10**12
     assert 10**6 < available_memory() < 10**14
     assert 10**6 < resident_bytes() < 1.1 * peak_rss()
 
 
-def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+def test_the_peak_is_not_inherited_from_the_parent_process() -> None:
     filled = bytearray(b"1" * (300 << 20))
     code = "from roundwise.system.memory import peak_rss; print(peak_rss())"
     small = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -58,25 +66,25 @@ from roundwise.system.memory import keep_freed_memory, release_large_blocks, res
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 release_large_blocks()
-torch.ones(5 << 20).add(1)  # whatever is loaded at first
+torch.ones(5 << 20).add(1)  # loads what torch loads on first use
 with keep_freed_memory(sys.argv[1] == "keep"):
     for step in range(40):
-        if step == 20:  # holes have found their places by now
+        if step == 20:  # by now the allocator holds what it needs
             before = faults()
         x = torch.ones(5 << 20)
         y = x + 1
         del x, y
-    found = faults() - before
+    count = faults() - before
     held = resident_bytes()
-print(found, held - resident_bytes())
+print(count, held - resident_bytes())
 """
 
 
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="needs glibc, whose settings these are"
 )
-def test_freed_memory_is_kept_and_returned_in_the_end() -> None:
-    (anew, nothing), (kept, returned) = (
+def test_freed_memory_is_kept_and_returned_at_the_end() -> None:
+    (faults, nothing), (fewer_faults, returned) = (
         map(
             int,
             subprocess.run(
@@ -85,12 +93,6 @@ def test_freed_memory_is_kept_and_returned_in_the_end() -> None:
         )
         for how in ("return", "keep")
     )
-    assert anew > 4 * kept
+    assert faults > 4 * fewer_faults
     assert nothing < 1 << 20
     assert returned > 30 << 20
-
-
-def test_modes() -> None:
-    assert [parse_mode(name) for name in (None, "block")] == [None, "block"]
-    with pytest.raises(ConfigError, match="use true_sequential or block"):
-        parse_mode("fast")

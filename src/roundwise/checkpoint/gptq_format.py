@@ -81,7 +81,7 @@ def encode(q: QuantizedWeight, config: QuantizeConfig) -> dict[str, torch.Tensor
         qweight int32 [in·bits/32, out], qzeros int32 [groups, out·bits/32], scales float16
         [groups, out] and g_idx int32 [in].
     """
-    zeros = (q.zeros - 1) & config.maxq if config.format == "gptq" else q.zeros
+    zeros = (q.zeros - 1) & (2**q.bits - 1) if config.format == "gptq" else q.zeros
     return {
         "qweight": pack(q.codes.T, q.bits),
         "qzeros": pack(zeros, q.bits).T.contiguous(),

@@ -1,1 +1,1 @@
-"""The interfaces of other libraries, on ours."""
+"""Interfaces of other libraries, implemented with roundwise."""

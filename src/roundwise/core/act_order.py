@@ -31,23 +31,8 @@ class ColumnOrder(NamedTuple):
     """Number of groups."""
     fixed_grids: bool
     """Columns of different groups alternate, so all grids must be known before the first step."""
-
-    def g_idx(self) -> torch.Tensor:
-        """Returns the group of each channel, int32 [in], as the file stores it."""
-        g_idx = torch.empty_like(self.group, dtype=torch.int32)
-        g_idx[self.perm] = self.group.to(torch.int32)
-        return g_idx
-
-
-def permuted_columns(W: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Returns the columns of W [rows, in] in an order, each contiguous: [in, rows]."""
-    columns = W.T.contiguous()
-    return columns if is_identity(order) else columns.index_select(0, order)
-
-
-def is_identity(order: torch.Tensor) -> bool:
-    """Returns whether this order [in] changes nothing."""
-    return bool((order[1:] > order[:-1]).all())
+    g_idx: torch.Tensor
+    """int32 [in]: the group of each channel, as the file stores it."""
 
 
 def processing_order(diagonal: torch.Tensor, config: QuantizeConfig) -> ColumnOrder:
@@ -58,19 +43,25 @@ def processing_order(diagonal: torch.Tensor, config: QuantizeConfig) -> ColumnOr
         config: `group_size`, `desc_act` and `order` are used.
     """
     width = len(diagonal)
-    size, groups = config.columns_per_group(width), config.groups(width)
+    size = width if config.group_size == -1 else config.group_size
+    groups = -(-width // size)
     channel = torch.arange(width, device=diagonal.device)
     by_sensitivity = torch.argsort(diagonal, descending=True, stable=True)
+    fixed_grids = False
     if config.desc_act:
-        return ColumnOrder(by_sensitivity, channel // size, groups, fixed_grids=False)
-    if config.order == "natural":
-        return ColumnOrder(channel, channel // size, groups, fixed_grids=False)
-    if config.order == "static":
-        return ColumnOrder(by_sensitivity, by_sensitivity // size, groups, fixed_grids=True)
-    first_of_group = torch.full((groups,), width, device=diagonal.device)
-    rank = torch.empty_like(channel)
-    rank[by_sensitivity] = channel
-    first_of_group.scatter_reduce_(0, channel // size, rank, "amin")
-    # Sort by (rank of the group's most sensitive channel, own rank): two stable sorts.
-    perm = by_sensitivity[torch.argsort(first_of_group[by_sensitivity // size], stable=True)]
-    return ColumnOrder(perm, perm // size, groups, fixed_grids=False)
+        perm, group = by_sensitivity, channel // size
+    elif config.order == "natural":
+        perm, group = channel, channel // size
+    elif config.order == "static":
+        perm, group, fixed_grids = by_sensitivity, by_sensitivity // size, True
+    else:
+        first_of_group = torch.full((groups,), width, device=diagonal.device)
+        rank = torch.empty_like(channel)
+        rank[by_sensitivity] = channel
+        first_of_group.scatter_reduce_(0, channel // size, rank, "amin")
+        # Sort by (rank of the group's most sensitive channel, own rank): two stable sorts.
+        perm = by_sensitivity[torch.argsort(first_of_group[by_sensitivity // size], stable=True)]
+        group = perm // size
+    g_idx = torch.empty_like(group, dtype=torch.int32)
+    g_idx[perm] = group.to(torch.int32)
+    return ColumnOrder(perm, group, groups, fixed_grids, g_idx)

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.grid import GridSpec
 from roundwise.core.quantized_weight import QuantizedWeight
-from roundwise.core.solver import round_to_nearest, sample_rows, solve
+from roundwise.core.solver import grid_spec, round_to_nearest, sample_rows, solve
 from roundwise.errors import SingularError
 
 #: Ratios tried.
@@ -106,7 +105,7 @@ def round_searched(W: torch.Tensor, H: torch.Tensor, config: QuantizeConfig) -> 
         raise SingularError("the Hessian is zero: no calibration input reached this layer")
     W, H = W.to(torch.float32), H.to(torch.float32)
     pivots = H.diagonal().clamp(min=1e-6 * mean)
-    weights = GridSpec.from_config(config).error_weights(pivots)
+    weights = grid_spec(config).error_weights(pivots)
     q = round_to_nearest(W, config, weights=weights)
     loss, energy = (float(((X @ H) * X).sum()) for X in (W - q.dequantize(), W))
     error = max(loss, 0.0) / energy if energy > 0 else 0.0

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from roundwise.core.act_order import permuted_columns
-from roundwise.core.linalg import Factor, add_matmul
+from roundwise.core.linalg import Factor, add_matmul, permuted_columns
 
 #: Rows of a weight converted at a time.
 ROWS = 512

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from roundwise.config import GridSearch, QuantizeConfig
+from roundwise.config import GridSearch
 from roundwise.errors import NumericalError
 
 #: Smallest and largest positive float16.
@@ -50,18 +50,6 @@ class GridSpec:
     flip_sign: bool = True
     search: GridSearch = "minmax"
     keep: int = 1
-
-    @classmethod
-    def from_config(cls, config: QuantizeConfig) -> GridSpec:
-        """Returns the rules that these settings ask for."""
-        return cls(
-            bits=config.bits,
-            sym=config.sym,
-            min_zero=config.min_zero,
-            flip_sign=not config.positive_scales,
-            search=config.grid,
-            keep=1 if config.grid == "minmax" else config.grid_candidates,
-        )
 
     @property
     def maxq(self) -> int:

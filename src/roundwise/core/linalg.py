@@ -13,11 +13,10 @@ and faster with narrow matrices everywhere.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from roundwise.core.act_order import is_identity
 from roundwise.core.backends import cpp
 from roundwise.errors import NumericalError, SingularError
 
@@ -34,9 +33,20 @@ ROW_PANEL = 256
 MAX_DAMP = 10.0
 
 
+def permuted_columns(W: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Returns the columns of W [rows, in] in an order, each contiguous: [in, rows]."""
+    columns = W.T.contiguous()
+    return columns if is_identity(order) else columns.index_select(0, order)
+
+
+def is_identity(order: torch.Tensor) -> bool:
+    """Returns whether this order [in] changes nothing."""
+    return bool((order[1:] > order[:-1]).all())
+
+
 def matmul(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """Returns A @ B for A [m, k] and B [k, n], in their dtype."""
-    if not _uses_native(A, B):
+    if _extension_for(A, B) is None:
         return A @ B
     C = B.new_zeros(len(A), B.shape[1])
     add_matmul(C, A, B)
@@ -45,26 +55,28 @@ def matmul(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 
 def add_matmul(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float = 1.0) -> None:
     """Adds scale · A @ B to C in place, for C [m, n], A [m, k] and B [k, n] of one dtype."""
-    if not _uses_native(A, B) or C.stride(1) != 1:
+    extension = _extension_for(A, B)
+    if extension is None or C.stride(1) != 1:
         C.add_(A @ B, alpha=scale)
         return
-    B = B if B.stride(1) == 1 else B.contiguous()
+    B, threads = B if B.stride(1) == 1 else B.contiguous(), torch.get_num_threads()
+    # The extension multiplies Aᵀ B, or A B where it is told that A is not transposed.
     if A.stride(1) != 1 and A.stride(0) == 1:
-        cpp.add_moment(C, A.T, B, scale=scale)
+        extension.moment(A.T, B, C, False, False, scale, threads)
     else:
         A = A if A.stride(1) == 1 else A.contiguous()
-        cpp.add_moment(C, A, B, transposed=True, scale=scale)
+        extension.moment(A, B, C, False, True, scale, threads)
 
 
-def _uses_native(A: torch.Tensor, B: torch.Tensor) -> bool:
-    """Returns whether the extension multiplies these two."""
+def _extension_for(A: torch.Tensor, B: torch.Tensor) -> Any:
+    """Returns the C++ extension where it multiplies these two, else None."""
     pays = len(A) * len(B) * B.shape[1] >= MIN_PRODUCT
-    return pays and A.dtype == B.dtype and _is_native(A)
+    return cpp.load()[0] if pays and A.dtype == B.dtype and _is_float32_on_cpu(A) else None
 
 
-def _is_native(A: torch.Tensor) -> bool:
-    """Returns whether the extension takes matrices like A: float32, on the CPU."""
-    return A.device.type == "cpu" and A.dtype == torch.float32 and cpp.available()
+def _is_float32_on_cpu(A: torch.Tensor) -> bool:
+    """Returns whether the extension takes matrices like A."""
+    return A.dtype == torch.float32 and A.device.type == "cpu"
 
 
 def solve_triangular(
@@ -110,7 +122,7 @@ def reverse_cholesky(A: torch.Tensor) -> bool:
     Returns:
         False if A is indefinite; its contents are then undefined.
     """
-    if not _is_native(A):
+    if not (_is_float32_on_cpu(A) and cpp.load()[0] is not None):
         _flip_both_axes(A)
         if not _cholesky(A):
             return False

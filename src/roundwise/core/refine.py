@@ -16,10 +16,9 @@ from functools import partial
 
 import torch
 
-from roundwise.core.act_order import permuted_columns
 from roundwise.core.backends.base import PANEL, WINDOW, CodePanel, ColumnGrids, SolverBackend
 from roundwise.core.grid import MAX_SCALE, MIN_SCALE, Grid
-from roundwise.core.linalg import matmul
+from roundwise.core.linalg import matmul, permuted_columns
 from roundwise.core.quantized_weight import QuantizedWeight
 
 

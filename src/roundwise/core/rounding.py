@@ -112,7 +112,7 @@ class ColumnSweep:
             codes=codes.T.contiguous(),
             scales=self.grids.scale.T.contiguous().to(torch.float16),
             zeros=self.grids.zero.T.contiguous().to(torch.int32),
-            g_idx=self.order.g_idx(),
+            g_idx=self.order.g_idx,
             bits=self.spec.bits,
             damp_percent=self.F.damp_percent,
             damp_tried=self.F.tried,

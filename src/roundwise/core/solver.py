@@ -21,12 +21,12 @@ from typing import NamedTuple
 import torch
 
 from roundwise.config import QuantizeConfig
-from roundwise.core.act_order import ColumnOrder, permuted_columns, processing_order
+from roundwise.core.act_order import ColumnOrder, processing_order
 from roundwise.core.backends.base import SolverBackend
 from roundwise.core.backends.dispatch import choose_backend
 from roundwise.core.drift import corrected_target
 from roundwise.core.grid import Grid, GridSpec, decode, encode, minmax
-from roundwise.core.linalg import Factor, all_finite, factor, matmul
+from roundwise.core.linalg import Factor, all_finite, factor, matmul, permuted_columns
 from roundwise.core.output_weighting import OutputWeighting, ProcessGroup, row_parts
 from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.core.refine import refine
@@ -82,6 +82,19 @@ def prepare_hessian(H: torch.Tensor, config: QuantizeConfig) -> PreparedHessian:
     return PreparedHessian(H, order, factor(H, order.perm, config.damp_percent))
 
 
+def grid_spec(config: QuantizeConfig) -> GridSpec:
+    """Returns the rules for the grids of a weight that these settings ask for."""
+    return GridSpec(
+        bits=config.bits,
+        sym=config.sym,
+        # v1 files store zero - 1: a zero of 0 would come back as 2^bits in some readers.
+        min_zero=1 if config.format == "gptq" else 0,
+        flip_sign=not config.positive_scales,
+        search=config.grid,
+        keep=1 if config.grid == "minmax" else config.grid_candidates,
+    )
+
+
 def solve(
     W: torch.Tensor,
     H: torch.Tensor | PreparedHessian,
@@ -91,6 +104,7 @@ def solve(
     grids: Grid | None = None,
     outputs: torch.Tensor | None = None,
     process_group: ProcessGroup | None = None,
+    backend: SolverBackend | None = None,
 ) -> QuantizedWeight:
     """Quantizes one weight so that the layer's output on the calibration inputs changes least.
 
@@ -108,6 +122,7 @@ def solve(
             independent.
         process_group: with `outputs`, the processes that share the rows, all calling this alike.
             Without, rows are independent and the caller can share them.
+        backend: loops over columns; None: chosen for this weight (`core.backends.dispatch`).
 
     Returns:
         Codes in the original channel order, with `relative_error` and the damping used.
@@ -134,7 +149,7 @@ def solve(
         if target_shift is None
         else corrected_target(W, target_shift.to(dtype), H.order.perm, H.factor)
     )
-    backend, spec = choose_backend(H.factor.D), GridSpec.from_config(config)
+    backend, spec = backend or choose_backend(H.factor.D), grid_spec(config)
     # Rows are taken in parts, so that all temporaries are small.
     step = max(1, workspace(W.device) // W.shape[1])
     parts, sums = [], torch.zeros(3, dtype=torch.float64)
@@ -226,7 +241,7 @@ def round_to_nearest(
     """
     config = config or QuantizeConfig()
     W = _checked(W).to(torch.float64 if W.dtype == torch.float64 else torch.float32)
-    size, spec = config.columns_per_group(W.shape[1]), GridSpec.from_config(config)
+    size, spec = config.columns_per_group(W.shape[1]), grid_spec(config)
     grids = _original_grids(W, size, weights, spec, choose_backend(W))
     g_idx = torch.arange(W.shape[1], device=W.device) // size
     channel_grids = Grid(grids.scale[:, g_idx], grids.zero[:, g_idx])

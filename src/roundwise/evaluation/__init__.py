@@ -1,1 +1,1 @@
-"""What a quantized model is worth: perplexity and, later, everything else that is measured."""
+"""Measures models: perplexity, divergence, tasks, speed; compares them and writes reports."""

@@ -1,16 +1,16 @@
-"""lm-eval's own command line with `--model roundwise`:
+"""Registers our models with lm-eval and runs its command line:
 
     python -m roundwise.evaluation.lm_eval_model --model roundwise --model_args pretrained=DIR --tasks …
 
-lm-eval has no entry points through which an installed package could add a model by itself, so this
-module registers ours with lm-eval's registry and then runs lm-eval's command line as it is.
+lm-eval has no entry point through which an installed package could register a model, so this module adds
+ours to lm-eval's registry and then runs lm-eval's command line unchanged.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import lm_eval.models  # noqa: F401  # fills the registry, which would else hold nothing but ours
+import lm_eval.models  # noqa: F401  # fills the registry with lm-eval's own models
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -21,13 +21,13 @@ from roundwise.system.device import parse_device
 
 @register_model("roundwise")
 class RoundwiseLM(HFLM):  # type: ignore[misc]  # untyped there
-    """HFLM around a checkpoint opened by `roundwise.load`.
+    """lm-eval model: HFLM with a checkpoint loaded by `roundwise.load`.
 
     Args:
         pretrained: folder or hub id.
         dtype: auto, float32, bfloat16 or float16.
-        device: auto, cpu or cuda.
-        options: of HFLM.
+        device: auto, cpu or cuda; None: auto.
+        options: other arguments of HFLM.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
-"""Perplexity over a long text in sliding windows, as the WikiText-2 recipe of transformers does it."""
+"""Perplexity of a long text in sliding windows, as in the WikiText-2 example of transformers' docs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -16,11 +16,11 @@ from roundwise.system.half_matmul import cpu_half_matmul
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood per predicted token."""
+    """Perplexity: exp of the mean negative log-likelihood per predicted token."""
 
     perplexity: float
     tokens: int
-    """Tokens that were predicted; the first of a window has nothing to be predicted from."""
+    """Number of predicted tokens; the first token of a window cannot be predicted."""
     window: int
     stride: int
 
@@ -36,23 +36,24 @@ def perplexity(
     batch_size: int = 4,
     progress: Callable[[float], None] | None = None,
 ) -> Perplexity:
-    """Perplexity of a causal language model on a text.
+    """Measures the perplexity of a causal language model on a text.
 
-    Windows start every `stride` tokens; in each, only tokens that no earlier window has predicted
-    count, all the others are context. With stride = window there is no overlap and the first token
-    of each window is not predicted.
+    Windows start every `stride` tokens. In each window, only tokens that no earlier window has predicted
+    count; the others are context. With stride = window, windows do not overlap, and the first token of
+    each window is not predicted.
 
     Args:
         model: transformers causal language model.
-        tokenizer: its tokenizer; not used when `text` is a list of token ids.
-        text: one long text or its token ids; only the first `max_tokens` tokens are used.
+        tokenizer: its tokenizer; not used if `text` is a list of token ids.
+        text: one long text, or its token ids.
         window: tokens the model sees at once.
-        stride: 1 … window; the default is the window.
-        batch_size: windows that go through the model together.
+        stride: tokens from one window to the next, 1 … window; None: the window.
+        max_tokens: number of tokens of the text to use; None: all.
+        batch_size: windows in one forward.
         progress: called with the finished part, 0 … 1.
 
     Raises:
-        CalibrationError: fewer than two tokens, or a window or stride that cannot be.
+        CalibrationError: fewer than two tokens, a window of less than two, or a stride of less than one.
         NumericalError: the model's output is NaN or infinite.
     """
     ids = (
@@ -65,52 +66,68 @@ def perplexity(
     stride = window if stride is None else min(stride, window)
     if window < 2 or stride < 1:
         raise CalibrationError(
-            f"{len(ids)} tokens, window {window}, stride {stride}: nothing to predict"
+            f"nothing to predict: {len(ids)} tokens, window {window}, stride {stride}; the minimum is "
+            "2, 2 and 1"
         )
     spans = _spans(len(ids), window, stride)
     total, count = 0.0, 0
     for start in range(0, len(spans), batch_size):
-        part = spans[start : start + batch_size]
-        # All but the last window are equally long; the last goes alone if it is shorter.
-        for same in _by_length(part):
-            nll, tokens = _score(model, ids, same)
+        batch = spans[start : start + batch_size]
+        # The last window can be shorter than the others: it then gets a forward of its own.
+        for equally_long in _by_length(batch):
+            nll, tokens = _score(model, ids, equally_long)
             total, count = total + nll, count + tokens
         if progress is not None:
-            progress(min(1.0, (start + len(part)) / len(spans)))
+            progress(min(1.0, (start + len(batch)) / len(spans)))
     return Perplexity(math.exp(total / count), count, window, stride)
 
 
-def _spans(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, first counted target, end) of each window."""
+class _Span(NamedTuple):
+    """A window: tokens begin … end - 1, of which those from `first` on are counted."""
+
+    begin: int
+    first: int
+    end: int
+
+
+def _spans(length: int, window: int, stride: int) -> list[_Span]:
+    """Returns all windows of a text of `length` tokens that have a token to count."""
     spans, counted = [], 0
     for begin in range(0, length, stride):
         end = min(begin + window, length)
-        if end - max(counted, begin + 1) > 0:
-            spans.append((begin, max(counted, begin + 1), end))
+        first = max(counted, begin + 1)
+        if end > first:
+            spans.append(_Span(begin, first, end))
         counted = end
         if end == length:
             break
     return spans
 
 
-def _by_length(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
-    groups: dict[int, list[tuple[int, int, int]]] = {}
-    for begin, first, end in spans:
-        groups.setdefault(end - begin, []).append((begin, first, end))
+def _by_length(spans: list[_Span]) -> list[list[_Span]]:
+    groups: dict[int, list[_Span]] = {}
+    for span in spans:
+        groups.setdefault(span.end - span.begin, []).append(span)
     return list(groups.values())
 
 
 @torch.no_grad()
-def _score(model: Any, ids: torch.Tensor, spans: list[tuple[int, int, int]]) -> tuple[float, int]:
-    """Summed negative log-likelihood and number of the targets that count."""
+def _score(model: Any, ids: torch.Tensor, spans: list[_Span]) -> tuple[float, int]:
+    """Returns the summed negative log-likelihood of the counted tokens, and their number.
+
+    Args:
+        model: transformers causal language model.
+        ids: int64 [tokens], the text.
+        spans: windows of equal length, for one forward.
+    """
     inputs = torch.stack([ids[begin:end] for begin, _, end in spans]).to(model.device)
     with cpu_half_matmul():
         logits = model(input_ids=inputs, use_cache=False).logits
     total, count = 0.0, 0
     for row, (begin, first, end) in enumerate(spans):
         # Position p predicts token p + 1.
-        predicting = logits[row, first - 1 - begin : end - 1 - begin].float()
-        nll = functional.cross_entropy(predicting, inputs[row, first - begin :], reduction="none")
+        predictions = logits[row, first - 1 - begin : end - 1 - begin].float()
+        nll = functional.cross_entropy(predictions, inputs[row, first - begin :], reduction="none")
         total += float(nll.double().sum())
         count += end - first
     if not math.isfinite(total):

@@ -1,6 +1,6 @@
-"""How fast a model is: prompt and generation, latency per token, memory, and which kernels ran.
+"""Measures speed: prompt and generation, latency per token, peak memory, and the kernels that ran.
 
-Everything is measured through `model.generate`, as users run it, with random tokens as the prompt.
+Everything is measured through `model.generate`, as users call it, with random tokens as the prompt.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from roundwise.errors import ConfigError
 from roundwise.inference.quant_linear import QuantLinear
+from roundwise.model.build import context_length
 from roundwise.system.device import peak_memory, synchronize
 from roundwise.system.memory import peak_rss
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds: to the first token (median of the runs), and per token after it."""
+    """Latency in milliseconds: of the first token, and statistics of the tokens after it."""
 
     first_token: float
+    """Median of the runs."""
     mean: float
     p50: float
     p90: float
@@ -35,26 +37,26 @@ class Latency:
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over the runs."""
+    """Speed of a model; speeds and latencies are medians of the runs."""
 
     prompt_tokens_per_second: float
-    """Tokens of all prompts over the time to the first token."""
+    """Prompt tokens of all rows, divided by the time to the first token."""
     generation_tokens_per_second: float
-    """Tokens of all rows after the first, over their time."""
+    """Generated tokens of all rows after the first, divided by their time."""
     latency_ms: Latency
     peak_rss_bytes: int
-    """Of this process since it began, loading included."""
+    """Peak memory of this process since it started, loading included."""
     peak_device_bytes: int | None
-    """Allocated by torch on a GPU while measuring; None on a CPU."""
+    """Peak memory allocated by torch on the GPU during measurement; None on a CPU."""
     kernels: dict[str, int]
-    """How many layers each kernel computes; "torch" are linear layers that are not quantized."""
+    """Kernel -> number of layers it computes; "torch" for linear layers that are not quantized."""
     prompt_tokens: int
     generated_tokens: int
     batch_size: int
     repetitions: int
 
     def as_dict(self) -> dict[str, Any]:
-        """As `bench --json` prints it."""
+        """Returns the JSON of `bench --json`."""
         return asdict(self)
 
 
@@ -69,21 +71,21 @@ def speed(
     seed: int = 0,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Speed:
-    """Measures a causal language model.
+    """Measures the speed of a causal language model.
 
     Args:
-        model: transformers model.
-        prompt_tokens: of each row; random ones.
-        generated_tokens: of each row, exactly: an end-of-text token does not end it.
+        model: transformers causal language model.
+        prompt_tokens: prompt tokens of each row; random ones.
+        generated_tokens: tokens to generate for each row; an end-of-text token does not end it.
         batch_size: rows that are generated together.
         repetitions: measured runs.
-        warm_up: runs before them, not measured: kernels are prepared, caches filled.
-        seed: of the prompt.
+        warm_up: runs before them that are not measured: they prepare kernels and fill caches.
+        seed: random seed of the prompt.
         progress: called with the finished part, 0 … 1.
 
     Raises:
-        ConfigError: fewer than one prompt token, two generated ones, one row or one run; more tokens
-            than the model was made for.
+        ConfigError: fewer than one prompt token, two generated ones, one row or one run; or more tokens
+            than the model's context.
     """
     _check(model, prompt_tokens, generated_tokens, batch_size, repetitions)
     config = model.config.get_text_config()
@@ -94,19 +96,19 @@ def speed(
     for number in range(warm_up + repetitions):
         if model.device.type == "cuda" and number == warm_up:
             torch.cuda.reset_peak_memory_stats(model.device)
-        stamps = _stamps(model, ids, generated_tokens)
+        times = _token_times(model, ids, generated_tokens)
         if number >= warm_up:
-            runs.append(stamps)
+            runs.append(times)
         progress((number + 1) / (warm_up + repetitions))
-    first = statistics.median(stamps[0] for stamps in runs)
-    rest = statistics.median(stamps[-1] - stamps[0] for stamps in runs)
+    first = statistics.median(times[0] for times in runs)
+    rest = statistics.median(times[-1] - times[0] for times in runs)
     return Speed(
         prompt_tokens_per_second=batch_size * prompt_tokens / first,
         generation_tokens_per_second=batch_size * (generated_tokens - 1) / rest,
         latency_ms=latency(runs),
         peak_rss_bytes=peak_rss(),
         peak_device_bytes=peak_memory(model.device),
-        kernels=kernels(model),
+        kernels=kernel_counts(model),
         prompt_tokens=prompt_tokens,
         generated_tokens=generated_tokens,
         batch_size=batch_size,
@@ -115,44 +117,54 @@ def speed(
 
 
 def latency(runs: Sequence[Sequence[float]]) -> Latency:
-    """From the times of each token since the begin of its run, in seconds."""
-    steps = sorted(1e3 * (b - a) for run in runs for a, b in pairwise(run))
-    at = {part: steps[min(len(steps) - 1, len(steps) * part // 100)] for part in (50, 90, 99)}
+    """Computes latencies from token times.
+
+    Args:
+        runs: for each run, seconds from its start to each of its tokens; at least two tokens.
+    """
+    steps = sorted(1e3 * (later - earlier) for run in runs for earlier, later in pairwise(run))
+
+    def percentile(p: int) -> float:
+        return steps[min(len(steps) - 1, len(steps) * p // 100)]
+
     return Latency(
-        1e3 * statistics.median(run[0] for run in runs),
-        statistics.mean(steps), at[50], at[90], at[99],
-    )  # fmt: skip
+        first_token=1e3 * statistics.median(run[0] for run in runs),
+        mean=statistics.mean(steps),
+        p50=percentile(50),
+        p90=percentile(90),
+        p99=percentile(99),
+    )
 
 
-def kernels(model: Any) -> dict[str, int]:
-    """How many linear layers each kernel computes; "torch" for those that are not quantized."""
-    found: Counter[str] = Counter()
+def kernel_counts(model: Any) -> dict[str, int]:
+    """Counts the linear layers that each kernel computes; "torch" for those that are not quantized."""
+    counts: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            found[(module.kernel or module.prepare()).name] += 1
+            counts[(module.kernel or module.prepare()).name] += 1
         elif isinstance(module, torch.nn.Linear):
-            found["torch"] += 1
-    return dict(found)
+            counts["torch"] += 1
+    return dict(counts)
 
 
 def _check(model: Any, prompt: int, generated: int, rows: int, runs: int) -> None:
     if min(prompt, rows, runs) < 1 or generated < 2:
         raise ConfigError(
-            f"{prompt} prompt tokens, {generated} generated, {rows} rows, {runs} runs: at least 1, "
-            "2, 1 and 1 are needed"
+            f"{prompt} prompt tokens, {generated} generated, {rows} rows, {runs} runs: the minimum is "
+            "1, 2, 1 and 1"
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model.config)
     if limit is not None and prompt + generated > limit:
         raise ConfigError(
-            f"{prompt} prompt and {generated} generated tokens are more than the {limit} that the "
-            "model was made for"
+            f"{prompt} prompt and {generated} generated tokens are more than the model's context of "
+            f"{limit} tokens"
         )
 
 
-def _stamps(model: Any, ids: torch.Tensor, tokens: int) -> list[float]:
-    """Seconds from the begin of one generation to each of its tokens."""
-    watch = _Clock(ids.device)
-    begun = time.perf_counter()
+def _token_times(model: Any, ids: torch.Tensor, tokens: int) -> list[float]:
+    """Generates `tokens` tokens; returns the seconds from the start to each of them."""
+    clock = _TokenClock(ids.device)
+    start = time.perf_counter()
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -160,18 +172,18 @@ def _stamps(model: Any, ids: torch.Tensor, tokens: int) -> list[float]:
         min_new_tokens=tokens,
         max_new_tokens=tokens,
         pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([watch]),
+        stopping_criteria=StoppingCriteriaList([clock]),
     )
-    return [stamp - begun for stamp in watch.stamps]
+    return [moment - start for moment in clock.times]
 
 
-class _Clock(StoppingCriteria):  # type: ignore[misc]  # untyped there
-    """Called by `generate` after each token; stops nothing."""
+class _TokenClock(StoppingCriteria):  # type: ignore[misc]  # untyped there
+    """Stopping criterion that stops nothing: `generate` calls it after each token, it notes the time."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stamps = device, list[float]()
+        self.device, self.times = device, list[float]()
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        synchronize(self.device)  # its work is only queued when Python gets here
-        self.stamps.append(time.perf_counter())
+        synchronize(self.device)  # until now the device's work is only queued
+        self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

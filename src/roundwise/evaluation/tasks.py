@@ -1,4 +1,4 @@
-"""Benchmarks of the field through lm-eval, in this process, on a model that is loaded already."""
+"""Runs tasks of lm-eval (the Language Model Evaluation Harness) on a loaded model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from roundwise.errors import ConfigError, RunError
+from roundwise.errors import ConfigError, RunError, first_line
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What lm-eval has measured."""
+    """Results of lm-eval."""
 
     scores: dict[str, dict[str, float]]
-    """Task (or group of tasks) to metric to value; `acc_stderr` is the standard error of `acc`."""
+    """Task or group of tasks -> metric -> value; `acc_stderr` is the standard error of `acc`."""
     samples: dict[str, int]
-    """How many documents of each task were used."""
+    """Task -> number of documents used."""
     shots: dict[str, int]
-    """Examples before each question."""
+    """Task -> examples before each question."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As `eval --json` prints it."""
+        """Returns the JSON of `eval --json`."""
         return asdict(self)
 
 
@@ -42,34 +42,34 @@ def evaluate_tasks(
     max_length: int | None = None,
     bootstrap: int = 0,
 ) -> TaskScores:
-    """Runs lm-eval's tasks.
+    """Runs tasks of lm-eval on a model.
 
     Args:
-        model: transformers causal language model, as `roundwise.load` gives it.
+        model: transformers causal language model, as `roundwise.load` returns it.
         tokenizer: its tokenizer.
-        names: tasks, groups or patterns such as "arc_*".
-        include_path: folder with task files (YAML) of one's own. Such files can name Python code
-            beside them, which is run.
-        shots: examples before each question; None: what each task says.
-        limit: only the first documents of each task.
-        batch_size: rows that go through the model together.
+        names: tasks, groups of tasks, or patterns such as "arc_*".
+        include_path: folder with more task files (YAML). They can name Python code beside them, which is
+            executed.
+        shots: examples before each question; None: the default of each task.
+        limit: number of documents of each task; None: all.
+        batch_size: rows in one forward.
         max_length: tokens the model sees at once; None: the model's context.
         bootstrap: resamplings for standard errors that have no formula.
 
     Raises:
         ConfigError: lm-eval is not installed, there is no such task, or a task cannot be prepared.
-        RunError: a task's data cannot be had.
+        RunError: the data of a task is unavailable.
     """
     if find_spec("lm_eval") is None:
         raise ConfigError("tasks need lm-eval: pip install 'roundwise[eval]'")
     if include_path is not None and not Path(include_path).is_dir():
-        raise ConfigError(f"--include-path {include_path}: there is no such folder")
+        raise ConfigError(f"--include-path {include_path}: this folder does not exist")
 
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
-        manager, found = _find(names, include_path)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for our results
+        manager, tasks = _find_tasks(names, include_path)
         harness = HFLM(
             pretrained=model,
             tokenizer=tokenizer,
@@ -77,42 +77,42 @@ def evaluate_tasks(
             max_length=max_length,
             device=str(model.device),
         )
-        with _explained(found):
+        with _converted_errors(tasks):
             result = lm_eval.simple_evaluate(
                 model=harness,
-                tasks=found,
+                tasks=tasks,
                 num_fewshot=shots,
                 limit=limit,
                 task_manager=manager,
                 bootstrap_iters=bootstrap,
                 log_samples=False,
             )
-    assert result is not None  # only other ranks of a distributed run get nothing
+    assert result is not None  # it is None only on other ranks of a distributed run
     return scores_of(result)
 
 
 @contextlib.contextmanager
-def _explained(names: list[str]) -> Iterator[None]:
-    """lm-eval's errors as ours."""
+def _converted_errors(names: list[str]) -> Iterator[None]:
+    """Context manager: raises lm-eval's errors as roundwise's."""
     try:
         yield
-    except OSError as error:  # data sets that are not here and cannot be downloaded
-        reason = str(error).strip().split("\n", 1)[0]
-        raise RunError(f"the data of {', '.join(names)} cannot be had: {reason}") from error
+    except OSError as error:  # a data set is neither cached nor downloadable
+        raise RunError(
+            f"the data of {', '.join(names)} is unavailable: {first_line(error)}"
+        ) from error
     except (ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ConfigError(f"{', '.join(names)} cannot be run: {reason}") from error
+        raise ConfigError(f"{', '.join(names)} cannot be run: {first_line(error)}") from error
 
 
 def scores_of(result: Mapping[str, Any]) -> TaskScores:
-    """The figures in lm-eval's result."""
+    """Extracts the numbers from what `lm_eval.simple_evaluate` returns."""
     scores = {
         task: {
             _metric(name): float(value)
-            for name, value in found.items()
+            for name, value in metrics.items()
             if "," in name and isinstance(value, int | float)
         }
-        for task, found in {**result["results"], **result.get("groups", {})}.items()
+        for task, metrics in {**result["results"], **result.get("groups", {})}.items()
     }
     samples = {task: int(n["effective"]) for task, n in result.get("n-samples", {}).items()}
     shots = {task: int(n) for task, n in result.get("n-shot", {}).items()}
@@ -120,25 +120,27 @@ def scores_of(result: Mapping[str, Any]) -> TaskScores:
 
 
 def _metric(name: str) -> str:
-    """lm-eval's "acc,none" is acc; a filter that does something stays in the name."""
-    metric, _, rule = name.partition(",")
-    return metric if rule == "none" else name
+    """Returns the name of a metric without the filter "none": "acc,none" -> "acc"."""
+    metric, _, filter_name = name.partition(",")
+    return metric if filter_name == "none" else name
 
 
-def _find(names: list[str], include_path: str | os.PathLike[str] | None) -> tuple[Any, list[str]]:
-    """lm-eval's task manager and the tasks that the names mean."""
+def _find_tasks(
+    names: list[str], include_path: str | os.PathLike[str] | None
+) -> tuple[Any, list[str]]:
+    """Returns lm-eval's task manager, and the tasks that match the names."""
     from lm_eval.tasks import TaskManager
 
     missing = names
-    # Reading the thousands of tasks it comes with takes seconds: only if they are needed.
+    # lm-eval's own tasks are thousands of files, which take seconds to read: only if they are needed.
     for defaults in (False, True) if include_path is not None else (True,):
         folder = str(include_path) if include_path is not None else None
         manager = TaskManager(include_path=folder, include_defaults=defaults)
-        found = {name: manager.match_tasks([name]) for name in names}
-        missing = [name for name, matches in found.items() if not matches]
+        matches = {name: manager.match_tasks([name]) for name in names}
+        missing = [name for name, tasks in matches.items() if not tasks]
         if not missing:
-            return manager, [task for matches in found.values() for task in matches]
+            return manager, [task for tasks in matches.values() for task in tasks]
     raise ConfigError(
-        f"lm-eval has no task {', '.join(missing)}: `lm_eval ls tasks` lists what there is, "
-        "--include-path adds a folder of your own"
+        f"lm-eval has no task {', '.join(missing)}: `lm_eval ls tasks` lists all tasks, --include-path "
+        "adds a folder of your own"
     )

@@ -123,7 +123,7 @@ def _linear_shapes(
             rows, columns = (int(size) for size in weight_of(linear).shape)
             experts = next((path for path in token_shares if name.startswith(path)), None)
             module = name.rpartition(".")[0]
-            # A linear that writes to the residual stream reads an input that no other linear reads.
+            # A linear that writes to the residual stream, most often a narrowing one, reads alone.
             reads_alone = rows < columns or name.endswith(("o_proj", "out_proj"))
             input_name = name if reads_alone else module
             if experts is not None:

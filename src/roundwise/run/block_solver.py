@@ -19,6 +19,7 @@ from roundwise.checkpoint.gptq_format import encode
 from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.config import QuantizeConfig
 from roundwise.core.activation_scales import round_searched
+from roundwise.core.backends.dispatch import choose_backend
 from roundwise.core.drift import Drift, Moments
 from roundwise.core.hessian import Hessian
 from roundwise.core.quantized_weight import QuantizedWeight
@@ -110,6 +111,7 @@ class BlockSolver:
         maps: linear -> memory map of its weight; its pages are released once it is solved.
         gradients: linear -> gradients of its output; see `OutputGradients.of_block`.
         on_layer: called with the record of each layer.
+        device: where the block is loaded.
     """
 
     def __init__(
@@ -122,10 +124,14 @@ class BlockSolver:
         maps: Mapping[str, mmap.mmap],
         gradients: Mapping[str, list[torch.Tensor]],
         on_layer: Callable[[LayerRecord], None],
+        device: torch.device = HOST,
     ) -> None:
         self.block, self.config, self.ranks = block, config, ranks
         self._prescaler, self._on_layer = prescaler, on_layer
         self._maps, self._gradients = maps, gradients
+        self._settings = {name: config.for_module(name) for name in block.linears}
+        self._needs_gradients = config.needs_gradients
+        self._backend = choose_backend(torch.empty(0, dtype=torch.float32, device=device))
         self.packed: dict[str, dict[str, torch.Tensor]] = {}
         """Linear -> suffix -> tensor of the format."""
         self.scaled: dict[str, torch.Tensor] = {}
@@ -151,7 +157,7 @@ class BlockSolver:
                 damping = choose_damping([*weights], moments, held)
         statistics, left = GroupStatistics(moments, damping), len(group.names)
         for name in group.names:
-            settings = self.config.for_module(name)
+            settings = self._settings[name]
             left -= 1
             if settings is not None:
                 self._solve_linear(name, group, settings, scaling, statistics, last=not left)
@@ -167,7 +173,7 @@ class BlockSolver:
         """Quantizes one linear: solves it, replaces its weight in the model, packs and records it."""
         linear = self.block.linears[name]
         W = weight_of(linear)
-        B, gradients = self._output_weights(name) if settings.needs_gradients else (None, 0)
+        B, gradients = self._output_weights(name) if self._needs_gradients else (None, 0)
         with timer.phase("solve"):
             scaled = W if scaling is None else scaling.apply(W)
             q = self._quantize(name, scaled, statistics, settings, B, last=last)
@@ -236,7 +242,7 @@ class BlockSolver:
     ) -> Iterator[tuple[torch.Tensor, QuantizeConfig]]:
         """The weights of a group that are quantized, and their settings."""
         for name in group.names:
-            settings = self.config.for_module(name)
+            settings = self._settings[name]
             if settings is not None:
                 W = weight_of(self.block.linears[name])
                 yield W if scaling is None else scaling.apply(W), settings
@@ -277,7 +283,7 @@ class BlockSolver:
             B = None if B is None else B.to(W.device)
             return solve(
                 W, statistics.prepared(settings), settings, target_shift=shift, outputs=B,
-                process_group=None if self.ranks.is_single else self.ranks,
+                process_group=None if self.ranks.is_single else self.ranks, backend=self._backend,
             )  # fmt: skip
         except SingularError as error:
             return round_to_nearest(W, settings, fallback=str(error))

@@ -192,6 +192,7 @@ class Run:
             block, self.config, prescaler=self.plan.prescaler, ranks=self.ranks,
             maps=self.streamed.maps, gradients=self.gradients.of_block(index),
             on_layer=lambda layer: self._report(index, first, layer),
+            device=self.streamed.device,
         )  # fmt: skip
         with timer.phase("read"):
             self.streamed.load(block.module, block.prefix)

@@ -266,7 +266,9 @@ def _calibration(
             f"{config.method} needs calibration text: --calibration FILE, a named set such as "
             "python-stdlib or wikitext2, or self: text that the model writes"
         )
-    forward_kwargs(streamed.model, torch.zeros(1, 1, dtype=torch.int64))  # refuses other input than text
+    forward_kwargs(
+        streamed.model, torch.zeros(1, 1, dtype=torch.int64)
+    )  # refuses other input than text
     limit = context_length(streamed.model.config) or windows.seq_len
     widest = max(
         weight_of(linear).shape[1] for block in streamed.blocks for linear in block.linears.values()

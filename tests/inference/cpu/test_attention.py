@@ -1,4 +1,4 @@
-"""Attention of one token by groups of heads equals transformers' own."""
+"""Grouped attention of one token equals transformers' own."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_is_that_of_transformers(
     q = torch.randn(2, heads, queries, 16).to(dtype)
     k, v = (torch.randn(2, groups, 9, 16).to(dtype) for _ in range(2))
     mask = torch.rand(2, 1, queries, 9) < 0.7 if masked else None
-    found, _ = ours.attention(module, q, k, v, mask, scaling=0.3)
+    result, _ = ours.attention(module, q, k, v, mask, scaling=0.3)
     expected, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=0.3)
-    assert found.shape == expected.shape
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    assert result.shape == expected.shape
+    torch.testing.assert_close(result, expected, rtol=0.02, atol=0.02)
     if dtype == torch.float32:
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_loaded_model_uses_it(
@@ -62,7 +62,7 @@ def test_a_loaded_model_uses_it(
     )  # fmt: skip
 
 
-def test_who_asks_for_another_gets_it(quantized: Callable[..., Path]) -> None:
+def test_another_implementation_can_be_requested(quantized: Callable[..., Path]) -> None:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Tables that stay in their files: rows do not pile up in memory, what was changed is not lost."""
+"""Embedding tables that stay in their files: memory does not grow, and modified weights are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 import roundwise as rw
 from roundwise.inference.cpu import mmap_embedding
 from roundwise.inference.cpu.mmap_embedding import MappedEmbedding
-from roundwise.system.madvise import is_unmodified, whole_pages
+from roundwise.system.madvise import whole_pages
 from tests.helpers import LLAMA, random_model, windows
 
 ROWS = 4096
@@ -46,14 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """Loads it; any table is worth it, and its pages go behind 100 tokens."""
+    """Loads the model, with tables of every size mapped, and their pages dropped after 100 tokens."""
     monkeypatch.setattr(mmap_embedding, "LARGE", 1)
     monkeypatch.setattr(mmap_embedding, "LOOKUPS", 100)
     return lambda: rw.load(folder)[0]
 
 
 @needs_pagemap
-def test_rows_do_not_pile_up(load: Callable[[], Any], folder: Path) -> None:
+def test_memory_does_not_grow(load: Callable[[], Any], folder: Path) -> None:
     table = load().get_input_embeddings()
     assert type(table) is MappedEmbedding
     assert table.weight.nbytes == ROWS * 256
@@ -71,7 +71,7 @@ def test_rows_do_not_pile_up(load: Callable[[], Any], folder: Path) -> None:
 
 @needs_pagemap
 @pytest.mark.parametrize("way", ["data", "in place", "optimizer"])
-def test_what_was_changed_stays(load: Callable[[], Any], way: str) -> None:
+def test_modified_weights_are_kept(load: Callable[[], Any], way: str) -> None:
     model = load()
     table = model.get_input_embeddings()
     table(torch.arange(ROWS))
@@ -93,7 +93,7 @@ def test_what_was_changed_stays(load: Callable[[], Any], way: str) -> None:
     assert not table.mapped_address  # its pages are not dropped any more
 
 
-def test_another_weight_is_left_alone(load: Callable[[], Any]) -> None:
+def test_a_replaced_weight_is_not_dropped(load: Callable[[], Any]) -> None:
     model = load()
     table = model.get_input_embeddings()
     table.weight = nn.Parameter(torch.ones_like(table.weight))
@@ -114,19 +114,3 @@ def test_only_large_tables_that_nothing_else_uses(
     settings = rw.QuantizeConfig(method="rtn", group_size=32)
     rw.quantize(tmp_path / "tied", tmp_path / "out", settings)
     assert type(rw.load(tmp_path / "out")[0].get_input_embeddings()) is nn.Embedding
-
-
-@needs_pagemap
-def test_a_page_is_a_files_until_it_is_written_to(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(8 * mmap.PAGESIZE))
-    with path.open("rb") as file:
-        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensor = torch.frombuffer(view, dtype=torch.uint8)
-    assert not is_unmodified(tensor.data_ptr(), tensor.nbytes)  # not read at all yet
-    assert int(tensor.sum()) == 0
-    assert is_unmodified(tensor.data_ptr(), tensor.nbytes)
-    tensor[5 * mmap.PAGESIZE] = 1
-    assert not is_unmodified(tensor.data_ptr(), tensor.nbytes)
-    assert is_unmodified(tensor.data_ptr(), 5 * mmap.PAGESIZE)
-    assert not is_unmodified(tensor.data_ptr() + 1, mmap.PAGESIZE)  # no whole page: nothing to tell

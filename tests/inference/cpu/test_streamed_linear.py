@@ -1,4 +1,4 @@
-"""Large layers that are not quantized: the same product, read once."""
+"""Large unquantized layers: the same product, computed by the C++ extension."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_products(
 
 @needs_native
 @HALVES
-def test_it_is_the_native_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_calls_the_extension(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     dense = module.dense
     monkeypatch.setattr(module, "dense", lambda *a: (calls.append(a[3]), dense(*a)))
@@ -59,7 +59,7 @@ def test_it_is_the_native_product(dtype: torch.dtype, monkeypatch: pytest.Monkey
 
 
 @needs_native
-def test_numbers_that_are_not() -> None:
+def test_nan() -> None:
     layer, x = made(torch.bfloat16), torch.randn(1, 96).bfloat16()
     x[0, 5] = float("nan")
     assert layer(x).isnan().all()
@@ -80,6 +80,6 @@ def test_large_layers_of_a_quantized_model(
     assert "lm_head.weight" in model.state_dict()
 
 
-def test_other_layers_stay(quantized: Callable[..., Path]) -> None:
+def test_float32_layers_are_not_replaced(quantized: Callable[..., Path]) -> None:
     model, _ = rw.load(quantized("llama"), dtype=torch.float32)
     assert type(model.lm_head) is nn.Linear

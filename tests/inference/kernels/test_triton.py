@@ -1,15 +1,12 @@
 """The Triton kernel computes with exactly the weights that the file holds.
 
-Without a CUDA device the programs run in Triton's interpreter: slow, but the same programs. A test also
-compiles them for a GPU.
+Without a CUDA device the programs run in Triton's interpreter: slow, but the same programs.
 """
 
 from __future__ import annotations
 
 import copy
 import pickle
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +21,6 @@ from roundwise.inference.kernels.base import PackedWeight
 from roundwise.inference.kernels.dispatch import choose_kernel
 from roundwise.inference.kernels.reference import ReferenceKernel
 from roundwise.inference.kernels.triton import DeviceLimits, TritonKernel, choose_tiling
-from tests.hopper import compiles
 from tests.inference.kernels.packed import (
     FILE,
     FLOATS,
@@ -314,37 +310,6 @@ def test_tilings_fit_small_devices(bits: int, size: int) -> None:
                 assert run % tiling.BK == 0
                 splits = tiling.splits(count, 4096, 4096, device)
                 assert splits == 1 or 4096 // splits >= 4 * tiling.BK
-
-
-COMPILED = """
-import roundwise.inference.kernels.triton_kernels as programs
-from roundwise.inference.kernels.triton import DeviceLimits, choose_tiling
-
-def aligned(name):
-    return name.endswith("_ptr") or name in ("N", "K", "x_stride")
-
-scalars = dict.fromkeys(
-    "M N K x_stride tiles_per_group tiles_per_split magic size".split(), "i32")
-pointers = dict(words_ptr="*i32", scales_ptr="*fp16", zeros_ptr="*u8", groups_ptr="*i32")
-for x, size, bits, count, run in (
-    ("*bf16", 2, 4, 1, 128), ("*fp16", 2, 3, 512, 32), ("*fp32", 4, 8, 64, 128), ("*bf16", 2, 2, 1, 0)
-):
-    tiling = choose_tiling(count, 4096, run, bits, size, DeviceLimits(132, 232448))
-    built = build(
-        programs.matmul_tiles, {**scalars, **pointers, "x_ptr": x, "y_ptr": x},
-        dict(BITS=bits, ZERO=-1 if run == 32 else 2, SCATTERED=run == 0, BM=tiling.BM, BN=tiling.BN,
-             BK=tiling.BK, STAGES=tiling.stages), tiling.warps, aligned)
-    assert "wgmma" in built.asm["ptx"], "no tensor cores"
-    if run:
-        assert built.metadata.shared <= tiling.shared_memory(bits, size), (built.metadata.shared, tiling)
-build(programs.sum_splits, {**scalars, "parts_ptr": "*fp32", "y_ptr": "*bf16"},
-      dict(SPLITS=4, BLOCK=1024), 4, aligned)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-def test_compiles_for_hopper(tmp_path: Path) -> None:
-    compiles(COMPILED, tmp_path)
 
 
 def test_packs_on_the_device_of_the_codes() -> None:

@@ -53,8 +53,8 @@ def ask(guard: Guard, http: dict[str, Any]) -> tuple[int, bytes]:
 )
 def test_the_key(path: str, key: str | None, status: int) -> None:
     guard = Guard(PlainTextResponse("in"), api_key="secret", seconds=10)
-    found, body = ask(guard, scope(path, key))
-    assert found == status
+    answered, body = ask(guard, scope(path, key))
+    assert answered == status
     if status == 401:
         assert json.loads(body)["error"]["code"] == "invalid_api_key"
     else:

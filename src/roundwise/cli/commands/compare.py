@@ -206,4 +206,7 @@ def _speed_rows(comparisons: list[Comparison]) -> Iterator[list[str]]:
         ("load_seconds", "loading, s", "{:.2f}".format),
         ("peak_rss_bytes", "peak memory", lambda nbytes: format_size(int(nbytes))),
     ):
-        yield [label, *(show(getattr(values, key)) for values in (pairs[0][0], *(p[1] for p in pairs)))]
+        yield [
+            label,
+            *(show(getattr(values, key)) for values in (pairs[0][0], *(p[1] for p in pairs))),
+        ]

@@ -142,14 +142,14 @@ def _write_report(
     import torch
 
     from roundwise.evaluation.compare import verdict
-    from roundwise.evaluation.report.facts import Answers, Evaluation, Measured
-    from roundwise.evaluation.report.measure import continued
+    from roundwise.evaluation.report.facts import Answers, Evaluation, ModelMetrics
+    from roundwise.evaluation.report.measure import greedy_answer
     from roundwise.evaluation.report.page import write_report
     from roundwise.inference.load import load
 
     shown = [original, *(row for row in reversed(rows) if row.name.endswith(" 4 bit"))]
     models = [
-        Measured(
+        ModelMetrics(
             row.name, row.perplexity, row.kl_divergence, row.top1_agreement, row.bytes,
             row.kl_by_position if row is not original else [],
         )
@@ -161,7 +161,7 @@ def _write_report(
     )  # fmt: skip
     quantized, _ = load(folder, dtype=torch.float32)
     continuations = [
-        Answers(prompt, *(continued(model, tokenizer, prompt) for model in (base, quantized)))
+        Answers(prompt, *(greedy_answer(model, tokenizer, prompt) for model in (base, quantized)))
         for prompt in PROMPTS
     ]
     return write_report(folder, evaluation=evaluation, answers=continuations)

@@ -69,7 +69,8 @@ def _open(model: str, config: QuantizeConfig, device: str) -> StreamedModel:
 
 def _print_plan(planned: Plan) -> None:
     table = Table("modules", "", "out x in", "bits", "group", "shares input with", box=SIMPLE_HEAD)
-    table.columns[0].no_wrap = True  # the name is what --override needs
+    for column in table.columns[:-1]:
+        column.no_wrap = True  # above all the name, which --override needs
     for name, module, count in _group_alike(planned.modules):
         rows, columns = module.shape
         leader = (
@@ -78,7 +79,7 @@ def _print_plan(planned: Plan) -> None:
             else ""
         )
         table.add_row(
-            name, f"{count}x", f"{rows} x {columns}", str(module.bits or "not quantized"),
+            name, f"{count}x", f"{rows} x {columns}", str(module.bits or "-"),
             str(module.group_size or ""), "" if leader == name else leader.rpartition(".")[2],
         )  # fmt: skip
     stdout.print(table)
@@ -108,8 +109,10 @@ def _summary(planned: Plan) -> dict[str, str]:
     }
     for engine, reason in planned.served_by.items():
         lines[engine] = "serves it" if reason is None else f"no: {reason}"
-    degrees = ", ".join(map(str, planned.tensor_parallel))
-    lines["tensor parallel"] = degrees or "cannot be split over GPUs"
+    degrees = planned.tensor_parallel
+    lines["tensor parallel"] = (
+        ", ".join(map(str, degrees)) if any(n > 1 for n in degrees) else "cannot be split over GPUs"
+    )
     if planned.tied_embeddings:
         lines["embeddings"] = "tied to the output head; neither is quantized"
     return lines

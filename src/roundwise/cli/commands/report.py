@@ -59,7 +59,7 @@ def command(
     from roundwise.errors import ConfigError
     from roundwise.evaluation.compare import Protocol
     from roundwise.evaluation.report.facts import read_facts
-    from roundwise.evaluation.report.measure import answers, evaluate
+    from roundwise.evaluation.report.measure import evaluate, generate_answers
     from roundwise.evaluation.report.page import write_report
     from roundwise.inference.load import parse_dtype
     from roundwise.system.device import parse_device
@@ -80,7 +80,9 @@ def command(
                 progress=lambda what, done: shown.update(done, what),
             )  # fmt: skip
     if against is not None:
-        continuations = answers(against, checkpoint, prompts, dtype=torch_dtype, device=place)
+        continuations = generate_answers(
+            against, checkpoint, prompts, dtype=torch_dtype, device=place
+        )
     path = write_report(checkpoint, output, evaluation=evaluation, answers=continuations)
     if as_json:
         print_json({"report": str(path), "bytes": path.stat().st_size})

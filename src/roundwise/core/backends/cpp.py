@@ -91,6 +91,7 @@ def _openmp_entry() -> int:
     return 0
 
 
+@cache
 def product_dtype(dtype: torch.dtype) -> torch.dtype | None:
     """Dtype in which `add_moment` multiplies inputs of `dtype`; None if unsupported."""
     module = load()[0]
@@ -150,13 +151,13 @@ class CppBackend:
         self, block: FactorBlock, T: torch.Tensor, feedback: torch.Tensor, spec: GridSpec
     ) -> tuple[Grid, Rounded]:
         """Finds the grid of one group and rounds its columns; see `SolverBackend`."""
-        weights = spec.error_weights(block.D)
+        # As `GridSpec.error_weights`, which is not called for each group of each weight.
+        weights = torch.ones_like(block.D) if spec.search == "mse" else block.D
         scale, zero, loss = (torch.empty_like(T[0]) for _ in range(3))
         codes, E = torch.empty_like(T, dtype=torch.uint8), torch.empty_like(T)
         fits = self._extension.group(
-            block.U, block.D, T, feedback, weights is not None,
-            block.D if weights is None else weights, SHRINK.to(T), spec.keep, spec.maxq,
-            spec.min_zero, spec.sym, spec.flip_sign, scale, zero, loss, codes, E,
+            block.U, block.D, T, feedback, spec.search != "minmax", weights, SHRINK.to(T), spec.keep,
+            (1 << spec.bits) - 1, spec.min_zero, spec.sym, spec.flip_sign, scale, zero, loss, codes, E,
             torch.get_num_threads(),
         )  # fmt: skip
         if not fits:

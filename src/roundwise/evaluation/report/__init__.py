@@ -1,1 +1,1 @@
-"""One page about a run: what it made, what it lost, what it took. Knows files; changes none."""
+"""Report of a run: one HTML page about its result, accuracy, time and memory. Changes no other file."""

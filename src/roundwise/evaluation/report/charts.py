@@ -1,7 +1,8 @@
-"""Charts as SVG that goes into a page: their text takes the page's colour, in light and dark.
+"""Draws the charts of a report as SVG that is part of the page and uses its colours, light or dark.
 
-Drawn by matplotlib. Lines differ in marks and dashes as well as in colour (Okabe & Ito's, which everyone
-can tell apart), and the heat map's colours (cividis) get lighter evenly for every kind of eye.
+Charts are drawn by matplotlib. Lines differ in markers and dashes as well as in colour (the palette of
+Okabe and Ito), and the colours of the heat map (cividis) get steadily lighter: both are readable with
+colour blindness.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Any
 
 from roundwise.evaluation.report.facts import Facts
 
-#: Drawn as these, and turned into what the page says.
+#: Colours in matplotlib's SVG that are placeholders for colours of the page.
 INK, FAINT = "#010203", "#040506"
+#: Colour in matplotlib's SVG -> CSS colour of the page.
 COLORS = {
     INK: "currentColor", FAINT: "var(--faint)",
     "#0072b2": "var(--blue)", "#d55e00": "var(--red)", "#009e73": "var(--green)",
     "#e69f00": "var(--yellow)", "#cc79a7": "var(--pink)",
 }  # fmt: skip
+#: Colour, marker and dashes of each line.
 LINES = list(zip(list(COLORS)[2:], "osD^v", ("-", "--", "-.", ":", "-"), strict=True))
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "roundwise", "text.parse_math": False,
@@ -28,58 +31,62 @@ STYLE = {
     "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "axes.grid": True, "axes.axisbelow": True,
 }  # fmt: skip
-#: What matplotlib refers to its own shapes with.
+#: Namespace of the attribute by which matplotlib's SVG refers to its own shapes.
 XLINK = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
-#: Characters of a name on an axis.
-LONGEST = 44
+#: Most characters of a name beside an axis.
+MAX_LABEL = 44
 
 
 def charts(facts: Facts) -> dict[str, str]:
-    """All charts that there is something to draw for, by name: SVG."""
+    """Draws every chart that has data.
+
+    Returns:
+        Name of the chart -> SVG. Names: errors, depth, sizes, saturation, position, phases.
+    """
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
-        drawn = {
-            "errors": _errors(facts),
-            "depth": _depth(facts),
+        svgs = {
+            "errors": _layer_errors(facts),
+            "depth": _depth_errors(facts),
             "sizes": _bars(facts.sizes, 1e6, "MB"),
-            "saturation": _saturation(facts),
-            "position": _position(facts),
+            "saturation": _learning_curves(facts),
+            "position": _kl_by_position(facts),
         }
         if facts.run is not None:
             phases = dict(sorted(facts.run.phases.items(), key=lambda item: -item[1]))
-            drawn["phases"] = _bars(phases, 1, "seconds")
-    return {name: svg for name, svg in drawn.items() if svg is not None}
+            svgs["phases"] = _bars(phases, 1, "seconds")
+    return {name: svg for name, svg in svgs.items() if svg is not None}
 
 
-def _errors(facts: Facts) -> str | None:
-    """Relative output error by block (across) and kind of layer (down)."""
+def _layer_errors(facts: Facts) -> str | None:
+    """Heat map: relative output error by block (x axis) and kind of layer (y axis)."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    known = [cell.error for cell in facts.cells if cell.error]
-    if not known:
+    errors = [cell.error for cell in facts.cells if cell.error]
+    if not errors:
         return None
     blocks, kinds = facts.blocks, facts.kinds
     grid = np.full((len(kinds), len(blocks)), np.nan)
     for cell in facts.cells:
         grid[kinds.index(cell.kind), blocks.index(cell.block)] = cell.error or np.nan
     figure, axes = _figure(9.5, 1.3 + 0.3 * len(kinds))
-    norm = LogNorm(min(known), max(*known, min(known) * 1.01))
-    # Few enough colours that their bar is drawn as shapes, not as a picture.
+    norm = LogNorm(min(errors), max(*errors, min(errors) * 1.01))
+    # With few colours, matplotlib draws the colour bar as shapes instead of an image.
     colors = colormaps["cividis"].resampled(40)
     mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=colors, norm=norm)
     rings = [
         (blocks.index(cell.block) + 0.5, kinds.index(cell.kind) + 0.5)
         for cell in facts.cells
-        if facts.standing_out.intersection(layer.name for layer in cell.layers)
+        if facts.outlier_names.intersection(layer.name for layer in cell.layers)
     ]
     if rings:
-        across, down = zip(*rings, strict=True)
-        # White on black: seen on any colour of the map.
-        axes.scatter(across, down, s=60, facecolors="none", edgecolors="black", linewidths=3)
-        axes.scatter(across, down, s=60, facecolors="none", edgecolors="white", linewidths=1.4)
+        x, y = zip(*rings, strict=True)
+        # White on black is visible on every colour of the map.
+        axes.scatter(x, y, s=60, facecolors="none", edgecolors="black", linewidths=3)
+        axes.scatter(x, y, s=60, facecolors="none", edgecolors="white", linewidths=1.4)
     axes.set_yticks([i + 0.5 for i in range(len(kinds))], [_short(kind) for kind in kinds])
     _block_ticks(axes, len(blocks), 0.5)
     axes.invert_yaxis()
@@ -90,8 +97,8 @@ def _errors(facts: Facts) -> str | None:
     return _svg(figure, "errors", "Relative output error of each layer, by block and kind")
 
 
-def _depth(facts: Facts) -> str | None:
-    """Distance of the hidden states from the original's behind each block."""
+def _depth_errors(facts: Facts) -> str | None:
+    """Line: relative error of the hidden states after each block."""
     values = [block.depth_error for block in facts.manifest.blocks]
     if not any(values):
         return None
@@ -102,39 +109,40 @@ def _depth(facts: Facts) -> str | None:
     _log_ticks(axes)
     axes.set_ylabel("relative error")
     _block_ticks(axes, len(values), 0)
-    return _svg(figure, "depth", "Relative error of the hidden states behind each block")
+    return _svg(figure, "depth", "Relative error of the hidden states after each block")
 
 
-def _saturation(facts: Facts) -> str | None:
-    """Error on held-out windows against the tokens that were solved from, of that from most tokens."""
-    watched = [b.saturation for b in facts.manifest.blocks if b.saturation]
-    if not watched:
+def _learning_curves(facts: Facts) -> str | None:
+    """Lines: held-out error by calibration tokens, in percent above the error with most tokens."""
+    curves = [block.saturation for block in facts.manifest.blocks if block.saturation]
+    if not curves:
         return None
     figure, axes = _figure(9.5, 3.0)
-    for each, (color, marker, dashes) in zip(watched, cycle(LINES), strict=False):
-        tokens = [point.tokens for point in each.points]
-        errors = [point.relative_error for point in each.points]
+    for curve, (color, marker, dashes) in zip(curves, cycle(LINES), strict=False):
+        tokens = [point.tokens for point in curve.points]
+        errors = [point.relative_error for point in curve.points]
         more = [100 * (error / errors[-1] - 1) for error in errors]
         axes.plot(tokens, more, color=color, marker=marker, linestyle=dashes,
-                  label=_short(each.name))  # fmt: skip
+                  label=_short(curve.name))  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axes.minorticks_off()
-    axes.set_xlabel("calibration tokens solved from")
+    axes.set_xlabel("calibration tokens")
     axes.set_ylabel("% more held-out error")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _svg(figure, "saturation", "Error on held-out windows, by number of calibration tokens")
 
 
-def _position(facts: Facts) -> str | None:
-    """KL divergence by position in the window, of each model but the original."""
-    models = [m for m in (facts.evaluation.models if facts.evaluation else []) if m.kl_by_position]
+def _kl_by_position(facts: Facts) -> str | None:
+    """Lines: KL divergence by position in the window, for each model but the original."""
+    all_models = facts.evaluation.models if facts.evaluation else []
+    models = [model for model in all_models if model.kl_by_position]
     if not models:
         return None
     figure, axes = _figure(9.5, 2.6)
     for model, (color, marker, dashes) in zip(models, cycle(LINES), strict=False):
-        at, values = zip(*model.kl_by_position, strict=True)
-        axes.plot(at, values, color=color, marker=marker, linestyle=dashes,
+        positions, values = zip(*model.kl_by_position, strict=True)
+        axes.plot(positions, values, color=color, marker=marker, linestyle=dashes,
                   label=_short(model.name))  # fmt: skip
     axes.set_yscale("log")
     _log_ticks(axes)
@@ -145,7 +153,13 @@ def _position(facts: Facts) -> str | None:
 
 
 def _bars(values: dict[str, float] | dict[str, int], unit: float, label: str) -> str | None:
-    """One bar for each value."""
+    """Horizontal bars, one for each value; None if there are no values.
+
+    Args:
+        values: label -> value.
+        unit: values are divided by it.
+        label: name of the unit.
+    """
     if not values:
         return None
     figure, axes = _figure(9.5, 0.7 + 0.27 * len(values))
@@ -160,7 +174,7 @@ def _bars(values: dict[str, float] | dict[str, int], unit: float, label: str) ->
 
 
 def _log_ticks(axes: Any) -> None:
-    """Plain numbers at 1, 2 and 5 of each decade of a logarithmic y axis."""
+    """Labels a logarithmic y axis with plain numbers at 1, 2 and 5 of each decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -182,14 +196,20 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, name: str, title: str) -> str:
-    """The figure without what belongs to a file of its own; ids are the page's, so they carry a name."""
+    """Returns a figure as an SVG element for a page: without metadata, and in the page's colours.
+
+    Args:
+        figure: matplotlib figure.
+        name: prefix of all ids, which makes them unique in the page.
+        title: description for screen readers.
+    """
     buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    for drawn, shown in COLORS.items():
-        text = re.sub(re.escape(drawn), shown, text, flags=re.IGNORECASE)
+    for placeholder, color in COLORS.items():
+        text = re.sub(re.escape(placeholder), color, text, flags=re.IGNORECASE)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     text = re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" {XLINK}>', text, count=1
@@ -198,5 +218,5 @@ def _svg(figure: Any, name: str, title: str) -> str:
 
 
 def _short(name: str) -> str:
-    """A name that fits beside an axis: its end tells more than its beginning."""
-    return name if len(name) <= LONGEST else f"…{name[-LONGEST + 1 :]}"
+    """Shortens a name to fit beside an axis; keeps its end, which differs more than its beginning."""
+    return name if len(name) <= MAX_LABEL else f"…{name[-MAX_LABEL + 1 :]}"

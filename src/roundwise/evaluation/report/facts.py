@@ -1,6 +1,6 @@
-"""What there is to say about a finished checkpoint, read off its files.
+"""Reads the facts of a report from the files of a finished checkpoint.
 
-Nothing is computed here that needs the model; what was measured with it comes in from outside.
+Nothing here needs the model: what is measured with it comes from outside (measure.py).
 """
 
 from __future__ import annotations
@@ -25,58 +25,66 @@ from roundwise.errors import CheckpointError
 from roundwise.run.block_solver import widths
 from roundwise.run.strict import layer_issues
 
-#: A layer stands out when its error, in decades from the median of its kind, is more than so many times
-#: the usual deviation (1.4826 of the median one, as for a normal distribution), and the error doubled.
-OUTLYING, USUAL, DOUBLED = 3.5, 1.4826, log10(2)
+#: A layer is an outlier if log10 of its error exceeds the median of its kind by more than OUTLIER_FACTOR
+#: standard deviations, and by more than DOUBLED: its error is at least twice as large.
+OUTLIER_FACTOR, DOUBLED = 3.5, log10(2)
+#: Standard deviation of a normal distribution, divided by its median absolute deviation.
+MAD_TO_STD = 1.4826
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One model on the evaluation text."""
+class ModelMetrics:
+    """Metrics of one model on the evaluation text; divergence is from the original."""
 
     name: str
     perplexity: float
     kl_divergence: float
+    """KL(original || model) per token, in nats."""
     top1_agreement: float
+    """Share of tokens, 0 … 1, for which both predict the same token."""
     bytes: int
+    """Size of all tensors in the files."""
     kl_by_position: list[tuple[int, float]] = field(default_factory=list)
-    """First position of a part of the window, and the mean KL there."""
+    """First position of each part of the window, and the mean KL there."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The original first, then what was made of it."""
+    """Metrics of the original (first) and of the models made from it."""
 
     text: str
-    """What was read, and how."""
-    models: list[Measured]
+    """Description of the evaluation text."""
+    models: list[ModelMetrics]
     verdict: str
     warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """How the original and the quantized model go on from a prompt, taking the likeliest token."""
+    """Answers of the original and the quantized model to a prompt, by greedy decoding."""
 
     prompt: str
     original: str
     quantized: str
 
     @property
-    def agreed(self) -> int:
-        """Characters until they part."""
+    def common_length(self) -> int:
+        """Number of characters before the first difference."""
         pairs = zip(self.original, self.quantized, strict=False)
-        same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        return min(len(self.original), len(self.quantized)) if same is None else same
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        return min(len(self.original), len(self.quantized)) if first is None else first
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The layers of one kind in one block: one, or one for each expert."""
+    """A cell of the heat map: the layers of one kind in one block."""
 
     block: str
+    """Name of the block, such as model.layers.3."""
     kind: str
+    """Name of the layer in the block, such as mlp.down_proj."""
     layers: list[LayerRecord]
+    """One layer, or one for each expert."""
 
     @property
     def worst(self) -> LayerRecord:
@@ -85,58 +93,63 @@ class Cell:
 
     @property
     def error(self) -> float | None:
-        """The largest relative output error; None: none is known."""
+        """The largest relative output error; None: not measured."""
         return self.worst.relative_error
 
     def values(self, key: str) -> str:
-        """What its layers have of something, each once."""
-        found = sorted({layer[key] for layer in self.layers}, key=lambda v: (v is None, v))
-        return ", ".join("-" if value is None else str(value) for value in found)
+        """Returns the distinct values of a field of its layers, as text."""
+        values = sorted({layer[key] for layer in self.layers}, key=lambda v: (v is None, v))
+        return ", ".join("-" if value is None else str(value) for value in values)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything on the page."""
+    """Contents of the page."""
 
     name: str
+    """Name of the checkpoint's folder."""
     manifest: Manifest
     run: RunRecord | None
-    """Time, memory and notes; None: not kept."""
+    """Time, memory and notes of the run; None: the file was not kept."""
     cells: list[Cell]
     outliers: list[LayerRecord]
-    """Layers whose error stands out among its kind, the largest first."""
+    """Layers whose error is an outlier among layers of their kind, the largest first."""
     sizes: dict[str, int]
-    """Bytes in the files by what they are for."""
-    not_as_asked: list[str]
+    """Purpose -> bytes of tensors in the files."""
+    issues: list[str]
+    """What was not done as requested."""
     evaluation: Evaluation | None = None
     answers: list[Answers] = field(default_factory=list)
 
     @property
     def model(self) -> str:
-        """What was quantized: the name of a folder, without the way there, or of a hub's model."""
+        """Name of the original model: the last part of a local path, or the hub id."""
         given = self.manifest.given.model if self.manifest.given else "a model"
         return Path(given).name if Path(given).is_absolute() or given.startswith(".") else given
 
     @property
-    def more_text(self) -> float | None:
-        """By which part twice the calibration text would lower the error, as far as was seen."""
-        watched = [b.saturation for b in self.manifest.blocks if b.saturation]
-        found = [part for each in watched if (part := gain(each.points)) is not None]
-        return median(found) if found else None
+    def gain_from_more_text(self) -> float | None:
+        """Fraction by which twice the calibration text would lower the error; None: unknown.
+
+        The median of all learning curves.
+        """
+        curves = [block.saturation for block in self.manifest.blocks if block.saturation]
+        gains = [gain for curve in curves if (gain := gain_of_doubling(curve.points)) is not None]
+        return median(gains) if gains else None
 
     @property
-    def standing_out(self) -> set[str]:
+    def outlier_names(self) -> set[str]:
         """Names of the outliers."""
         return {layer.name for layer in self.outliers}
 
     @property
     def widths(self) -> dict[str, str]:
-        """Bits and group sizes of each kind of layer, where they are not the same for all."""
+        """Kind of layer -> bits and group sizes; empty if they are the same for all layers."""
         return widths(self.manifest.layers)
 
     @property
     def blocks(self) -> list[str]:
-        """Names of the blocks, in their order."""
+        """Names of the blocks, in order."""
         return list(dict.fromkeys(cell.block for cell in self.cells))
 
     @property
@@ -148,89 +161,103 @@ class Facts:
 def read_facts(
     folder: Path, *, evaluation: Evaluation | None = None, answers: list[Answers] | None = None
 ) -> Facts:
-    """What the files of a finished checkpoint tell.
+    """Reads the facts of a finished checkpoint from its files.
 
     Args:
-        folder: of the checkpoint.
-        evaluation, answers: what was measured with it.
+        folder: folder of the checkpoint.
+        evaluation, answers: measurements to add (measure.py).
 
     Raises:
-        CheckpointError: it is not one that roundwise finished, or it is damaged.
+        CheckpointError: roundwise did not make this checkpoint or has not finished it, or it is damaged.
     """
     manifest = read_manifest(folder)
     checkpoint = Checkpoint(folder)
     if manifest is None:
         raise CheckpointError(
-            f"{folder} has no roundwise.json: a report is about a run of roundwise; `roundwise compare` "
-            "takes any checkpoint"
+            f"{folder} has no roundwise.json: reports need a checkpoint made by roundwise; `roundwise "
+            "compare` takes any checkpoint"
         )
     run = read_run(folder)
-    cells = cells_of(manifest.layers)
+    cells = make_cells(manifest.layers)
     return Facts(
         name=folder.resolve().name,
         manifest=manifest,
         run=run,
         cells=cells,
-        outliers=outliers_of(cells),
-        sizes=_sizes(checkpoint),
-        not_as_asked=[*(run.not_as_asked if run else []), *layer_issues(manifest.layers)],
+        outliers=find_outliers(cells),
+        sizes=_sizes_by_purpose(checkpoint),
+        issues=[*(run.not_as_asked if run else []), *layer_issues(manifest.layers)],
         evaluation=evaluation,
         answers=answers or [],
     )
 
 
-def cells_of(layers: list[LayerRecord]) -> list[Cell]:
-    """Layers by block and kind: model.layers.3 and mlp.experts.*.down_proj."""
-    found: dict[tuple[str, str], list[LayerRecord]] = {}
+def make_cells(layers: list[LayerRecord]) -> list[Cell]:
+    """Groups layers by block and kind, such as model.layers.3 and mlp.experts.*.down_proj."""
+    groups: dict[tuple[str, str], list[LayerRecord]] = {}
     for layer in layers:
-        parts = re.match(r"(.*?\.\d+)\.(.+)", layer.name, re.DOTALL)
-        block, kind = parts.groups() if parts else (layer.name, layer.name)
+        match = re.match(r"(.*?\.\d+)\.(.+)", layer.name, re.DOTALL)
+        block, kind = match.groups() if match else (layer.name, layer.name)
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", kind)
-        found.setdefault((block, kind), []).append(layer)
-    return [Cell(block, kind, each) for (block, kind), each in found.items()]
+        groups.setdefault((block, kind), []).append(layer)
+    return [Cell(block, kind, members) for (block, kind), members in groups.items()]
 
 
-def outliers_of(cells: list[Cell]) -> list[LayerRecord]:
-    """Layers whose relative error is far above what is usual for their kind."""
+def find_outliers(cells: list[Cell]) -> list[LayerRecord]:
+    """Returns the layers whose relative error is far above the median of their kind, the largest first.
+
+    "Far" is measured in log10 of the error, by the median absolute deviation from the median over all
+    layers (see OUTLIER_FACTOR).
+    """
     logs: dict[str, list[tuple[float, LayerRecord]]] = {}
     for cell in cells:
         for layer in cell.layers:
             if layer.relative_error:
                 logs.setdefault(cell.kind, []).append((log10(layer.relative_error), layer))
-    above = [
+    deviations = [
         (value - middle, layer)
-        for each in logs.values()
-        for middle in [median(value for value, _ in each)]
-        for value, layer in each
+        for entries in logs.values()
+        for middle in [median(value for value, _ in entries)]
+        for value, layer in entries
     ]
-    usual = median(abs(value) for value, _ in above) if above else 0.0
-    limit = max(OUTLYING * USUAL * usual, DOUBLED)
-    found = [layer for value, layer in above if value > limit]
-    return sorted(found, key=lambda layer: -(layer.relative_error or 0.0))
+    spread = median(abs(value) for value, _ in deviations) if deviations else 0.0
+    limit = max(OUTLIER_FACTOR * MAD_TO_STD * spread, DOUBLED)
+    outliers = [layer for value, layer in deviations if value > limit]
+    return sorted(outliers, key=lambda layer: -(layer.relative_error or 0.0))
 
 
-def gain(points: list[CurvePoint]) -> float | None:
-    """By which part the error fell with the last doubling of tokens, told from the last two points."""
+def gain_of_doubling(points: list[CurvePoint]) -> float | None:
+    """Returns the fraction by which the error falls when the number of tokens doubles.
+
+    Extrapolated from the last two points of a learning curve, as a power of the number of tokens:
+    1 - (e₂ / e₁)^(log 2 / log(n₂ / n₁)).
+
+    Args:
+        points: errors e by numbers of tokens n, in rising order.
+
+    Returns:
+        0 … 1, negative if the error rises; None if the points do not allow it.
+    """
     if len(points) < 2:
         return None
     before, after = points[-2:]
     if not before.relative_error or after.tokens <= before.tokens:
         return None
-    fell = after.relative_error / before.relative_error
-    return float(1 - fell ** (log(2) / log(after.tokens / before.tokens)))
+    ratio = after.relative_error / before.relative_error
+    return float(1 - ratio ** (log(2) / log(after.tokens / before.tokens)))
 
 
-def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
+def _sizes_by_purpose(checkpoint: Checkpoint) -> dict[str, int]:
     stems = {
         name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")
     }
-    found = {"codes": 0, "scales, zeros, order": 0, "embeddings and heads": 0, "all other": 0}
+    sizes = {"codes": 0, "scales, zero points, g_idx": 0, "embeddings and heads": 0, "other": 0}
     for name, info in checkpoint.tensors.items():
         stem, _, suffix = name.rpartition(".")
         if stem in stems and suffix in SUFFIXES:
-            kind = "codes" if suffix == "qweight" else "scales, zeros, order"
+            purpose = "codes" if suffix == "qweight" else "scales, zero points, g_idx"
         else:
-            large = len(info.shape) == 2 and re.search(r"emb|wte|head|shared", name)
-            kind = "embeddings and heads" if large else "all other"
-        found[kind] += info.nbytes
-    return found
+            is_table = len(info.shape) == 2 and re.search(r"emb|wte|head|shared", name)
+            purpose = "embeddings and heads" if is_table else "other"
+        sizes[purpose] += info.nbytes
+    return sizes

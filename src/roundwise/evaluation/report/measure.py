@@ -1,4 +1,4 @@
-"""What a report says beyond its files: the checkpoint beside its original and plain rounding."""
+"""Measures what a report adds to the facts in the files, by running the original and the checkpoint."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from roundwise.errors import CheckpointError
-from roundwise.evaluation.compare import Compared, Protocol, compare, round_to_nearest_like
-from roundwise.evaluation.report.facts import Answers, Evaluation, Measured
+import torch
+
+from roundwise.evaluation.compare import Comparison, Protocol, compare, round_to_nearest_like
+from roundwise.evaluation.report.facts import Answers, Evaluation, ModelMetrics
 from roundwise.inference.generation import Sampling, generate
-from roundwise.inference.load import load
+from roundwise.inference.load import load, require_tokenizer
 from roundwise.inference.prompts import encode_text
 
 
@@ -27,65 +28,97 @@ def evaluate(
     """Compares a checkpoint, and its original rounded to nearest, with the original.
 
     Args:
-        model: the original.
-        folder: the checkpoint.
-        protocol: how (see `compare`), with a text.
-        text: what the text is called.
-        progress: as for `compare`.
+        model: folder or hub id of the original.
+        folder: folder of the checkpoint.
+        protocol: evaluation protocol; it needs a text.
+        text: name of the text.
+        progress: called with the current step and the finished part of it, 0 … 1.
+
+    Raises:
+        CalibrationError: the text is too short.
+        CheckpointError: a model cannot be loaded.
+        ConfigError: roundwise cannot round with the settings of the checkpoint.
+        NumericalError: the output of a model is NaN or infinite.
     """
     with tempfile.TemporaryDirectory() as scratch:
         rounded = Path(scratch) / "rounded to nearest"
         round_to_nearest_like(model, folder, rounded)
-        found = compare(model, [folder, rounded], protocol, progress=progress)
-    first = found[0]
-    assert first.perplexity is not None, "a text was given"
-    how = (
-        f"{len(protocol.ids):,} tokens, windows of {protocol.window:,}, stride {protocol.stride:,}"
+        comparisons = compare(model, [folder, rounded], protocol, progress=progress)
+    first = comparisons[0]
+    assert first.perplexity is not None, "the protocol has a text"
+    description = (
+        f"{text}: {len(protocol.ids):,} tokens, windows of {protocol.window:,}, stride "
+        f"{protocol.stride:,}"
+    )
+    original = ModelMetrics(
+        name="original",
+        perplexity=first.perplexity.base,
+        kl_divergence=0.0,
+        top1_agreement=1.0,
+        bytes=first.bytes.base,
     )
     return Evaluation(
-        text=f"{text}: {how}",
-        models=[
-            Measured("original", first.perplexity[0], 0.0, 1.0, first.bytes[0]),
-            *(_measured(one) for one in found),
-        ],
+        text=description,
+        models=[original, *map(_metrics, comparisons)],
         verdict=first.verdict,
         warnings=first.warnings,
     )
 
 
-def _measured(one: Compared) -> Measured:
-    assert one.perplexity is not None
-    assert one.kl_divergence is not None
-    assert one.top1_agreement is not None
-    return Measured(
-        one.name, one.perplexity[1], one.kl_divergence, one.top1_agreement, one.bytes[1],
-        one.kl_by_position,
-    )  # fmt: skip
+def _metrics(comparison: Comparison) -> ModelMetrics:
+    """Returns the metrics of the quantized model of a comparison on a text."""
+    assert comparison.perplexity is not None
+    assert comparison.kl_divergence is not None
+    assert comparison.top1_agreement is not None
+    return ModelMetrics(
+        name=comparison.name,
+        perplexity=comparison.perplexity.quantized,
+        kl_divergence=comparison.kl_divergence,
+        top1_agreement=comparison.top1_agreement,
+        bytes=comparison.bytes.quantized,
+        kl_by_position=comparison.kl_by_position,
+    )
 
 
-def answers(
+def generate_answers(
     model: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     prompts: list[str],
     *,
     tokens: int = 64,
-    dtype: Any = "auto",
-    device: str = "cpu",
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
 ) -> list[Answers]:
-    """How both go on from prompts, one model in memory at a time.
+    """Generates the answers of both models to prompts, with one model in memory at a time.
+
+    Args:
+        model: folder or hub id of the original.
+        folder: folder of the checkpoint.
+        prompts: texts to continue.
+        tokens: most tokens of an answer.
+        dtype, device: as for `roundwise.load`.
 
     Raises:
-        CheckpointError: a model has no tokenizer.
+        CheckpointError: a model cannot be loaded or has no tokenizer.
+        ConfigError: a prompt is empty.
     """
-    found = []
-    for name in (model, folder) if prompts else ():
+    if not prompts:
+        return []
+    by_model = []
+    for name in (model, folder):
         loaded, tokenizer = load(name, dtype=dtype, device=device)
-        if tokenizer is None:
-            raise CheckpointError(f"{name} has no tokenizer, which prompts need")
-        found.append([continued(loaded, tokenizer, prompt, tokens) for prompt in prompts])
-    return [Answers(*each) for each in zip(prompts, *found, strict=True)] if found else []
+        require_tokenizer(tokenizer, name)
+        by_model.append([greedy_answer(loaded, tokenizer, prompt, tokens) for prompt in prompts])
+    return [Answers(*texts) for texts in zip(prompts, *by_model, strict=True)]
 
 
-def continued(loaded: Any, tokenizer: Any, prompt: str, tokens: int = 64) -> str:
-    """How a model goes on from a prompt, taking the likeliest token each time."""
-    return generate(loaded, tokenizer, encode_text(tokenizer, prompt), Sampling(tokens)).text
+def greedy_answer(model: Any, tokenizer: Any, prompt: str, tokens: int = 64) -> str:
+    """Returns a model's answer to a prompt, by greedy decoding.
+
+    Args:
+        model: transformers causal language model.
+        tokenizer: its tokenizer.
+        prompt: text to continue.
+        tokens: most tokens of the answer.
+    """
+    return generate(model, tokenizer, encode_text(tokenizer, prompt), Sampling(tokens)).text

@@ -1,4 +1,4 @@
-"""Facts and charts as one HTML file that asks nobody for anything."""
+"""Renders the report: one HTML file with facts and charts that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roundwise.evaluation.report.charts import charts
 from roundwise.evaluation.report.facts import Answers, Evaluation, Facts, read_facts
 from roundwise.system.memory import format_size
 
-#: The page's name in the folder of its checkpoint.
+#: File name of the page in the folder of its checkpoint.
 PAGE = OWN_FILES[2]
 
 
@@ -26,16 +26,18 @@ def write_report(
     evaluation: Evaluation | None = None,
     answers: list[Answers] | None = None,
 ) -> Path:
-    """Writes the report of a finished checkpoint; returns where.
+    """Writes the report of a finished checkpoint.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         out: file to write; None: `roundwise-report.html` in the folder.
-        evaluation, answers: what was measured with it (see `measure`); the page has no such part
-            without.
+        evaluation, answers: measurements to add (see `roundwise.evaluation.report.measure`).
+
+    Returns:
+        Path of the page.
 
     Raises:
-        CheckpointError: it is not one that roundwise finished, or it is damaged.
+        CheckpointError: roundwise did not make this checkpoint or has not finished it, or it is damaged.
         StorageError: the page cannot be written.
     """
     page = render(read_facts(Path(folder), evaluation=evaluation, answers=answers))
@@ -46,28 +48,28 @@ def write_report(
 
 
 def render(facts: Facts) -> str:
-    """The page, as text."""
+    """Returns the page as HTML text."""
     environment = Environment(
         loader=PackageLoader("roundwise.evaluation.report", ""), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
         "size": format_size,
-        "error": _error,
-        "seconds": _seconds,
-        "plain": _plain,
+        "error": _format_error,
+        "seconds": _format_seconds,
+        "plain": _format_setting,
     }
-    drawn = {name: Markup(svg) for name, svg in charts(facts).items()}  # noqa: S704  # escaped there
+    svgs = {name: Markup(svg) for name, svg in charts(facts).items()}  # noqa: S704  # already escaped
     return environment.get_template("page.html").render(
-        facts=facts, manifest=facts.manifest, run=facts.manifest.run, charts=drawn
+        facts=facts, manifest=facts.manifest, run=facts.manifest.run, charts=svgs
     )  # fmt: skip
 
 
-def _error(value: float | None) -> str:
+def _format_error(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}"
 
 
-def _seconds(value: float) -> str:
+def _format_seconds(value: float) -> str:
     minutes, seconds = divmod(value, 60)
     hours, minutes = divmod(int(minutes), 60)
     if hours:
@@ -75,12 +77,12 @@ def _seconds(value: float) -> str:
     return f"{minutes} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
 
 
-def _plain(value: Any) -> str:
-    """A setting, as one would write it."""
+def _format_setting(value: Any) -> str:
+    """Formats a value of JSON for readers."""
     if isinstance(value, list):
-        return ", ".join(map(_plain, value)) or "none"
+        return ", ".join(map(_format_setting, value)) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_plain(each)}" for key, each in value.items()) or "none"
+        return ", ".join(f"{key}: {_format_setting(each)}" for key, each in value.items()) or "none"
     if value is None or isinstance(value, bool):
         return {True: "yes", False: "no", None: "none"}[value]
     return str(value)
