@@ -1,4 +1,4 @@
-"""`roundwise.quantize` equals a plain implementation that holds the whole model; and its promises."""
+"""`roundwise.quantize` equals a plain implementation that holds the whole model in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import roundwise as rw
 from roundwise.checkpoint.gptq_format import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.core.drift import Drift
-from roundwise.errors import CalibrationError, ConfigError, NumericalError, RunError
 from roundwise.model.blocks import weight_of
 from tests.conftest import BEST, QUICK
 from tests.helpers import (
@@ -37,7 +36,7 @@ NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
 STREAMS: dict[str, dict[str, str]] = {
     "llama": {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"},
     "gpt2": {"attn.c_proj": "ln_1", "mlp.c_proj": "ln_2"},
-    # A norm stands between the linears and the stream.
+    # There is a norm between the linears and the stream.
     "gemma3": {},
     # The attention's output is added to the MLP's in place, and both together to the stream.
     "falcon": {"mlp.dense_4h_to_h": "input_layernorm"},
@@ -45,7 +44,7 @@ STREAMS: dict[str, dict[str, str]] = {
 
 
 class Plain:
-    """GPTQ as a textbook has it: whole models in memory, one forward per group, float64 sums."""
+    """Textbook GPTQ: whole models in memory, one forward per group, float64 sums."""
 
     def __init__(self, folder: Path, name: str, rows: list[list[int]]) -> None:
         self.model, self.original = (
@@ -55,7 +54,7 @@ class Plain:
 
     @torch.no_grad()
     def inputs(self, model: Any, module: str) -> torch.Tensor:
-        """Everything that a module reads, [tokens, channels]."""
+        """All inputs of a module, [tokens, channels]."""
         seen: list[torch.Tensor] = []
         hook = model.get_submodule(module).register_forward_pre_hook(
             lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]).double())
@@ -66,7 +65,7 @@ class Plain:
         return torch.cat(seen)
 
     def moments(self, prefix: str, linear: str, *, best: bool) -> tuple[torch.Tensor, Drift | None]:
-        """Hessian of a linear's input, and how far the input is from the original model's."""
+        """Hessian of a linear's input, and its drift from the original model."""
         X = self.inputs(self.model, prefix + linear)
         H = (X.T @ X / len(X)).float()
         if not best:
@@ -80,7 +79,7 @@ class Plain:
     def run(
         self, ours: dict[str, rw.QuantizedWeight], config: rw.QuantizeConfig, *, sequential: bool
     ) -> dict[str, rw.QuantizedWeight]:
-        """Solves every group; goes on with `ours`, so that a rounding tie is seen only once."""
+        """Solves every group; continues with `ours`, so that a rounding tie is counted only once."""
         architecture = ARCHITECTURES[self.name]
         solved: dict[str, rw.QuantizedWeight] = {}
         best = config.needs_reference
@@ -104,7 +103,7 @@ class Plain:
     ("name", "config"),
     [
         *(pytest.param(name, QUICK, id=f"{name}-textbook") for name in ARCHITECTURES),
-        # Gradients have a test of their own (test_curvature.py).
+        # Gradients have a test of their own (test_output_gradients.py).
         *(
             pytest.param(name, BEST.merged({"output_tokens": 0}), id=f"{name}-best")
             for name in STREAMS
@@ -134,12 +133,12 @@ def test_streaming_equals_the_plain_implementation(
         same += int((ours[linear].codes == theirs.codes).sum())
         total += theirs.codes.numel()
         assert errors[linear] == pytest.approx(theirs.relative_error, rel=0.03, abs=1e-7)
-    # A code that sits on a rounding tie may fall either way, and moves those behind it.
+    # A code on a rounding tie may go either way, and changes those after it.
     assert same / total > 0.99
 
 
-def test_the_two_modes_differ_as_they_should(llama: Path, tmp_path: Path) -> None:
-    # The first group of the first block sees the same inputs; what follows it does not.
+def test_the_two_modes_differ_from_the_second_group_on(llama: Path, tmp_path: Path) -> None:
+    # Only the first group of the first block has the same inputs in both.
     results = [
         rw.quantize(llama, tmp_path / mode, QUICK, windows(), samples=4, seq_len=32, mode=mode)
         for mode in ("true_sequential", "block")
@@ -153,7 +152,7 @@ def test_the_two_modes_differ_as_they_should(llama: Path, tmp_path: Path) -> Non
 
 
 def test_gptq_loses_less_than_rounding_to_nearest(llama: Path, tmp_path: Path) -> None:
-    # Both measured by the same yardstick: logits on the calibration windows themselves.
+    # Measured by the logits on the calibration windows.
     rows = windows(16)
     plain = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
     losses = {}
@@ -168,7 +167,7 @@ def test_gptq_loses_less_than_rounding_to_nearest(llama: Path, tmp_path: Path) -
 
 
 @NAMES
-def test_what_is_not_quantized_is_carried_over_byte_for_byte(
+def test_other_tensors_are_copied_byte_for_byte(
     name: str, folder_of: Callable[[str], Path], quantized: Callable[..., Path]
 ) -> None:
     before, after = tensors_of(folder_of(name)), tensors_of(quantized(name))
@@ -189,7 +188,7 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @NAMES
-def test_the_checkpoint_computes_what_dense_dequantized_weights_compute(
+def test_the_checkpoint_equals_a_dense_model_with_dequantized_weights(
     name: str, folder_of: Callable[[str], Path], quantized: Callable[..., Path]
 ) -> None:
     dense = transformers.AutoModelForCausalLM.from_pretrained(folder_of(name)).eval()
@@ -229,12 +228,12 @@ class TestSources:
         base.save_pretrained(tmp_path / "model")
         before = tensors_of(tmp_path / "model")
         assert not any(n.startswith(("transformer.", "model.")) for n in before)
-        if named == "causal":  # as the published GPT-2: the tensors are those of the base model
+        if named == "causal":  # like the published GPT-2: the tensors are those of the base model
             causal = transformers.AutoModelForCausalLM.from_config(base.config)
             with edited_json(tmp_path / "model" / "config.json") as config:
                 config["architectures"] = [type(causal).__name__]
             if name == "llama":
-                # Its head is a tensor of its own, which a base model does not have.
+                # Its head is a separate tensor, which a base model does not have.
                 with pytest.raises(rw.RoundwiseError, match=r"lacks lm_head\.weight"):
                     self.quantize(tmp_path / "model", tmp_path / "out")
                 return
@@ -265,40 +264,7 @@ class TestSources:
         assert model.dtype == dtype
 
 
-class TestOutputFolder:
-    """A complete checkpoint and nothing else."""
-
-    @pytest.fixture
-    def model(self, copy_of: Callable[[str], Path]) -> Path:
-        folder = copy_of("llama")
-        (folder / "LICENSE").write_text("all yours\n")
-        (folder / "tokenizer.model").write_bytes(bytes(range(256)))
-        (folder / "chat_template.jinja").write_text("{{ messages }}")
-        (folder / ".secret").write_text("stays")
-        (folder / "pytorch_model.bin").write_bytes(b"other weights")
-        return folder
-
-    def test_side_files_come_along(self, model: Path, tmp_path: Path) -> None:
-        out = tmp_path / "out"
-        rw.quantize(model, out, QUICK, windows(), samples=4, seq_len=32)
-        before, after = contents(model), contents(out)
-        for name in ("LICENSE", "tokenizer.model", "chat_template.jinja", "generation_config.json"):
-            assert after[name] == before[name]
-        assert ".secret" not in after
-        assert "pytorch_model.bin" not in after
-        assert {n for n in after if n.endswith(".safetensors")} == {
-            f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
-        }
-
-    def test_the_model_is_not_touched(self, model: Path, tmp_path: Path) -> None:
-        before = contents(model)
-        rw.quantize(model, tmp_path / "out", QUICK, windows(), samples=4, seq_len=32)
-        assert contents(model) == before
-
-
-def test_same_seed_same_bytes_other_seed_other_bytes(
-    text_model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_the_seed_decides_the_bytes(text_model: Path, text: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         rw.quantize(
             text_model, tmp_path / name, BEST, str(text), samples=2, seq_len=64, seed=seed
@@ -309,7 +275,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(
     assert [name for name in shards if a[name] != c[name]] == sorted(shards)[:-1]  # all blocks
 
 
-def test_the_result_says_what_was_done(llama: Path, tmp_path: Path) -> None:
+def test_figures_of_the_result(llama: Path, tmp_path: Path) -> None:
     result = rw.quantize(llama, tmp_path / "out", QUICK, windows(), samples=4, seq_len=32)
     assert result.output == tmp_path / "out"
     assert result.seconds > 0
@@ -332,9 +298,9 @@ def test_the_result_says_what_was_done(llama: Path, tmp_path: Path) -> None:
 
 
 class TestOverrides:
-    """Some modules otherwise than the rest."""
+    """Some modules have other settings than the rest."""
 
-    def test_another_width_and_a_module_left_alone(self, llama: Path, tmp_path: Path) -> None:
+    def test_another_width_and_a_skipped_module(self, llama: Path, tmp_path: Path) -> None:
         dynamic = {r"down_proj$": {"bits": 8, "group_size": -1}, r"layers\.1\.self_attn": None}
         config = rw.QuantizeConfig(group_size=32, dynamic=dynamic)
         result = rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32)
@@ -355,146 +321,6 @@ class TestOverrides:
         ids = torch.tensor(windows())
         with torch.no_grad():
             torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
-
-    def test_leaving_all_alone_is_refused(self, llama: Path, tmp_path: Path) -> None:
-        config = rw.QuantizeConfig(dynamic={"layers": None})
-        with pytest.raises(ConfigError, match="every linear layer is skipped"):
-            rw.quantize(llama, tmp_path / "out", config, windows())
-        assert not (tmp_path / "out").exists()
-
-
-class TestRefusedBeforeAnyWork:
-    """Input that cannot work leaves no trace."""
-
-    @pytest.mark.parametrize(
-        ("changes", "says"),
-        [
-            (
-                {"config": rw.QuantizeConfig(group_size=128)},
-                r"q_proj has 64 input channels, which group_size=128 does not divide: "
-                r"use 16 or 32 or 64 or -1.*--override",
-            ),
-            ({"calibration": None}, "gptq needs calibration text"),
-            ({"calibration": []}, "no tokens"),
-            ({"calibration": [[]]}, "no tokens"),
-            ({"calibration": [[3, 128]]}, "token id 128, but the model's vocabulary has 128"),
-            ({"calibration": [[3, -1]]}, "token id -1"),
-            ({"calibration": [[0.5, 1.5]]}, "strings or token ids, not fractions"),
-            ({"samples": 0}, "samples=0"),
-            ({"seq_len": 0}, "seq_len=0"),
-            ({"batch_size": -1}, "batch_size=-1"),
-            ({"max_memory": "lots"}, "'lots' is not a size"),
-        ],
-    )
-    def test_settings(
-        self, changes: dict[str, Any], says: str, llama: Path, tmp_path: Path
-    ) -> None:
-        with pytest.raises(rw.RoundwiseError, match=says) as caught:
-            rw.quantize(
-                llama, tmp_path / "out",
-                **{"config": QUICK, "calibration": windows(), "samples": 4, "seq_len": 32, **changes},
-            )  # fmt: skip
-        assert caught.value.exit_code == 2
-        assert not (tmp_path / "out").exists()
-
-    def test_text_for_a_model_without_tokenizer(self, llama: Path, tmp_path: Path) -> None:
-        with pytest.raises(CalibrationError, match="has no usable tokenizer"):
-            rw.quantize(llama, tmp_path / "out", QUICK, ["some text"])
-        assert not (tmp_path / "out").exists()
-
-    @pytest.mark.parametrize("bits", [1, 5, 16])
-    def test_widths(self, bits: int) -> None:
-        with pytest.raises(ConfigError, match=f"bits={bits} is not supported: use 2, 3, 4 or 8"):
-            rw.QuantizeConfig(bits=bits)
-
-
-class TestFailuresOnTheWay:
-    """What only shows while the work is done."""
-
-    def validation_error(self, folder: Path, tensor: str, value: float) -> None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        with torch.no_grad():
-            model.get_parameter(tensor)[3, 5] = value
-        model.save_pretrained(folder)
-
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    @pytest.mark.parametrize("method", ["gptq", "rtn"])
-    def test_a_weight_that_is_not_finite_names_its_layer(
-        self, value: float, method: str, copy_of: Callable[[str], Path], tmp_path: Path
-    ) -> None:
-        folder = copy_of("llama")
-        self.validation_error(folder, "model.layers.1.mlp.up_proj.weight", value)
-        config = QUICK.merged({"method": method})
-        with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj: NaN or infinity"):
-            rw.quantize(folder, tmp_path / "out", config, windows(), samples=4, seq_len=32)
-        assert not (tmp_path / "out" / "config.json").exists()
-
-    def test_an_embedding_that_is_not_finite_names_the_batch(
-        self, copy_of: Callable[[str], Path], tmp_path: Path
-    ) -> None:
-        folder = copy_of("llama")
-        self.validation_error(folder, "model.embed_tokens.weight", float("inf"))
-        rows = [[7] * 32, [8] * 32, [9] * 31 + [3]]
-        with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj.* batch 2"):
-            rw.quantize(
-                folder, tmp_path / "out", QUICK, rows, samples=3, seq_len=32, batch_size=1
-            )  # fmt: skip
-
-    def test_a_layer_that_no_token_reached_falls_back(
-        self, copy_of: Callable[[str], Path], tmp_path: Path
-    ) -> None:
-        # A norm of zeros: the MLP reads nothing but zeros.
-        folder = copy_of("llama")
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        with torch.no_grad():
-            model.model.layers[1].post_attention_layernorm.weight.zero_()
-        model.save_pretrained(folder)
-        settings: dict[str, Any] = {"samples": 4, "seq_len": 32}
-        result = rw.quantize(folder, tmp_path / "out", QUICK, windows(), **settings)
-        reasons = {layer["name"]: layer["fallback"] for layer in result.layers}
-        fallen = {name for name, reason in reasons.items() if reason}
-        assert fallen == {f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")}
-        assert "Hessian is zero" in str(reasons["model.layers.1.mlp.up_proj"])
-        assert result.not_as_asked[0].startswith(
-            "model.layers.1.mlp.gate_proj: rounded to nearest: the Hessian is zero"
-        )
-
-    def test_what_was_computed_is_read_back_before_success(
-        self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        # Packing that swaps two rows of every weight: the audit at the end must notice.
-        from roundwise.checkpoint import gptq_format
-
-        real = gptq_format.pack
-        monkeypatch.setattr(gptq_format, "pack", lambda codes, bits: real(codes.flip(0), bits))
-        with pytest.raises(RunError, match=r"failed verification.*weight error"):
-            rw.quantize(llama, tmp_path / "out", QUICK, windows(), samples=4, seq_len=32)
-        assert not (tmp_path / "out" / "config.json").exists()
-
-
-def test_config_json_describes_the_format(llama: Path, tmp_path: Path) -> None:
-    config = rw.QuantizeConfig(
-        bits=8, group_size=32, sym=False, format="gptq_v2", damp_percent=0.05,
-        dynamic={"k_proj": None, "v_proj": {"bits": 4}},
-    )  # fmt: skip
-    rw.quantize(llama, tmp_path / "out", config, windows(), samples=4, seq_len=32, mode="block")
-    with edited_json(tmp_path / "out" / "config.json") as settings:
-        found = settings["quantization_config"]
-    meta = found.pop("meta")
-    assert meta["quantizer"] == [f"roundwise:{rw.__version__}"]
-    assert found.pop("dynamic").keys() == {"-:.*(?:k_proj)", "+:.*(?:v_proj)"}
-    assert found == {
-        "quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": False, "sym": False,
-        "lm_head": False, "checkpoint_format": "gptq_v2", "true_sequential": False,
-        "damp_percent": 0.05,
-    }  # fmt: skip
-    with edited_json(tmp_path / "out" / "quantize_config.json") as older:
-        older.pop("meta")
-        older.pop("dynamic")
-        assert older == found
-    with edited_json(llama / "config.json") as original:
-        settings.pop("quantization_config")
-        assert settings == original
 
 
 def test_an_exception_of_a_callback_is_not_swallowed(llama: Path, tmp_path: Path) -> None:

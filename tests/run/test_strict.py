@@ -78,16 +78,6 @@ def test_a_strict_run_in_which_all_goes_as_asked(llama: Path, tmp_path: Path) ->
     assert result.not_as_asked == []
 
 
-def test_a_text_longer_than_the_model_takes(
-    folder_of: Callable[[str], Path], tmp_path: Path
-) -> None:
-    model = folder_of("gpt2")  # takes 64 tokens
-    with pytest.raises(
-        StrictError, match="seq_len is 64, the longest text the model takes, not 65"
-    ):
-        quantize(model, tmp_path / "out", seq_len=65, strict=True)
-
-
 def test_a_mode_that_only_the_memory_chose(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,6 @@ def _openmp_entry() -> int:
     return 0
 
 
-@cache
 def product_dtype(dtype: torch.dtype) -> torch.dtype | None:
     """Dtype in which `add_moment` multiplies inputs of `dtype`; None if unsupported."""
     module = load()[0]
