@@ -1,4 +1,4 @@
-"""Fixtures: small models on the disk, each built once, and what was quantized from them."""
+"""Fixtures: small models on disk, each built once, and their quantized checkpoints."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.mixtures import MIXTURES
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# The same examples each time: a search for new ones is `tests/fuzz`.
+# The same examples each time; `tests/fuzz` searches for new ones.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
-#: What tests quantize with: the quick recipe, where it is not the subject, and the default one.
+#: Settings of most tests: the quick recipe, and the default one.
 QUICK = rw.QuantizeConfig(group_size=32, recipe="textbook")
 BEST = rw.QuantizeConfig(group_size=32)
 
@@ -36,13 +36,13 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
-    """What a test draws without a generator of its own does not hang on the tests before it."""
+    """Random numbers of a test do not depend on the tests before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of the small model of an architecture or mixture. Not to be changed: see `copy_of`."""
+    """Folder of the small model of an architecture or mixture. Do not change it: see `copy_of`."""
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
@@ -71,7 +71,7 @@ def llama(folder_of: Callable[[str], Path]) -> Path:
 def quantized(
     folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """A small model quantized with some settings; each is made once. Not to be changed."""
+    """A small model quantized with some settings; each is made once. Do not change it."""
     made: dict[str, Path] = {}
 
     def quantize(name: str, **settings: Any) -> Path:

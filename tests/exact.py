@@ -1,6 +1,6 @@
-"""The reference kernel for tests that hold what a run computed against what its file says.
+"""Fixture `exact`: the reference kernel, for tests that compare a run with its files.
 
-They compare more closely than fast kernels compute. A folder's conftest.py imports `exact` to use it.
+They compare more closely than fast kernels compute. The conftest.py of a folder imports it to use it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small mixtures of experts: what sets each apart is in its config."""
+"""Small mixtures of experts, which differ in their configs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _without(*names: str) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A family with experts, and what is known of it."""
+    """A model family with experts: a small config, and expected names."""
 
     config: Callable[[], transformers.PretrainedConfig]
     experts: str
@@ -64,7 +64,7 @@ MIXTURES = {
         ),
         "model.layers.0.mlp.experts", "model.layers.0.mlp.experts.3.gate_proj",
     ),
-    # All experts in one tensor, under another name.
+    # All experts in one tensor, with another name.
     "granitemoe": Mixture(
         lambda: transformers.GraniteMoeConfig(
             **_without("head_dim"), num_local_experts=4, num_experts_per_tok=2

@@ -76,17 +76,17 @@ def counted(tmp_path: Path) -> Path:
 class TestText:
     def test_windows_are_pieces_of_the_text(self, counted: Path) -> None:
         text = counted.read_text()
-        found = rows(load(str(counted), samples=20))
-        assert [len(row) for row in found] == [10] * 20
-        assert all(text_of(row) in text for row in found)
+        loaded = rows(load(str(counted), samples=20))
+        assert [len(row) for row in loaded] == [10] * 20
+        assert all(text_of(row) in text for row in loaded)
 
     @pytest.mark.parametrize("seed", range(5))
     def test_windows_do_not_overlap(self, counted: Path, seed: int) -> None:
         text = counted.read_text()
-        found = rows(load(str(counted), samples=200, seq_len=13, seed=seed))
-        assert len(found) >= 2000 // 13 - 1
+        loaded = rows(load(str(counted), samples=200, seq_len=13, seed=seed))
+        assert len(loaded) >= 2000 // 13 - 1
         # 13 characters hold two whole numbers: they tell where in the text a window is.
-        places = sorted(text.index(text_of(row)) for row in found)
+        places = sorted(text.index(text_of(row)) for row in loaded)
         assert all(after - before >= 13 for before, after in pairwise(places))
 
     def test_only_the_seed_decides(self, counted: Path) -> None:
@@ -105,9 +105,9 @@ class TestText:
 
     def test_a_text_shorter_than_a_window_is_one_window(self, tmp_path: Path) -> None:
         (tmp_path / "short.txt").write_text("short")
-        found = load(str(tmp_path / "short.txt"))
-        assert [text_of(row) for row in rows(found)] == ["short"]
-        assert (found.record.samples, found.record.tokens) == (1, 5)
+        loaded = load(str(tmp_path / "short.txt"))
+        assert [text_of(row) for row in rows(loaded)] == ["short"]
+        assert (loaded.record.samples, loaded.record.tokens) == (1, 5)
 
     def test_a_long_text_is_not_tokenized_completely(self, tmp_path: Path) -> None:
         (tmp_path / "long.txt").write_text("".join(f"{n:07} " for n in range(1 << 20)))
@@ -119,13 +119,13 @@ class TestText:
                 seen += len(text)
                 return super().__call__(text, **options)
 
-        found = load(str(tmp_path / "long.txt"), Counting(), samples=64)
-        assert len(rows(found)) == 64
+        loaded = load(str(tmp_path / "long.txt"), Counting(), samples=64)
+        assert len(rows(loaded)) == 64
         assert seen <= 2 << 20
         # The pieces come from the whole text.
-        places = [int(text_of(row).split()[-1][:4] or 0) for row in rows(found)]
+        places = [int(text_of(row).split()[-1][:4] or 0) for row in rows(loaded)]
         assert places
-        assert rows(load(str(tmp_path / "long.txt"), samples=64)) == rows(found)
+        assert rows(load(str(tmp_path / "long.txt"), samples=64)) == rows(loaded)
 
 
 class TestJsonLines:
@@ -142,8 +142,8 @@ class TestJsonLines:
         tokenizer.chat_template = CHAT_TEMPLATE
         chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
         source = self.file(tmp_path / "a.jsonl", {"messages": chat})
-        found = rows(load(source, tokenizer, seq_len=100))
-        assert [text_of(row) for row in found] == ["<user>hi\n<assistant>ho\n"]
+        loaded = rows(load(source, tokenizer, seq_len=100))
+        assert [text_of(row) for row in loaded] == ["<user>hi\n<assistant>ho\n"]
 
     def test_chats_with_a_real_tokenizer(self, tiny: Path, tmp_path: Path) -> None:
         import transformers
@@ -153,8 +153,8 @@ class TestJsonLines:
         source = self.file(
             tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "def f(x): pass"}]}
         )
-        found = rows(load(source, tokenizer, seq_len=100))
-        assert tokenizer.decode(found[0]) == "<user>def f(x): pass\n"
+        loaded = rows(load(source, tokenizer, seq_len=100))
+        assert tokenizer.decode(loaded[0]) == "<user>def f(x): pass\n"
 
     def test_chats_without_a_template_are_refused(self, tmp_path: Path) -> None:
         source = self.file(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
@@ -180,9 +180,9 @@ class TestPythonList:
             },
             {"input_ids": [1, 2, 3, 9], "attention_mask": [1, 1, 1, 0]},
         ]
-        found = load(items, batch_size=1)
-        assert sorted(rows(found)) == [[1, 2, 3], [4, 5, 6], [7, 8]]
-        assert found.record.tokens == 8
+        loaded = load(items, batch_size=1)
+        assert sorted(rows(loaded)) == [[1, 2, 3], [4, 5, 6], [7, 8]]
+        assert loaded.record.tokens == 8
 
     def test_output_of_a_tokenizer(self, tiny: Path) -> None:
         import transformers
@@ -192,8 +192,8 @@ class TestPythonList:
         assert rows(load([encoded])) == [encoded["input_ids"][0].tolist()]
 
     def test_long_items_are_cut_and_surplus_ones_dropped(self) -> None:
-        found = load(windows(6, length=25), samples=4, seq_len=10)
-        assert rows(found) == [row[:10] for row in windows(6, length=25)[:4]]
+        loaded = load(windows(6, length=25), samples=4, seq_len=10)
+        assert rows(loaded) == [row[:10] for row in windows(6, length=25)[:4]]
 
     def test_empty_items_are_dropped(self) -> None:
         assert rows(load([[], [5, 6], ""])) == [[5, 6]]
@@ -204,12 +204,12 @@ class TestPythonList:
     )
     def test_batches_hold_every_token_once(self, lengths: list[int], batch_size: int) -> None:
         items = [list(range(100 * i + 1, 100 * i + 1 + n)) for i, n in enumerate(lengths)]
-        found = load(items, samples=99, seq_len=99, batch_size=batch_size)
-        assert sorted(rows(found)) == items
-        assert found.record.tokens == sum(lengths)
-        assert all(len(batch.input_ids) <= batch_size for batch in found.batches)
-        for batch in found.batches:
-            padded = len(set(map(len, rows(replace(found, batches=[batch]))))) > 1
+        loaded = load(items, samples=99, seq_len=99, batch_size=batch_size)
+        assert sorted(rows(loaded)) == items
+        assert loaded.record.tokens == sum(lengths)
+        assert all(len(batch.input_ids) <= batch_size for batch in loaded.batches)
+        for batch in loaded.batches:
+            padded = len(set(map(len, rows(replace(loaded, batches=[batch]))))) > 1
             assert (batch.mask is not None) == padded
             if batch.mask is not None:  # on the right
                 assert torch.equal(batch.mask, batch.mask.sort(dim=1, descending=True).values)
@@ -254,18 +254,18 @@ class TestIssues:
         assert load(windows(6, length=16), samples=6, seq_len=16).not_as_asked == ()
 
     def test_fewer_windows(self, counted: Path) -> None:
-        found = load(windows(6, length=16), samples=9, seq_len=16)
-        assert found.not_as_asked == ("the calibration text gives only 6 of 9 windows",)
+        loaded = load(windows(6, length=16), samples=9, seq_len=16)
+        assert loaded.not_as_asked == ("the calibration text gives only 6 of 9 windows",)
         assert "gives only" in load(str(counted), samples=10**6).not_as_asked[0]
 
     def test_more_items(self) -> None:
-        found = load(windows(6, length=16), samples=4, seq_len=16)
-        assert found.not_as_asked == ("only the first 4 of 6 calibration items are used: samples",)
+        loaded = load(windows(6, length=16), samples=4, seq_len=16)
+        assert loaded.not_as_asked == ("only the first 4 of 6 calibration items are used: samples",)
 
     def test_longer_items(self) -> None:
         rows = [*windows(2, length=16), *windows(1, length=17)]
-        found = load(rows, samples=3, seq_len=16)
-        assert found.not_as_asked == ("1 of 3 calibration items are cut to seq_len=16 tokens",)
+        loaded = load(rows, samples=3, seq_len=16)
+        assert loaded.not_as_asked == ("1 of 3 calibration items are cut to seq_len=16 tokens",)
 
 
 def test_records_of_different_calibrations_differ(counted: Path) -> None:
@@ -293,18 +293,18 @@ def test_a_mixture_follows_its_weights(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("omega " * 4000)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     source = f"{tmp_path}/a.txt:0.7,{tmp_path}/b.txt:0.3"
-    found = load_calibration(
+    loaded = load_calibration(
         source, tokenizer, CalibrationConfig(samples=20, seq_len=16, batch_size=5, seed=0)
     )
-    windows = [row for batch in found.batches for row in batch.input_ids.tolist()]
+    windows = [row for batch in loaded.batches for row in batch.input_ids.tolist()]
     kinds = ["alpha" in tokenizer.decode(window) for window in windows]
     assert (kinds.count(True), len(kinds)) == (14, 20)
     assert kinds != sorted(kinds, reverse=True)  # mixed, not one after the other
-    assert found.record.source == "a.txt: 14, b.txt: 6"
+    assert loaded.record.source == "a.txt: 14, b.txt: 6"
     again = load_calibration(
         source, tokenizer, CalibrationConfig(samples=20, seq_len=16, batch_size=5, seed=0)
     )
-    assert again.record.sha256 == found.record.sha256
+    assert again.record.sha256 == loaded.record.sha256
 
 
 def test_split_by_weight() -> None:

@@ -92,7 +92,7 @@ class TestDataSets:
         return install
 
     @pytest.mark.parametrize(
-        ("source", "held_out", "asked"),
+        ("source", "held_out", "call"),
         [
             ("wikitext2", False, ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")),
             ("wikitext2", True, ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
@@ -105,7 +105,7 @@ class TestDataSets:
         ],
     )
     def test_the_data_set_and_split_that_are_loaded(
-        self, source: str, held_out: bool, asked: tuple[Any, ...], datasets: Any
+        self, source: str, held_out: bool, call: tuple[Any, ...], datasets: Any
     ) -> None:
         calls: list[tuple[Any, ...]] = []
 
@@ -116,7 +116,7 @@ class TestDataSets:
 
         datasets(load)
         assert read_documents(source, held_out=held_out) == ["one"]
-        assert calls == [asked]
+        assert calls == [call]
 
     def test_only_as_much_is_read_as_needed(self, datasets: Any) -> None:
         taken = 0

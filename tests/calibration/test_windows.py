@@ -75,19 +75,21 @@ def test_a_template_that_changes_earlier_turns_is_refused(tokenizer: Any) -> Non
 
 def test_only_answers_count_in_batches(tokenizer: Any, chats: Path) -> None:
     tokenizer.chat_template = PLAIN
-    found = load_calibration(str(chats), tokenizer, CalibrationConfig(**SETTINGS, only="assistant"))
+    loaded = load_calibration(
+        str(chats), tokenizer, CalibrationConfig(**SETTINGS, only="assistant")
+    )
     every = load_calibration(str(chats), tokenizer, CalibrationConfig(**SETTINGS))
-    assert found.record.sha256 != every.record.sha256
-    assert found.record.as_json()["only"] == "assistant"
+    assert loaded.record.sha256 != every.record.sha256
+    assert loaded.record.as_json()["only"] == "assistant"
     assert "only" not in every.record.as_json()
     assert all(batch.counted is None for batch in every.batches)
-    counting = [batch.counting for batch in found.batches]
+    counting = [batch.counting for batch in loaded.batches]
     assert (
-        found.record.tokens
+        loaded.record.tokens
         == sum(int(mask.sum()) for mask in counting if mask is not None)
         < every.record.tokens
     )
-    for batch in found.batches:
+    for batch in loaded.batches:
         assert batch.counted is not None
         assert bool(batch.counted.any(-1).all())  # no window without an answer
         text = tokenizer.decode(batch.input_ids[batch.counted])
@@ -101,9 +103,9 @@ def test_windows_without_an_answer_are_not_sampled(tokenizer: Any, tmp_path: Pat
     chat = [user, {"role": "assistant", "content": "y = 2"}, user]
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps({"messages": chat}))
-    found = load_calibration(str(file), tokenizer, CalibrationConfig(**SETTINGS, only="assistant"))
-    assert found.record.samples <= 2
-    assert any("gives only" in line for line in found.not_as_asked)
+    loaded = load_calibration(str(file), tokenizer, CalibrationConfig(**SETTINGS, only="assistant"))
+    assert loaded.record.samples <= 2
+    assert any("gives only" in line for line in loaded.not_as_asked)
     file.write_text(json.dumps({"messages": chat[:1]}))
     with pytest.raises(CalibrationError, match="no tokens by the assistant"):
         load_calibration(str(file), tokenizer, CalibrationConfig(**SETTINGS, only="assistant"))
@@ -135,17 +137,19 @@ def test_only_the_answers_are_fitted(
     config = rw.QuantizeConfig(
         recipe="textbook", damp_percent=0.01, dynamic={r"layers\.[^0]": None}
     )
-    found = load_calibration(str(chats), tokenizer, CalibrationConfig(**SETTINGS, only="assistant"))
-    answers = [ids for b in found.batches for ids in b.input_ids[b.counted].tolist()]
+    loaded = load_calibration(
+        str(chats), tokenizer, CalibrationConfig(**SETTINGS, only="assistant")
+    )
+    answers = [ids for b in loaded.batches for ids in b.input_ids[b.counted].tolist()]
     options = {"samples": 4, "seq_len": 32, "batch_size": 2}
     made = rw.quantize(tiny, tmp_path / "a", config, str(chats), **options, only="assistant")
     same = rw.quantize(
         tiny, tmp_path / "b", config, [answers], samples=1, seq_len=len(answers), batch_size=1
     )
     every = rw.quantize(tiny, tmp_path / "c", config, str(chats), **options)
-    assert made.layers[0]["tokens"] == len(answers) == found.record.tokens
+    assert made.layers[0]["tokens"] == len(answers) == loaded.record.tokens
     errors = [result.layers[0]["relative_error"] for result in (made, same, every)]
-    # The model computes in bfloat16, and batches of other shapes are rounded otherwise.
+    # The model computes in bfloat16, and batches of other shapes are rounded differently.
     assert errors[0] == pytest.approx(errors[1], rel=2e-3)
     assert errors[0] != pytest.approx(errors[2], rel=1e-2)
     name = made.layers[0]["name"]
@@ -159,7 +163,7 @@ def test_only_the_answers_are_fitted(
     assert torch.equal(codes[0], codes[0].clamp(0, 15))
 
 
-def test_as_a_command_and_again_from_the_manifest(
+def test_the_command_and_its_repetition_from_the_manifest(
     tokenizer: Any, tiny: Path, chats: Path, tmp_path: Path, commands: Any
 ) -> None:
     tokenizer.chat_template = PLAIN

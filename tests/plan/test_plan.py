@@ -178,7 +178,7 @@ def test_a_model_of_405_billion_parameters_needs_seconds_and_no_memory(tmp_path)
     assert grown < 500e6
 
 
-def test_as_a_command(commands, text_model):
+def test_the_command(commands, text_model):
     ended = commands.run("plan", text_model, "--group-size", 32, "--samples", 8, "--json")
     assert ended.code == 0, ended.stderr
     assert ended.json["served_by"]["vLLM, CPU"] is None

@@ -111,7 +111,7 @@ def stopped(folder: Path, name: str) -> dict[str, Any]:
 
 
 def main(folder: Path) -> dict[str, Any]:
-    """Returns, for each case, figures of the result, and whether all bytes equal those of the CPU."""
+    """Returns, for each case, figures of the result, and if its bytes equal those of the CPU."""
     results: dict[str, Any] = {}
     for name in CASES:
         model(name).save_pretrained(folder / name)

@@ -140,7 +140,7 @@ def test_widths_are_chosen_once(
     assert len(measured) == 1  # another text: measured again
 
 
-def test_as_a_command_and_again_from_the_manifest(
+def test_the_command_and_its_repetition_from_the_manifest(
     tiny: Path, tmp_path: Path, commands: Any
 ) -> None:
     made = commands.run(

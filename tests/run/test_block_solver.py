@@ -129,7 +129,7 @@ class TestGroupStatistics:
 
     def test_chosen_damping_replaces_auto(self) -> None:
         prepared = self.statistics(Damping(0.1)).prepared(QUICK.merged({"damp_percent": "auto"}))
-        assert prepared.factor.damping == 0.1
+        assert prepared.factor.damp_percent == 0.1
 
     def test_the_drift_is_dropped_after_the_last_linear(self) -> None:
         statistics = self.statistics()

@@ -67,7 +67,9 @@ def test_differences_in_words(old: object, new: object, description: str) -> Non
 
 
 def test_differences_are_named_below_a_path() -> None:
-    assert describe_difference({"seed": 0}, {"seed": 1}, "calibration") == "calibration.seed (0 -> 1)"
+    assert (
+        describe_difference({"seed": 0}, {"seed": 1}, "calibration") == "calibration.seed (0 -> 1)"
+    )
 
 
 def test_the_number_of_threads_is_restored() -> None:

@@ -1,4 +1,4 @@
-"""What is not a plain decoder: two lists of blocks, towers, blocks that text does not reach."""
+"""Models that are not plain decoders: two lists of blocks, vision towers, unreached blocks."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @MODES
 @pytest.mark.parametrize("name", ["T5", "Bart", "Bert", "ModernBert", "Gemma3", "FalconH1"])
-def test_hidden_states_are_those_of_the_plain_model(
+def test_hidden_states_equal_those_of_the_plain_model(
     name: str, mode: str, folder: Callable[[str], Path]
 ) -> None:
-    streamed, played = open_streamed_model(folder(name)), batches(windows())
+    streamed, calibration = open_streamed_model(folder(name)), batches(windows())
     plain = model_class(streamed.model.config).from_pretrained(folder(name)).eval()
     seen: dict[str, list[torch.Tensor]] = {block.name: [] for block in streamed.blocks}
     for block in streamed.blocks:
@@ -60,22 +60,22 @@ def test_hidden_states_are_those_of_the_plain_model(
             lambda _m, _a, output, key=block.name: seen[key].append(hidden(output))
         )
     with torch.no_grad():
-        for batch in played:
+        for batch in calibration:
             plain(**forward_kwargs(plain, batch.input_ids))
     names = iter([block.name for block in streamed.blocks])
     sequential = mode == "true_sequential"
-    for _, scheduler in run_blocks(streamed, played, sequential=sequential, reference=True):
+    for _, scheduler in run_blocks(streamed, calibration, sequential=sequential, reference=True):
         name = next(names)
-        for player in [*scheduler.quantized, *scheduler.references]:
-            assert torch.equal(hidden(player.output), seen[name][player.number])
+        for batch in [*scheduler.quantized, *scheduler.references]:
+            assert torch.equal(hidden(batch.output), seen[name][batch.number])
 
 
 @MODES
 @pytest.mark.parametrize("count", range(9, 34, 4))
-def test_an_encoder_decoder_goes_on_where_it_was(
+def test_an_encoder_decoder_run_resumes(
     count: int, mode: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    # In the decoder, what the encoder made of the text is needed as well.
+    # The decoder also needs the outputs of the encoder.
     quantize(folder("Bart"), tmp_path / "whole", mode=mode)
     with pytest.raises(Stop):
         quantize(folder("Bart"), tmp_path / "out", mode=mode, progress=stop_after(count))
@@ -83,7 +83,9 @@ def test_an_encoder_decoder_goes_on_where_it_was(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_towers_stay_byte_for_byte(folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_vision_towers_are_copied_byte_for_byte(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     result = quantize(folder("Gemma3"), tmp_path)
     assert all("language_model" in layer["name"] for layer in result.layers)
     before, after = tensors_of(folder("Gemma3")), tensors_of(tmp_path)
@@ -92,7 +94,7 @@ def test_towers_stay_byte_for_byte(folder: Callable[[str], Path], tmp_path: Path
     assert all(raw(before[key]) == raw(after[key]) for key in tower)
 
 
-def test_blocks_that_text_does_not_reach_stay_and_are_named(
+def test_blocks_that_text_does_not_reach_are_skipped_and_reported(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     result = quantize(folder("Mllama"), tmp_path)
@@ -100,17 +102,17 @@ def test_blocks_that_text_does_not_reach_stay_and_are_named(
     assert any("the model does not call its block for text alone" in w for w in result.not_as_asked)
 
 
-def test_linears_whose_weight_is_read_without_a_call_stay_and_are_named(
+def test_linears_whose_weight_is_read_without_a_call_are_skipped_and_reported(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     result = quantize(folder("Mamba"), tmp_path)
     assert not any("dt_proj" in layer["name"] for layer in result.layers)
     assert any(
-        "dt_proj and 1 more stay: the model never calls it" in w for w in result.not_as_asked
+        "dt_proj and 1 more stay dense: the model never calls it" in w for w in result.not_as_asked
     )
 
 
-def test_layers_that_are_called_several_times_are_named(
+def test_layers_that_are_called_several_times_are_reported(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     result = quantize(folder("Albert"), tmp_path)

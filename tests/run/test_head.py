@@ -1,4 +1,4 @@
-"""`--lm-head`: the output head is quantized too, and untied where it shares the embedding's weight."""
+"""`--lm-head`: the output head is quantized too, and untied from the embedding if necessary."""
 
 from __future__ import annotations
 
@@ -75,10 +75,12 @@ def test_every_architecture(name: str, folder_of: Callable[[str], Path], tmp_pat
 
 
 @MODES
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
-def test_the_embedding_stays_and_the_head_is_its_own(tied: bool, mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_embedding_is_copied_and_the_head_is_untied(
+    tied: bool, mode: str, tmp_path: Path
+) -> None:
     folder = saved(tmp_path / "model", tied=tied)
-    # Without corrections for what is lost before, which move the weights on purpose.
+    # Without corrections for earlier errors, which change weights on purpose.
     config = CONFIG.merged({"alpha": 0.0, "beta": 0.0})
     quantize(folder, tmp_path / "out", mode=mode, config=config)
     before, after = tensors_of(folder), tensors_of(tmp_path / "out")
@@ -92,7 +94,7 @@ def test_the_embedding_stays_and_the_head_is_its_own(tied: bool, mode: str, tmp_
     assert not torch.equal(W, model.get_input_embeddings().weight)
 
 
-def test_saved_and_loaded_again(tmp_path: Path) -> None:
+def test_saving_and_loading_again(tmp_path: Path) -> None:
     quantize(saved(tmp_path / "model", tied=True), tmp_path / "out")
     model, _ = rw.load(tmp_path / "out")
     model.save_pretrained(tmp_path / "again")
@@ -100,8 +102,8 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
     assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "out"))
 
 
-def test_the_head_is_fitted_to_what_the_quantized_model_feeds_it(tmp_path: Path) -> None:
-    """Its Hessian is that of the last norm's output behind quantized blocks."""
+def test_the_head_is_fitted_to_inputs_of_the_quantized_model(tmp_path: Path) -> None:
+    """Its Hessian is that of the last norm's output after quantized blocks."""
     folder = saved(tmp_path / "model", tied=True)
     config = CONFIG.merged({"recipe": "textbook", "order": "natural", "alpha": 0.0, "beta": 0.0})
     result = quantize(folder, tmp_path / "out", config=config)
@@ -113,15 +115,14 @@ def test_the_head_is_fitted_to_what_the_quantized_model_feeds_it(tmp_path: Path)
         model(input_ids=torch.tensor(windows()))
     X = seen[0].reshape(-1, 64)
     W = tensors_of(folder)["model.embed_tokens.weight"].double()
-    target_shift = (X @ (W - head.dequantize(torch.float64).T).T).square().sum() / (
-        X @ W.T
-    ).square().sum()
-    assert result.layers[-1]["relative_error"] == pytest.approx(float(target_shift), rel=1e-3)
+    E = W - head.dequantize(torch.float64).T
+    error = (X @ E.T).square().sum() / (X @ W.T).square().sum()
+    assert result.layers[-1]["relative_error"] == pytest.approx(float(error), rel=1e-3)
 
 
 @MODES
 @pytest.mark.parametrize("count", [7, 8, 15, 16, 17])
-def test_a_stopped_run_goes_on_and_gives_the_same_bytes(
+def test_a_stopped_run_resumes_and_gives_the_same_bytes(
     count: int, mode: str, tmp_path: Path
 ) -> None:
     folder = saved(tmp_path / "model", tied=True)
@@ -133,7 +134,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_its_own_width_and_none(tmp_path: Path) -> None:
+def test_a_width_of_its_own_and_a_skipped_head(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", tied=True)
     config = CONFIG.model_copy(update={"dynamic": {"lm_head": {"bits": 8}}})
     assert quantize(folder, tmp_path / "out", config=config).layers[-1]["bits"] == 8
@@ -143,12 +144,12 @@ def test_its_own_width_and_none(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(tmp_path / out), logits(tmp_path / f"{out}-dense"))
 
 
-def test_rotated_too(tmp_path: Path) -> None:
+def test_with_rotation(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", tied=True)
     quantize(folder, tmp_path / "out", config=CONFIG.merged({"rotate": True, "bits": 8}))
     assert audit(tmp_path / "out", against=Checkpoint(folder)).failures == []
-    describe_difference = logits(tmp_path / "out") - logits(folder)
-    assert float(describe_difference.norm() / logits(folder).norm()) < 0.05
+    difference = logits(tmp_path / "out") - logits(folder)
+    assert float(difference.norm() / logits(folder).norm()) < 0.05
 
 
 def test_a_vocabulary_that_cannot_be_packed(tmp_path: Path) -> None:
@@ -162,4 +163,6 @@ def test_verify_refuses_a_quantized_head_that_the_config_ties(tmp_path: Path) ->
     (tmp_path / "out" / "roundwise.json").unlink()
     with edited_json(tmp_path / "out" / "config.json") as config:
         config["tie_word_embeddings"] = True
-    assert any("ties it to the embedding" in failure for failure in audit(tmp_path / "out").failures)
+    assert any(
+        "ties it to the embedding" in failure for failure in audit(tmp_path / "out").failures
+    )

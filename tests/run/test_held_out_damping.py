@@ -1,4 +1,4 @@
-"""`damp_percent=auto`: some batches are held out, damping is chosen by them, then all are used."""
+"""`damp_percent=auto`: damping is chosen on held-out batches; then all batches are used."""
 
 from __future__ import annotations
 
@@ -33,27 +33,29 @@ def test_every_eighth_batch_is_held_out(count: int, numbers: set[int]) -> None:
     assert held_out_batches(BEST, count) == set()
 
 
-def test_one_batch_leaves_none_to_hold_out(llama: Path, tmp_path: Path) -> None:
+def test_a_single_batch_cannot_be_held_out(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"only one: use a smaller --batch-size"):
         quantize(llama, tmp_path / "out", batch_size=8)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mode", ["true_sequential", "block"])
-def test_the_choice_is_the_least_loss_and_is_told(llama: Path, tmp_path: Path, mode: Any) -> None:
+def test_the_damping_with_the_lowest_loss_is_chosen_and_recorded(
+    llama: Path, tmp_path: Path, mode: Any
+) -> None:
     result = quantize(llama, tmp_path / "out", mode=mode)
     for layer in result.layers:
         losses = layer["damp_losses"]
         assert [float(damping) for damping in losses] == list(DAMPINGS)
         assert layer["damp_percent"] == float(min(losses, key=losses.get))
-        assert layer["tokens"] == 128  # those held out are used in the end
+        assert layer["tokens"] == 128  # the held-out tokens are used too
     # Linears of one input share the choice.
     chosen = {layer["name"]: layer["damp_losses"] for layer in result.layers}
     assert chosen["model.layers.1.self_attn.q_proj"] == chosen["model.layers.1.self_attn.v_proj"]
     assert chosen["model.layers.1.self_attn.q_proj"] != chosen["model.layers.1.mlp.down_proj"]
 
 
-def test_the_result_is_that_of_the_chosen_damping(
+def test_the_chosen_damping_gives_the_result_of_a_fixed_one(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With one damping to choose from, auto is that damping: the same codes from all tokens.
@@ -65,13 +67,13 @@ def test_the_result_is_that_of_the_chosen_damping(
         assert "damp_losses" not in b
         if index < len(QKV):
             assert a["relative_error"] == pytest.approx(b["relative_error"], rel=0.001)
-    # Moments joined from two parts are rounded otherwise: a tie falls the other way here and there, and
-    # every later layer meets other inputs. Together they lose the same.
-    whole = [sum(layer["relative_error"] for layer in run.layers) for run in (auto, given)]
-    assert whole[0] == pytest.approx(whole[1], rel=0.05)
+    # Moments of two parts are rounded differently, so rounding ties may go the other way and change the
+    # inputs of later layers. The total error is the same.
+    total = [sum(layer["relative_error"] for layer in run.layers) for run in (auto, given)]
+    assert total[0] == pytest.approx(total[1], rel=0.05)
 
 
-def test_held_out_batches_are_summed_up_apart(llama: Path) -> None:
+def test_held_out_batches_are_summed_separately(llama: Path) -> None:
     rows = windows(4)
     seen: list[tuple[int, int]] = []
 
@@ -85,7 +87,7 @@ def test_held_out_batches_are_summed_up_apart(llama: Path) -> None:
     assert set(seen) == {(96, 32)}
 
 
-def test_a_stopped_run_ends_with_the_same_bytes(llama: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_gives_the_same_bytes(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         quantize(llama, tmp_path / "out", progress=stop_after(11))
     quantize(llama, tmp_path / "out")
@@ -93,7 +95,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(llama: Path, tmp_path: Path) -> 
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_a_number_is_another_run(llama: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_fixed_damping_does_not_resume_it(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         quantize(llama, tmp_path / "out", progress=stop_after(8))
     with pytest.raises(OutputError, match=r"differs in config\.damp_percent \(auto -> 0\.01\)"):
@@ -101,7 +103,9 @@ def test_a_number_is_another_run(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq"])
-def test_methods_without_damping_hold_nothing_out(method: str, llama: Path, tmp_path: Path) -> None:
+def test_methods_without_damping_hold_no_batch_out(
+    method: str, llama: Path, tmp_path: Path
+) -> None:
     config = QUICK.merged({"damp_percent": "auto", "method": method})
     result = quantize(llama, tmp_path / "out", config=config, batch_size=8)
     assert not any("damp_losses" in layer for layer in result.layers)

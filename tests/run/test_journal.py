@@ -1,4 +1,4 @@
-"""The work folder: a line in the journal is proof of what came before it."""
+"""The journal: a line proves that shards and activations are on disk; saved activations are exact."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def record(block: int, activations: SavedActivations | None = None) -> BlockReco
 RUN = Fingerprint(threads=4)
 
 
-def test_lines_come_back_in_their_order(journal: Journal) -> None:
+def test_lines_are_read_in_order(journal: Journal) -> None:
     assert journal.read() == (None, [])
     journal.start(RUN)
     assert journal.read() == (RUN, [])
@@ -44,9 +44,7 @@ def test_lines_come_back_in_their_order(journal: Journal) -> None:
     assert journal.read() == (RUN, [record(0), record(1), record(2)])
 
 
-def test_a_line_is_on_the_disk_before_work_goes_on(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_is_synced_to_disk(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     journal.start(RUN)
     synced: list[str] = []
     sync = os.fsync
@@ -60,7 +58,7 @@ def test_a_line_is_on_the_disk_before_work_goes_on(
     assert str(journal.path) in synced
 
 
-def test_a_torn_line_does_not_count_and_is_cut_off(journal: Journal) -> None:
+def test_an_incomplete_line_is_ignored_and_dropped(journal: Journal) -> None:
     journal.start(RUN)
     journal.blocks_done([record(0)], keep=set())
     with journal.path.open("a") as file:
@@ -71,12 +69,12 @@ def test_a_torn_line_does_not_count_and_is_cut_off(journal: Journal) -> None:
     assert journal.read()[1] == [record(0), record(1)]
 
 
-def test_a_torn_first_line_is_a_fresh_folder(journal: Journal) -> None:
+def test_an_incomplete_first_line_is_an_empty_journal(journal: Journal) -> None:
     journal.path.write_text('{"fingerpr')
     assert journal.read() == (None, [])
 
 
-def test_files_that_were_being_written_are_removed(journal: Journal) -> None:
+def test_incomplete_files_are_removed(journal: Journal) -> None:
     journal.start(RUN)
     out = journal.folder.parent
     for path in (out / "model-00001.safetensors.partial", journal.folder / "x.partial"):
@@ -93,16 +91,16 @@ def test_files_that_were_being_written_are_removed(journal: Journal) -> None:
         [(torch.randn(2, 3), None, torch.randn(4)), (torch.randn(2, 2), None, torch.randn(1))],
         [torch.randn(3, 4).bfloat16().T, torch.randn(3, 4).bfloat16()],
     ],
-    ids=["tensors", "tuples", "with none", "turned"],
+    ids=["tensors", "tuples", "with none", "transposed"],
 )
-def test_what_blocks_return_comes_back_bit_for_bit(journal: Journal, outputs: list[Any]) -> None:
+def test_outputs_are_loaded_bit_for_bit(journal: Journal, outputs: list[Any]) -> None:
     out = journal.folder.parent
-    # Of two ranks, each writes what its players have; either reads what both wrote.
-    given = [{f"player-{i}": outputs[i]} for i in range(2)]
-    saved = [save_outputs(out, 3, rank, given[rank]) for rank in range(2)]
+    # Each of two ranks writes the outputs of its batches; either reads those of both.
+    of_rank = [{f"quantized-{i}": outputs[i]} for i in range(2)]
+    saved = [save_outputs(out, 3, rank, of_rank[rank]) for rank in range(2)]
     files = {**saved[0].files, **saved[1].files}
     loaded = load_outputs(out, SavedActivations(files=files, places=saved[0].places))
-    assert loaded.keys() == {"player-0", "player-1"}
+    assert loaded.keys() == {"quantized-0", "quantized-1"}
     for before, after in zip(outputs, loaded.values(), strict=True):
         assert isinstance(after, tuple) == isinstance(before, tuple)
         pairs = (
@@ -129,7 +127,7 @@ def test_only_activations_that_are_needed_are_kept(journal: Journal) -> None:
         assert {path.name for path in journal.folder.glob("activations-*")} == keep
 
 
-def test_one_at_a_time(journal: Journal) -> None:
+def test_one_process_at_a_time(journal: Journal) -> None:
     out = journal.folder.parent
     with pytest.raises(OutputError, match="another roundwise process is working in"):
         Journal(out)
@@ -137,7 +135,7 @@ def test_one_at_a_time(journal: Journal) -> None:
     Journal(out).close()
 
 
-def test_a_lock_that_cannot_be_had_is_not_another_process(
+def test_a_file_system_without_locks_is_not_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:

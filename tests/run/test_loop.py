@@ -1,8 +1,9 @@
-"""Every file operation of a run fails once: nothing is lost, and nothing half-done looks finished."""
+"""A run: failing file operations, resumed timings, errors of hidden states, prefetching."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 from collections.abc import Callable
@@ -10,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import roundwise as rw
+from roundwise.checkpoint.hub import bundled_model
 from roundwise.errors import CheckpointError, RoundwiseError, RunError
+from roundwise.inference.load import load
+from roundwise.model.streamed import StreamedModel
 from roundwise.run import block_solver
 from roundwise.verify import audit
 from tests.conftest import QUICK
@@ -47,9 +52,9 @@ class Faults:
 
         return operation
 
-    def step(self, what: str) -> None:
+    def step(self, operation: str) -> None:
         self.count += 1
-        self.log.append(what)
+        self.log.append(operation)
         if self.count == self.failing:
             raise OSError(self.number, os.strerror(self.number))
 
@@ -99,23 +104,23 @@ def test_each_file_operation_fails_once(
             failed: str | None = str(error)
         else:
             failed = None
-        what = f"operation {number}, {faults.log[number - 1]}: {failed}"
+        failure = f"operation {number}, {faults.log[number - 1]}: {failed}"
         faults.arm(-1)
         if (out / "config.json").exists():
-            # Failed while cleaning up, if at all: what is there is whole.
-            assert audit(out).failures == [], what
+            # At most the cleanup failed: the checkpoint is complete.
+            assert audit(out).failures == [], failure
         else:
-            assert failed, what
+            assert failed, failure
             with pytest.raises(CheckpointError):
                 rw.load(out)
         quantize(llama, out)
-        assert contents(out) == whole, what
+        assert contents(out) == whole, failure
 
 
 def test_each_file_operation_of_a_restart_fails_once(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Up to where work begins: from there on it is a run like any other.
+    # Up to the journal: from there on it is a run like any other.
     faults = Faults(monkeypatch)
     quantize(llama, tmp_path / "whole")
     whole, out = contents(tmp_path / "whole"), tmp_path / "out"
@@ -126,18 +131,18 @@ def test_each_file_operation_of_a_restart_fails_once(
     quantize(llama, out)
     faults.arm(-1)
     restart()
-    begun = next(i for i, what in enumerate(faults.log) if what == "open journal.jsonl")
+    begun = next(i for i, step in enumerate(faults.log) if step == "open journal.jsonl")
     assert faults.log[:begun].count("unlink") > len(whole)
     for number in range(1, begun + 1):
         faults.arm(number, errno.EIO)
         with pytest.raises(RoundwiseError):
             restart()
-        what = f"operation {number}, {faults.log[number - 1]}"
+        failure = f"operation {number}, {faults.log[number - 1]}"
         faults.arm(-1)
         if (out / "config.json").exists():
-            assert audit(out).failures == [], what
+            assert audit(out).failures == [], failure
         quantize(llama, out)
-        assert contents(out) == whole, what
+        assert contents(out) == whole, failure
 
 
 @pytest.mark.parametrize(
@@ -147,7 +152,7 @@ def test_each_file_operation_of_a_restart_fails_once(
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_out_of_memory_in_the_solver_is_named_and_can_be_gone_on_from(
+def test_a_run_resumes_after_running_out_of_memory(
     error: Exception, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize(llama, tmp_path / "whole")
@@ -167,7 +172,7 @@ def test_out_of_memory_in_the_solver_is_named_and_can_be_gone_on_from(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_clock_that_jumps_changes_nothing(
+def test_a_clock_that_jumps_does_not_matter(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize(llama, tmp_path / "whole")
@@ -179,3 +184,68 @@ def test_a_clock_that_jumps_changes_nothing(
         )
     quantize(llama, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[list[int]]]:
+    """The bundled model in float32, its quantized checkpoint, and the calibration windows."""
+    scratch = tmp_path_factory.mktemp("made")
+    source, out = scratch / "source", scratch / "out"
+    load(bundled_model(), dtype=torch.float32)[0].save_pretrained(source)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(500, (8, 48), generator=generator).tolist()
+    rw.quantize(source, out, rw.QuantizeConfig(bits=3), rows, batch_size=1, seq_len=48)
+    return source, out, rows
+
+
+def test_depth_errors_equal_those_of_the_loaded_models(
+    made: tuple[Path, Path, list[list[int]]],
+) -> None:
+    source, out, rows = made
+    blocks = json.loads((out / "roundwise.json").read_text())["blocks"]
+    states = []
+    for folder in (source, out):
+        model = load(folder, dtype=torch.float32)[0]
+        with torch.no_grad():
+            hidden = model(torch.tensor(rows), output_hidden_states=True).hidden_states
+        states.append([h.double() for h in hidden])
+    assert [block["name"] for block in blocks] == [f"model.layers.{i}" for i in range(6)]
+    # All but the last, to which transformers applies the final norm.
+    for block, then, now in zip(blocks[:-1], states[0][1:-1], states[1][1:-1], strict=True):
+        expected = float((now - then).square().sum() / then.square().sum())
+        assert block["depth_error"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_timings_add_up_over_a_resumed_run(
+    made: tuple[Path, Path, list[list[int]]], tmp_path: Path
+) -> None:
+    source, whole, rows = made
+
+    def stop(progress: rw.Progress) -> None:
+        if progress.block == 2 and progress.layer is None:
+            raise KeyboardInterrupt
+
+    arguments: Any = (source, tmp_path / "out", rw.QuantizeConfig(bits=3), rows)
+    with pytest.raises(rw.RoundwiseError, match="3 of 6 blocks"):
+        rw.quantize(*arguments, batch_size=1, seq_len=48, progress=stop)
+    result = rw.quantize(*arguments, batch_size=1, seq_len=48)
+    timings = json.loads((tmp_path / "out" / "roundwise-run.json").read_text())
+    assert len(timings["blocks"]) == 6
+    assert timings["seconds"] == pytest.approx(sum(timings["phases"].values()))
+    assert timings["phases"]["solve"] > result.phases["solve"] > 0
+    assert result.seconds == pytest.approx(sum(result.phases.values()), rel=0.05)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_the_next_block_is_read_while_one_runs(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead: list[int] = []
+    monkeypatch.setattr(StreamedModel, "prefetch", lambda _, index: ahead.append(index))
+    blocks = []
+    config = rw.QuantizeConfig(method="rtn", group_size=32)
+    rw.quantize(
+        llama, tmp_path, config, progress=lambda step: blocks.append((step.block, ahead[-1]))
+    )
+    assert blocks
+    assert all(later == block + 1 for block, later in blocks)

@@ -1,4 +1,4 @@
-"""Mixtures of experts from checkpoint to checkpoint: planned, quantized, verified, loaded."""
+"""Mixtures of experts, from the original checkpoint to the loaded quantized one."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=torch.tensor(windows(seed=9))).logits
 
 
-def exact(out: Path, scratch: Path) -> None:
-    """The loaded checkpoint computes what transformers does with the dequantized weights.
+def check_logits(out: Path, scratch: Path) -> None:
+    """Checks that the loaded checkpoint equals transformers with the dequantized weights.
 
-    In float64, where no rounding decides which expert a token goes to.
+    In float64, so that rounding does not decide which expert a token is routed to.
     """
     convert(out, scratch, "dense", dtype=torch.float32)
     plain, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -60,7 +60,7 @@ def exact(out: Path, scratch: Path) -> None:
     )
     assert not any(report.values())
     ours, _ = rw.load(out, dtype=torch.float64)
-    ours.set_experts_implementation("eager")  # of those that were left as they are
+    ours.set_experts_implementation("eager")  # for experts that are not quantized
     torch.testing.assert_close(logits(ours), logits(plain), rtol=1e-6, atol=1e-6)
 
 
@@ -85,11 +85,11 @@ def test_planned_quantized_verified_and_loaded(
     stored = {n.rpartition(".")[0] for n in tensors_of(tmp_path / "out") if n.endswith("qweight")}
     assert MIXTURES[name].stored in stored
     assert len(stored) == len(result.layers)
-    exact(tmp_path / "out", tmp_path / "dense")
+    check_logits(tmp_path / "out", tmp_path / "dense")
 
 
 @NAMES
-def test_everything_else_stays_byte_for_byte(
+def test_all_other_tensors_are_copied_byte_for_byte(
     name: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     quantize(folder(name), tmp_path)
@@ -112,7 +112,9 @@ def test_coverage_is_in_the_result_and_the_manifest(
     result = quantize(folder(name), tmp_path, mode=mode, config=config)
     assert result.experts == json.loads((tmp_path / "roundwise.json").read_text())["experts"]
     assert result.experts[0]["name"] == MIXTURES[name].experts
-    assert all(sum(line["tokens"]) == 2 * 4 * 32 for line in result.experts)  # two experts a token
+    assert all(
+        sum(line["tokens"]) == 2 * 4 * 32 for line in result.experts
+    )  # two experts per token
     few = 0
     for line in result.experts:
         for expert, tokens in enumerate(line["tokens"]):
@@ -128,15 +130,15 @@ def test_coverage_is_in_the_result_and_the_manifest(
 
 
 @MODES
-def test_all_tokens_through_every_expert(
+def test_all_tokens_are_counted_for_every_expert(
     mode: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = CONFIG.merged({"experts": "all"})
     result = quantize(folder("mixtral"), tmp_path / "out", mode=mode, config=config)
     assert {layer["tokens"] for layer in result.layers} == {4 * 32}
     assert not any(layer["fallback"] for layer in result.layers)
-    assert sum(result.experts[0]["tokens"]) == 2 * 4 * 32  # the table says what the router chose
-    exact(tmp_path / "out", tmp_path / "dense")
+    assert sum(result.experts[0]["tokens"]) == 2 * 4 * 32  # coverage counts the router's choices
+    check_logits(tmp_path / "out", tmp_path / "dense")
 
 
 def test_too_few_tokens_are_an_error_if_strict(
@@ -147,7 +149,7 @@ def test_too_few_tokens_are_an_error_if_strict(
         quantize(folder("mixtral"), tmp_path, config=config, strict=True)
 
 
-def test_an_expert_without_tokens_and_without_a_minimum_is_rounded_and_named(
+def test_an_expert_without_tokens_and_without_a_minimum_is_rounded_and_reported(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     # One window of one token that is routed to two of four experts.
@@ -171,7 +173,7 @@ def test_an_expert_without_tokens_and_without_a_minimum_is_rounded_and_named(
 @pytest.mark.parametrize("count", [5, 12, 17, 20, 33])
 @pytest.mark.parametrize("changes", [{}, {"experts": "all"}], ids=["routed", "all"])
 @MODES
-def test_a_stopped_run_goes_on_and_gives_the_same_bytes(
+def test_a_stopped_run_resumes_and_gives_the_same_bytes(
     mode: str, changes: dict[str, str], count: int, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = CONFIG.merged({**changes, "expert_tokens": 60})
@@ -184,21 +186,23 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_experts_that_are_left_out_stay_as_the_files_have_them(
+def test_skipped_experts_are_copied(
     name: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"dynamic": {"experts": None}})
     result = quantize(folder(name), tmp_path / "out", config=config)
     assert not any("experts" in layer["name"] for layer in result.layers)
     before, after = tensors_of(folder(name)), tensors_of(tmp_path / "out")
-    stay = [key for key in before if "experts" in key]
-    assert stay
-    assert all(raw(before[key]) == raw(after[key]) for key in stay)
+    experts = [key for key in before if "experts" in key]
+    assert experts
+    assert all(raw(before[key]) == raw(after[key]) for key in experts)
     assert audit(tmp_path / "out", against=Checkpoint(folder(name))).failures == []
-    exact(tmp_path / "out", tmp_path / "dense")
+    check_logits(tmp_path / "out", tmp_path / "dense")
 
 
-def test_some_experts_cannot_be_left_out(folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_some_experts_of_a_block_cannot_be_skipped(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     config = CONFIG.model_copy(update={"dynamic": {r"experts\.2\.w1": None}})
     with pytest.raises(ConfigError, match=r"experts\.2\.w1 is skipped and .* quantize all experts"):
         quantize(folder("mixtral"), tmp_path / "out", config=config)
@@ -216,29 +220,29 @@ def test_some_experts_cannot_be_left_out(folder: Callable[[str], Path], tmp_path
         ("qwen3_moe", {"down_proj": {"group_size": 16}}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
     ],
 )
-def test_plan_says_who_serves_it(
+def test_plan_names_the_engines_that_serve_it(
     name: str, dynamic: dict[str, Any], refusing: set[str], folder: Callable[[str], Path]
 ) -> None:
     config = CONFIG.model_copy(update={"dynamic": dynamic})
     planned = plan(open_streamed_model(folder(name)), config, samples=4, seq_len=32)
-    assert {engine for engine, why in planned.served_by.items() if why} == refusing
+    assert {engine for engine, reason in planned.served_by.items() if reason} == refusing
 
 
 def test_experts_may_have_another_width(folder: Callable[[str], Path], tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"dynamic": {r"experts\.\d+\.w2": {"bits": 8}}})
     result = quantize(folder("mixtral"), tmp_path / "out", config=config)
     assert {x["bits"] for x in result.layers if x["name"].endswith("w2")} == {8}
-    exact(tmp_path / "out", tmp_path / "dense")
+    check_logits(tmp_path / "out", tmp_path / "dense")
 
 
 def test_rounding_to_nearest_needs_no_tokens(folder: Callable[[str], Path], tmp_path: Path) -> None:
     config = rw.QuantizeConfig(group_size=32, method="rtn")
     result = quantize(folder("gpt_oss"), tmp_path / "out", config=config, calibration=None)
     assert result.experts == []
-    exact(tmp_path / "out", tmp_path / "dense")
+    check_logits(tmp_path / "out", tmp_path / "dense")
 
 
-def test_what_the_norm_feeds_cannot_be_scaled_or_rotated_past_a_router(
+def test_norms_that_feed_a_router_cannot_be_scaled_or_rotated(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     for changes in ({"method": "awq"}, {"rotate": True}):
@@ -246,7 +250,9 @@ def test_what_the_norm_feeds_cannot_be_scaled_or_rotated_past_a_router(
             quantize(folder("mixtral"), tmp_path / "out", config=CONFIG.merged(changes))
 
 
-def test_a_mixture_saved_again_is_the_same(folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_mixture_that_is_saved_again_does_not_change(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     quantize(folder("gpt_oss"), tmp_path / "out")
     model, _ = rw.load(tmp_path / "out")
     model.save_pretrained(tmp_path / "again")

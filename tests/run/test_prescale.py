@@ -44,7 +44,7 @@ def quantize(model: Path, out: Path, **changes: Any) -> rw.QuantizeResult:
 
 @pytest.fixture(scope="module")
 def lopsided(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The small model of an architecture with a few channels that carry far more than the rest."""
+    """The small model of an architecture with a few outlier channels."""
 
     def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
         folder = tmp_path_factory.mktemp(name)
@@ -61,34 +61,33 @@ def lopsided(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def outliers(lopsided: Callable[..., Path]) -> Path:
-    """A small Llama of that kind, in bfloat16."""
+    """A small Llama with outlier channels, in bfloat16."""
     return lopsided("llama", torch.bfloat16)
 
 
 def unscaled(source: Path, result: rw.QuantizeResult) -> dict[str, torch.Tensor]:
-    """Each quantized weight as it acts behind the original norms."""
+    """Each quantized weight divided by its scales, to be used with the original norms."""
     before, after = tensors_of(source), tensors_of(result.output)
     records = {layer["name"]: layer["prescale"] for layer in result.layers}
-    found = {}
+    weights = {}
     for layer in quantized_layers(Checkpoint(result.output)):
         Q = layer.read("gptq").dequantize()
         record = next(r for name, r in records.items() if name.endswith(layer.name))
         if record is not None:
             gains = [t[record["norm"]].float() + record["offset"] for t in (before, after)]
             Q = Q * gains[1] / gains[0]
-        found[layer.name] = Q
-    return found
+        weights[layer.name] = Q
+    return weights
 
 
 @pytest.mark.parametrize("config", [SCALED, BEST.merged({"prescale": "awq"}), AWQ])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "falcon"])
-def test_the_checkpoint_computes_what_the_run_computed(
+def test_the_checkpoint_computes_the_same_as_the_running_model(
     name: str, config: rw.QuantizeConfig, lopsided: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = lopsided(name)
     result = quantize(source, tmp_path / "out", config=config)
-    fed = [layer for layer in result.layers if layer["prescale"]]
-    assert fed, "no layer was scaled: the test would prove nothing"
+    assert any(layer["prescale"] for layer in result.layers)
     dense = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     for linear, Q in unscaled(source, result).items():
         assign(dense, linear, Q)
@@ -109,13 +108,13 @@ def test_only_norms_in_front_of_scaled_layers_change(outliers: Path, tmp_path: P
     for layer in result.layers:
         record = layer["prescale"]
         if layer["name"].endswith(("o_proj", "down_proj")):
-            assert record is None  # no norm stands in front of them
+            assert record is None  # they do not read a norm
         elif record is not None:
             assert 0 < record["ratio"] < 1
 
 
-def test_the_error_told_is_that_on_the_unscaled_input(outliers: Path, tmp_path: Path) -> None:
-    # The first group of the first block reads what the original model reads: easy to sum up.
+def test_the_recorded_error_is_that_on_the_unscaled_input(outliers: Path, tmp_path: Path) -> None:
+    # The first group of the first block has the same inputs as in the original model.
     result = quantize(outliers, tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj"
     line = next(layer for layer in result.layers if layer["name"] == name)
@@ -131,7 +130,9 @@ def test_the_error_told_is_that_on_the_unscaled_input(outliers: Path, tmp_path: 
     assert line["relative_error"] == pytest.approx(float(error), rel=0.01)
 
 
-def test_scales_pay_where_channels_carry_unequally(outliers: Path, tmp_path: Path) -> None:
+def test_scales_reduce_the_error_of_models_with_outlier_channels(
+    outliers: Path, tmp_path: Path
+) -> None:
     original, _ = rw.load(outliers, dtype=torch.float32)
     ids = torch.tensor(windows(seed=5))
     losses: dict[str, float] = {}
@@ -155,7 +156,7 @@ def test_verify_against_the_original(
     assert not report.failures
     assert report.checked["weight errors"] == 14
     assert Checkpoint(out).config["quantization_config"]["meta"]["prescale"] == "awq"
-    # A layer whose scales are forgotten is not what was recorded.
+    # The weight error of a layer whose scales are not recorded does not match.
     with edited_json(out / "roundwise.json") as manifest:
         manifest["files"] = {}
         line = next(layer for layer in manifest["layers"] if layer["prescale"])
@@ -172,7 +173,7 @@ def test_verify_against_the_original(
 
 @pytest.mark.parametrize("count", [3, 8, 11])
 @pytest.mark.parametrize("config", [BEST.merged({"prescale": "awq"}), AWQ])
-def test_a_stopped_run_ends_with_the_same_bytes(
+def test_a_stopped_run_gives_the_same_bytes(
     config: rw.QuantizeConfig, count: int, outliers: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stop):
@@ -182,15 +183,15 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_other_scales_are_another_run(llama: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_other_scaling(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         quantize(llama, tmp_path / "out", progress=stop_after(8))
     with pytest.raises(OutputError, match=r"differs in config\.prescale \(awq -> none\)"):
         quantize(llama, tmp_path / "out", config=QUICK)
 
 
-def test_a_group_with_a_layer_left_alone_is_not_scaled(outliers: Path, tmp_path: Path) -> None:
-    # Its norm could not be changed without changing the layer that is to stay as it is.
+def test_a_group_with_a_skipped_layer_is_not_scaled(outliers: Path, tmp_path: Path) -> None:
+    # Scaling its norm would change the skipped layer too.
     config = rw.QuantizeConfig(
         **{**SCALED.model_dump(), "dynamic": {r"0\.self_attn\.k_proj": None}}
     )
@@ -204,7 +205,7 @@ def test_a_group_with_a_layer_left_alone_is_not_scaled(outliers: Path, tmp_path:
     assert raw(before[name]) == raw(after[name])
 
 
-def test_without_scales_nothing_is_said_of_them(llama: Path, tmp_path: Path) -> None:
+def test_without_scales_the_records_do_not_mention_them(llama: Path, tmp_path: Path) -> None:
     result = quantize(llama, tmp_path / "out", config=QUICK)
     assert not any("prescale" in layer for layer in result.layers)
     assert "prescale" not in Checkpoint(tmp_path / "out").config["quantization_config"]["meta"]
@@ -217,10 +218,10 @@ def test_a_run_needs_activations(llama: Path, tmp_path: Path) -> None:
         quantize(llama, tmp_path / "out", config=AWQ, calibration=None)
 
 
-def test_other_architectures_take_the_method(
+def test_other_architectures_support_the_method(
     folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    for name in ("qwen3", "opt", "gpt_neox", "bloom"):  # those not met above
+    for name in ("qwen3", "opt", "gpt_neox", "bloom"):  # those that no test above uses
         result = quantize(folder_of(name), tmp_path / name, config=AWQ)
         assert all(layer["fallback"] is None for layer in result.layers)
         assert not audit(tmp_path / name, against=Checkpoint(folder_of(name))).failures

@@ -1,4 +1,4 @@
-"""A run done again from its manifest: the same bytes, or it says what is another."""
+"""A run repeated from its manifest: the same bytes, or a message about what differs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def model(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of its own; tests that change it put it back."""
+    """A copy of the model; tests that change it restore it."""
     return Path(shutil.copytree(text_model, tmp_path_factory.mktemp("model") / "m"))
 
 
@@ -50,7 +50,9 @@ def made(model: Path, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return out
 
 
-def test_everything_that_decides_is_in_the_manifest(model: Path, notes: Path, made: Path) -> None:
+def test_the_manifest_contains_everything_that_decides_the_bytes(
+    model: Path, notes: Path, made: Path
+) -> None:
     manifest = json.loads((made / "roundwise.json").read_text())
     run = manifest["run"]
     assert run["model"]["files"] == {"model.safetensors": contents(model)["model.safetensors"]}
@@ -69,16 +71,16 @@ def test_everything_that_decides_is_in_the_manifest(model: Path, notes: Path, ma
 
 
 @pytest.mark.parametrize("name", ["", "roundwise.json"])
-def test_again_with_the_same_bytes(name: str, made: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(2)  # what the manifest says counts
+def test_a_repeated_run_gives_the_same_bytes(name: str, made: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(2)  # the number in the manifest is used
     try:
-        found = reproduce(made / name, tmp_path / "again", strict=True)
+        repeated = reproduce(made / name, tmp_path / "again", strict=True)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
-    assert found.same
-    assert found.platform == ""
-    assert len(found.files) == len(contents(made)) - 1  # all but the manifest itself
+    assert repeated.same
+    assert repeated.platform == ""
+    assert len(repeated.files) == len(contents(made)) - 1  # all but the manifest itself
     assert contents(tmp_path / "again") == contents(made)
 
 
@@ -100,15 +102,15 @@ def test_model_and_text_that_have_moved(
         reproduce(manifest, tmp_path / "again")
     with pytest.raises(CalibrationError, match=r"there is no file 'gone\.txt'"):
         reproduce(manifest, tmp_path / "again", model=str(tmp_path / "moved"))
-    to_device = {"model": str(tmp_path / "moved"), "calibration": str(tmp_path / "notes.txt")}
-    assert reproduce(manifest, tmp_path / "again", **to_device).same
+    moved = {"model": str(tmp_path / "moved"), "calibration": str(tmp_path / "notes.txt")}
+    assert reproduce(manifest, tmp_path / "again", **moved).same
 
 
 class TestRefused:
-    """What is not as it was is named before work begins."""
+    """Whatever differs from the manifest is reported before work begins."""
 
-    def refused(self, made: Path, tmp_path: Path, kind: type[Exception], says: str) -> None:
-        with pytest.raises(kind, match=says):
+    def refused(self, made: Path, tmp_path: Path, kind: type[Exception], message: str) -> None:
+        with pytest.raises(kind, match=message):
             reproduce(made, tmp_path / "again")
         assert not (tmp_path / "again").exists()
 
@@ -122,10 +124,10 @@ class TestRefused:
         if keep_time:
             os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
         try:
-            says = (
+            message = (
                 rf"{model.name} is not the model that .* was made from: model\.safetensors differs"
             )
-            self.refused(made, tmp_path, CheckpointError, says)
+            self.refused(made, tmp_path, CheckpointError, message)
         finally:
             file.write_bytes(before)
 
@@ -142,8 +144,8 @@ class TestRefused:
         before = notes.read_text()
         notes.write_text(before + "!")
         try:
-            says = r"notes\.txt is not the text that .* was calibrated with"
-            self.refused(made, tmp_path, CalibrationError, says)
+            message = r"notes\.txt is not the text that .* was calibrated with"
+            self.refused(made, tmp_path, CalibrationError, message)
         finally:
             notes.write_text(before)
 
@@ -159,7 +161,7 @@ class TestRefused:
     def test_a_folder_without_a_manifest(self, model: Path, tmp_path: Path) -> None:
         self.refused(model, tmp_path, CheckpointError, "only checkpoints made by roundwise")
 
-    def test_into_itself(self, made: Path) -> None:
+    def test_the_manifests_own_folder_as_output(self, made: Path) -> None:
         with pytest.raises(OutputError, match="is the checkpoint to compare with"):
             reproduce(made, made)
 
@@ -194,23 +196,23 @@ class TestRefused:
 
 
 class TestElsewhere:
-    """Another version or processor cannot be helped: it is said, and the files tell."""
+    """Another version or processor is reported, and the files are compared."""
 
     @pytest.fixture
     def other(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("roundwise.run.environment.__version__", "99")
 
     @pytest.mark.usefixtures("other")
-    def test_is_said(self, made: Path, tmp_path: Path) -> None:
-        found = reproduce(made, tmp_path / "again")
+    def test_it_is_reported(self, made: Path, tmp_path: Path) -> None:
+        repeated = reproduce(made, tmp_path / "again")
         assert any(
             "versions.roundwise" in line and "the bytes may differ" in line
-            for line in found.result.not_as_asked
+            for line in repeated.result.not_as_asked
         )
-        assert found.same  # only the manifest, which is not compared, names the version
+        assert repeated.same  # only the manifest, which is not compared, contains the version
 
     @pytest.mark.usefixtures("other")
-    def test_is_an_error_if_strict(self, made: Path, tmp_path: Path) -> None:
+    def test_it_is_an_error_if_strict(self, made: Path, tmp_path: Path) -> None:
         with pytest.raises(StrictError, match=r"versions\.roundwise"):
             reproduce(made, tmp_path / "again", strict=True)
         assert not (tmp_path / "again").exists()
@@ -218,8 +220,8 @@ class TestElsewhere:
     def test_another_file_of_the_model(self, model: Path, made: Path, tmp_path: Path) -> None:
         (model / "NOTICE").write_text("new")
         try:
-            found: Reproduction = reproduce(made, tmp_path / "again")
+            repeated: Reproduction = reproduce(made, tmp_path / "again")
         finally:
             (model / "NOTICE").unlink()
-        assert not found.same
-        assert [name for name, same in found.files.items() if not same] == ["NOTICE"]
+        assert not repeated.same
+        assert [name for name, same in repeated.files.items() if not same] == ["NOTICE"]

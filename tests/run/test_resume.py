@@ -1,4 +1,4 @@
-"""A run that was stopped, however it was stopped, ends with the bytes of one that was not."""
+"""A stopped run resumes, however it was stopped, and gives the bytes of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 import roundwise as rw
 from roundwise import QuantizeConfig
 from roundwise.checkpoint import writer
+from roundwise.checkpoint.manifest import Fingerprint, SavedActivations
 from roundwise.errors import CheckpointError, Interrupted, OutputError, RunError
+from roundwise.model.blocks import Block
+from roundwise.run import resume
+from roundwise.run.journal import Journal
+from roundwise.run.resume import Checkpointer, WritePace
+from roundwise.system.distributed import Ranks
 from roundwise.verify import audit
 from tests.conftest import BEST, QUICK
-from tests.helpers import Commands, Stop, contents, journal_blocks, stop_after, windows
+from tests.helpers import LLAMA, Commands, Stop, contents, journal_blocks, stop_after, windows
+from tests.run.test_journal import record
 
 KILLS = 20
-#: Layers and blocks of the small Llama: as many times is `progress` called.
+#: Number of calls of `progress` for the layers and blocks of the small Llama.
 EVENTS = 2 * (7 + 1)
 
 
@@ -34,7 +42,7 @@ def quantize(model: Path, out: Path, **changes: Any) -> rw.QuantizeResult:
 
 
 def finished_shards(out: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of the shard of each block that the journal calls finished."""
+    """Inode and time of each finished block's shard, by file name."""
     blocks = journal_blocks(out)
     shards = sorted(out.glob("model-*.safetensors"))[: len(blocks)]
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards}
@@ -42,7 +50,7 @@ def finished_shards(out: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result of a run that nothing stopped."""
+    """The result of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "out"
     quantize(llama, out)
     return out
@@ -50,7 +58,7 @@ def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def best(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with the default recipe, which plays the original model too."""
+    """The same with the default recipe, which runs the original model too."""
     out = tmp_path_factory.mktemp("best") / "out"
     quantize(llama, out, config=BEST)
     return out
@@ -73,11 +81,11 @@ def test_stopped_after_any_layer_or_block(
 def test_stopped_at_any_write(
     llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Every file appears by one rename; the run is cut off right before and right after each of them.
+    # Every file appears by one rename; the run is stopped right before and right after each of them.
     real = writer.os.replace
     stops = 0
 
-    def cut_off(number: int, *, after: bool) -> Callable[..., None]:
+    def stop_at(number: int, *, after: bool) -> Callable[..., None]:
         calls = iter(range(number + 1))
 
         def replace(*paths: Any) -> None:
@@ -94,14 +102,14 @@ def test_stopped_at_any_write(
         for after in (False, True):
             out = tmp_path / f"{number}-{after}"
             with monkeypatch.context() as patched:
-                patched.setattr(writer.os, "replace", cut_off(number, after=after))
+                patched.setattr(writer.os, "replace", stop_at(number, after=after))
                 try:
                     quantize(llama, out)
                     break
                 except Stop:
                     stops += 1
             before = finished_shards(out)
-            if (out / "config.json").exists():  # the last rename of all: only cleaning up was left
+            if (out / "config.json").exists():  # the last rename: only the cleanup was left
                 assert after
                 assert audit(out).failures == []
             quantize(llama, out)
@@ -117,13 +125,13 @@ def test_stopped_at_any_write(
 
 @pytest.mark.parametrize("mode", ["true_sequential", "block"])
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "opt", "gpt_neox", "falcon", "bloom"])
-def test_every_architecture_goes_on_from_its_saved_activations(
+def test_every_architecture_resumes_from_its_saved_activations(
     name: str, mode: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = folder_of(name)
-    # Windows of several lengths: a padded batch must come back as it was.
-    texts = [row[:length] for row, length in zip(windows(), (32, 20, 32, 9), strict=True)]
-    quantize(model, tmp_path / "whole", config=BEST, calibration=texts, batch_size=2, mode=mode)
+    # Windows of several lengths: padded batches are saved and loaded too.
+    rows = [row[:length] for row, length in zip(windows(), (32, 20, 32, 9), strict=True)]
+    quantize(model, tmp_path / "whole", config=BEST, calibration=rows, batch_size=2, mode=mode)
 
     def after_first_block(step: Any) -> None:
         if step.layer is None:
@@ -131,15 +139,15 @@ def test_every_architecture_goes_on_from_its_saved_activations(
 
     with pytest.raises(Stop):
         quantize(
-            model, tmp_path / "out", config=BEST, calibration=texts, batch_size=2, mode=mode,
+            model, tmp_path / "out", config=BEST, calibration=rows, batch_size=2, mode=mode,
             progress=after_first_block,
         )  # fmt: skip
     assert journal_blocks(tmp_path / "out") == [0]
-    quantize(model, tmp_path / "out", config=BEST, calibration=texts, batch_size=2, mode=mode)
+    quantize(model, tmp_path / "out", config=BEST, calibration=rows, batch_size=2, mode=mode)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_rtn_goes_on_too(llama: Path, tmp_path: Path) -> None:
+def test_rounding_to_nearest_resumes_too(llama: Path, tmp_path: Path) -> None:
     config = QUICK.merged({"method": "rtn"})
     quantize(llama, tmp_path / "whole", config=config, calibration=None)
     with pytest.raises(Stop):
@@ -153,7 +161,7 @@ def test_rtn_goes_on_too(llama: Path, tmp_path: Path) -> None:
 class TestKilled:
     """The command, on the trained model, killed with SIGKILL at random moments."""
 
-    def test_same_bytes_and_no_block_twice(
+    def test_the_same_bytes_and_no_block_is_computed_twice(
         self, commands: Commands, tiny: Path, text: Path, tmp_path: Path
     ) -> None:
         def command(out: Path) -> tuple[object, ...]:
@@ -198,7 +206,7 @@ class TestInterrupted:
     """Ctrl-C and SIGTERM end a run with everything that is finished kept."""
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_leaves_a_folder_that_goes_on(
+    def test_the_run_can_be_resumed(
         self,
         number: signal.Signals,
         commands: Commands,
@@ -227,7 +235,7 @@ class TestInterrupted:
             name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in kept
         } == kept
 
-    def test_is_an_error_of_its_own_in_python(self, llama: Path, tmp_path: Path) -> None:
+    def test_python_code_gets_its_own_error(self, llama: Path, tmp_path: Path) -> None:
         def press(step: Any) -> None:
             if step.layer is None:
                 raise KeyboardInterrupt
@@ -237,11 +245,11 @@ class TestInterrupted:
 
 
 class TestRefused:
-    """A run is not continued with something else."""
+    """A run does not resume with different input."""
 
     @pytest.fixture
     def stopped(self, copy_of: Callable[[str], Path], tmp_path: Path) -> tuple[Path, Path]:
-        """A model and the folder of a run that was stopped behind the first block."""
+        """A model and the output folder of a run that was stopped after the first block."""
         model, out = copy_of("llama"), tmp_path / "out"
         with pytest.raises(Stop):
             quantize(model, out, progress=stop_after(8))
@@ -302,7 +310,7 @@ class TestRefused:
         with pytest.raises(OutputError, match=r"differs in model.files.model.safetensors"):
             quantize(model, out)
 
-    def test_a_model_that_is_only_newer_is_the_same(self, stopped: tuple[Path, Path]) -> None:
+    def test_a_newer_file_with_the_same_bytes_is_accepted(self, stopped: tuple[Path, Path]) -> None:
         model, out = stopped
         (model / "model.safetensors").touch()
         quantize(model, out)
@@ -349,7 +357,7 @@ class TestRefused:
         with pytest.raises(RunError, match=r"model-00001.* was changed.*--restart"):
             quantize(model, out)
 
-    def test_a_finished_shard_that_is_gone(self, stopped: tuple[Path, Path]) -> None:
+    def test_a_finished_shard_that_is_missing(self, stopped: tuple[Path, Path]) -> None:
         model, out = stopped
         next(out.glob("model-00001-*")).unlink()
         with pytest.raises(RunError, match=r"model-00001.*--restart"):
@@ -370,7 +378,7 @@ class TestRefused:
             {"layers": [{"name": "model.layers.0.mlp.other"}]},
         ],
     )
-    def test_a_journal_of_something_else(
+    def test_a_journal_that_does_not_match_the_model(
         self, stopped: tuple[Path, Path], change: dict[str, Any]
     ) -> None:
         model, out = stopped
@@ -383,20 +391,20 @@ class TestRefused:
         with pytest.raises(OutputError, match=r"the journal in .* is damaged.*--restart"):
             quantize(model, out)
 
-    def test_restart_begins_anew(self, stopped: tuple[Path, Path], tmp_path: Path) -> None:
+    def test_restart_starts_again(self, stopped: tuple[Path, Path], tmp_path: Path) -> None:
         model, out = stopped
         config = QUICK.merged({"bits": 8})
         quantize(model, out, config=config, restart=True)
         quantize(model, tmp_path / "fresh", config=config)
         assert contents(out) == contents(tmp_path / "fresh")
 
-    def test_a_torn_last_line_does_not_count(
+    def test_an_incomplete_last_line_is_ignored(
         self, stopped: tuple[Path, Path], tmp_path: Path
     ) -> None:
         model, out = stopped
         with (out / ".roundwise" / "journal.jsonl").open("a") as journal:
             journal.write('{"block": 1, "shard": "mod')
-        # What is appended behind it must be readable too: stop again after the next block.
+        # Lines that are appended must be readable too: stop again after the next block.
         with pytest.raises(Stop):
             quantize(model, out, progress=stop_after(8))
         assert journal_blocks(out) == [0, 1]
@@ -407,7 +415,7 @@ class TestRefused:
     def test_the_mode_of_the_first_run_is_kept_when_memory_has_changed(
         self, llama: Path, tmp_path: Path
     ) -> None:
-        # Chosen by memory, not by the user: less free memory now is no reason to refuse.
+        # The memory chose the mode, not the user: less free memory now is no reason to refuse.
         out = tmp_path / "out"
         with pytest.raises(Stop):
             quantize(llama, out, max_memory="100GB", progress=stop_after(8))
@@ -431,7 +439,7 @@ class TestLock:
         quantize(llama, tmp_path / "out", progress=second)
         assert refusals
 
-    def test_a_second_process_is_refused_restart_or_not(
+    def test_a_second_process_is_refused_even_with_restart(
         self, commands: Commands, text_model: Path, text: Path, tmp_path: Path
     ) -> None:
         command = (
@@ -449,7 +457,7 @@ class TestLock:
             assert each.code == 2
             assert "another roundwise process is working in" in each.sentence
 
-    def test_the_lock_goes_with_its_process(self, llama: Path, tmp_path: Path) -> None:
+    def test_the_lock_is_released_with_its_process(self, llama: Path, tmp_path: Path) -> None:
         with pytest.raises(Stop):
             quantize(llama, tmp_path / "out", progress=stop_after(1))
         quantize(llama, tmp_path / "out")
@@ -475,11 +483,11 @@ class TestFinished:
 
     def test_other_settings_are_refused(self, llama: Path, done: Path) -> None:
         before = contents(done)
-        with pytest.raises(OutputError, match=r"finished checkpoint made with other settings.*--restart"):
+        with pytest.raises(OutputError, match=r"finished checkpoint made with other .*--restart"):
             quantize(llama, done, config=QUICK.merged({"bits": 3}))
-        assert contents(done) == before, "something was left behind"
+        assert contents(done) == before
 
-    def test_a_shard_that_was_changed_since(self, llama: Path, done: Path) -> None:
+    def test_a_changed_shard(self, llama: Path, done: Path) -> None:
         shard = next(done.glob("model-00001-*"))
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1
@@ -499,22 +507,81 @@ class TestFinished:
         data[-5] ^= 1
         file.write_bytes(data)
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-        with pytest.raises(OutputError, match=r"made with other settings \(model.files.model.safetensors"):
+        with pytest.raises(OutputError, match=r"other settings \(model.files.model.safetensors"):
             quantize(model, out)
 
     def test_restart_replaces_it(self, llama: Path, done: Path) -> None:
         result = quantize(llama, done, config=QUICK.merged({"bits": 8}), restart=True)
         assert {layer["bits"] for layer in result.layers} == {8}
 
-    def test_nothing_of_the_work_is_left(self, done: Path) -> None:
+    def test_no_temporary_files_are_left(self, done: Path) -> None:
         assert not list(done.rglob("*.partial"))
         assert not list(done.rglob("*.draft"))
         assert not (done / ".roundwise").exists()
 
-    def test_killed_between_the_last_rename_and_cleaning_up(self, llama: Path, done: Path) -> None:
+    def test_killed_between_the_last_rename_and_the_cleanup(self, llama: Path, done: Path) -> None:
         before = contents(done)
         (done / ".roundwise").mkdir()
         (done / ".roundwise" / "lock").touch()
         (done / ".roundwise" / "journal.jsonl").write_text("{}\n")
         quantize(llama, done)
         assert contents(done) == before
+
+
+class TestCheckpointer:
+    """Activations are saved, and blocks recorded, when a run can resume after them."""
+
+    def test_a_finished_block_is_recorded(self, llama: Path, tmp_path: Path) -> None:
+        def stop(step: rw.Progress) -> None:
+            if step.layer is None:
+                raise Stop
+
+        config = rw.QuantizeConfig(recipe="textbook", group_size=32)
+        with pytest.raises(Stop):
+            rw.quantize(llama, tmp_path, config, windows(), progress=stop)
+        lines = (tmp_path / ".roundwise" / "journal.jsonl").read_text().splitlines()
+        assert [block["block"] for block in json.loads(lines[1])] == [0]
+
+    def test_the_outputs_of_the_last_block_are_not_saved(self, llama: Path, tmp_path: Path) -> None:
+        blocks, files = LLAMA["num_hidden_layers"], []
+
+        def stop(step: rw.Progress) -> None:
+            if step.layer is None:
+                files.append(
+                    sorted(p.name for p in (tmp_path / ".roundwise").glob("activations-*"))
+                )
+
+        config = rw.QuantizeConfig(recipe="textbook", group_size=32)
+        rw.quantize(llama, tmp_path, config, windows(), progress=stop)
+        names = [[f"activations-{index:05d}-0.safetensors"] for index in range(blocks - 1)]
+        assert files == [*names, names[-1]]  # a run that is stopped now has finished all blocks
+
+    def test_finished_blocks_are_recorded_together(self, tmp_path: Path) -> None:
+        journal = Journal(tmp_path)
+        journal.start(Fingerprint())
+        blocks = [Block(f"layers.{index}", nn.Module(), {}) for index in range(4)]
+        checkpointer = Checkpointer(tmp_path, blocks, [], journal, Ranks())
+        saved = SavedActivations(files={"activations-00001-0.safetensors": "0"}, places=None)
+        recorded = []
+        for index, activations in enumerate([None, saved, None, None]):
+            checkpointer.block_finished(record(index, activations), needs_activations=True)
+            recorded.append(len(journal.path.read_text().splitlines()) - 1)
+            read = [block.block for block in journal.read()[1]]
+            assert read == ([], [0, 1], [0, 1], [0, 1, 2, 3])[index]
+        assert recorded == [0, 1, 1, 2]  # after the last block nothing is needed to resume
+        journal.close()
+
+
+def test_saving_activations_takes_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = 100.0, 0
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now)
+    pace = WritePace()
+    assert pace.due()
+    for _ in range(1000):
+        now += 1.0  # a block
+        if pace.due():
+            with pace.writing():
+                now += 2.5
+            written += 1
+    assert written == pytest.approx(1000 / (19 * 2.5), rel=0.05)
+    assert 2.5 * written / (now - 100) <= 0.05

@@ -69,7 +69,7 @@ def test_the_result_is_a_plain_checkpoint_of_the_rotated_model(
     ids = torch.tensor(windows(seed=5))
     with torch.no_grad():
         before, now = (m(input_ids=ids).logits for m in (original, model))
-    # 8 bits: what is left is rounding, and a wrong turn anywhere would leave nothing.
+    # With 8 bits only rounding errors remain; a wrong rotation would change everything.
     assert float((now - before).norm()) < 0.05 * float(before.norm())
 
 
@@ -78,8 +78,10 @@ def test_verify_against_the_original(tied: Path, tmp_path: Path) -> None:
     report = audit(tmp_path / "out", against=Checkpoint(tied))
     assert not report.failures
     assert report.checked["weight errors"] == 14
-    assert report.checked["tensors carried over"] == 7  # 2 norms a block, the last, embedding, head
-    # Another rotation is another model.
+    assert (
+        report.checked["tensors carried over"] == 7
+    )  # 2 norms per block, the last one, embedding, head
+    # With another rotation the tensors differ.
     with edited_json(tmp_path / "out" / "config.json") as config:
         assert config["tie_word_embeddings"] is False
         assert config["quantization_config"]["meta"]["rotate"] == {"seed": 0}
@@ -90,7 +92,7 @@ def test_verify_against_the_original(tied: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [3, 8, 11])
-def test_a_stopped_run_ends_with_the_same_bytes(count: int, tied: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_gives_the_same_bytes(count: int, tied: Path, tmp_path: Path) -> None:
     config = BEST.merged({"rotate": True})
     with pytest.raises(Stop):
         quantize(tied, tmp_path / "out", config=config, progress=stop_after(count))
@@ -100,7 +102,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(count: int, tied: Path, tmp_path
 
 
 @pytest.mark.parametrize("changes", [{"rotate": False}, {"rotation_seed": 1}])
-def test_another_rotation_is_another_run(
+def test_a_run_does_not_resume_with_another_rotation(
     changes: dict[str, Any], llama: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stop):
@@ -110,9 +112,9 @@ def test_another_rotation_is_another_run(
         quantize(llama, tmp_path / "out", config=ROTATED.merged(changes))
 
 
-def test_outlier_channels_are_spread(tmp_path: Path) -> None:
-    # Channels whose columns are far larger than all others, and the gains in front as much smaller:
-    # rounding to nearest wastes its range on them, until the gains are folded and the channels mixed.
+def test_outlier_channels_are_spread_over_all_channels(tmp_path: Path) -> None:
+    # Columns that are far larger than all others, with gains of the norm that are as much smaller:
+    # rounding to nearest wastes its range on them, unless gains are folded and channels are mixed.
     model = random_model(transformers.LlamaConfig(**LLAMA))
     with torch.no_grad():
         for layer in model.model.layers:
@@ -138,7 +140,7 @@ def test_outlier_channels_are_spread(tmp_path: Path) -> None:
     assert losses[1] < 0.5 * losses[0]
 
 
-def test_refusals_leave_no_folder_behind(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_refused_runs_leave_no_folder(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be rotated"):
         quantize(folder_of("gemma3"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What does not go as asked: an error of a strict run, else a line at its end."""
+"""Issues: an error of a strict run, otherwise one of the last lines of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers import random_model, windows
 
 
 def layer_record(name: str, **changes: Any) -> LayerRecord:
-    """The record of a layer that was quantized as asked, but for some fields."""
+    """The record of a layer without issues, with some fields changed."""
     usual: dict[str, Any] = {
         "bits": 4, "group_size": 128, "relative_error": 0.01, "weight_error": 0.01,
         "damp_percent": 0.01, "damp_tried": [0.01], "tokens": 128, "fallback": None,
@@ -43,7 +43,7 @@ def with_patterns(**dynamic: Any) -> rw.QuantizeConfig:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"samples": 5}, "the calibration text gives only 4 of 5 windows"),
         ({"samples": 3}, "only the first 3 of 4 calibration items are used"),
@@ -62,18 +62,18 @@ def with_patterns(**dynamic: Any) -> rw.QuantizeConfig:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_what_can_be_told_beforehand_is_refused_before_anything_is_written(
-    changes: dict[str, Any], says: str, llama: Path, tmp_path: Path
+def test_issues_known_beforehand_are_refused_before_anything_is_written(
+    changes: dict[str, Any], message: str, llama: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(StrictError, match="not as asked, and --strict was given") as error:
         quantize(llama, tmp_path / "strict", strict=True, **changes)
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert not (tmp_path / "strict").exists()
     result = quantize(llama, tmp_path / "out", **changes)
-    assert any(says in line for line in result.not_as_asked)
+    assert any(message in line for line in result.not_as_asked)
 
 
-def test_a_strict_run_in_which_all_goes_as_asked(llama: Path, tmp_path: Path) -> None:
+def test_a_strict_run_without_issues(llama: Path, tmp_path: Path) -> None:
     result = quantize(llama, tmp_path / "out", strict=True)
     assert result.not_as_asked == []
 
@@ -81,14 +81,13 @@ def test_a_strict_run_in_which_all_goes_as_asked(llama: Path, tmp_path: Path) ->
 def test_a_mode_that_only_the_memory_chose(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What this process holds grows with every run, by more than the modes differ here.
+    # The memory of this process grows with every run, by more than the modes differ here.
     monkeypatch.setattr(memory, "resident_bytes", lambda: 500_000_000)
-    monkeypatch.setattr(
-        cost_model, "workspace", lambda _: 1
-    )  # it outweighs all in so small a model
-    # One batch: nobody can wait in a file while another plays.
+    # In so small a model it would be larger than everything else.
+    monkeypatch.setattr(cost_model, "workspace", lambda _: 1)
+    # With one batch, offloading saves nothing.
     needs = {"samples": 400, "calibration": windows(400), "batch_size": 400}
-    least = {**needs, "max_memory": 1}  # else freed memory is kept
+    least = {**needs, "max_memory": 1}  # otherwise freed memory is kept
     planned = quantize(llama, tmp_path / "wide", mode="true_sequential", **least)
     narrow = quantize(llama, tmp_path / "narrow", mode="block", **least)
     between = (planned.planned_peak_bytes + narrow.planned_peak_bytes) // 2
@@ -100,10 +99,10 @@ def test_a_mode_that_only_the_memory_chose(
     quantize(llama, tmp_path / "out", max_memory=between, mode="block", strict=True, **needs)
 
 
-def test_native_code_that_is_missing_but_was_not_switched_off(
+def test_missing_native_code_is_an_issue_unless_it_was_switched_off(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # importlib finds no module where sys.modules says None: as if it had not been built.
+    # importlib finds no module if sys.modules has None: as if it had not been built.
     monkeypatch.setitem(sys.modules, "roundwise._native", None)
     cpp.load.cache_clear()
     try:
@@ -129,16 +128,16 @@ def test_weights_that_belong_to_no_linear_layer(tmp_path: Path) -> None:
         r"2\d% of the blocks' weights belong to no linear layer and stay as they are", line
     )
     assert "mixer.conv1d.weight (8,192) and the like" in line
-    # As it is asked for, it is no surprise.
+    # If it is requested, it is not an issue.
     assert strict.check_run(streamed, with_patterns(conv1d=None), CallTrace()) == [small]
 
 
 class TestLayers:
-    """What only shows while the work is done."""
+    """Issues that show while a run works."""
 
     @pytest.fixture
     def silent(self, copy_of: Callable[[str], Path]) -> Path:
-        """A model whose second MLP reads nothing but zeros."""
+        """A model whose second MLP has only zeros as inputs."""
         folder = copy_of("llama")
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
         with torch.no_grad():
@@ -153,7 +152,7 @@ class TestLayers:
         ):
             quantize(silent, out, strict=True)
         assert not (out / "config.json").exists()
-        # The same command without --strict goes on; what is finished then is refused by a strict one.
+        # The same command without --strict resumes; its result is refused by a strict one.
         result = quantize(silent, out)
         assert len(result.not_as_asked) == 3
         with pytest.raises(FallbackError, match=r"layers\.1\.mlp\.down_proj"):
@@ -171,8 +170,8 @@ class TestLayers:
         with pytest.raises(FallbackError, match=r"layers\.1\.mlp\.gate_proj"):
             quantize(silent, tmp_path / "out", strict=True)
 
-    def test_damping_that_had_to_be_raised(self, llama: Path, tmp_path: Path) -> None:
-        # One token: a Hessian of rank one, which no damping at all leaves indefinite.
+    def test_raised_damping(self, llama: Path, tmp_path: Path) -> None:
+        # One token gives a Hessian of rank one, which is indefinite without damping.
         config = QUICK.merged({"damp_percent": 0.0})
         options: dict[str, Any] = {"config": config, "calibration": [[5]], "samples": 1}
         with pytest.raises(FallbackError, match="damping raised to"):
@@ -188,7 +187,7 @@ class TestLayers:
         assert strict.layer_issue(chosen) is None
         assert strict.layer_issue(layer_record(layer.name)) is None
 
-    def test_layers_alike_share_a_line(self) -> None:
+    def test_similar_layers_share_a_line(self) -> None:
         missed = {"fallback": "no token", "relative_error": None, "damp_tried": []}
         layers = [layer_record(f"model.layers.{i}.up_proj", **missed) for i in range(40)]
         assert strict.layer_issues([*layers, layer_record("head", **missed)]) == [
@@ -197,7 +196,7 @@ class TestLayers:
         ]
 
 
-def test_experts_with_few_tokens_share_a_line_and_are_not_called_rounded():
+def test_experts_with_few_tokens_share_a_line():
     layers = [
         layer_record(
             f"model.layers.0.mlp.experts.{expert}.up_proj",

@@ -80,13 +80,13 @@ def test_products_and_attention(dtype):
     exact = a.double() @ b.double()
     bias = torch.randn(48).to(dtype)
     with Seen() as seen, CpuHalfMatmul(HALF):
-        found = [a @ b, torch.matmul(a, b), a.matmul(b), torch.bmm(a, b)]
+        products = [a @ b, torch.matmul(a, b), a.matmul(b), torch.bmm(a, b)]
         added = torch.addmm(bias, a[0], b[0])
         attended = functional.scaled_dot_product_attention(
             a[None], a[None], a[None], is_causal=True
         )
     assert set(seen.types) == {torch.float32}
-    assert all(y.dtype == dtype and near(y, exact) for y in found)
+    assert all(y.dtype == dtype and near(y, exact) for y in products)
     assert near(added, exact[0] + bias.double())
     exact = functional.scaled_dot_product_attention(*[a[None].double()] * 3, is_causal=True)
     assert attended.dtype == dtype and near(attended[0], exact[0])

@@ -60,7 +60,7 @@ def add_matmul(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float =
         C.add_(A @ B, alpha=scale)
         return
     B, threads = B if B.stride(1) == 1 else B.contiguous(), torch.get_num_threads()
-    # The extension multiplies Aᵀ B, or A B where it is told that A is not transposed.
+    # The extension multiplies Aᵀ B, or A B if its fifth argument is true.
     if A.stride(1) != 1 and A.stride(0) == 1:
         extension.moment(A.T, B, C, False, False, scale, threads)
     else:

@@ -100,9 +100,8 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype | None:
 
 
 def add_moment(
-    C: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
-    *, lower: bool = False, transposed: bool = False, scale: float = 1.0,
-) -> None:  # fmt: skip
+    C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, lower: bool = False, scale: float = 1.0
+) -> None:
     """Adds scale · Aᵀ B to C in place; sums are float32.
 
     Rows must be contiguous; the distance between them is free.
@@ -112,15 +111,14 @@ def add_moment(
         A: [tokens, m], float32 or bfloat16.
         B: [tokens, n], of A's dtype.
         lower: A is B, up to a factor; blocks above the diagonal are not computed.
-        transposed: A is given as [m, tokens], float32: adds scale · A B.
         scale: factor of what is added.
     """
     module, threads = load()[0], torch.get_num_threads()
     if A.dtype == torch.bfloat16:
         halves = (X.view(torch.uint16) for X in (A, B))
-        module.moment_bf16(*halves, C, lower, transposed, scale, threads)
+        module.moment_bf16(*halves, C, lower, False, scale, threads)
     else:
-        module.moment(A, B, C, lower, transposed, scale, threads)
+        module.moment(A, B, C, lower, False, scale, threads)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
