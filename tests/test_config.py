@@ -11,12 +11,11 @@ from roundwise.config import (
     DEPENDENT_DEFAULTS,
     RECIPES,
     CalibrationConfig,
-    Panel,
     QuantizeConfig,
     RunConfig,
-    Settings,
 )
 from roundwise.errors import ConfigError
+from roundwise.settings import Panel, Settings
 
 KINDS = (QuantizeConfig, CalibrationConfig, RunConfig)
 

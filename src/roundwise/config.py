@@ -8,13 +8,11 @@ tensors.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from roundwise.errors import ConfigError
+from roundwise.settings import Flags, Panel, Settings
 
 Bits = Literal[2, 3, 4, 8]
 Order = Literal["natural", "static", "group_aware"]
@@ -43,37 +41,6 @@ DEPENDENT_DEFAULTS = frozenset(
 
 #: Settings that a per-module override may change; the keys are those of `quantization_config.dynamic`.
 OVERRIDABLE = ("bits", "group_size", "sym", "desc_act")
-
-
-class Panel(StrEnum):
-    """Panel of a setting in `roundwise quantize --help`; they appear in this order."""
-
-    MODEL = "Model and output"
-    FORMAT = "Format"
-    CALIBRATION = "Calibration"
-    RECIPE = "Recipe (for experts)"
-    MEMORY = "Memory and devices"
-    RUN = "Run"
-
-
-@dataclass(frozen=True)
-class Flags:
-    """Command-line options of a setting that is not given as `--its-name VALUE`."""
-
-    options: dict[str, str]
-    """Declaration, such as "--sym/--asym" -> help text; empty: the field's description."""
-
-
-class Settings(BaseModel):
-    """Base of all settings: immutable; raises `ConfigError` instead of pydantic's error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise ConfigError(_explain(error, type(self))) from None
 
 
 class CalibrationConfig(Settings):
@@ -377,20 +344,3 @@ def _defaults(data: dict[str, Any]) -> dict[str, Any]:
     # GPTQModel reads asymmetric v1 files only if it wrote them itself, but v2 files of any tool.
     file_format = {} if data.get("sym", True) else {"format": "gptq_v2"}
     return {**file_format, **RECIPES.get(str(data.get("recipe", "best")), {})}
-
-
-def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
-    """Returns one sentence per invalid setting, without pydantic's vocabulary."""
-    lines = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = ", ".join(kind.model_fields)
-            lines.append(f"there is no setting {name!r}; settings are {known}")
-        elif item["type"] == "literal_error":
-            expected = item.get("ctx", {}).get("expected", "")
-            lines.append(f"{name}={item['input']!r} is not supported: use {expected}")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{name}={item['input']!r}: {message}" if name else message)
-    return "; ".join(lines)

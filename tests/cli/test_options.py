@@ -22,15 +22,9 @@ from roundwise.cli.options import (
     settings_as_options,
     split_names,
 )
-from roundwise.config import (
-    DEPENDENT_DEFAULTS,
-    CalibrationConfig,
-    Panel,
-    QuantizeConfig,
-    RunConfig,
-    Settings,
-)
+from roundwise.config import DEPENDENT_DEFAULTS, CalibrationConfig, QuantizeConfig, RunConfig
 from roundwise.errors import ConfigError
+from roundwise.settings import Panel, Settings
 
 KINDS = (QuantizeConfig, CalibrationConfig, RunConfig)
 FIELDS = [(kind, name) for kind in KINDS for name in kind.model_fields]

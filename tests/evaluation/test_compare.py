@@ -15,14 +15,11 @@ from roundwise.evaluation.compare import (
     Pair,
     Protocol,
     SpeedSummary,
-    TaskChange,
     compare,
-    degradation,
     means_by_part,
-    task_changes,
-    verdict,
 )
 from roundwise.evaluation.perplexity import perplexity
+from roundwise.evaluation.verdict import TaskChange, degradation, task_changes, verdict
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,9 @@ class Targets:
     def texts(self, data: bytes) -> None:
         path = self.dense / "texts.jsonl"
         path.write_bytes(data)
-        load_calibration(str(path), self.speaker, CalibrationConfig(samples=2, seq_len=8, batch_size=1, seed=0))
+        load_calibration(
+            str(path), self.speaker, CalibrationConfig(samples=2, seq_len=8, batch_size=1, seed=0)
+        )
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:

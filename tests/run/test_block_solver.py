@@ -11,13 +11,14 @@ import torch
 import transformers
 
 import roundwise as rw
-from roundwise.checkpoint.manifest import LayerRecord
+from roundwise.checkpoint.manifest import LayerRecord, widths
 from roundwise.core.drift import Drift, Moments
 from roundwise.errors import NumericalError, SingularError
 from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import weight_of
 from roundwise.model.streamed import StreamedModel, open_streamed_model
-from roundwise.run.block_solver import BlockSolver, GroupStatistics, shard_tensors, widths
+from roundwise.run.block_solver import BlockSolver, GroupStatistics
+from roundwise.run.finalize import shard_tensors
 from roundwise.run.held_out_damping import Damping
 from roundwise.system.distributed import Ranks
 from tests.conftest import QUICK

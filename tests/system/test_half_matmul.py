@@ -15,6 +15,7 @@ from roundwise.system.half_matmul import (
     CpuHalfMatmul,
     cpu_half_matmul,
     has_native_matmul,
+    needs_half_matmul,
     padded_rows,
 )
 
@@ -144,3 +145,11 @@ def test_memory_does_not_grow_with_the_numbers_of_tokens():
 
 def test_only_types_without_native_products_are_multiplied_in_float32():
     assert cpu_half_matmul().in_float32 == {dtype for dtype in HALF if not has_native_matmul(dtype)}
+
+
+def test_it_is_needed_for_half_precision_on_the_cpu_only() -> None:
+    half, cpu = [torch.float32, torch.bfloat16], torch.device("cpu")
+    assert needs_half_matmul(half, cpu, ragged=True)
+    assert needs_half_matmul(half, cpu, ragged=False) == (not has_native_matmul(torch.bfloat16))
+    assert not needs_half_matmul([torch.float32], cpu, ragged=True)
+    assert not needs_half_matmul(half, torch.device("meta"), ragged=True)

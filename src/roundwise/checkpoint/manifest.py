@@ -9,7 +9,9 @@ The files can be damaged, or somebody else's. Keys that are not named here are k
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -247,6 +249,20 @@ class Manifest(Record):
     experts: list[ExpertCoverage] = []
     files: dict[FileName, str]
     """File -> SHA-256."""
+
+
+def widths(layers: list[LayerRecord]) -> dict[str, str]:
+    """Kind of layer -> its bits and group sizes from the first block on; empty if all layers agree."""
+    kinds: dict[str, list[str]] = {}
+    for layer in layers:
+        kind = re.sub(r"\d+(?=\.)", "*", layer.name)
+        kinds.setdefault(kind, []).append(f"{layer.bits}/{layer.group_size}")
+    if len({width for each in kinds.values() for width in each}) < 2:
+        return {}
+    return {
+        kind: ", ".join(f"{width} x{len([*same])}" for width, same in groupby(each))
+        for kind, each in kinds.items()
+    }
 
 
 def validation_error(kind: Any, value: Any) -> str | None:

@@ -21,8 +21,9 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 from typer.models import ArgumentInfo, OptionInfo
 
-from roundwise.config import DEPENDENT_DEFAULTS, RECIPES, Flags, Panel, Settings
+from roundwise.config import DEPENDENT_DEFAULTS, RECIPES
 from roundwise.errors import ConfigError
+from roundwise.settings import Flags, Panel, Settings
 
 
 @dataclass(frozen=True)

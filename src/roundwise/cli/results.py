@@ -21,7 +21,7 @@ def print_result(result: QuantizeResult, page: Path | None = None) -> None:
         result: of the run.
         page: its report, if one was written.
     """
-    from roundwise.run.block_solver import widths
+    from roundwise.checkpoint.manifest import widths
 
     print_line(
         f"{len(result.layers)} layers in {result.seconds:.1f} s, {result.bits_per_weight:.2f} bits per "

@@ -177,7 +177,9 @@ class CalibrationHooks:
             with timer.phase("drift"):
                 part.add_drift(x, kept, stream, mask)
 
-    def _dispatch(self, routing: ExpertRouting, x: torch.Tensor, index: torch.Tensor) -> ExpertDispatch:
+    def _dispatch(
+        self, routing: ExpertRouting, x: torch.Tensor, index: torch.Tensor
+    ) -> ExpertDispatch:
         """In front of experts: decides which tokens of the current batch pass which expert."""
         batch = self._current()
         with self._outside():

@@ -7,10 +7,8 @@ the shard. Of several ranks, each solves its share of the rows, which are indepe
 from __future__ import annotations
 
 import mmap
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -27,8 +25,6 @@ from roundwise.core.solver import PreparedHessian, prepare_hessian, round_to_nea
 from roundwise.errors import NumericalError, SingularError
 from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import Block, set_weight, weight_of
-from roundwise.model.expert_weights import unquantized_tensors
-from roundwise.model.streamed import StreamedModel
 from roundwise.run.held_out_damping import Damping, choose_damping
 from roundwise.run.prescale import NormScaling, Prescaler
 from roundwise.system.device import HOST
@@ -311,46 +307,3 @@ def _gather_rows(q: QuantizedWeight, count: int, total: int, ranks: Ranks) -> Qu
         relative_error=(loss / energy if energy else 0.0) if known else None,
         weight_error=error / weight if weight else 0.0,
     )  # fmt: skip
-
-
-def widths(layers: list[LayerRecord]) -> dict[str, str]:
-    """Kind of layer -> its bits and group sizes from the first block on; empty if all layers agree."""
-    kinds: dict[str, list[str]] = {}
-    for layer in layers:
-        kind = re.sub(r"\d+(?=\.)", "*", layer.name)
-        kinds.setdefault(kind, []).append(f"{layer.bits}/{layer.group_size}")
-    if len({width for each in kinds.values() for width in each}) < 2:
-        return {}
-    return {
-        kind: ", ".join(f"{width} x{len([*same])}" for width, same in groupby(each))
-        for kind, each in kinds.items()
-    }
-
-
-def shard_tensors(
-    streamed: StreamedModel,
-    index: int,
-    packed: dict[str, dict[str, torch.Tensor]],
-    scaled: dict[str, torch.Tensor],
-) -> dict[str, Any]:
-    """The tensors of a block's shard: quantized ones packed, all others as they were.
-
-    Args:
-        streamed: the model.
-        index: number of the block.
-        packed: linear -> suffix -> packed tensor.
-        scaled: tensors that scales were moved into, by name.
-    """
-    stems = {
-        streamed.checkpoint_name_of[f"{name}.weight"].removesuffix(".weight"): name
-        for name in packed
-    }
-    tensors: dict[str, Any] = {}
-    for tensor, info in streamed.block_tensors(index).items():
-        stem, _, kind = tensor.rpartition(".")
-        if stem in stems and kind == "weight":
-            parts = packed[stems[stem]].items()
-            tensors |= {f"{stem}.{suffix}": part for suffix, part in parts}
-        else:
-            tensors |= unquantized_tensors({tensor: scaled.get(tensor, info)}, {*stems})
-    return tensors

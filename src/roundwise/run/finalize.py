@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from roundwise.checkpoint.gptq_format import SUFFIXES, quantization_config
 from roundwise.checkpoint.manifest import (
@@ -34,6 +37,35 @@ from roundwise.verify import audit
 def shard_name(index: int, blocks: int) -> str:
     """File of block number `index`; the tensors outside the blocks come last, as number `blocks`."""
     return f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
+
+
+def shard_tensors(
+    streamed: StreamedModel,
+    index: int,
+    packed: dict[str, dict[str, torch.Tensor]],
+    scaled: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """The tensors of a block's shard: quantized ones packed, all others as they were.
+
+    Args:
+        streamed: the model.
+        index: number of the block.
+        packed: linear -> suffix -> packed tensor.
+        scaled: tensors that scales were moved into, by name.
+    """
+    stems = {
+        streamed.checkpoint_name_of[f"{name}.weight"].removesuffix(".weight"): name
+        for name in packed
+    }
+    tensors: dict[str, Any] = {}
+    for tensor, info in streamed.block_tensors(index).items():
+        stem, _, kind = tensor.rpartition(".")
+        if stem in stems and kind == "weight":
+            parts = packed[stems[stem]].items()
+            tensors |= {f"{stem}.{suffix}": part for suffix, part in parts}
+        else:
+            tensors |= unquantized_tensors({tensor: scaled.get(tensor, info)}, {*stems})
+    return tensors
 
 
 def finalize(

@@ -27,9 +27,9 @@ from roundwise.forward.expert_tokens import ExpertCalibration
 from roundwise.forward.offload import CpuOffload, DiskOffload, choose_offload
 from roundwise.forward.output_gradients import OutputGradients
 from roundwise.forward.scheduler import ForwardScheduler
-from roundwise.run.block_solver import BlockSolver, shard_tensors
+from roundwise.run.block_solver import BlockSolver
 from roundwise.run.environment import torch_threads
-from roundwise.run.finalize import finalize, shard_name
+from roundwise.run.finalize import finalize, shard_name, shard_tensors
 from roundwise.run.held_out_damping import held_out_batches
 from roundwise.run.journal import Journal
 from roundwise.run.learning_curve import LearningCurve, learning_curve_for

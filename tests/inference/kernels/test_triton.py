@@ -20,7 +20,8 @@ from roundwise.errors import ConfigError
 from roundwise.inference.kernels.base import PackedWeight
 from roundwise.inference.kernels.dispatch import choose_kernel
 from roundwise.inference.kernels.reference import ReferenceKernel
-from roundwise.inference.kernels.triton import DeviceLimits, TritonKernel, choose_tiling
+from roundwise.inference.kernels.triton import TritonKernel
+from roundwise.inference.kernels.triton_launch import DeviceLimits, choose_tiling
 from tests.inference.kernels.packed import (
     FILE,
     FLOATS,

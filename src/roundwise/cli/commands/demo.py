@@ -141,10 +141,10 @@ def _write_report(
     """Writes the report of the 4 bit checkpoint, with what was just measured, and returns its path."""
     import torch
 
-    from roundwise.evaluation.compare import verdict
     from roundwise.evaluation.report.facts import Answers, Evaluation, ModelMetrics
     from roundwise.evaluation.report.measure import greedy_answer
     from roundwise.evaluation.report.page import write_report
+    from roundwise.evaluation.verdict import verdict
     from roundwise.inference.load import load
 
     shown = [original, *(row for row in reversed(rows) if row.name.endswith(" 4 bit"))]

@@ -36,7 +36,7 @@ class Processor:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What this machine and installation offer; `as_dict` is what `roundwise doctor --json` prints."""
+    """Capabilities of this machine and installation; `as_dict` is what `roundwise doctor --json` prints."""
 
     roundwise: str
     python: str

@@ -33,7 +33,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """What is in a checkpoint; `as_dict` is what `roundwise inspect --json` prints."""
+    """Content of a checkpoint; `as_dict` is what `roundwise inspect --json` prints."""
 
     checkpoint: str
     architecture: str

@@ -10,8 +10,9 @@ import typer
 from roundwise.cli.options import SOURCE, JsonOption, settings_as_options
 from roundwise.cli.progress import Reporter, print_json, print_line, steps
 from roundwise.cli.results import print_result, write_run_report
-from roundwise.config import CalibrationConfig, Panel, QuantizeConfig, RunConfig
+from roundwise.config import CalibrationConfig, QuantizeConfig, RunConfig
 from roundwise.errors import ConfigError
+from roundwise.settings import Panel
 
 #: Parameters that can be given with --from-manifest; all other settings are in the manifest.
 ALLOWED_WITH_MANIFEST = {

@@ -28,7 +28,7 @@ VARIABLE = "ROUNDWISE_NATIVE"
 
 
 class Status(NamedTuple):
-    """Whether the extension is used."""
+    """State of the extension: used or not, and why."""
 
     active: str | None
     """The instruction set in use; None: plain torch."""

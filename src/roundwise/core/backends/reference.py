@@ -85,9 +85,8 @@ class TorchBackend:
         )
         best = loss.view(count, rows).argmin(dim=0)
         pick = best * rows + torch.arange(rows, device=best.device)
-        return Grid(grid.scale[pick], grid.zero[pick]), Rounded(
-            codes[:, pick], E[:, pick], loss[pick]
-        )
+        rounded = Rounded(codes[:, pick], E[:, pick], loss[pick])
+        return Grid(grid.scale[pick], grid.zero[pick]), rounded
 
     def _round_columns(
         self, block: FactorBlock, T: torch.Tensor, feedback: torch.Tensor, grid: Grid, maxq: int
@@ -123,14 +122,14 @@ class TorchBackend:
         self, U: torch.Tensor, T: torch.Tensor, t: torch.Tensor, grid: Grid, maxq: int,
         codes: torch.Tensor, E: torch.Tensor,
     ) -> None:  # fmt: skip
-        """Rounds the columns of a panel one after another; each adds its error to those behind it.
+        """Rounds the columns of a panel one after another, each with the errors of those before it.
 
         Args:
             U: [n, n], the panel's block of the factor.
             T: [n, rows], target.
             t: [n, rows], T and the feedback of the columns before the panel; in place, the feedback
                 of the panel's own columns is added.
-            grid: scale and zero, each [n, rows]; rows may be one and the same memory (stride 0).
+            grid: scale and zero, each [n, rows]; all columns may share one memory (stride 0).
             maxq: largest code.
             codes, E: [n, rows], filled in.
         """

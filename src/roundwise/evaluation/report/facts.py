@@ -19,10 +19,10 @@ from roundwise.checkpoint.manifest import (
     RunRecord,
     read_manifest,
     read_run,
+    widths,
 )
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
-from roundwise.run.block_solver import widths
 from roundwise.run.strict import layer_issues
 
 #: A layer is an outlier if log10 of its error exceeds the median of its kind by more than OUTLIER_FACTOR

@@ -8,7 +8,8 @@ from roundwise.errors import ConfigError
 from roundwise.inference.kernels.base import Kernel, PackedWeight
 from roundwise.inference.kernels.cpp import NativeKernel
 from roundwise.inference.kernels.reference import ReferenceKernel
-from roundwise.inference.kernels.triton import TritonKernel, is_interpreted
+from roundwise.inference.kernels.triton import TritonKernel
+from roundwise.inference.kernels.triton_launch import is_interpreted
 
 #: All kernels, the fastest first.
 KERNELS: tuple[type[Kernel], ...] = (TritonKernel, NativeKernel, ReferenceKernel)
