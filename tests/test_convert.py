@@ -13,7 +13,7 @@ from roundwise import convert as module
 from roundwise.checkpoint.gptq_format import quantized_layers, read_quantization_config
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.convert import convert
-from roundwise.errors import ConfigError, OutputError
+from roundwise.errors import ConfigError
 from roundwise.verify import audit
 from tests.helpers import raw, tensors_of
 
@@ -79,23 +79,3 @@ def test_a_zero_point_of_0_is_refused_for_v1(copy_of, tmp_path):
     with pytest.raises(ConfigError, match="zero point of 0"):
         convert(source, tmp_path / "v1", "gptq")
     assert not (tmp_path / "v1" / "config.json").exists()
-
-
-def test_invalid_arguments_are_refused(quantized, llama, tmp_path, commands):
-    source = quantized("llama", recipe="textbook")
-    with pytest.raises(ConfigError, match="use gptq, gptq_v2, compressed-tensors, dense"):
-        convert(source, tmp_path / "out", "awq")
-    with pytest.raises(ConfigError, match="--dtype is only for --to dense"):
-        convert(source, tmp_path / "out", "gptq", dtype=torch.float16)
-    with pytest.raises(OutputError, match="is not empty"):
-        convert(source, llama, "gptq")
-    ended = commands.run("convert", llama, tmp_path / "out", "--to", "dense")
-    assert ended.code == 2
-    assert "is not quantized" in ended.sentence
-
-
-def test_as_a_command(quantized, tmp_path, commands):
-    source = quantized("llama", recipe="textbook")
-    ended = commands.run("convert", source, tmp_path / "v2", "--to", "gptq_v2", "--json")
-    assert ended.code == 0, ended.stderr
-    assert ended.json["bytes"] == Checkpoint(source).nbytes()
