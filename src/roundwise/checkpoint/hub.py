@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from roundwise.errors import CheckpointError
+from roundwise.errors import CheckpointError, first_line
 
 
 def bundled_model() -> Path:
@@ -58,7 +58,7 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=DOWNLOAD_PATTERNS))
     except Exception as error:  # the library raises many types: network, authorisation, unknown id
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{model} is not a local folder and cannot be downloaded: {reason}"
         ) from error

@@ -134,7 +134,7 @@ class BlockSummary(Record):
 
     name: str
     depth_error: float | None
-    """‖h - h̃‖² / ‖h̃‖² of the hidden states behind it; None: the original model did not run."""
+    """‖h - h̃‖² / ‖h̃‖² of the hidden states after it; None: the original model did not run."""
     saturation: LearningCurveRecord | None
 
 

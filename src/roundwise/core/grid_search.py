@@ -1,8 +1,8 @@
 """Grid search: which scale and zero point cost a group least.
 
 A min-max grid wastes codes on one outlier. The search tries narrower ranges as well and weighs each
-error by the pivot D_j of its column: what the error costs once later columns have answered to it. The
-solver then rounds the group with the best few candidates and keeps the one whose true loss is least.
+error by the pivot D_j of its column: its cost once later columns have compensated for it. The solver
+then rounds the group with the best few candidates and keeps the one whose true loss is least.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ class Factor(NamedTuple):
     U: torch.Tensor
     """[in, in], unit upper triangular."""
     D: torch.Tensor
-    """[in], the pivots, positive: what a squared error in a column costs once later columns answer."""
+    """[in], the pivots, positive: cost of a squared error in a column after later columns compensate."""
     shift: float
     """What was added to the diagonal: damp·mean(diag H)."""
     damp_percent: float

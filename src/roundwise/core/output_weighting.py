@@ -8,10 +8,10 @@ for B. With B = V D Vᵀ, V unit upper triangular in an order of the rows,
     tr(B E Ĥ Eᵀ) = Σ_n D_n e'_n Ĥ e'_nᵀ,    e'_n = e_n + Σ_{m<n} V[m, n] e_m
 
 which is the form of the solver's loss, across rows instead of columns: row n is an ordinary problem
-whose target answers to the errors of the rows before it. Their sum Σ_m V[m, n] e_m is the *feedback*
-of finished rows, as `core.rounding` has it for columns. Rows are solved in parts. Part b is given its
-best answer while all later rows are free to move: the feedback times V_bb⁻ᵀ, as for the grid of a group
-of columns. The rows of one part do not see each other's errors.
+whose target compensates for the errors of the rows before it. Their sum Σ_m V[m, n] e_m is the
+*feedback* of finished rows, as `core.rounding` has it for columns. Rows are solved in parts. Part b gets
+the target that is best while all later rows can still change: the feedback times V_bb⁻ᵀ, as for the grid
+of a group of columns. The rows of one part do not see each other's errors.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class OutputWeighting:
     def __init__(
         self, B: torch.Tensor, columns: int, process_group: ProcessGroup | None = None
     ) -> None:
-        # As columns with act-order: rows whose errors cost most first, while all others can answer.
+        # As act-order does for columns: rows whose errors cost most go first, while all others can still
+        # compensate.
         self.perm = torch.argsort(B.diagonal(), descending=True, stable=True)
         self.V = factor(B, self.perm, DAMP).U
         self.E = self.V.new_zeros(len(B), columns)

@@ -4,8 +4,8 @@ No step raises the layer's objective tr((Q - T) Ĥ (Q - T)ᵀ). The *refit* is t
 for all scales of a row at once, rounded to float16 and kept only where it helps. The *descent* puts each
 weight on its best grid point with all others fixed (coordinate descent; QuantEase, arXiv 2309.01885,
 and CDQuant, arXiv 2406.17542, use the same step). The *exchange* continues where descent ends: one code
-moves although that costs, others answer, and a chain of moves that does not pay is undone (as Lin and
-Kernighan, 1973, search for short tours).
+moves although that costs, others compensate, and a chain of moves that does not pay is undone (as Lin
+and Kernighan, 1973, search for short tours).
 """
 
 from __future__ import annotations

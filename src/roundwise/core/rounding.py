@@ -4,9 +4,10 @@ With Ĥ = U D Uᵀ (see `core.solver`), column j is rounded to q_j = round(t_j),
 
     t_j = T_j + Σ_{i<j} E_i U[i, j],    E_i = T_i - q_i
 
-The sum is the *feedback* of finished columns: by how much column j is moved away from its target T_j to
-answer to the errors made so far. For all columns of a group it is a matrix product with the errors
-before the group, computed here; the feedback inside the group, column by column, is the backend's.
+The sum is the *feedback* of finished columns: the move of column j away from its target T_j that
+compensates for the errors made so far. For all columns of a group it is a matrix product with the errors
+before the group, computed here. Inside a group, a backend rounds column by column and adds the feedback
+of each (`round_panel` in `core/backends/reference.py` shows it in plain torch).
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class ColumnSweep:
     def _runs(self) -> list[tuple[int, int]]:
         """Returns first and last + 1 of the columns that are rounded together, in order.
 
-        They share a grid; panels of any columns if all grids are known.
+        The columns of a run share a grid. If all grids are known, runs are panels of `PANEL` columns.
         """
         width, group = len(self.Tt), self.order.group
         if self.has_grids:

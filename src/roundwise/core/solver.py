@@ -1,4 +1,4 @@
-"""GPTQ in its LDL form: rounds the columns of W one after another, each answering to earlier errors.
+"""GPTQ in its LDL form: rounds the columns of W one after another, each compensating for earlier errors.
 
 With Ĥ = U D Uᵀ (`core.linalg.factor`) the layer's loss splits into one term per column,
 
@@ -118,7 +118,7 @@ def solve(
         grids: fixed grids, `scale` and `zero` each [out, groups], instead of searched ones; the
             scales should be float16 values.
         outputs: B [out, out], what errors of two outputs cost together (any constant factor cancels);
-            rows then answer to each other's errors (`core.output_weighting`). None: rows are
+            rows then compensate for each other's errors (`core.output_weighting`). None: rows are
             independent.
         process_group: with `outputs`, the processes that share the rows, all calling this alike.
             Without, rows are independent and the caller can share them.

@@ -32,7 +32,7 @@ class Phase(IntEnum):
     GATHERED = 3
     """After a pass that only summed up Hessians (block mode)."""
     EXIT = 4
-    """Behind the block, with its output."""
+    """After the block, with its output."""
 
 
 class Stop(NamedTuple):
@@ -42,8 +42,8 @@ class Stop(NamedTuple):
     group: int = 0
     """With `Phase.GROUP`: number of the group in its block."""
     routed: bool = False
-    """With `Phase.GROUP`. False: in front of the experts of `group`, whose router has chosen; True: in
-    front of the first linear of `group`."""
+    """With `Phase.GROUP`. False: in front of the experts of `group`, after their router chose, before
+    tokens are assigned to experts. True: in front of the first linear of `group`."""
 
 
 ENTER, COUNTED = Stop(Phase.ENTER), Stop(Phase.COUNTED)
@@ -75,15 +75,15 @@ class PausedBatch:
     number: int
     """Its number among all batches; -1 is the probe."""
     reference: PausedBatch | None = None
-    """The same batch in the other model (quantized or original)."""
+    """The same batch in the other model: in the original one, or of a reference in the quantized one."""
     is_reference: bool = False
     """It runs through the original model, with the original weights."""
     task: greenlet | None = None
     stopped_at: Stop = EXIT
     block_inputs: Any = None
-    """Arguments of the block, while the batch stands in front of it."""
+    """Arguments of the block, while the batch is paused in front of it."""
     output: Any = None
-    """Return value of the block, while the batch stands behind it."""
+    """Return value of the block, while the batch is paused after it."""
     candidate_output: Any = None
     """Return value of the block with other weights than its own; see `ForwardScheduler.try_weights`."""
     resumed_outputs: dict[int, Any] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class PausedBatch:
         return f"{'original' if self.is_reference else 'quantized'}-{self.number}"
 
     def clear_block(self) -> None:
-        """Drops what was kept for the groups of the block that is behind it."""
+        """Drops what was kept for the groups of the block that it has passed."""
         for kept in (self.reference_activations, self.residual_inputs, self.expert_tokens):
             kept.clear()
 
@@ -116,7 +116,8 @@ class PausedBatch:
 class WeightSwap:
     """The solved linears of a block, with their original and their quantized weights.
 
-    One of both is in place: batches of the original model need the one, all others the other.
+    Only one set is in place at a time: batches of the original model need the original weights, all
+    other batches the quantized ones.
     """
 
     def __init__(self) -> None:
@@ -128,7 +129,7 @@ class WeightSwap:
         self._weights += [(x, w, x.weight) for x, w in zip(linears, before, strict=True)]
 
     def use(self, *, original: bool) -> None:
-        """Puts the original or the quantized weights in place; a no-op where they are."""
+        """Puts the original or the quantized weights in place; does nothing if they are in place already."""
         if original != self._original:
             for linear, before, after in self._weights:
                 linear.weight = before if original else after
@@ -147,10 +148,10 @@ def depth_error(
     ranks: Ranks,
     onloaded: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> float | None:
-    """Distance of the quantized model from the original behind a block: ‖h - h̃‖² / ‖h̃‖².
+    """Distance of the quantized model from the original after a block: ‖h - h̃‖² / ‖h̃‖².
 
     Args:
-        batches: of the quantized model, standing behind the block with their references.
+        batches: of the quantized model, paused after the block, with their references.
         ranks: all processes of the run; the sums are over the batches of all of them.
         onloaded: see `ForwardScheduler.onloaded`.
 

@@ -2,13 +2,13 @@
 
 Each batch runs `model(input_ids, use_cache=False)`, just as transformers wrote it, in a greenlet of its
 own that stops at the places of `forward.batch.Phase`. The scheduler resumes one batch after the other,
-so that all have reached the same place before anything happens there. All run on one thread.
+so that all have reached the same place before a group is solved there. All run on one thread.
 
 The first batch is a probe of a few tokens: it shows which linears read the same input, and in which
 order. With a reference, each batch has a second one that runs through the original model in lock-step:
 its activations in front of a group show how far the quantized model has drifted.
 
-Knows hooks and their sums; nothing of files, solving, or formats.
+This module handles hooks and their sums; it knows nothing of files, solving, or formats.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ PROBE_TOKENS = 8
 
 
 class ForwardScheduler:
-    """Leads all calibration batches through the blocks of a model; use it as a context manager.
+    """Runs all calibration batches through the blocks of a model; use it as a context manager.
 
     Args:
-        model: its parameters outside the blocks are loaded; those of a block are when it runs.
+        model: parameters outside the blocks are loaded; those of a block are loaded before it runs.
         blocks: the repeated blocks, in the order in which the model calls them.
         batches: all calibration batches; this rank runs its share of them.
         reference: also run the original model.
@@ -69,8 +69,8 @@ class ForwardScheduler:
         policy: which tokens an expert's Hessian is made from.
         ranks: the processes of the run, which share the batches.
         device: where blocks are loaded and batches run.
-        offload: where batches wait for which memory has no room: on the host (block mode only), or in
-            a file. None: in memory.
+        offload: keeps paused batches that do not fit into memory: on the host of an accelerator (block
+            mode only), or in a file. None: they stay in memory.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class ForwardScheduler:
                 raise RunError("the model does not call its blocks one after another, each once")
 
     def discover_groups(self, block: Block) -> list[InputGroup]:
-        """Runs the probe through the block; its groups, in the order in which they are reached.
+        """Runs the probe through the block and returns the groups, in the order in which it reaches them.
 
         Raises:
             RunError: the block calls a linear more than once.
@@ -235,7 +235,7 @@ class ForwardScheduler:
         self.hooks.remove()
 
     def outputs(self) -> dict[str, Any]:
-        """`PausedBatch.key` -> what the block returned, for all batches standing behind it."""
+        """`PausedBatch.key` -> what the block returned, for all batches paused after it."""
         return {batch.key: batch.output for batch in self.batches}
 
     def replace_outputs(self, outputs: dict[str, Any]) -> None:
@@ -315,7 +315,8 @@ class ForwardScheduler:
         def forward(*args: Any, **kwargs: Any) -> Any:
             batch, tried = self._current(), False
             if index < self.skip:
-                # Finished earlier: all of them return what the last one did, only that one counts.
+                # An earlier run finished these blocks. Each returns the saved output of the last one:
+                # only that one is used.
                 return to_device(batch.resumed_outputs[block.stack], self.device)
             batch.block_inputs, batch.output = (args, kwargs), None
             self._pause(ENTER)

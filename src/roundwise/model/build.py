@@ -9,7 +9,7 @@ import transformers
 
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.checkpoint.untrusted import check_computed_buffers
-from roundwise.errors import CheckpointError, ConfigError, RoundwiseError
+from roundwise.errors import CheckpointError, ConfigError, RoundwiseError, first_line
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -24,7 +24,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
         )
     except Exception as error:  # transformers raises many types here; users need one
         kind = checkpoint.config.get("model_type", "no model_type")
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot open {checkpoint.folder} ({kind}): {reason}"
         ) from error
@@ -88,7 +88,7 @@ def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
     except RoundwiseError:
         raise
     except Exception as error:  # transformers raises many types for an invalid config
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"transformers cannot build the {config.model_type} of config.json: {reason}"
         ) from error

@@ -141,7 +141,7 @@ class StreamedModel:
         head = self.model.get_output_embeddings()
         for path, owner in self.model.named_modules():
             inside = any(path == name or path.startswith(f"{name}.") for name in names)
-            # The paused forward ends behind the last block, so a head that is not a block is not called.
+            # The paused forward ends after the last block, so a head that is not a block is not called.
             if not inside and owner is not head:
                 self.load(owner, path, recurse=False, aligned=False)
                 self._outside.append(path)

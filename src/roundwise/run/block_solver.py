@@ -138,7 +138,7 @@ class BlockSolver:
     @reuse_small_blocks()
     def solve(self, group: InputGroup) -> None:
         """Quantizes the linears of a group whose sums are complete."""
-        for name in self.packed:  # all batches are behind the linears of earlier groups by now
+        for name in self.packed:  # all batches have passed the linears of earlier groups by now
             if name in self._maps:
                 self._maps[name].madvise(mmap.MADV_DONTNEED)
         moments = group.take_moments()

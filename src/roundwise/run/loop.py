@@ -65,8 +65,8 @@ class Run:
     """One run; its methods follow it in time.
 
     Args:
-        plan: what to do. Of a resumed run, with the earlier run's mode and threads
-            (`RunPlan.resuming`).
+        plan: the plan to carry out. For a resumed run it has the earlier run's mode and number of
+            threads (`RunPlan.resuming`).
         out: output folder.
         progress: called after each layer and each block, on the first rank.
         strict: gradients that cannot be computed are an error instead of an issue.
@@ -141,7 +141,7 @@ class Run:
                 self._quantize_block(index, first, checkpointer, scheduler)
 
     def _scheduler(self, first: int, checkpointer: Checkpointer) -> ForwardScheduler:
-        """Leads the calibration batches, from block `first` on."""
+        """Returns the scheduler that runs the calibration batches, from block `first` on."""
         config, calibration = self.config, self.plan.calibration
         assert calibration is not None
         return ForwardScheduler(
@@ -166,7 +166,7 @@ class Run:
         return choose_offload(self.streamed, self.out / WORK, tight=not memory.keeps_freed)
 
     def _measure_gradients(self, first: int) -> None:
-        """Computes the gradients that the solver weighs outputs by, where the settings ask for them."""
+        """Computes the gradients of layer outputs that the solver needs, if the settings ask for them."""
         calibration, tokens = self.plan.calibration, self.config.output_tokens
         if not self.config.needs_gradients or calibration is None:
             return
@@ -238,7 +238,7 @@ class Run:
         return _BlockResult(activations, experts, error, curve.record() if curve else None)
 
     def _learning_curve(self, index: int, name: str) -> LearningCurve | None:
-        """Observes the input of linear `name`, in a few blocks, where one process has all the text."""
+        """Returns an observer of the input of linear `name`, for a few blocks; None with several ranks."""
         calibration = self.plan.calibration
         if calibration is None or not self.ranks.is_single:
             return None

@@ -23,7 +23,7 @@ from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
-from roundwise.errors import CalibrationError, ConfigError
+from roundwise.errors import CalibrationError, ConfigError, first_line
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
 from roundwise.model.build import context_length, forward_kwargs
@@ -313,5 +313,5 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             checkpoint.folder, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds here; all mean the same to a user
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = first_line(error)
         raise CalibrationError(f"{checkpoint.folder} has no usable tokenizer: {reason}") from error

@@ -80,7 +80,7 @@ def lock_output_dir(out: Path, source: Path, *, restart: bool) -> Journal:
     if not ours and out.is_dir() and any(out.iterdir()):
         raise OutputError(f"{out} already holds something else: give an empty or new folder")
     journal = Journal(out)
-    # Neither finished nor begun: an earlier --restart did not get to its end.
+    # No journal and no config.json: the folder is new, or an earlier --restart was interrupted.
     if restart or not (journal.path.exists() or (out / "config.json").exists()):
         try:
             _empty(out, journal)
@@ -91,8 +91,8 @@ def lock_output_dir(out: Path, source: Path, *, restart: bool) -> Journal:
 
 
 def _empty(out: Path, journal: Journal) -> None:
-    # What makes it a model goes first: a folder half emptied must not look finished. What says that it
-    # is ours goes last: it must not look like somebody else's either.
+    # config.json goes first, so that a half-emptied folder does not look finished. The manifest goes
+    # last, so that the folder is still recognised as roundwise's.
     (out / "config.json").unlink(missing_ok=True)
     for path in [*out.iterdir(), *journal.folder.iterdir()]:
         if path.name not in (WORK, "lock", MANIFEST):
@@ -194,7 +194,8 @@ def _check_finished(
         out: output folder.
         blocks: all blocks of the model.
         done: from the journal.
-        needs_activations: batches run through the blocks, and must have come as far.
+        needs_activations: batches run through the blocks, so the outputs of the last finished block
+            must have been saved.
 
     Raises:
         OutputError: the journal is damaged.
@@ -235,7 +236,7 @@ class WritePace:
 
 
 class Checkpointer:
-    """Saves what a stopped run resumes from, and records blocks once a run can resume behind them.
+    """Saves the outputs that a stopped run resumes with, and records blocks once that is possible.
 
     Args:
         out: output folder.
@@ -264,10 +265,10 @@ class Checkpointer:
     def save(self, index: int, scheduler: ForwardScheduler) -> SavedActivations | None:
         """Writes what block `index` returned to all batches; None: nobody needs it, or it is too early.
 
-        On the CPU, and where batches are offloaded, they continue from the file, which takes no memory
-        of their own. An accelerator would take longer to write every block than to compute it: there
-        it is done at a `WritePace`, and where another stack begins, as all of its blocks need what the
-        stack before returned.
+        On the CPU, and if batches are offloaded, they continue with the outputs in the file, which are
+        memory-mapped and need no memory of their own. On an accelerator, writing every block would
+        take longer than computing it: there outputs are saved at a `WritePace`, and at the end of each
+        stack of blocks, whose outputs all blocks of the next stack need.
         """
         if index == len(self.blocks) - 1:
             return None
@@ -292,7 +293,7 @@ class Checkpointer:
 
         Args:
             record: the finished block.
-            needs_activations: batches run through the blocks: a run can only resume behind a block
+            needs_activations: batches run through the blocks: a run can only resume after a block
                 whose outputs were saved.
         """
         self.done.append(record)

@@ -91,7 +91,8 @@ def release_large_blocks() -> None:
     """Makes the C library return large tensors to the system as soon as they are freed (glibc).
 
     By default glibc raises its threshold for that up to 32 MB as tensors come and go. The holes that
-    batches then leave behind, as they resume one after another, take as much memory as their tensors.
+    batches then leave in the heap, as they resume one after another, take as much memory as their
+    tensors.
     """
     _mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
     _mallopt(M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD)

@@ -36,7 +36,7 @@ class Processor:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Capabilities of this machine and installation; `as_dict` is what `roundwise doctor --json` prints."""
+    """Capabilities of machine and installation; `as_dict` is what `roundwise doctor --json` prints."""
 
     roundwise: str
     python: str

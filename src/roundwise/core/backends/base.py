@@ -16,7 +16,7 @@ from roundwise.core.grid import Grid, GridSpec
 
 #: Columns that are processed one after another between two matrix products.
 PANEL = 128
-#: Columns of an exchange: those that may answer to a move.
+#: Columns of an exchange: those that may compensate for a move.
 WINDOW = 1024
 
 
@@ -137,7 +137,7 @@ class SolverBackend(Protocol):
         """Lets several codes of a row move together, where no single move lowers the loss.
 
         First each column in turn goes to its best code, all others fixed. Then each column moves to its
-        next best code; up to `moves` - 1 times the column that gains most answers with its best move;
+        next best code; up to `moves` - 1 times the column that gains most makes its best move;
         and the whole chain is undone unless it lowers the loss.
 
         Args:
