@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.overrides import _get_current_function_mode
 
 from roundwise.errors import RunError
 from roundwise.forward.input_groups import InputGroup
 from roundwise.forward.scheduler import ForwardScheduler
 from roundwise.model.streamed import open_streamed_model
-from roundwise.system.half_matmul import cpu_half_matmul
+from roundwise.system import half_matmul
+from roundwise.system.half_matmul import CpuHalfMatmul, cpu_half_matmul
 from tests.helpers import ARCHITECTURES, batches, hidden, inputs, run_blocks, windows
 
 MODES = pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "block"])
@@ -148,3 +152,35 @@ def test_blocks_that_are_not_called_one_after_another_are_refused(llama: Path) -
         with pytest.raises(RunError, match="one after another"):
             for _ in range(3):
                 scheduler.advance_to_block()
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_hooks_run_outside_the_matmul_mode(
+    sequential: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the model's own forward passes through `cpu_half_matmul`, and only if that changes it."""
+    callers: list[str] = []
+    dispatch = CpuHalfMatmul.__torch_function__
+
+    def note(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        frame, files = sys._getframe(1), []
+        while frame is not None and len(files) < 12:
+            files.append(f"{frame.f_code.co_filename}:{frame.f_code.co_name}")
+            frame = frame.f_back
+        callers.append(" ".join(files))
+        return dispatch(self, func, types, args, kwargs)
+
+    monkeypatch.setattr(CpuHalfMatmul, "__torch_function__", note)
+    for native in (True, False):  # the bundled model is in bfloat16
+        monkeypatch.setattr(half_matmul, "has_native_matmul", lambda _, native=native: native)
+        callers.clear()
+        rows = windows(4, length=16)
+        for _ in run_blocks(
+            open_streamed_model(tiny), batches(rows), sequential=sequential, reference=True
+        ):
+            pass
+        assert bool(callers) is not native
+        # Innermost frames first: the model's forward comes before the scheduler that resumed it.
+        first = [re.search(r"transformers/|roundwise/(core|forward)/", line) for line in callers]
+        assert all(match and match[0] == "transformers/" for match in first)
+        assert _get_current_function_mode() is None

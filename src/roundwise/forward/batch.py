@@ -61,7 +61,10 @@ def at_group(group: int) -> Stop:
 
 
 def pause(stop: Stop) -> None:
-    """Hands control from a batch back to the scheduler, until it resumes the batch."""
+    """Hands control from a batch back to the scheduler, until it resumes the batch.
+
+    Modes of torch that are on belong to the thread, not to the greenlet: the caller switches them off.
+    """
     parent = getcurrent().parent
     assert parent is not None
     parent.switch(stop)
@@ -129,7 +132,7 @@ class WeightSwap:
         self._weights += [(x, w, x.weight) for x, w in zip(linears, before, strict=True)]
 
     def use(self, *, original: bool) -> None:
-        """Puts the original or the quantized weights in place; does nothing if they are in place already."""
+        """Puts the original or the quantized weights in place, if they are not there yet."""
         if original != self._original:
             for linear, before, after in self._weights:
                 linear.weight = before if original else after

@@ -36,7 +36,7 @@ class CalibrationHooks:
     Args:
         current: returns the batch that is running.
         outside: context manager around code that runs inside the model's forward but is not the
-            model's; see `system.half_matmul.outside_model`.
+            model's, and around every pause; see `system.half_matmul.outside_model`.
         held_out, ratio, policy: see `ForwardScheduler`.
     """
 
@@ -121,8 +121,8 @@ class CalibrationHooks:
                     batch.reference_activations[name] = ReferenceActivations(stream, x)
                 else:
                     self._add(batch, group, x, stream, _matching_mask(batch.counting, x, rows))
-            if self.sequential:
-                pause(stop)
+                if self.sequential:
+                    pause(stop)
 
         return hook
 

@@ -145,7 +145,7 @@ class ForwardScheduler:
                 raise RunError("the model does not call its blocks one after another, each once")
 
     def discover_groups(self, block: Block) -> list[InputGroup]:
-        """Runs the probe through the block and returns the groups, in the order in which it reaches them.
+        """Runs the probe through the block and returns its groups, in the order of their first use.
 
         Raises:
             RunError: the block calls a linear more than once.
@@ -334,7 +334,8 @@ class ForwardScheduler:
                 batch.output = original(*args, **kwargs)
             self._pause(EXIT)
             output, batch.block_inputs, batch.output = batch.output, None, None
-            return to_device(output, self.device)
+            with self._outside():
+                return to_device(output, self.device)
 
         return forward
 

@@ -166,7 +166,7 @@ class Run:
         return choose_offload(self.streamed, self.out / WORK, tight=not memory.keeps_freed)
 
     def _measure_gradients(self, first: int) -> None:
-        """Computes the gradients of layer outputs that the solver needs, if the settings ask for them."""
+        """Computes the gradients of layer outputs, if the settings need them."""
         calibration, tokens = self.plan.calibration, self.config.output_tokens
         if not self.config.needs_gradients or calibration is None:
             return
@@ -238,7 +238,7 @@ class Run:
         return _BlockResult(activations, experts, error, curve.record() if curve else None)
 
     def _learning_curve(self, index: int, name: str) -> LearningCurve | None:
-        """Returns an observer of the input of linear `name`, for a few blocks; None with several ranks."""
+        """Returns an observer of a linear's input, for a few blocks; None with several ranks."""
         calibration = self.plan.calibration
         if calibration is None or not self.ranks.is_single:
             return None
