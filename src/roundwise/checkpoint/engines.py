@@ -98,7 +98,7 @@ class ServedLayer:
     format: str = "gptq"
     """gptq or gptq_v2."""
     expert_naming: ExpertNaming | None = None
-    """How the checkpoint names the experts, if the layer belongs to one."""
+    """Naming of the experts in the checkpoint, if the layer belongs to one."""
     conflicting_module: str | None = None
     """Name of a fused layer that this layer belongs to and whose members have different settings."""
 

@@ -177,7 +177,7 @@ class Factor(NamedTuple):
     D: torch.Tensor
     """[in], the pivots, positive: cost of a squared error in a column after later columns compensate."""
     shift: float
-    """What was added to the diagonal: damp·mean(diag H)."""
+    """Number added to the diagonal: damp·mean(diag H)."""
     damp_percent: float
     """The damping that succeeded."""
     tried: tuple[float, ...]

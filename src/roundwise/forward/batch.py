@@ -92,7 +92,7 @@ class PausedBatch:
     resumed_outputs: dict[int, Any] = field(default_factory=dict)
     """`Block.stack` -> return value of that stack's last block that an earlier run has finished."""
     reference_activations: dict[str, ReferenceActivations] = field(default_factory=dict)
-    """Of a reference: first linear of a group -> activations, until the quantized batch uses them."""
+    """First linear of a group -> a reference's activations, until the quantized batch uses them."""
     residual_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     """Module name -> its input, for the modules that read the residual stream."""
     expert_tokens: dict[str, RoutedBatch] = field(default_factory=dict)

@@ -41,7 +41,7 @@ class RoutedBatch:
     rows: list[torch.Tensor | None] = field(default_factory=list)
     """By expert: numbers of the tokens that pass it; None: all."""
     shared: list[torch.Tensor | None] = field(default_factory=list)
-    """Of a reference, by expert: positions in `rows` of the tokens that the quantized model's router
+    """By expert, for a reference: positions in `rows` of the tokens that the quantized model's router
     chose; None: all."""
 
     def dispatch(self) -> ExpertDispatch:

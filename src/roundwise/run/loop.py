@@ -84,7 +84,7 @@ class Run:
         self.streamed, self.config, self.ranks = plan.streamed, plan.config, plan.ranks
         self.gradients = OutputGradients(out)
         self.issues = list(plan.issues)
-        """What could not be done as asked, so far."""
+        """Issues so far: requests that could not be honoured."""
         self.seconds: dict[str, float] = {}
         """Phase -> seconds, of this process."""
 

@@ -63,7 +63,7 @@ class RunPlan:
     warnings: tuple[str, ...]
     """Advice."""
     issues: tuple[str, ...]
-    """What cannot be done as asked."""
+    """Requests that cannot be honoured."""
     begun: float
     """time.monotonic() when preparing began."""
 

@@ -35,7 +35,7 @@ class Reproduction:
     files: dict[str, bool]
     """File of either result -> it has the same bytes in both."""
     platform: str
-    """Where the two machines differ, in words; empty: nowhere."""
+    """Differences between the two machines, in words; empty: none."""
 
     @property
     def same(self) -> bool:

@@ -117,7 +117,7 @@ class Facts:
     sizes: dict[str, int]
     """Purpose -> bytes of tensors in the files."""
     issues: list[str]
-    """What was not done as requested."""
+    """Issues: requests that could not be honoured."""
     evaluation: Evaluation | None = None
     answers: list[Answers] = field(default_factory=list)
 
