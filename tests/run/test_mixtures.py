@@ -110,7 +110,8 @@ def test_coverage_is_in_the_result_and_the_manifest(
 ) -> None:
     config = CONFIG.merged({"expert_tokens": 60})
     result = quantize(folder(name), tmp_path, mode=mode, config=config)
-    assert result.experts == json.loads((tmp_path / "roundwise.json").read_text())["experts"]
+    manifest = json.loads((tmp_path / "roundwise.json").read_text())
+    assert result.as_dict()["experts"] == manifest["experts"]
     assert result.experts[0]["name"] == MIXTURES[name].experts
     assert all(
         sum(line["tokens"]) == 2 * 4 * 32 for line in result.experts

@@ -21,7 +21,7 @@ class Divergence:
     top1_agreement: float
     """Share of positions, 0 … 1, where both models predict the same token."""
     perplexity: tuple[float, float]
-    """Perplexity of the original and of the quantized model, over every token of a window but the first."""
+    """Perplexity of the original and the quantized model, over all tokens of a window but the first."""
     tokens: int
     """Number of positions."""
     kl_by_position: list[float]

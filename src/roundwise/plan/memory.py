@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +47,14 @@ class MemoryPlan:
     def fits(self) -> bool:
         """True if the peak is within the budget."""
         return self.peak_bytes <= self.budget
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values, under the keys of `roundwise plan --json`."""
+        return {
+            "mode": self.mode, "device": self.device, "parked": self.offloaded,
+            "keeps": self.keeps_freed, "peak_bytes": self.peak_bytes, "parts": self.parts,
+            "budget": self.budget, "fits": self.fits,
+        }  # fmt: skip
 
 
 def plan_memory(

@@ -84,7 +84,7 @@ class Plan:
         return {
             **asdict(self),
             "modules": [module.as_dict() for module in self.modules],
-            "memory": asdict(self.memory) | {"fits": self.memory.fits},
+            "memory": self.memory.as_dict(),
             "seconds": sum(self.phases.values()),
         }
 
