@@ -47,7 +47,7 @@ def test_partial_sums_are_added_in_order(splits: int) -> None:
 
 COMPILED = """
 import roundwise.inference.kernels.triton_kernels as programs
-from roundwise.inference.kernels.triton import DeviceLimits, choose_tiling
+from roundwise.inference.kernels.triton_launch import DeviceLimits, choose_tiling
 
 def aligned(name):
     return name.endswith("_ptr") or name in ("N", "K", "x_stride")
