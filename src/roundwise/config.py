@@ -206,7 +206,7 @@ class QuantizeConfig(Settings):
         description="Bits per weight of the result, scales and zero points included: each layer gets "
         "the width and group size that together lose least. Other layers use --bits and --group-size.",
     )
-    target_widths: Annotated[tuple[Literal[2, 3, 4, 8], ...], Panel.FORMAT] = Field(
+    target_widths: Annotated[tuple[Bits, ...], Panel.FORMAT] = Field(
         (2, 3, 4, 8),
         min_length=1,
         description="Widths that --target-bpw chooses from; vLLM serves 4,8.",

@@ -19,7 +19,7 @@ from roundwise.forward.expert_tokens import ExpertCalibration
 from roundwise.forward.input_groups import InputGroup
 from roundwise.forward.scheduler import ForwardScheduler
 from roundwise.model.streamed import StreamedModel, open_streamed_model
-from tests.helpers import batches, hidden, inputs, random_model, run_blocks, windows
+from tests.helpers import batches, hidden, inputs, run_blocks, windows
 from tests.mixtures import MIXTURES
 
 MODES = pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "block"])
@@ -29,19 +29,6 @@ POLICIES = pytest.mark.parametrize(
     ids=["routed", "few", "all"],
 )
 NAMES = pytest.mark.parametrize("name", MIXTURES)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def save(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            random_model(MIXTURES[name].config()).save_pretrained(made[name])
-        return made[name]
-
-    return save
 
 
 def loaded_model(folder: Path) -> StreamedModel:
@@ -90,9 +77,9 @@ def test_hidden_states_equal_those_of_the_plain_model(
     policy: ExpertCalibration,
     sequential: bool,
     reference: bool,
-    folder: Callable[[str], Path],
+    folder_of: Callable[[str], Path],
 ) -> None:
-    streamed, calibration = loaded_model(folder(name)), batches(windows())
+    streamed, calibration = loaded_model(folder_of(name)), batches(windows())
     expected = defaultdict(list)
     for block in streamed.blocks:
         block.module.register_forward_hook(
@@ -101,7 +88,7 @@ def test_hidden_states_equal_those_of_the_plain_model(
     with torch.no_grad():
         for batch in calibration:
             streamed.model(**inputs(batch), use_cache=False)
-    fresh = open_streamed_model(folder(name))
+    fresh = open_streamed_model(folder_of(name))
     runs = run_blocks(fresh, calibration, policy=policy, sequential=sequential, reference=reference)
     for block, (_, scheduler) in zip(fresh.blocks, runs, strict=False):
         for batch in [*scheduler.quantized, *scheduler.references]:
@@ -113,11 +100,13 @@ def test_hidden_states_equal_those_of_the_plain_model(
 @MODES
 @NAMES
 def test_an_experts_hessian_sums_the_tokens_routed_to_it(
-    name: str, sequential: bool, folder: Callable[[str], Path]
+    name: str, sequential: bool, folder_of: Callable[[str], Path]
 ) -> None:
     rows = windows()
-    seen = inputs_of(folder(name), rows)
-    groups = groups_of_run(folder(name), batches(rows), ExpertCalibration(), sequential=sequential)
+    seen = inputs_of(folder_of(name), rows)
+    groups = groups_of_run(
+        folder_of(name), batches(rows), ExpertCalibration(), sequential=sequential
+    )
     experts = [group for group in groups if ".experts." in group.names[0]]
     gated = "w1" if name == "mixtral" else "gate_proj"
     for group in experts:
@@ -131,30 +120,30 @@ def test_an_experts_hessian_sums_the_tokens_routed_to_it(
         assert group.fallback is None
         # Gate and up of one expert share their Hessian.
         assert len(group.names) == (2 if group.names[0].endswith(gated) else 1)
-    layers = sum(len(block.experts) for block in open_streamed_model(folder(name)).blocks)
+    layers = sum(len(block.experts) for block in open_streamed_model(folder_of(name)).blocks)
     assert len(experts) == layers * 4 * 2
 
 
 @MODES
 @NAMES
 def test_with_all_tokens_experts_share_one_hessian(
-    name: str, sequential: bool, folder: Callable[[str], Path]
+    name: str, sequential: bool, folder_of: Callable[[str], Path]
 ) -> None:
     groups = groups_of_run(
-        folder(name), batches(windows()), ExpertCalibration("all"), sequential=sequential
+        folder_of(name), batches(windows()), ExpertCalibration("all"), sequential=sequential
     )
     experts = [group for group in groups if any(".experts." in n for n in group.names)]
     assert {group.hessian.tokens for group in experts if group.hessian} == {4 * 32}
-    layers = sum(len(block.experts) for block in open_streamed_model(folder(name)).blocks)
+    layers = sum(len(block.experts) for block in open_streamed_model(folder_of(name)).blocks)
     assert len(experts) == layers * (1 + 4)  # one for all gates and ups, and one for each down
     assert not any(group.fallback for group in experts)
 
 
 @MODES
 def test_an_expert_with_too_few_tokens_gets_all_and_is_reported(
-    sequential: bool, folder: Callable[[str], Path]
+    sequential: bool, folder_of: Callable[[str], Path]
 ) -> None:
-    path = folder("qwen3_moe")
+    path = folder_of("qwen3_moe")
     checked = set()
     tokens = [
         len(inputs_of(path, windows())[f"model.layers.0.mlp.experts.{e}.up_proj"]) for e in range(4)
@@ -179,7 +168,7 @@ def test_an_expert_with_too_few_tokens_gets_all_and_is_reported(
 @MODES
 @POLICIES
 def test_padding_does_not_count(
-    policy: ExpertCalibration, sequential: bool, folder: Callable[[str], Path]
+    policy: ExpertCalibration, sequential: bool, folder_of: Callable[[str], Path]
 ) -> None:
     rows = [row[:length] for row, length in zip(windows(), (32, 21, 30, 9), strict=True)]
 
@@ -187,7 +176,9 @@ def test_padding_does_not_count(
         calibration = load_calibration(
             rows, None, CalibrationConfig(samples=4, seq_len=32, batch_size=size, seed=0)
         )
-        return groups_of_run(folder("mixtral"), calibration.batches, policy, sequential=sequential)
+        return groups_of_run(
+            folder_of("mixtral"), calibration.batches, policy, sequential=sequential
+        )
 
     together, alone = with_batches_of(4), with_batches_of(1)
     assert [group.names for group in together] == [group.names for group in alone]
@@ -202,10 +193,10 @@ def test_padding_does_not_count(
 @MODES
 @POLICIES
 def test_drift_compares_the_same_tokens_of_both_models(
-    policy: ExpertCalibration, sequential: bool, folder: Callable[[str], Path]
+    policy: ExpertCalibration, sequential: bool, folder_of: Callable[[str], Path]
 ) -> None:
     # A larger output of the attention makes the routers of both models choose different experts.
-    streamed, calibration = open_streamed_model(folder("mixtral")), batches(windows())
+    streamed, calibration = open_streamed_model(folder_of("mixtral")), batches(windows())
     block, path = streamed.blocks[0], MIXTURES["mixtral"].experts
     calls: dict[tuple[bool, int], tuple[torch.Tensor, torch.Tensor]] = {}
     drifts: dict[int, tuple[int, Drift]] = {}

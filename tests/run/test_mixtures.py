@@ -18,7 +18,7 @@ from roundwise.errors import ConfigError, FallbackError
 from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.plan import plan
 from roundwise.verify import audit
-from tests.helpers import Stop, contents, random_model, raw, stop_after, tensors_of, windows
+from tests.helpers import Stop, contents, raw, stop_after, tensors_of, windows
 from tests.mixtures import MIXTURES
 
 CONFIG = rw.QuantizeConfig(group_size=32, expert_tokens=30)
@@ -29,19 +29,6 @@ MODES = pytest.mark.parametrize("mode", ["true_sequential", "block"])
 def quantize(model: Path, out: Path, **changes: Any) -> rw.QuantizeResult:
     settings = {"config": CONFIG, "calibration": windows(), "samples": 4, "seq_len": 32}
     return rw.quantize(model, out, **{**settings, "batch_size": 2, **changes})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def save(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            random_model(MIXTURES[name].config()).save_pretrained(made[name])
-        return made[name]
-
-    return save
 
 
 @torch.no_grad()
@@ -67,18 +54,18 @@ def check_logits(out: Path, scratch: Path) -> None:
 @MODES
 @NAMES
 def test_planned_quantized_verified_and_loaded(
-    name: str, mode: str, folder: Callable[[str], Path], tmp_path: Path
+    name: str, mode: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    planned = plan(open_streamed_model(folder(name)), CONFIG, samples=4, seq_len=32)
-    result = quantize(folder(name), tmp_path / "out", mode=mode)
+    planned = plan(open_streamed_model(folder_of(name)), CONFIG, samples=4, seq_len=32)
+    result = quantize(folder_of(name), tmp_path / "out", mode=mode)
     assert not planned.problems
-    blocks = {n: w for n, w in tensors_of(folder(name)).items() if ".layers." in n}
+    blocks = {n: w for n, w in tensors_of(folder_of(name)).items() if ".layers." in n}
     quantized = sum(m.shape[0] * m.shape[1] for m in planned.modules if m.bits)
     assert quantized > 0.93 * sum(weight.numel() for weight in blocks.values())
     assert planned.bytes_after == result.bytes_after
     assert planned.bits_per_weight == pytest.approx(result.bits_per_weight)
     assert {m.name for m in planned.modules if m.bits} == {line["name"] for line in result.layers}
-    for against in (None, Checkpoint(folder(name))):
+    for against in (None, Checkpoint(folder_of(name))):
         report = audit(tmp_path / "out", against=against)
         assert report.failures == []
     assert report.checked["weight errors"] == len(result.layers)
@@ -90,10 +77,10 @@ def test_planned_quantized_verified_and_loaded(
 
 @NAMES
 def test_all_other_tensors_are_copied_byte_for_byte(
-    name: str, folder: Callable[[str], Path], tmp_path: Path
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    quantize(folder(name), tmp_path)
-    before, after = tensors_of(folder(name)), tensors_of(tmp_path)
+    quantize(folder_of(name), tmp_path)
+    before, after = tensors_of(folder_of(name)), tensors_of(tmp_path)
     kept = [key for key in before if key in after]
     assert any("router" in key or ".gate." in key for key in kept)
     assert all(raw(before[key]) == raw(after[key]) for key in kept)
@@ -106,10 +93,10 @@ def test_all_other_tensors_are_copied_byte_for_byte(
 @MODES
 @NAMES
 def test_coverage_is_in_the_result_and_the_manifest(
-    name: str, mode: str, folder: Callable[[str], Path], tmp_path: Path
+    name: str, mode: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = CONFIG.merged({"expert_tokens": 60})
-    result = quantize(folder(name), tmp_path, mode=mode, config=config)
+    result = quantize(folder_of(name), tmp_path, mode=mode, config=config)
     manifest = json.loads((tmp_path / "roundwise.json").read_text())
     assert result.as_dict()["experts"] == manifest["experts"]
     assert result.experts[0]["name"] == MIXTURES[name].experts
@@ -132,10 +119,10 @@ def test_coverage_is_in_the_result_and_the_manifest(
 
 @MODES
 def test_all_tokens_are_counted_for_every_expert(
-    mode: str, folder: Callable[[str], Path], tmp_path: Path
+    mode: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = CONFIG.merged({"experts": "all"})
-    result = quantize(folder("mixtral"), tmp_path / "out", mode=mode, config=config)
+    result = quantize(folder_of("mixtral"), tmp_path / "out", mode=mode, config=config)
     assert {layer["tokens"] for layer in result.layers} == {4 * 32}
     assert not any(layer["fallback"] for layer in result.layers)
     assert sum(result.experts[0]["tokens"]) == 2 * 4 * 32  # coverage counts the router's choices
@@ -143,20 +130,20 @@ def test_all_tokens_are_counted_for_every_expert(
 
 
 def test_too_few_tokens_are_an_error_if_strict(
-    folder: Callable[[str], Path], tmp_path: Path
+    folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = CONFIG.merged({"expert_tokens": 1000})
     with pytest.raises(FallbackError, match=r"experts\.0\.w1: \d+ of .* fewer than 1000"):
-        quantize(folder("mixtral"), tmp_path, config=config, strict=True)
+        quantize(folder_of("mixtral"), tmp_path, config=config, strict=True)
 
 
 def test_an_expert_without_tokens_and_without_a_minimum_is_rounded_and_reported(
-    folder: Callable[[str], Path], tmp_path: Path
+    folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     # One window of one token that is routed to two of four experts.
     config = CONFIG.merged({"expert_tokens": 0, "recipe": "textbook"})
     result = quantize(
-        folder("qwen3_moe"), tmp_path, config=config, samples=1, calibration=[[7] * 32]
+        folder_of("qwen3_moe"), tmp_path, config=config, samples=1, calibration=[[7] * 32]
     )
     empty = [
         f"{line['name']}.{expert}."
@@ -175,39 +162,39 @@ def test_an_expert_without_tokens_and_without_a_minimum_is_rounded_and_reported(
 @pytest.mark.parametrize("changes", [{}, {"experts": "all"}], ids=["routed", "all"])
 @MODES
 def test_a_stopped_run_resumes_and_gives_the_same_bytes(
-    mode: str, changes: dict[str, str], count: int, folder: Callable[[str], Path], tmp_path: Path
+    mode: str, changes: dict[str, str], count: int, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = CONFIG.merged({**changes, "expert_tokens": 60})
     options = {"mode": mode, "config": config}
-    quantize(folder("mixtral"), tmp_path / "whole", **options)
+    quantize(folder_of("mixtral"), tmp_path / "whole", **options)
     with pytest.raises(Stop):
-        quantize(folder("mixtral"), tmp_path / "out", progress=stop_after(count), **options)
-    quantize(folder("mixtral"), tmp_path / "out", **options)
+        quantize(folder_of("mixtral"), tmp_path / "out", progress=stop_after(count), **options)
+    quantize(folder_of("mixtral"), tmp_path / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_skipped_experts_are_copied(
-    name: str, folder: Callable[[str], Path], tmp_path: Path
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"dynamic": {"experts": None}})
-    result = quantize(folder(name), tmp_path / "out", config=config)
+    result = quantize(folder_of(name), tmp_path / "out", config=config)
     assert not any("experts" in layer["name"] for layer in result.layers)
-    before, after = tensors_of(folder(name)), tensors_of(tmp_path / "out")
+    before, after = tensors_of(folder_of(name)), tensors_of(tmp_path / "out")
     experts = [key for key in before if "experts" in key]
     assert experts
     assert all(raw(before[key]) == raw(after[key]) for key in experts)
-    assert audit(tmp_path / "out", against=Checkpoint(folder(name))).failures == []
+    assert audit(tmp_path / "out", against=Checkpoint(folder_of(name))).failures == []
     check_logits(tmp_path / "out", tmp_path / "dense")
 
 
 def test_some_experts_of_a_block_cannot_be_skipped(
-    folder: Callable[[str], Path], tmp_path: Path
+    folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"dynamic": {r"experts\.2\.w1": None}})
     with pytest.raises(ConfigError, match=r"experts\.2\.w1 is skipped and .* quantize all experts"):
-        quantize(folder("mixtral"), tmp_path / "out", config=config)
-    planned = plan(open_streamed_model(folder("mixtral")), config, samples=4, seq_len=32)
+        quantize(folder_of("mixtral"), tmp_path / "out", config=config)
+    planned = plan(open_streamed_model(folder_of("mixtral")), config, samples=4, seq_len=32)
     assert any("quantize all experts" in problem for problem in planned.problems)
 
 
@@ -222,39 +209,41 @@ def test_some_experts_of_a_block_cannot_be_skipped(
     ],
 )
 def test_plan_names_the_engines_that_serve_it(
-    name: str, dynamic: dict[str, Any], refusing: set[str], folder: Callable[[str], Path]
+    name: str, dynamic: dict[str, Any], refusing: set[str], folder_of: Callable[[str], Path]
 ) -> None:
     config = CONFIG.model_copy(update={"dynamic": dynamic})
-    planned = plan(open_streamed_model(folder(name)), config, samples=4, seq_len=32)
+    planned = plan(open_streamed_model(folder_of(name)), config, samples=4, seq_len=32)
     assert {engine for engine, reason in planned.served_by.items() if reason} == refusing
 
 
-def test_experts_may_have_another_width(folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_experts_may_have_another_width(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"dynamic": {r"experts\.\d+\.w2": {"bits": 8}}})
-    result = quantize(folder("mixtral"), tmp_path / "out", config=config)
+    result = quantize(folder_of("mixtral"), tmp_path / "out", config=config)
     assert {x["bits"] for x in result.layers if x["name"].endswith("w2")} == {8}
     check_logits(tmp_path / "out", tmp_path / "dense")
 
 
-def test_rounding_to_nearest_needs_no_tokens(folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_rounding_to_nearest_needs_no_tokens(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     config = rw.QuantizeConfig(group_size=32, method="rtn")
-    result = quantize(folder("gpt_oss"), tmp_path / "out", config=config, calibration=None)
+    result = quantize(folder_of("gpt_oss"), tmp_path / "out", config=config, calibration=None)
     assert result.experts == []
     check_logits(tmp_path / "out", tmp_path / "dense")
 
 
 def test_norms_that_feed_a_router_cannot_be_scaled_or_rotated(
-    folder: Callable[[str], Path], tmp_path: Path
+    folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     for changes in ({"method": "awq"}, {"rotate": True}):
         with pytest.raises(ConfigError, match=r"cannot be (prescaled|rotated)"):
-            quantize(folder("mixtral"), tmp_path / "out", config=CONFIG.merged(changes))
+            quantize(folder_of("mixtral"), tmp_path / "out", config=CONFIG.merged(changes))
 
 
 def test_a_mixture_that_is_saved_again_does_not_change(
-    folder: Callable[[str], Path], tmp_path: Path
+    folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    quantize(folder("gpt_oss"), tmp_path / "out")
+    quantize(folder_of("gpt_oss"), tmp_path / "out")
     model, _ = rw.load(tmp_path / "out")
     model.save_pretrained(tmp_path / "again")
     before, after = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")

@@ -17,7 +17,7 @@ from roundwise.checkpoint.engines import packed_rules, with_packed_names
 from roundwise.checkpoint.reader import Checkpoint, TensorInfo
 from roundwise.checkpoint.untrusted import read_json
 from roundwise.config import QuantizeConfig
-from roundwise.core.quantized_weight import QuantizedWeight, codes_per_block, pack, unpack
+from roundwise.core.quantized_weight import WIDTHS, QuantizedWeight, codes_per_block, pack, unpack
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.version import __version__
 
@@ -140,7 +140,7 @@ def infer_bits(tensors: dict[str, torch.Tensor], name: str) -> int:
     if any(t.ndim != 2 for t in (qzeros, scales, qweight)) or not scales.numel():
         raise CheckpointError(f"{name}: qweight, qzeros and scales must be matrices")
     bits, remainder = divmod(qzeros.shape[1] * 32, scales.shape[1])
-    if remainder or bits not in (2, 3, 4, 8) or qzeros.shape[0] != scales.shape[0]:
+    if remainder or bits not in WIDTHS or qzeros.shape[0] != scales.shape[0]:
         raise CheckpointError(
             f"{name}: qzeros {list(qzeros.shape)} and scales {list(scales.shape)} do not fit together"
         )

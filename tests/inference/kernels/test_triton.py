@@ -21,31 +21,15 @@ from roundwise.inference.kernels.base import PackedWeight
 from roundwise.inference.kernels.dispatch import choose_kernel
 from roundwise.inference.kernels.reference import ReferenceKernel
 from roundwise.inference.kernels.triton import TritonKernel
+from tests.inference.kernels.on_device import DEVICE, on_cuda, rows, weight
 from tests.inference.kernels.packed import (
     FILE,
     FLOATS,
     assert_same_file,
     layer_of,
-    random_weight,
 )
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-on_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-
-
-def weight(
-    channels: int, outputs: int, bits: int, group_size: int, *, sym: bool = False, **options: Any
-) -> PackedWeight:
-    """A random weight on the device."""
-    return random_weight(
-        bits, channels, outputs, group_size, sym=sym, **{"device": DEVICE, **options}
-    )
-
-
-def rows(count: int, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, channels, generator=generator).to(dtype).to(DEVICE)
 
 
 def error(y: torch.Tensor, x: torch.Tensor, packed: PackedWeight) -> float:

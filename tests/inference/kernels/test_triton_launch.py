@@ -7,35 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from roundwise.inference.kernels.base import PackedWeight
 from roundwise.inference.kernels.triton import TritonKernel
 from roundwise.inference.kernels.triton_launch import DeviceLimits, choose_tiling
+from tests.inference.kernels.on_device import on_cuda, rows, weight
 from tests.inference.kernels.packed import (
     layer_of,
-    random_weight,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-on_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-
-
 H100 = DeviceLimits(processors=132, shared_memory=232448)
-
-
-def weight(
-    channels: int, outputs: int, bits: int, group_size: int, *, sym: bool = False, **options: Any
-) -> PackedWeight:
-    """A random weight on the device."""
-    return random_weight(
-        bits, channels, outputs, group_size, sym=sym, **{"device": DEVICE, **options}
-    )
-
-
-def rows(count: int, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, channels, generator=generator).to(dtype).to(DEVICE)
 
 
 def arguments(kernel: TritonKernel) -> tuple[Any, ...]:
