@@ -14,7 +14,7 @@ from hypothesis import settings
 
 import roundwise as rw
 from roundwise.checkpoint.hub import bundled_model
-from tests.helpers import ARCHITECTURES, LLAMA, Commands, random_model, windows
+from tests.helpers import ARCHITECTURES, LLAMA, Commands, contents, random_model, windows
 from tests.mixtures import MIXTURES
 
 transformers.logging.set_verbosity_error()
@@ -86,9 +86,12 @@ def quantized(
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the bundled model, trained and with a tokenizer."""
-    return Path(shutil.copytree(bundled_model(), tmp_path_factory.mktemp("tiny") / "tiny-llama"))
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the bundled model, trained and with a tokenizer. Do not change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    yield Path(shutil.copytree(bundled_model(), folder))
+    # A file that one test leaves here would change what other tests see, or not, by their order.
+    assert contents(folder) == contents(bundled_model())
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 2, "seed"
 @pytest.fixture
 def tokenizer(tiny: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(tiny)
+
+
+@pytest.fixture
+def chat_model(tokenizer: Any, tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the bundled model whose tokenizer has a chat template."""
+    tokenizer.chat_template = PLAIN
+    folder = Path(shutil.copytree(tiny, tmp_path / "chat-model"))
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -129,11 +139,9 @@ def test_refusals(
 
 
 def test_only_the_answers_are_fitted(
-    tokenizer: Any, tiny: Path, chats: Path, tmp_path: Path
+    tokenizer: Any, chat_model: Path, chats: Path, tmp_path: Path
 ) -> None:
     """The inputs of the first layers depend on the token only: the answers alone give the same."""
-    tokenizer.chat_template = PLAIN
-    tokenizer.save_pretrained(tiny)
     config = rw.QuantizeConfig(
         recipe="textbook", damp_percent=0.01, dynamic={r"layers\.[^0]": None}
     )
@@ -142,11 +150,11 @@ def test_only_the_answers_are_fitted(
     )
     answers = [ids for b in loaded.batches for ids in b.input_ids[b.counted].tolist()]
     options = {"samples": 4, "seq_len": 32, "batch_size": 2}
-    made = rw.quantize(tiny, tmp_path / "a", config, str(chats), **options, only="assistant")
+    made = rw.quantize(chat_model, tmp_path / "a", config, str(chats), **options, only="assistant")
     same = rw.quantize(
-        tiny, tmp_path / "b", config, [answers], samples=1, seq_len=len(answers), batch_size=1
+        chat_model, tmp_path / "b", config, [answers], samples=1, seq_len=len(answers), batch_size=1
     )
-    every = rw.quantize(tiny, tmp_path / "c", config, str(chats), **options)
+    every = rw.quantize(chat_model, tmp_path / "c", config, str(chats), **options)
     assert made.layers[0]["tokens"] == len(answers) == loaded.record.tokens
     errors = [result.layers[0]["relative_error"] for result in (made, same, every)]
     # The model computes in bfloat16, and batches of other shapes are rounded differently.
@@ -164,12 +172,10 @@ def test_only_the_answers_are_fitted(
 
 
 def test_the_command_and_its_repetition_from_the_manifest(
-    tokenizer: Any, tiny: Path, chats: Path, tmp_path: Path, commands: Any
+    chat_model: Path, chats: Path, tmp_path: Path, commands: Any
 ) -> None:
-    tokenizer.chat_template = PLAIN
-    tokenizer.save_pretrained(tiny)
     made = commands.run(
-        "quantize", tiny, tmp_path / "out", "--calibration", chats, "--only", "assistant",
+        "quantize", chat_model, tmp_path / "out", "--calibration", chats, "--only", "assistant",
         "--samples", 4, "--seq-len", 32, "--recipe", "textbook",
     )  # fmt: skip
     assert made.code == 0, made.stderr
