@@ -63,6 +63,13 @@ class CalibrationConfig(Settings):
         description="Part of chats to fit to: assistant (only what the assistant wrote; the rest is "
         "context); default: all of it.",
     )
+    special_tokens: Annotated[
+        bool, Panel.CALIBRATION, Flags({"--special-tokens/--no-special-tokens": ""})
+    ] = Field(
+        True,
+        description="Put the special tokens that the tokenizer adds to a text, such as <bos>, around "
+        "every window.",
+    )
 
 
 class RunConfig(Settings):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import roundwise as rw
+from roundwise.calibration.special_tokens import SpecialTokens
 from roundwise.errors import CalibrationError, NumericalError
 from roundwise.evaluation.divergence import divergence
 from tests.helpers import windows
@@ -47,6 +48,27 @@ def test_equals_a_direct_computation(models: tuple[Any, Any], window: int, batch
         nll = -log[:, :-1].gather(-1, inputs[:, 1:, None]).mean()
         assert perplexity == pytest.approx(math.exp(nll), rel=1e-5)
     assert result.tokens == count * window
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("prefix", "suffix"), [((1,), ()), ((1, 2), (3,)), ((), (3,))])
+def test_special_tokens_are_context(
+    models: tuple[Any, Any], prefix: tuple[int, ...], suffix: tuple[int, ...]
+) -> None:
+    special = SpecialTokens(prefix, suffix)
+    result = divergence(*models, IDS, window=12 + special.count, special=special)
+    count, begin = len(IDS) // 12, len(prefix)
+    rows = [[*prefix, *IDS[i * 12 : (i + 1) * 12], *suffix] for i in range(count)]
+    inputs = torch.tensor(rows)
+    p, q = (model(inputs).logits.double().log_softmax(-1) for model in models)
+    kl = (p.exp() * (p - q)).sum(-1)[:, begin : begin + 12]
+    assert result.tokens == count * 12
+    assert result.kl_by_position == pytest.approx(kl.mean(0).tolist(), rel=1e-4)
+    # What is in front of the first token predicts it; without anything it is not predicted.
+    first = max(begin, 1)
+    targets = inputs[:, first : begin + 12, None]
+    nll = -p[:, first - 1 : begin + 11].gather(-1, targets).mean()
+    assert result.perplexity[0] == pytest.approx(math.exp(nll), rel=1e-5)
 
 
 def test_a_model_does_not_differ_from_itself(models: tuple[Any, Any]) -> None:

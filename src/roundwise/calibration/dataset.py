@@ -16,6 +16,7 @@ import torch
 from roundwise.calibration.overlap import minhash
 from roundwise.calibration.self_generated import SELF
 from roundwise.calibration.sources import Document, parse_mixture, read_documents
+from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens, special_tokens
 from roundwise.calibration.windows import (
     Batch,
     Window,
@@ -85,18 +86,17 @@ def load_calibration(
     Raises:
         CalibrationError: no text, no tokens, or an invalid setting.
     """
-    _check_config(config)
+    special = special_tokens(tokenizer) if config.special_tokens else NO_SPECIAL_TOKENS
+    _check_config(config, special)
     issues: list[str] = []
     if isinstance(source, str):
-        drawn = _windows_of_sources(source, tokenizer, config, generate)
+        drawn = _windows_of_sources(source, tokenizer, config, special, generate)
     elif config.only is not None:
         raise CalibrationError(
             f"only={config.only} is for chats, and a list of windows holds no chats"
         )
     else:
-        items = [tokenize_item(item, tokenizer) for item in islice(source, config.samples)]
-        issues = _unused_parts(items, len(source), config.seq_len)
-        drawn = _Windows([Window(item[: config.seq_len]) for item in items if item], ["list"])
+        drawn, issues = _windows_of_list(source, tokenizer, config, special)
     if not drawn.windows:
         by = f" by the {config.only}" if config.only else ""
         raise CalibrationError(f"the calibration text holds no tokens{by}")
@@ -113,12 +113,17 @@ def load_calibration(
     )
 
 
-def _check_config(config: CalibrationConfig) -> None:
+def _check_config(config: CalibrationConfig, special: SpecialTokens) -> None:
     for name in ("samples", "seq_len", "batch_size"):
         if getattr(config, name) < 1:
             raise CalibrationError(f"{name}={getattr(config, name)}: must be at least 1")
     if config.only not in (None, "assistant"):
         raise CalibrationError(f"only={config.only!r} is not supported: use assistant")
+    if config.seq_len <= special.count:
+        raise CalibrationError(
+            f"seq_len={config.seq_len}: every window has {special.count} special tokens of the "
+            "tokenizer and needs one of the text at least"
+        )
 
 
 def _record(drawn: _Windows, config: CalibrationConfig) -> CalibrationRecord:
@@ -129,6 +134,7 @@ def _record(drawn: _Windows, config: CalibrationConfig) -> CalibrationRecord:
         if window.counted is not None:
             digest.update(bytes(window.counted))
     ids = [window.tokens for window in drawn.windows]
+    only: dict[str, Any] = {"only": config.only} if config.only else {}
     return CalibrationRecord(
         samples=len(drawn.windows),
         tokens=sum(window.count() for window in drawn.windows),
@@ -139,7 +145,8 @@ def _record(drawn: _Windows, config: CalibrationConfig) -> CalibrationRecord:
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         seed=config.seed,
-        **({"only": config.only} if config.only else {}),
+        **only,
+        special_tokens=config.special_tokens,
         distinct=len({token for window in ids for token in window}),
         unique_share=unique_share(ids),
         sketch=minhash(ids),
@@ -150,6 +157,7 @@ def _windows_of_sources(
     source: str,
     tokenizer: Any,
     config: CalibrationConfig,
+    special: SpecialTokens,
     generate: Callable[[int], list[list[int]]] | None,
 ) -> _Windows:
     """Draws windows from all sources of a mixture, in numbers that follow their weights."""
@@ -166,7 +174,7 @@ def _windows_of_sources(
             drawn.texts.append([Path(name).name, _digest(text)])
             documents = _sample_documents(text, characters, generator)
             stream = tokenize_documents(documents, tokenizer, config.only)
-            windows = sample_windows(stream, count, seq_len, generator)
+            windows = sample_windows(stream, count, seq_len, generator, special)
         drawn.windows.extend(windows)
         number = "" if len(parts) == 1 else f": {len(windows)}"
         drawn.names.append(f"{Path(name).name}{number}")
@@ -217,23 +225,31 @@ def _sample_documents(
     return [pieces[i] for i in chosen]
 
 
-def _unused_parts(items: list[list[int]], given: int, seq_len: int) -> list[str]:
-    """Returns the issues of a Python list of windows: items that are dropped or cut.
+def _windows_of_list(
+    source: Sequence[Any], tokenizer: Any, config: CalibrationConfig, special: SpecialTokens
+) -> tuple[_Windows, list[str]]:
+    """Makes a window of each item, and tells in words which items are dropped or cut.
 
-    Args:
-        items: tokens of the items that are used.
-        given: number of items in the list.
-        seq_len: maximum tokens of a window.
+    Strings get the tokenizer's special tokens; token ids are taken as they are.
     """
+    windows, longer = [], 0
+    used = list(islice(source, config.samples))
+    for item in used:
+        around = special if isinstance(item, str) else NO_SPECIAL_TOKENS
+        tokens, room = tokenize_item(item, tokenizer), config.seq_len - around.count
+        longer += len(tokens) > room
+        if tokens:
+            windows.append(Window(around.add_to(tokens[:room])))
     issues = []
-    if given > len(items):
-        issues.append(f"only the first {len(items)} of {given} calibration items are used: samples")
-    longer = sum(len(item) > seq_len for item in items)
+    if len(source) > len(used):
+        issues.append(
+            f"only the first {len(used)} of {len(source)} calibration items are used: samples"
+        )
     if longer:
         issues.append(
-            f"{longer} of {len(items)} calibration items are cut to seq_len={seq_len} tokens"
+            f"{longer} of {len(used)} calibration items are cut to seq_len={config.seq_len} tokens"
         )
-    return issues
+    return _Windows(windows, ["list"]), issues
 
 
 def _warnings(record: CalibrationRecord, widest: int) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from roundwise.calibration.special_tokens import special_tokens
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import CalibrationConfig
 from roundwise.errors import CalibrationError
@@ -34,8 +35,9 @@ def generate_windows(
 ) -> list[list[int]]:
     """Samples windows of token ids [samples][seq_len] from the model; deterministic for a seed.
 
-    Each window begins with the beginning-of-text token, else with the end-of-text token, else with a
-    random one. The whole model is in memory meanwhile.
+    Each window begins with what the tokenizer puts in front of a text, else with the beginning-of-text
+    token, else with the end-of-text token, else with a random one. The whole model is in memory
+    meanwhile.
 
     Args:
         checkpoint: the model, not quantized.
@@ -48,7 +50,7 @@ def generate_windows(
     """
     model_config = load_config(checkpoint)
     model = _load_model(checkpoint, model_config, device)
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    begin = _first_tokens(tokenizer, config)
     generator = random.Random(config.seed)
     vocabulary = int(model_config.get_text_config().vocab_size)
     windows: list[list[int]] = []
@@ -57,18 +59,25 @@ def generate_windows(
         torch.manual_seed(config.seed)
         while len(windows) < config.samples:
             count = min(config.batch_size, config.samples - len(windows))
-            first = [generator.randrange(vocabulary) if begin is None else begin] * count
+            first = begin or [generator.randrange(vocabulary)]
             settings = GenerationConfig(
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=max(config.seq_len - 1, 1), eos_token_id=None, pad_token_id=first[0],
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
+                max_new_tokens=max(config.seq_len - len(first), 1), pad_token_id=first[0],
             )  # fmt: skip
-            ids = torch.tensor(first, device=device)[:, None]
+            ids = torch.tensor([first] * count, device=device)
             with cpu_half_matmul():
                 generated = model.generate(
                     ids, attention_mask=torch.ones_like(ids), generation_config=settings
                 )
             windows += generated[:, : config.seq_len].tolist()
     return windows
+
+
+def _first_tokens(tokenizer: Any, config: CalibrationConfig) -> list[int]:
+    """Returns the tokens that every window begins with; empty: there is no such token."""
+    prefix = special_tokens(tokenizer).prefix if config.special_tokens else ()
+    begins = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return list(prefix) or [int(token) for token in begins if token is not None][:1]
 
 
 def _load_model(checkpoint: Checkpoint, model_config: Any, device: torch.device) -> Any:

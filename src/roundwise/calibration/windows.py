@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from roundwise.calibration.sources import Document
+from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
 from roundwise.errors import CalibrationError
 from roundwise.system.device import to_device
 
@@ -57,6 +58,15 @@ class Window:
         """Returns the tokens from `start` up to `end`."""
         counted = self.counted
         return Window(self.tokens[start:end], None if counted is None else counted[start:end])
+
+    def with_special_tokens(self, special: SpecialTokens) -> Window:
+        """Returns the window between special tokens, which do not count if only some tokens do."""
+        tokens = special.add_to(self.tokens)
+        if self.counted is None or tokens == self.tokens:
+            return Window(tokens, self.counted)
+        begin = 0 if tokens[: len(self.tokens)] == self.tokens else len(special.prefix)
+        end = len(tokens) - begin - len(self.tokens)
+        return Window(tokens, [*[False] * begin, *self.counted, *[False] * end])
 
 
 def tokenize_documents(documents: list[Document], tokenizer: Any, only: str | None) -> Window:
@@ -190,7 +200,11 @@ def tokenize_item(item: Any, tokenizer: Any) -> list[int]:
 
 
 def sample_windows(
-    stream: Window, samples: int, seq_len: int, generator: random.Random
+    stream: Window,
+    samples: int,
+    seq_len: int,
+    generator: random.Random,
+    special: SpecialTokens = NO_SPECIAL_TOKENS,
 ) -> list[Window]:
     """Samples windows that do not overlap from a stream of tokens, in random order.
 
@@ -199,15 +213,18 @@ def sample_windows(
         samples: number of windows; fewer are returned if the text is too short.
         seq_len: tokens per window; a text that is not longer becomes one window.
         generator: source of random numbers.
+        special: special tokens of every window; they are a part of its `seq_len` tokens.
     """
+    size = seq_len - special.count
     length = len(stream.tokens)
-    if length <= seq_len:
-        return [stream] if stream.count() else []
-    places = length // seq_len
-    offset = generator.randrange(length - places * seq_len + 1)
-    parts = [stream.part(offset + i * seq_len, offset + (i + 1) * seq_len) for i in range(places)]
+    if length <= size:
+        return [stream.with_special_tokens(special)] if stream.count() else []
+    places = length // size
+    offset = generator.randrange(length - places * size + 1)
+    parts = [stream.part(offset + i * size, offset + (i + 1) * size) for i in range(places)]
     parts = [part for part in parts if part.count()]
-    return generator.sample(parts, min(samples, len(parts)))
+    chosen = generator.sample(parts, min(samples, len(parts)))
+    return [part.with_special_tokens(special) for part in chosen]
 
 
 def make_batches(windows: list[Window], batch_size: int) -> list[Batch]:

@@ -202,6 +202,8 @@ class CalibrationRecord(Record):
     batch_size: int
     seed: int
     only: str | None = None
+    special_tokens: bool = False
+    """The tokenizer's special tokens stand around every window; missing in older manifests: no."""
     distinct: int = 0
     """Distinct tokens."""
     unique_share: float = 1.0

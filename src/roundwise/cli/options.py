@@ -162,6 +162,14 @@ TextOption = Annotated[
 WindowOption = Annotated[
     int, typer.Option(help="Tokens the model sees at once.", callback=at_least(2))
 ]
+SpecialTokensOption = Annotated[
+    bool,
+    typer.Option(
+        "--special-tokens/--no-special-tokens",
+        help="Put the special tokens that the tokenizer adds to a text, such as <bos>, around every "
+        "window.",
+    ),
+]
 StrideOption = Annotated[
     int,
     typer.Option(help="Tokens from one perplexity window to the next.", callback=at_least(1)),

@@ -21,6 +21,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from roundwise.calibration.overlap import overlap
+from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
 from roundwise.checkpoint.gptq_format import parse_dynamic_rules, read_quantization_config
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.manifest import read_manifest
@@ -56,8 +57,10 @@ class Protocol:
 
     ids: list[int]
     """Token ids of the evaluation text; empty: tasks only."""
+    special: SpecialTokens = NO_SPECIAL_TOKENS
+    """Special tokens around every window."""
     window: int = 2048
-    """Tokens the model sees at once."""
+    """Tokens the model sees at once, special ones included."""
     stride: int = 512
     """Tokens from one window to the next, for perplexity."""
     batch_size: int = 4
@@ -202,8 +205,9 @@ def _measure(
     speed: SpeedSummary | None = None
     if protocol.ids:
         ppl = perplexity(
-            model, tokenizer, protocol.ids, window=protocol.window, stride=protocol.stride,
-            batch_size=protocol.batch_size, progress=partial(progress, f"perplexity of {name}"),
+            model, tokenizer, protocol.ids, special=protocol.special, window=protocol.window,
+            stride=protocol.stride, batch_size=protocol.batch_size,
+            progress=partial(progress, f"perplexity of {name}"),
         ).perplexity  # fmt: skip
     if protocol.tasks:
         scores = evaluate_tasks(
@@ -228,8 +232,9 @@ def _compare_pair(
     difference = None
     if protocol.ids:
         difference = divergence(
-            original.model, loaded.model, protocol.ids,
-            window=min(protocol.window, len(protocol.ids)), batch_size=protocol.batch_size,
+            original.model, loaded.model, protocol.ids, special=protocol.special,
+            window=min(protocol.window, len(protocol.ids) + protocol.special.count),
+            batch_size=protocol.batch_size,
             progress=partial(progress, f"divergence of {loaded.name}"),
         )  # fmt: skip
     perplexities = None

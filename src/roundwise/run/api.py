@@ -75,6 +75,7 @@ def quantize(
     batch_size: int = 8,
     seed: int = 0,
     only: str | None = None,
+    special_tokens: bool = True,
     mode: Mode | None = None,
     max_memory: str | int | None = None,
     device: str = "auto",
@@ -91,7 +92,7 @@ def quantize(
         config: settings; the default is 4 bit, symmetric, groups of 128.
         calibration: text file, JSONL file, named set, Python list (see `load_calibration`), or "self":
             text that the model writes. Needed unless the method is rtn.
-        samples, seq_len, batch_size, seed, only: see `CalibrationConfig`.
+        samples, seq_len, batch_size, seed, only, special_tokens: see `CalibrationConfig`.
         mode, max_memory, device, restart, strict: see `RunConfig`.
         progress: called after each layer and each block.
 
@@ -101,8 +102,9 @@ def quantize(
         StrictError, FallbackError: among these two, the issues that `strict` refuses.
     """
     windows = CalibrationConfig(
-        samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only
-    )
+        samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, only=only,
+        special_tokens=special_tokens,
+    )  # fmt: skip
     options = RunConfig(
         mode=mode, max_memory=max_memory, device=device, restart=restart, strict=strict
     )

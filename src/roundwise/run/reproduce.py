@@ -145,6 +145,7 @@ def read_recorded_run(file: Path, record: Manifest) -> RecordedRun:
         windows = CalibrationConfig(
             samples=calibration.wanted, seq_len=calibration.seq_len,
             batch_size=calibration.batch_size, seed=calibration.seed, only=calibration.only,
+            special_tokens=calibration.special_tokens,
         )  # fmt: skip
     options = RunConfig(
         mode=None if run.mode == "none" else run.mode,

@@ -20,6 +20,7 @@ from roundwise.cli.options import (
     LimitOption,
     MaxTokensOption,
     ShotsOption,
+    SpecialTokensOption,
     StrideOption,
     TasksOption,
     TextOption,
@@ -30,6 +31,7 @@ from roundwise.cli.progress import print_json, print_note, stdout, steps
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
+    from roundwise.calibration.special_tokens import SpecialTokens
     from roundwise.evaluation.compare import Comparison
 
 
@@ -42,6 +44,7 @@ def command(
     window: WindowOption = 2048,
     stride: StrideOption = 512,
     max_tokens: MaxTokensOption = 50_000,
+    special_tokens: SpecialTokensOption = True,
     tasks: TasksOption = None,
     include_path: IncludePathOption = None,
     shots: ShotsOption = None,
@@ -83,11 +86,11 @@ def command(
         raise ConfigError(f"--baseline {baseline!r} is not supported: use rtn")
     if text is None and (max_kl is not None or max_perplexity_increase is not None):
         raise ConfigError("--max-kl and --max-perplexity-increase need a text: --text FILE")
+    ids, special = evaluation_tokens(model, text, max_tokens, special=special_tokens)
     protocol = Protocol(
-        ids=evaluation_tokens(model, text, max_tokens) if text is not None else [],
-        window=fitting_window(model, window), stride=stride, batch_size=batch_size,
-        tasks=split_names(tasks), include_path=include_path, shots=shots, limit=limit, speed=speed,
-        dtype=parse_dtype(dtype), device=str(parse_device(device)),
+        ids=ids, special=special, window=fitting_window(model, window), stride=stride,
+        batch_size=batch_size, tasks=split_names(tasks), include_path=include_path, shots=shots,
+        limit=limit, speed=speed, dtype=parse_dtype(dtype), device=str(parse_device(device)),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch, steps("comparing") as shown:
         folders: list[str | os.PathLike[str]] = list(quantized)
@@ -116,16 +119,29 @@ def command(
         raise typer.Exit(1)
 
 
-def evaluation_tokens(model: str, text: str, max_tokens: int | None) -> list[int]:
-    """Returns the first tokens of a text, by the tokenizer of the original model."""
+def evaluation_tokens(
+    model: str, text: str | None, max_tokens: int | None, *, special: bool
+) -> tuple[list[int], SpecialTokens]:
+    """Returns the first tokens of a text, and the special tokens to put around every window.
+
+    Args:
+        model: the original model, whose tokenizer is used.
+        text: source of the text; None: no text, no tokens.
+        max_tokens: tokens of the text to use; None: all.
+        special: False: no special tokens.
+    """
     from roundwise.calibration.sources import read_text
+    from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, special_tokens
     from roundwise.checkpoint.hub import local_folder
     from roundwise.checkpoint.reader import Checkpoint
     from roundwise.run.prepare import load_tokenizer
 
+    if text is None:
+        return [], NO_SPECIAL_TOKENS
     tokenizer = load_tokenizer(Checkpoint(local_folder(model)))
     ids = tokenizer(read_text(text), add_special_tokens=False, verbose=False)["input_ids"]
-    return list(ids[:max_tokens])
+    around = special_tokens(tokenizer) if special else NO_SPECIAL_TOKENS
+    return list(ids[:max_tokens]), around
 
 
 def fitting_window(model: str, window: int) -> int:

@@ -16,6 +16,7 @@ from roundwise.cli.options import (
     MaxTokensOption,
     ModelArgument,
     ShotsOption,
+    SpecialTokensOption,
     StrideOption,
     TasksOption,
     TextOption,
@@ -34,6 +35,7 @@ def command(
     window: WindowOption = 2048,
     stride: StrideOption = 512,
     max_tokens: MaxTokensOption = None,
+    special_tokens: SpecialTokensOption = True,
     tasks: TasksOption = None,
     include_path: IncludePathOption = None,
     shots: ShotsOption = None,
@@ -45,6 +47,7 @@ def command(
 ) -> None:
     """Measure a model: perplexity on a text in sliding windows, tasks through lm-eval, or both."""
     from roundwise.calibration.sources import read_text
+    from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS
     from roundwise.errors import ConfigError
     from roundwise.evaluation.perplexity import perplexity
     from roundwise.evaluation.tasks import evaluate_tasks
@@ -64,7 +67,8 @@ def command(
             on_text = perplexity(
                 loaded, tokenizer, content,
                 window=min(window, context_length(loaded.config) or window), stride=stride,
-                max_tokens=max_tokens, batch_size=batch_size, progress=shown.update,
+                max_tokens=max_tokens, batch_size=batch_size,
+                special=None if special_tokens else NO_SPECIAL_TOKENS, progress=shown.update,
             )  # fmt: skip
     if names:
         scores = evaluate_tasks(

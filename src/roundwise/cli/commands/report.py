@@ -14,6 +14,7 @@ from roundwise.cli.options import (
     DtypeOption,
     JsonOption,
     MaxTokensOption,
+    SpecialTokensOption,
     StrideOption,
     WindowOption,
 )
@@ -42,6 +43,7 @@ def command(
     window: WindowOption = 2048,
     stride: StrideOption = 512,
     max_tokens: MaxTokensOption = 50_000,
+    special_tokens: SpecialTokensOption = True,
     output: Annotated[
         Path | None,
         typer.Option(help="File to write (default: roundwise-report.html in the folder)."),
@@ -70,9 +72,10 @@ def command(
     read_facts(checkpoint)  # refuses other folders before anything is measured
     torch_dtype, place = parse_dtype(dtype), str(parse_device(device))
     if against is not None and text is not None:
+        ids, special = evaluation_tokens(against, text, max_tokens, special=special_tokens)
         protocol = Protocol(
-            ids=evaluation_tokens(against, text, max_tokens), window=fitting_window(against, window),
-            stride=stride, batch_size=batch_size, speed=False, dtype=torch_dtype, device=place,
+            ids=ids, special=special, window=fitting_window(against, window), stride=stride,
+            batch_size=batch_size, speed=False, dtype=torch_dtype, device=place,
         )  # fmt: skip
         with steps("comparing") as shown:
             evaluation = evaluate(
