@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import tempfile
 import time
@@ -30,9 +29,11 @@ from typing import Any
 
 from peers.environments import HERE, ROOT, python_of
 from peers.evaluator import Evaluator
-from peers.methods import GROUPS, TOOLS, Job, jobs
+from peers.methods import ABLATION, GROUPS, TOOLS, Job, jobs
 from peers.table import ingredients, report
 from peers.texts import split_source
+
+from roundwise.run.environment import platform_info
 
 TIMEOUT = 3 * 3600
 
@@ -69,8 +70,8 @@ class Results:
 def key_of(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
     """Returns everything that a result depends on; methods without calibration have seed 0."""
     return {
-        **identity, "tool": job.tool, "method": job.method, "bits": job.bits, "sym": job.sym,
-        "seed": job.seed, "settings": job.settings,
+        **identity, "tool": job.tool, "method": job.method, "bits": job.bits,
+        "group_size": job.group_size, "sym": job.sym, "seed": job.seed, "settings": job.settings,
     }  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def run(job: Job, evaluator: Evaluator, threads: int, logs: Path) -> dict[str, A
         }  # fmt: skip
         (scratch / "job.json").write_text(json.dumps(order))
         logs.mkdir(parents=True, exist_ok=True)
-        name = f"{job.tool}-{job.method}-{job.bits}-{'sym' if job.sym else 'asym'}-{job.seed}.log"
+        name = f"{evaluator.model.name}-{job.row}-{job.format}-{job.seed}.log"
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
@@ -105,23 +106,41 @@ def run(job: Job, evaluator: Evaluator, threads: int, logs: Path) -> dict[str, A
         return result
 
 
-def measure(args: argparse.Namespace, evaluator: Evaluator, results: Results) -> None:
-    """Measures all selected jobs that have no result yet."""
+def measure(
+    selected: list[Job],
+    evaluator: Evaluator,
+    results: Results,
+    logs: Path,
+    threads: int,
+    redo: bool,
+) -> None:
+    """Measures all selected jobs that have no result yet.
+
+    Args:
+        selected: the jobs.
+        evaluator: model, windows and held-out text.
+        results: where records go.
+        logs: folder for the output of the tools.
+        threads: OMP_NUM_THREADS of every job.
+        redo: measure again what has a result.
+    """
     identity = evaluator.identity()
-    syms = [{"sym": True, "asym": False}[name] for name in args.symmetry]
-    selected = list(jobs(args.only, args.bits, syms, args.seeds, args.ablation, args.method))
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {args.threads} threads"
+    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    machine = f"{platform_info()['processor']}, {os.cpu_count()} CPUs, {threads} threads"
     for number, job in enumerate(selected, start=1):
         key = key_of(job, identity)
-        if key in results and not args.redo:
+        if key in results and not redo:
             continue
         begun = time.strftime("%H:%M:%S")
-        result = run(job, evaluator, args.threads, results.file.parent / "logs")
-        results.add({"key": key, "threads": args.threads, "machine": machine, **result})
+        result = run(job, evaluator, threads, logs)
+        if job.tool == "roundwise":
+            result["commit"] = commit
+        results.add({"key": key, "threads": threads, "machine": machine, **result})
         summary = result.get("error") or f"KL {result['kl']:.5f}, {result['cpu_seconds']:.0f} s"
         print(
-            f"{begun} [{number}/{len(selected)}] {job.row}, {job.bits} bit, "
-            f"{'sym' if job.sym else 'asym'}, seed {job.seed}: {summary}",
+            f"{begun} [{number}/{len(selected)}] {evaluator.model.name}: {job.row}, {job.format}, "
+            f"seed {job.seed}: {summary}",
             flush=True,
         )
 
@@ -177,7 +196,12 @@ def main() -> None:
         evaluator = Evaluator(args.model, calibration, held_out, args.tokens)
         results = Results(args.cache / "results.jsonl")
         if not args.table:
-            measure(args, evaluator, results)
+            syms = [{"sym": True, "asym": False}[name] for name in args.symmetry]
+            formats = [(bits, GROUPS[bits], sym) for bits in args.bits for sym in syms]
+            more = ABLATION if args.ablation else {}
+            selected = list(jobs(args.only, formats, args.seeds, more, args.method))
+            logs = results.file.parent / "logs"
+            measure(selected, evaluator, results, logs, args.threads, args.redo)
     records = results.of(evaluator.identity())
     tables, ingredient_table = report(records), ingredients(records)
     print(f"{tables}\n\n{ingredient_table}")

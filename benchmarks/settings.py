@@ -51,13 +51,19 @@ class FewerWindows:
         return self.all_windows(seed)[: self.samples]
 
 
+def job_of(settings: dict[str, Any], samples: int) -> Job:
+    """Returns the job of some settings, calibrated with this many windows."""
+    bits, group_size, sym = (settings[name] for name in ("bits", "group_size", "sym"))
+    return Job("roundwise", f"{samples} windows", bits, group_size, sym, 0, settings)
+
+
 def jobs() -> list[tuple[Job, int]]:
     """Returns all jobs with their numbers of calibration windows, without duplicates."""
     wanted = [(settings, SAMPLES[-1]) for settings in [*WIDTHS, *GROUPS, *LANES, *RECIPES]]
     wanted += [(DEFAULT | {"bits": 3}, samples) for samples in SAMPLES]
     unique: dict[str, tuple[Job, int]] = {}
     for settings, samples in wanted:
-        job = Job("roundwise", f"{samples} windows", settings["bits"], settings["sym"], 0, settings)
+        job = job_of(settings, samples)
         unique[f"{sorted(settings.items())} {samples}"] = job, samples
     return list(unique.values())
 
@@ -94,7 +100,7 @@ def report(evaluator: Evaluator, results: Results) -> str:
     """Returns all tables as markdown."""
 
     def record(settings: dict[str, Any], samples: int = SAMPLES[-1]) -> dict[str, Any]:
-        job = Job("roundwise", f"{samples} windows", settings["bits"], settings["sym"], 0, settings)
+        job = job_of(settings, samples)
         return results.records[results._name(key_of(job, evaluator.identity()))]
 
     def lane(settings: dict[str, Any]) -> str:

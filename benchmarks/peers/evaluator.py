@@ -11,10 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from peers.reader import Dense, read_dense
 from roundwise.calibration.dataset import load_calibration
 from roundwise.calibration.sources import read_text
+from roundwise.calibration.special_tokens import special_tokens
 from roundwise.config import CalibrationConfig
 from roundwise.evaluation.divergence import divergence
 
+#: Windows of calibration text for the bundled model, and tokens of a window.
 SAMPLES, LENGTH = 128, 512
+#: Largest number of cached outputs; those of a large vocabulary need too much memory.
+CACHED = 4 << 28
 #: Characters of text read per held-out token; a token is shorter on average.
 CHARACTERS = 12
 
@@ -26,13 +30,18 @@ class CachedModel:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.device = self.model.device
         self._outputs: dict[bytes, Any] = {}
+        self._cached = 0
 
     def __call__(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
         """Returns the output of the model's forward."""
         key = input_ids.numpy().tobytes()
-        if key not in self._outputs:
-            self._outputs[key] = self.model(input_ids=input_ids, use_cache=use_cache)
-        return self._outputs[key]
+        if key in self._outputs:
+            return self._outputs[key]
+        outputs = self.model(input_ids=input_ids, use_cache=use_cache)
+        self._cached += outputs.logits.numel()
+        if self._cached <= CACHED:
+            self._outputs[key] = outputs
+        return outputs
 
 
 @dataclass
@@ -43,9 +52,12 @@ class Evaluator:
     calibration: str
     held_out: str
     tokens: int
+    samples: int = SAMPLES
+    length: int = LENGTH
 
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        self.special = special_tokens(self.tokenizer)
         self._base: CachedModel | None = None
         text = read_text(self.held_out)[: CHARACTERS * self.tokens]
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -62,18 +74,21 @@ class Evaluator:
         return {
             "model": self.model.name, "weights": digest.hexdigest()[:16],
             "text": Path(self.calibration).name, "held_out": held_out.hexdigest()[:16],
-            "tokens": self.tokens, "windows": [SAMPLES, LENGTH],
+            "tokens": self.tokens, "windows": [self.samples, self.length],
+            "special": [list(self.special.prefix), list(self.special.suffix)],
         }  # fmt: skip
 
     def windows(self, seed: int) -> list[list[int]]:
         """Returns the calibration windows of a seed, the same for every tool."""
         config = CalibrationConfig(
-            samples=SAMPLES, seq_len=LENGTH, batch_size=SAMPLES, seed=seed
-        )  # fmt: skip
+            samples=self.samples, seq_len=self.length, batch_size=self.samples, seed=seed
+        )
         calibration = load_calibration(self.calibration, self.tokenizer, config)
         ids = [window for batch in calibration.batches for window in batch.input_ids.tolist()]
-        if [len(window) for window in ids] != [LENGTH] * SAMPLES:
-            raise SystemExit(f"{self.calibration} does not give {SAMPLES} windows of {LENGTH}")
+        if [len(window) for window in ids] != [self.length] * self.samples:
+            raise SystemExit(
+                f"{self.calibration} does not give {self.samples} windows of {self.length}"
+            )
         return ids
 
     def evaluate(self, checkpoint: Path) -> dict[str, Any]:
@@ -81,7 +96,9 @@ class Evaluator:
         dense = read_dense(checkpoint)
         quantized = self._load_dense(dense)
         self._base = self._base or CachedModel(self.model)
-        result = divergence(self._base, quantized, self.ids, window=LENGTH)
+        result = divergence(
+            self._base, quantized, self.ids, window=self.length, special=self.special
+        )
         return {
             "base_perplexity": result.perplexity[0],
             "perplexity": result.perplexity[1],

@@ -9,7 +9,7 @@ from typing import Any
 
 Settings = dict[str, Any]
 
-#: Group size for each bit width in the tables.
+#: Group size for each bit width in the tables of the bundled model.
 GROUPS = {2: 64, 3: 128, 4: 128}
 
 #: roundwise: the two baselines and the default.
@@ -52,6 +52,22 @@ ABLATION: dict[str, Settings] = {
     "textbook, refinement": {"recipe": "textbook", "refine": 1, "exchange": 8},
     "textbook, outputs coupled": {"recipe": "textbook", "output_tokens": 4096},
 }
+#: What only real models can settle: corrections, transforms and the order of work.
+RISKS: dict[str, Settings] = {
+    "best, alpha 0": {"alpha": 0.0},
+    "best, beta 0": {"beta": 0.0},
+    "best, alpha 0 and beta 0": {"alpha": 0.0, "beta": 0.0},
+    "best, outputs alike": {"output_tokens": 0},
+    "best, no refinement": {"refine": 0},
+    "best, rotated": {"rotate": True},
+    "best, prescaled": {"prescale": "awq"},
+    "best, damping auto": {"damp_percent": "auto"},
+    "best, damping 0.05": {"damp_percent": 0.05},
+    "best, block mode": {"mode": "block"},
+    "textbook, rotated": {"recipe": "textbook", "rotate": True},
+    "textbook, prescaled": {"recipe": "textbook", "prescale": "awq"},
+    "textbook, damping auto": {"recipe": "textbook", "damp_percent": "auto"},
+}
 GPTAQ, FOEM = {"alpha": 0.25}, {"alpha": 0.0, "beta": 0.2}
 PEERS: dict[str, dict[str, Settings]] = {
     "gptqmodel": {
@@ -92,9 +108,15 @@ class Job:
     tool: str
     method: str
     bits: int
+    group_size: int
     sym: bool
     seed: int
     settings: Settings
+
+    @property
+    def format(self) -> str:
+        """Bits, group size and symmetry in words."""
+        return f"{self.bits} bit, g{self.group_size}, {'sym' if self.sym else 'asym'}"
 
     @property
     def row(self) -> str:
@@ -104,29 +126,34 @@ class Job:
 
 def jobs(
     tools: list[str],
-    bits: list[int],
-    syms: list[bool],
+    formats: list[tuple[int, int, bool]],
     seeds: list[int],
-    ablation: bool,
+    more: dict[str, Settings],
     wanted: str,
 ) -> Iterator[Job]:
-    """Yields all jobs of the selected tools; `wanted` is a method's name, a part of one, or empty."""
+    """Yields all jobs of the selected tools.
+
+    Args:
+        tools: their names.
+        formats: bits, group size and symmetry.
+        seeds: seeds of the calibration windows.
+        more: methods of roundwise beside `MAIN`.
+        wanted: a method's name, a part of one, or empty.
+    """
     for tool in tools:
-        methods = MAIN | (ABLATION if ablation else {}) if tool == "roundwise" else PEERS[tool]
+        methods = MAIN | more if tool == "roundwise" else PEERS[tool]
         for method, options in methods.items():
             if wanted != method and (wanted in methods or wanted not in method):
                 continue
             chosen = seeds if method in ALL_SEEDS or wanted else seeds[:1]
             for seed in [0] if method == "rtn" else chosen:
-                for width in bits:
-                    for sym in syms:
-                        settings = settings_of(tool, options, width, sym)
-                        yield Job(tool, method, width, sym, seed, settings)
+                for bits, group_size, sym in formats:
+                    settings = settings_of(tool, options, bits, group_size, sym)
+                    yield Job(tool, method, bits, group_size, sym, seed, settings)
 
 
-def settings_of(tool: str, options: Settings, bits: int, sym: bool) -> Settings:
+def settings_of(tool: str, options: Settings, bits: int, group_size: int, sym: bool) -> Settings:
     """Returns `options` with bits, group size and symmetry, under the tool's own names."""
-    group_size = GROUPS[bits]
     if tool == "llmcompressor":
         weights = {
             "num_bits": bits, "type": "int", "symmetric": sym, "strategy": "group",

