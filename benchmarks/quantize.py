@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 SHAPES = {"small": (1024, 2816, 16, 16), "1.2b": (2048, 5632, 32, 8)}
 #: Settings of each peer: its defaults, with our batch size.
 PEERS: dict[str, dict[str, Any]] = {
-    tool: settings_of(tool, {}, 4, sym=True) for tool in ("gptqmodel", "llmcompressor")
+    tool: settings_of(tool, {}, 4, 128, sym=True) for tool in ("gptqmodel", "llmcompressor")
 }
 PEERS["llmcompressor"]["batch_size"] = 8
 
