@@ -72,7 +72,13 @@ class TestDefaults:
             for name, value in config.model_dump().items()
             if value != usual[name]
         }
-        assert differing - given == DEPENDENT_DEFAULTS
+        assert differing - given == DEPENDENT_DEFAULTS - {"group_size"}  # that is the model's
+
+    def test_a_group_size_that_is_not_given_is_chosen_for_the_model(self) -> None:
+        assert QuantizeConfig().chooses_group_size
+        assert QuantizeConfig(sym=False, recipe="textbook").chooses_group_size
+        assert not QuantizeConfig(group_size=128).chooses_group_size
+        assert not QuantizeConfig(group_size=-1).chooses_group_size
 
     def test_they_are_those_of_quantize(self) -> None:
         import inspect

@@ -17,8 +17,8 @@ from roundwise.evaluation.divergence import divergence
 
 #: Windows of calibration text for the bundled model, and tokens of a window.
 SAMPLES, LENGTH = 128, 512
-#: Largest number of cached outputs; those of a large vocabulary need too much memory.
-CACHED = 4 << 28
+#: Values of one forward, and of all cached outputs: those of a large vocabulary need much memory.
+AT_ONCE, CACHED = 1 << 27, 1 << 29
 #: Characters of text read per held-out token; a token is shorter on average.
 CHARACTERS = 12
 
@@ -96,9 +96,11 @@ class Evaluator:
         dense = read_dense(checkpoint)
         quantized = self._load_dense(dense)
         self._base = self._base or CachedModel(self.model)
+        vocabulary = int(quantized.config.get_text_config().vocab_size)
         result = divergence(
-            self._base, quantized, self.ids, window=self.length, special=self.special
-        )
+            self._base, quantized, self.ids, window=self.length, special=self.special,
+            batch_size=max(1, min(4, AT_ONCE // (self.length * vocabulary))),
+        )  # fmt: skip
         return {
             "base_perplexity": result.perplexity[0],
             "perplexity": result.perplexity[1],

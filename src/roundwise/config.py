@@ -34,9 +34,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-#: Settings whose default depends on another one: on `recipe`, or on `sym`.
+#: Settings whose default depends on another one, on `recipe` or `sym`, or on the model.
 DEPENDENT_DEFAULTS = frozenset(
-    {"format", *(name for settings in RECIPES.values() for name in settings)}
+    {"format", "group_size", *(name for settings in RECIPES.values() for name in settings)}
 )
 
 #: Settings that a per-module override may change; the keys are those of `quantization_config.dynamic`.
@@ -104,7 +104,9 @@ class QuantizeConfig(Settings):
 
     bits: Annotated[Bits, Panel.FORMAT] = Field(4, description="Bits per weight: 2, 3, 4 or 8.")
     group_size: Annotated[int, Panel.FORMAT] = Field(
-        128, description="Input channels that share a scale and a zero point; -1: all of them."
+        128,
+        description="Input channels that share a scale and a zero point; -1: all of them; not given: "
+        "the largest of 128, 64 and 32 that divides the input channels of all layers.",
     )
     sym: Annotated[bool, Panel.FORMAT, Flags({"--sym/--asym": ""})] = Field(
         True,
@@ -305,6 +307,11 @@ class QuantizeConfig(Settings):
     def prescales(self) -> bool:
         """True if activation-aware scales are folded into norms before quantizing."""
         return self.prescale == "awq" or self.method == "awq"
+
+    @property
+    def chooses_group_size(self) -> bool:
+        """True if no group size was given: the model decides (`plan.layer_formats`)."""
+        return "group_size" not in self.model_fields_set
 
     @property
     def maxq(self) -> int:

@@ -20,10 +20,10 @@ from roundwise.checkpoint import compressed_tensors
 from roundwise.checkpoint.gptq_format import (
     SUFFIXES,
     LayerSettings,
-    check_shape,
     config_from_settings,
     encode,
     settings_from_weight,
+    shape_problem,
 )
 from roundwise.checkpoint.quantized_checkpoint import (
     LazyTensor,
@@ -180,7 +180,9 @@ def _to_gptq(
         q = quantized.read(name)
         layers[name] = settings_from_weight(q)
         config = QuantizeConfig(bits=q.bits, group_size=layers[name].group_size)
-        check_shape(name, *quantized.shape(name), config)
+        problem = shape_problem(*quantized.shape(name), config)
+        if problem:
+            raise ConfigError(f"{name}: {problem}")
         _check_zero_points(name, q, to)
 
     def convert_layer(name: str) -> Iterator[LazyTensor]:

@@ -196,8 +196,8 @@ class TestSettings:
             (["--bits", 5], ["bits=5 is not supported: use 2, 3, 4 or 8"]),
             (
                 ["--group-size", 128],
-                ["q_proj has 64 input channels, which group_size=128 does not divide",
-                 "use 16 or 32 or 64 or -1", "--override"],
+                ["group_size=128 does not divide the input channels of", " layers (such as ",
+                 "q_proj, 64 x 64): use --group-size "],
             ),
             (["--group-size", 12], ["group_size=12", "multiple of 8"]),
             (["--damp-percent", -1], ["damp_percent=-1"]),
@@ -230,8 +230,8 @@ class TestSettings:
         self, commands: Commands, quantize: Callable[..., Ended], model: Path, tmp_path: Path
     ) -> None:
         # 96 input channels: 64 divides the others.
-        sentence = refused(quantize("--group-size", 64), "down_proj has 96 input channels")
-        override = sentence.partition("--override '")[2].rstrip("'").replace("layers.0", "layers.*")
+        sentence = refused(quantize("--group-size", 64), "3 of 21 layers", "down_proj, 64 x 96")
+        override = sentence.partition("--override '")[2].rstrip("'")
         out = tmp_path / "elsewhere"
         assert quantize("--group-size", 64, "--override", override, out=out).code == 0
 

@@ -93,7 +93,7 @@ class TestHelp:
             assert negative in row[0]
 
     def test_defaults(self, panels: dict[str, str]) -> None:
-        assert "[default: 128]" in panels["Format"]
+        assert "[default: 128]" not in panels["Format"]  # the model decides
         assert "[default: sym]" in panels["Format"]
         assert "[default: 2,3,4,8]" in panels["Format"]
         assert "[default: 0.01]" in panels["Recipe (for experts)"]
@@ -115,13 +115,17 @@ class TestValues:
     def test_nothing(self) -> None:
         given_to_config()
 
-    @pytest.mark.parametrize("name", sorted(DEPENDENT_DEFAULTS))
+    @pytest.mark.parametrize("name", sorted(DEPENDENT_DEFAULTS - {"group_size"}))
     def test_a_recipe_sets_what_is_not_given(self, name: str) -> None:
         option = setting_options(QuantizeConfig, name)[0].names
         default = QuantizeConfig.model_fields[name].default
         textbook = {"recipe": "textbook"}
         given_to_config("--recipe", "textbook", **textbook)
         given_to_config("--recipe", "textbook", option, default, **textbook, **{name: default})
+
+    def test_the_model_decides_the_group_size_that_is_not_given(self) -> None:
+        assert given_to_config().chooses_group_size
+        assert not given_to_config("--group-size", 128, group_size=128).chooses_group_size
 
     def test_the_format_depends_on_sym(self) -> None:
         assert given_to_config("--asym", sym=False).format == "gptq_v2"

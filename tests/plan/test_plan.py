@@ -136,8 +136,10 @@ def test_all_settings_that_do_not_fit_are_reported(llama):
     config = rw.QuantizeConfig(group_size=64)  # does not divide 96
     planned = plan(open_streamed_model(llama), config)
     downs = [m for m in planned.modules if m.name.endswith("down_proj")]
-    assert len(planned.problems) == len(downs)
-    assert all("group_size=64 does not divide" in problem for problem in planned.problems)
+    (problem,) = planned.problems
+    assert f"group_size=64 does not divide the input channels of {len(downs)} of 14 lay" in problem
+    assert all(m.reason and "group_size=64 does not divide" in m.reason for m in downs)
+    assert {*planned.served_by.values()} == {"the run would be refused"}
 
 
 def huge(folder: Path) -> Path:

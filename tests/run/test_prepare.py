@@ -115,8 +115,8 @@ class TestRefused:
         [
             (
                 {"config": rw.QuantizeConfig(group_size=128)},
-                r"q_proj has 64 input channels, which group_size=128 does not divide: "
-                r"use 16 or 32 or 64 or -1.*--override",
+                r"group_size=128 does not divide the input channels of 14 of 14 layers "
+                r"\(such as model.layers.0.self_attn.q_proj, 64 x 64\): use --group-size 32$",
             ),
             ({"calibration": None}, "gptq needs calibration text"),
             ({"calibration": []}, "no tokens"),

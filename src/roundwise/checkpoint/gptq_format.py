@@ -18,42 +18,34 @@ from roundwise.checkpoint.reader import Checkpoint, TensorInfo
 from roundwise.checkpoint.untrusted import read_json
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import WIDTHS, QuantizedWeight, codes_per_block, pack, unpack
-from roundwise.errors import CheckpointError, ConfigError
+from roundwise.errors import CheckpointError
 from roundwise.version import __version__
 
 #: Suffixes of the tensors that replace NAME.weight.
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def check_shape(name: str, out_features: int, in_features: int, config: QuantizeConfig) -> None:
-    """Checks that the format can store a weight with these settings.
+def group_size_divides(in_features: int, group_size: int) -> bool:
+    """Returns True if groups of this size divide the input channels of a layer; -1 always does."""
+    return group_size == -1 or in_features % group_size == 0
 
-    Args:
-        name: the layer's name, for error messages.
-        out_features: output channels.
-        in_features: input channels.
-        config: settings of the layer.
 
-    Raises:
-        ConfigError: the group size does not divide the input channels, or codes do not fill whole
-            32-bit words; the message names settings that work.
-    """
-    size = config.group_size
-    if size != -1 and in_features % size:
-        valid = [str(n) for n in (16, 32, 64, 128, 256, 512) if in_features % n == 0] + ["-1"]
-        raise ConfigError(
-            f"{name} has {in_features} input channels, which group_size={size} does not divide: "
-            f"use {' or '.join(valid)}, for this module alone with "
-            f"--override '{name}=group_size:{valid[-2] if len(valid) > 1 else -1}'"
+def fills_words(out_features: int, in_features: int, bits: int) -> bool:
+    """Returns True if the codes of a weight of this shape fill whole 32-bit words on both sides."""
+    block = codes_per_block(bits)
+    return in_features % block == 0 and out_features % block == 0
+
+
+def shape_problem(out_features: int, in_features: int, config: QuantizeConfig) -> str | None:
+    """Returns why the format cannot store a weight with these settings; None: it can."""
+    if not group_size_divides(in_features, config.group_size):
+        return f"group_size={config.group_size} does not divide {in_features} input channels"
+    if not fills_words(out_features, in_features, config.bits):
+        return (
+            f"{config.bits}-bit codes are stored in multiples of {codes_per_block(config.bits)}, "
+            f"which {out_features} x {in_features} is not"
         )
-    block = codes_per_block(config.bits)
-    for label, features in (("input", in_features), ("output", out_features)):
-        if features % block:
-            raise ConfigError(
-                f"{name} has {features} {label} channels; {config.bits}-bit codes pack in multiples "
-                f"of {block}: choose another width with --override '{name}=bits:8' "
-                f"or skip the layer with --skip '{name}'"
-            )
+    return None
 
 
 def packed_bytes(rows: int, columns: int, config: QuantizeConfig) -> int:

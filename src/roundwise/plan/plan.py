@@ -11,7 +11,7 @@ from typing import Any
 
 from roundwise.checkpoint import engines
 from roundwise.checkpoint.engines import ServedLayer, conflicting_packed_modules
-from roundwise.checkpoint.gptq_format import check_shape
+from roundwise.checkpoint.gptq_format import shape_problem
 from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import ConfigError
 from roundwise.forward.expert_tokens import check_experts
@@ -21,6 +21,7 @@ from roundwise.model.expert_weights import ExpertSlice
 from roundwise.model.fake_forward import drop_uncalled_linears
 from roundwise.model.streamed import StreamedModel
 from roundwise.plan import cost_model
+from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_shapes
 from roundwise.plan.memory import (
     MemoryPlan,
     bytes_after,
@@ -109,7 +110,8 @@ def plan(
     """
     text_config = streamed.model.config.get_text_config()
     limit = context_length(streamed.model.config) or seq_len
-    warnings = [*streamed.warnings]
+    config, group_note = fit_group_size(layer_shapes(streamed.blocks), config)
+    warnings = [*streamed.warnings, *([group_note] if group_note else [])]
     if seq_len > limit:
         seq_len = limit
         warnings.append(f"seq_len is {limit}, the longest text the model takes")
@@ -130,6 +132,10 @@ def plan(
     if not memory.fits:
         warnings.append(over_budget_message(memory))
     after, stored = bytes_after(streamed, config, undecided)
+    problems = _problems(streamed, config)
+    served = engines.served_by(_served_layers(streamed, config))
+    if problems:  # nothing serves the result of a run that is refused
+        served = dict.fromkeys(served, "the run would be refused")
     heads = int(getattr(text_config, "num_attention_heads", 1) or 1)
     return Plan(
         modules=modules,
@@ -143,13 +149,13 @@ def plan(
         memory=memory,
         disk=plan_disk(streamed, config, memory, tokens=tokens),
         phases=_phases(streamed, config, tokens, memory.mode, surveyed=bool(undecided)),
-        served_by=engines.served_by(_served_layers(streamed, config)),
+        served_by=served,
         tensor_parallel=engines.tensor_parallel_degrees(
             [(*module.shape, module.group_size or -1) for module in quantized],
             hidden=int(text_config.hidden_size), heads=heads,
             kv_heads=int(getattr(text_config, "num_key_value_heads", None) or heads),
         ),
-        problems=_problems(streamed, config, quantized),
+        problems=problems,
         warnings=warnings,
     )  # fmt: skip
 
@@ -185,11 +191,9 @@ def _warnings(
     return warnings
 
 
-def _problems(
-    streamed: StreamedModel, config: QuantizeConfig, quantized: list[PlannedLayer]
-) -> list[str]:
+def _problems(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:
     """Returns the reasons why a run would be refused."""
-    problems = [module.reason for module in quantized if module.reason]
+    problems = format_problems(layer_shapes(streamed.blocks), config)
     for block in streamed.blocks:
         try:
             check_experts(block, config)
@@ -266,14 +270,10 @@ def _planned_layers(streamed: StreamedModel, config: QuantizeConfig) -> list[Pla
     for block in streamed.blocks:
         for name, linear in block.linears.items():
             rows, columns = (int(size) for size in weight_of(linear).shape)
-            settings, reason = config.for_module(name), None
-            if settings is None:
-                reason = "skipped with --skip"
-            else:
-                try:
-                    check_shape(name, rows, columns, settings)
-                except ConfigError as error:
-                    reason = str(error)
+            settings = config.for_module(name)
+            reason: str | None = "skipped with --skip"
+            if settings is not None:
+                reason = shape_problem(rows, columns, settings)
             layers.append(
                 PlannedLayer(
                     name, (rows, columns),

@@ -23,7 +23,7 @@ import torch
 
 from roundwise.calibration.dataset import Calibration
 from roundwise.checkpoint.engines import with_packed_names
-from roundwise.checkpoint.gptq_format import check_shape, packed_bytes
+from roundwise.checkpoint.gptq_format import packed_bytes, shape_problem
 from roundwise.checkpoint.manifest import read_manifest
 from roundwise.config import QuantizeConfig
 from roundwise.core.solver import PreparedHessian, prepare_hessian, round_to_nearest, solve
@@ -255,12 +255,8 @@ def _candidate_settings(
     for bits in config.target_widths:
         for size in dict.fromkeys((config.group_size, *CANDIDATE_GROUP_SIZES)):
             settings = config.merged({**quick, "bits": bits, "group_size": size})
-            try:
-                for name, W in weights.items():
-                    check_shape(name, len(W), W.shape[1], settings)
-            except ConfigError:
-                continue
-            yield settings
+            if not any(shape_problem(len(W), W.shape[1], settings) for W in weights.values()):
+                yield settings
 
 
 def _take_hessian(group: InputGroup) -> torch.Tensor | None:

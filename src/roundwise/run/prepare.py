@@ -18,7 +18,6 @@ import transformers
 
 from roundwise.calibration.dataset import Calibration, load_calibration
 from roundwise.calibration.self_generated import generate_windows
-from roundwise.checkpoint.gptq_format import check_shape
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.checkpoint.reader import Checkpoint
@@ -30,6 +29,7 @@ from roundwise.model.build import context_length, forward_kwargs
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
 from roundwise.model.rotate import rotated_checkpoint
 from roundwise.model.streamed import StreamedModel, open_streamed_model
+from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_shapes
 from roundwise.plan.memory import MemoryPlan, plan_memory
 from roundwise.run.bit_allocation import allocate_bits
 from roundwise.run.environment import numeric_environment
@@ -130,6 +130,8 @@ def prepare(
     ranks = current_ranks()
     device = ranks.local_device(parse_device(options.device))
     streamed, calls, notes = _open(model, config, device)
+    config, group_note = fit_group_size(layer_shapes(streamed.blocks), config)
+    notes = [*notes, *([group_note] if group_note else [])]
     skipped = _check(streamed, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
@@ -187,11 +189,9 @@ def _check(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:
         raise ConfigError("every linear layer is skipped: nothing to quantize")
     for block in streamed.blocks:
         check_experts(block, config)
-        for name, linear in block.linears.items():
-            settings = config.for_module(name)
-            if settings is not None:
-                out_features, in_features = weight_of(linear).shape
-                check_shape(name, out_features, in_features, settings)
+    problems = format_problems(layer_shapes(streamed.blocks), config)
+    if problems:
+        raise ConfigError("; ".join(problems))
     return [f"{len(skipped)} of {len(names)} linear layers are left as they are"] if skipped else []
 
 

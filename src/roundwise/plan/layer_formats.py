@@ -1,0 +1,146 @@
+"""Chooses a group size that all layers of a model can take, and names layers that cannot be stored.
+
+Needs names and shapes only, so that a run is refused before any weight is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from roundwise.checkpoint.gptq_format import fills_words, group_size_divides
+from roundwise.config import QuantizeConfig
+from roundwise.core.quantized_weight import codes_per_block
+from roundwise.model.blocks import Block, weight_of
+
+#: Group sizes that are chosen from, best first: fewest bits for scales, and all engines take them.
+GROUP_SIZES = (128, 64, 32)
+#: Group sizes that messages name.
+KNOWN_SIZES = (512, 256, 128, 64, 32, 16)
+
+
+class LayerShape(NamedTuple):
+    """Name and size of a linear layer."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+def layer_shapes(blocks: Iterable[Block]) -> list[LayerShape]:
+    """Returns the shapes of all linear layers of some blocks."""
+    return [
+        LayerShape(name, *(int(size) for size in weight_of(linear).shape))
+        for block in blocks
+        for name, linear in block.linears.items()
+    ]
+
+
+def fit_group_size(
+    shapes: list[LayerShape], config: QuantizeConfig
+) -> tuple[QuantizeConfig, str | None]:
+    """Returns settings with a group size for the model if none was given, and a note about it.
+
+    The whole model gets one size, which every reader of the format takes; sizes by layer need rules that
+    several readers do not know.
+
+    Args:
+        shapes: all linear layers.
+        config: settings; returned unchanged if a group size was given.
+    """
+    if not config.chooses_group_size:
+        return config, None
+    widths = [shape.in_features for shape in shapes if _has_common_size(shape.name, config)]
+
+    def taking(size: int) -> int:
+        return sum(group_size_divides(width, size) for width in widths)
+
+    size = max(GROUP_SIZES, key=taking)  # of equals the first, which is the largest
+    fitted = config.model_copy(update={"group_size": size})
+    if size == GROUP_SIZES[0]:
+        return fitted, None
+    odd = [width for width in widths if not group_size_divides(width, GROUP_SIZES[0])]
+    most = max(set(odd), key=odd.count)
+    return fitted, (
+        f"groups of {size}: {len(odd)} of {len(widths)} layers have input channels ({most}) that "
+        f"groups of {GROUP_SIZES[0]} do not divide"
+    )
+
+
+def _has_common_size(name: str, config: QuantizeConfig) -> bool:
+    """Returns True if a layer is quantized with the group size of the model, not one of its own."""
+    for pattern, changes in config.dynamic.items():
+        if re.search(pattern, name):
+            return changes is not None and "group_size" not in changes
+    return True
+
+
+def format_problems(shapes: list[LayerShape], config: QuantizeConfig) -> list[str]:
+    """Returns one sentence for each kind of layer that the format cannot store, with the way out.
+
+    Args:
+        shapes: all linear layers.
+        config: settings, with a group size that was given or chosen.
+    """
+    undivided: dict[int, list[LayerShape]] = defaultdict(list)
+    unfilled: dict[int, list[LayerShape]] = defaultdict(list)
+    for shape, settings in _quantized(shapes, config):
+        if not group_size_divides(shape.in_features, settings.group_size):
+            undivided[settings.group_size].append(shape)
+        elif not fills_words(shape.out_features, shape.in_features, settings.bits):
+            unfilled[settings.bits].append(shape)
+    total = sum(1 for _ in _quantized(shapes, config))
+    sentences = [
+        f"group_size={size} does not divide the input channels of {_count(layers, total)}: use "
+        f"{_other_size(layers, total, shapes, config)}"
+        for size, layers in undivided.items()
+    ]
+    sentences += [
+        f"{bits}-bit codes are stored in multiples of {codes_per_block(bits)}, which the channels of "
+        f"{_count(layers, total)} are not: use {_pattern_option('--skip', layers)}"
+        for bits, layers in unfilled.items()
+    ]
+    return sentences
+
+
+def _quantized(
+    shapes: list[LayerShape], config: QuantizeConfig
+) -> Iterator[tuple[LayerShape, QuantizeConfig]]:
+    for shape in shapes:
+        settings = config.for_module(shape.name)
+        if settings is not None:
+            yield shape, settings
+
+
+def _count(layers: list[LayerShape], total: int) -> str:
+    name, rows, columns = layers[0]
+    return f"{len(layers)} of {total} layers (such as {name}, {rows} x {columns})"
+
+
+def _other_size(
+    layers: list[LayerShape], total: int, shapes: list[LayerShape], config: QuantizeConfig
+) -> str:
+    """Returns the one option that gives all layers a group size that divides their inputs.
+
+    Few layers get a size of their own; if most do not fit, the model gets another one.
+    """
+    common = [shape.in_features for shape in shapes if _has_common_size(shape.name, config)]
+    if 2 * len(layers) > total and (size := _dividing_size(common)) > 0:
+        return f"--group-size {size}"
+    size = _dividing_size([layer.in_features for layer in layers])
+    return _pattern_option("--override", layers, f"=group_size:{size}")
+
+
+def _dividing_size(widths: list[int]) -> int:
+    """Returns the largest group size that divides all widths; -1: none does."""
+    fitting = (n for n in KNOWN_SIZES if all(group_size_divides(width, n) for width in widths))
+    return next(fitting, -1)
+
+
+def _pattern_option(option: str, layers: list[LayerShape], change: str = "") -> str:
+    """Returns an option with a regular expression for the last parts of the layers' names."""
+    last = dict.fromkeys(re.escape(layer.name.rpartition(".")[2]) for layer in layers)
+    pattern = f"({'|'.join(last)})$" if len(last) > 1 else f"{next(iter(last))}$"
+    return f"{option} '{pattern}{change}'"
