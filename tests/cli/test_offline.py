@@ -77,6 +77,7 @@ def test_imports_open_no_connection(offline: Offline) -> None:
     assert offline.tried() == ""
 
 
+@pytest.mark.slow
 def test_the_whole_demo_without_a_network(offline: Offline) -> None:
     ended = offline.python("-m", "roundwise", "demo", offline.log.parent / "demo", "--samples", 4)
     assert ended.returncode == 0, ended.stderr

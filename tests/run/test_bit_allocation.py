@@ -181,6 +181,7 @@ def test_all_experts_of_a_layer_agree(name: str, tmp_path: Path) -> None:
     rw.load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_better_than_one_width_at_the_same_size(tiny: Path, tmp_path: Path) -> None:
     base, tokenizer = rw.load(tiny, dtype=torch.float32)
     ids = tokenizer(read_text("python-stdlib")[:40_000], verbose=False)["input_ids"][:8192]

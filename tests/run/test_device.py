@@ -37,6 +37,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_on_a_device_equals_one_on_the_cpu(ran: dict[str, Any], name: str) -> None:
     result = ran[name]
@@ -47,6 +48,7 @@ def test_a_run_on_a_device_equals_one_on_the_cpu(ran: dict[str, Any], name: str)
     assert (result["offloaded"] > 0) == (name == "qwen3_moe")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STOPPED)
 def test_a_stopped_run_resumes_after_the_last_recorded_block(
     ran: dict[str, Any], name: str
@@ -57,6 +59,7 @@ def test_a_stopped_run_resumes_after_the_last_recorded_block(
     assert result["same"]
 
 
+@pytest.mark.slow
 def test_the_device_refuses_what_a_gpu_refuses(ran: dict[str, Any]) -> None:
     assert "on the CPU in one operation" in ran["mixed"]
     assert ran["synchronized"] > 100  # phases end when the device is done

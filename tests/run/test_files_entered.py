@@ -13,25 +13,25 @@ import pytest
 
 import roundwise as rw
 from roundwise.run.api import Progress
+from tests.helpers import Stop
 
 PACKAGE = Path(rw.__file__).parent
 #: Most files that solving one group of layers may enter, from one layer's record to the next.
 MOST = 20
 
 
-class Finished(Exception):
-    """Ends a run that has shown enough."""
+#: Layers of the second block, each of another group.
+LAYERS = ("1.self_attn.o_proj", "1.mlp.gate_proj", "1.mlp.down_proj")
 
 
-def files_entered(layer: str, run: Callable[[Callable[[Progress], None]], Any]) -> set[str]:
-    """Files of the package that are entered between the record before that of `layer` and its own.
+def files_entered(run: Callable[[Callable[[Progress], None]], Any]) -> dict[str, set[str]]:
+    """Files of the package that are entered from one layer's record to the next, for `LAYERS`.
 
     Args:
-        layer: end of its name.
         run: quantizes with the progress callback that it is given.
     """
     entered: set[str] = set()
-    counted: set[str] = set()
+    counted: dict[str, set[str]] = {}
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         file = Path(frame.f_code.co_filename)
@@ -39,17 +39,18 @@ def files_entered(layer: str, run: Callable[[Callable[[Progress], None]], Any]) 
             entered.add(str(file.relative_to(PACKAGE)))
 
     def progress(reached: Progress) -> None:
-        if reached.layer is not None and reached.layer.name.endswith(layer):
-            counted.update(entered)  # without what is entered while the run ends
-            raise Finished
+        name = reached.layer.name if reached.layer is not None else ""
+        counted.update({layer: {*entered} for layer in LAYERS if name.endswith(layer)})
         entered.clear()
+        if len(counted) == len(LAYERS):
+            raise Stop  # without what is entered while the run ends
 
     before = greenlet.gettrace()
     # Each greenlet has a profile function of its own.
     greenlet.settrace(lambda *_: sys.setprofile(profile))
     sys.setprofile(profile)
     try:
-        with pytest.raises(Finished):
+        with pytest.raises(Stop):
             run(progress)
     finally:
         sys.setprofile(None)
@@ -57,16 +58,13 @@ def files_entered(layer: str, run: Callable[[Callable[[Progress], None]], Any]) 
     return counted
 
 
-@pytest.mark.parametrize("layer", ["1.self_attn.o_proj", "1.mlp.gate_proj", "1.mlp.down_proj"])
-def test_solving_one_group_enters_few_files(
-    layer: str, tiny: Path, text: Path, tmp_path: Path
-) -> None:
+def test_solving_one_group_enters_few_files(tiny: Path, text: Path, tmp_path: Path) -> None:
     def run(progress: Callable[[Progress], None]) -> None:
         rw.quantize(
             tiny, tmp_path / "out", rw.QuantizeConfig(group_size=64), str(text),
             samples=8, seq_len=128, batch_size=4, progress=progress,
         )  # fmt: skip
 
-    entered = files_entered(layer, run)
-    assert "core/rounding.py" in entered
-    assert len(entered) <= MOST, sorted(entered)
+    for layer, entered in files_entered(run).items():
+        assert "core/rounding.py" in entered, layer
+        assert len(entered) <= MOST, (layer, sorted(entered))

@@ -88,6 +88,7 @@ def quantize(model: Path, out: Path) -> rw.QuantizeResult:
     return rw.quantize(model, out, QUICK, windows(), samples=4, seq_len=32)
 
 
+@pytest.mark.slow
 def test_each_file_operation_fails_once(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,7 @@ def test_rounding_to_nearest_resumes_too(llama: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 class TestKilled:
     """The command, on the trained model, killed with SIGKILL at random moments."""
 
