@@ -13,17 +13,28 @@ from roundwise.cli.progress import (
     Reporter,
     Steps,
     count_of,
+    format_seconds,
     print_json,
     print_labelled,
     print_line,
     print_note,
     steps,
 )
+from roundwise.system.activity import announce
 
 
-def step(block: int, layer: Any = None, *, blocks: int = 4, resumed: int = 0) -> Any:
+def step(
+    block: int,
+    layer: Any = None,
+    *,
+    blocks: int = 4,
+    resumed: int = 0,
+    left: float | None = None,
+) -> Any:
     """Returns a step of a run."""
-    return SimpleNamespace(block=block, blocks=blocks, resumed=resumed, layer=layer)
+    return SimpleNamespace(
+        block=block, blocks=blocks, resumed=resumed, layer=layer, seconds_left=left
+    )
 
 
 def layer(name: str, error: float | None) -> Any:
@@ -63,17 +74,63 @@ def test_counts(number: int | None, words: str) -> None:
     assert count_of(number, "check") == words
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (75, "1:15"), (3723, "1:02:03")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_work_is_named_once_where_there_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with steps("working"):
+        announce("opening the model")
+        for part in range(3):
+            announce("measuring", part, 3)
+    announce("nobody listens any more")
+    assert capsys.readouterr().err.splitlines() == ["opening the model", "measuring"]
+    with steps("working", shown=False):
+        announce("another rank shows it")
+    assert not capsys.readouterr().err
+
+
+def test_the_clock_runs_through_all_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(stderr=True, force_terminal=True, width=100, record=True)
+    monkeypatch.setattr(progress, "console", terminal)
+    monkeypatch.delenv("TERM", raising=False)
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with steps("comparing") as shown:
+        shown.stage("perplexity of a", 1.0)  # finished: the clock goes on with what follows
+        now[0] = 165.0
+        shown.stage("speed of a", 0.0)
+        shown.time_left(30.0)
+        (task,) = shown._bar.tasks  # type: ignore[union-attr]
+        clock = shown._bar.columns[-1]  # type: ignore[union-attr]
+        assert task.description == "speed of a"
+        assert str(clock.render(task)) == "1:05, about 0:30 left"  # type: ignore[union-attr]
+        now[0] = 175.0
+        assert str(clock.render(task)) == "1:15, about 0:20 left"  # type: ignore[union-attr]
+
+
 class TestReporter:
     def test_a_line_per_block(self, capsys: pytest.CaptureFixture[str]) -> None:
         report = Reporter(Steps(None, "quantizing"))
         report(step(0, layer("model.layers.0.q_proj", 0.00123)))
-        report(step(0, layer("model.layers.0.k_proj", None)))
-        report(step(0))
-        report(step(1))
-        lines = capsys.readouterr().err.splitlines()
-        assert lines[0].startswith("block 1/4  q_proj 1.23e-03  k_proj  ")
-        assert lines[1].startswith("block 2/4    ")
-        assert all(line.endswith(" s left") for line in lines)
+        report(step(0, layer("model.layers.0.k_proj", 0.00321)))
+        report(step(0, layer("model.layers.0.v_proj", None)))
+        report(step(0, left=75.0))
+        report(step(1, left=None))
+        assert capsys.readouterr().err.splitlines() == [
+            "block 1/4  3 layers  error 2.2e-03, max 3.2e-03 k_proj  1:15 left",
+            "block 2/4  0 layers",
+        ]
+
+    def test_a_line_fits_a_narrow_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
+        report = Reporter(Steps(None, "quantizing"))
+        for expert in range(384):
+            report(step(60, layer(f"model.layers.60.experts.{expert}.down_proj", 0.1), blocks=128))
+        report(step(60, blocks=128, left=36000.0))
+        assert len(capsys.readouterr().err.splitlines()[0]) < 80
 
     def test_blocks_of_an_earlier_run_do_not_count(self) -> None:
         moves = []
@@ -83,7 +140,7 @@ class TestReporter:
                 moves.append((done, note))
 
         report = Reporter(Recorded(None, "quantizing"))
-        report(step(2, layer("q", 0.1), resumed=2))
+        report(step(2, layer("model.q", 0.1), resumed=2))
         report(step(2, resumed=2))
         report(step(3, resumed=2))
-        assert moves == [(0.0, "q"), (0.5, ""), (1.0, "")]
+        assert moves == [(0.0, "block 3/4 q"), (0.5, "block 3/4"), (1.0, "block 4/4")]

@@ -10,9 +10,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from roundwise.system.activity import listening
 
 if TYPE_CHECKING:
+    from roundwise.checkpoint.manifest import LayerRecord
     from roundwise.run.api import Progress as RunProgress
 
 #: Standard error: everything that is not the result.
@@ -47,72 +51,127 @@ def count_of(number: int | None, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-class Steps:
-    """Progress from 0 to 1: a bar with the time left on a terminal, plain lines elsewhere."""
+class _Clock(ProgressColumn):
+    """Column of the time since the command began and the time left: one clock for all its work."""
 
-    def __init__(self, bar: Progress | None, title: str) -> None:
-        self._bar, self._title, self._begun = bar, title, time.monotonic()
-        self._task = bar.add_task(title, total=1.0) if bar else None
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """Returns the cell's text."""
+        spent = format_seconds(time.monotonic() - task.fields["begun"])
+        left = task.fields["left"]
+        return Text(spent if left is None else f"{spent}, about {format_seconds(left())} left")
+
+
+def format_seconds(seconds: float) -> str:
+    """Returns a duration as minutes and seconds, such as 0:07 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Steps:
+    """Shows what a command is doing: a bar with a clock on a terminal, plain lines elsewhere."""
+
+    def __init__(self, bar: Progress | None, title: str, *, speaks: bool = True) -> None:
+        self._bar, self._title, self._work, self._speaks = bar, title, "", speaks
+        self._task = (
+            bar.add_task(title, total=None, begun=time.monotonic(), left=None) if bar else None
+        )
+
+    def listen(self, work: str, done: int = 0, total: int = 0) -> None:
+        """Shows announced work (`system.activity`): in the bar, or on a line of its own."""
+        self.stage(work, done / total if total else None, f" {done}/{total}" if total else "")
+
+    def stage(self, work: str, part: float | None = None, suffix: str = "") -> None:
+        """Shows a part of the command's work.
+
+        Args:
+            work: its name; a new one gets a line where there is no bar.
+            part: finished part of it, 0 to 1; None: not known.
+            suffix: text behind the name in the bar.
+        """
+        self._show(work, part, suffix)
+        if self._bar is None and work != self._work and self._speaks:
+            self.line(work)
+        self._work = work
 
     def update(self, done: float, note: str = "") -> None:
         """Moves the bar.
 
         Args:
-            done: finished part, 0 to 1.
+            done: finished part of this work, 0 to 1.
             note: short text about the last step.
         """
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, description=f"{self._title} {note}")
+        self._show(note or self._work or self._title, done, "")
+
+    def time_left(self, seconds: float | None) -> None:
+        """Sets the estimate that the clock counts down from."""
+        if self._bar is not None and self._task is not None and seconds is not None:
+            end = time.monotonic() + seconds
+            self._bar.update(self._task, left=lambda: max(0.0, end - time.monotonic()))
 
     def line(self, text: str) -> None:
         """Prints a line on stderr, above the bar if there is one."""
         (self._bar.console if self._bar else console).print(text, highlight=False, soft_wrap=True)
 
-    def eta(self, done: float) -> str:
-        """Returns the time left, for plain lines."""
-        spent = time.monotonic() - self._begun
-        return f"{spent * (1 - done) / done:.0f} s left" if done > 0 else ""
+    def _show(self, what: str, part: float | None, suffix: str) -> None:
+        if self._bar is None or self._task is None:
+            return
+        total = None if part is None else 1.0
+        self._bar.update(self._task, description=what + suffix, total=total, completed=part or 0.0)
 
 
 @contextmanager
 def steps(title: str, *, shown: bool = True) -> Iterator[Steps]:
     """Context manager: shows progress on stderr; without a bar if not `shown`, or not on a terminal."""
-    if not shown or not console.is_terminal or os.environ.get("TERM") == "dumb":
-        yield Steps(None, title)
+    if not shown:
+        yield Steps(None, title, speaks=False)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    if not console.is_terminal or os.environ.get("TERM") == "dumb":
+        plain = Steps(None, title)
+        with listening(plain.listen):
+            yield plain
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Clock())
     with Progress(*columns, console=console, transient=True) as bar:
-        yield Steps(bar, title)
+        display = Steps(bar, title)
+        with listening(display.listen):
+            yield display
 
 
 class Reporter:
     """Progress callback of a run: moves the bar with each layer and prints a line for each block."""
 
     def __init__(self, shown: Steps) -> None:
-        self._shown, self._layers = shown, list[str]()
+        self._shown = shown
+        self._layers: list[LayerRecord] = []
 
     def __call__(self, step: RunProgress) -> None:
         """Shows one step of the run: a layer, or a finished block."""
-        layer = step.layer
-        if layer is not None:
-            short_name = layer.name.rpartition(".")[2]
-            error = layer.relative_error
-            self._layers.append(f"{short_name} {error:.2e}" if error is not None else short_name)
-            self._shown.update(self._finished_part(step, step.block), layer.name)
+        self._shown.time_left(step.seconds_left)
+        finished = (step.block + (step.layer is None) - step.resumed) / (step.blocks - step.resumed)
+        label = f"block {min(step.block + 1, step.blocks)}/{step.blocks}"
+        if step.layer is not None:
+            self._layers.append(step.layer)
+            self._shown.update(finished, f"{label} {step.layer.name.rpartition('.')[2]}")
             return
-        part = self._finished_part(step, step.block + 1)
-        self._shown.update(part)
-        self._shown.line(
-            f"block {step.block + 1}/{step.blocks}  {'  '.join(self._layers)}  {self._shown.eta(part)}"
-        )
+        self._shown.update(finished, label)
+        left = step.seconds_left
+        parts = [label, self._errors(), "" if left is None else f"{format_seconds(left)} left"]
+        self._shown.line("  ".join(part for part in parts if part))
         self._layers = []
 
-    @staticmethod
-    def _finished_part(step: RunProgress, finished: int) -> float:
-        """Returns the finished part of this run's work; blocks of earlier runs do not count."""
-        return (finished - step.resumed) / (step.blocks - step.resumed)
+    def _errors(self) -> str:
+        """Returns the number of layers of a block, and their mean and largest relative error."""
+        known = [
+            (layer.relative_error, layer.name)
+            for layer in self._layers
+            if layer.relative_error is not None
+        ]
+        text = count_of(len(self._layers), "layer")
+        if not known:
+            return text
+        largest, name = max(known)
+        mean = sum(error for error, _ in known) / len(known)
+        return f"{text}  error {mean:.1e}, max {largest:.1e} {name.rpartition('.')[2]}"

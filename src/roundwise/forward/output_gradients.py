@@ -34,6 +34,7 @@ from roundwise.errors import first_line
 from roundwise.model.blocks import Block, wrapped_forwards
 from roundwise.model.build import forward_kwargs
 from roundwise.model.streamed import StreamedModel
+from roundwise.system.activity import announce
 from roundwise.system.device import HOST
 from roundwise.system.half_matmul import cpu_half_matmul
 from roundwise.system.timer import timer
@@ -84,6 +85,7 @@ class OutputGradients:
         generator = torch.Generator().manual_seed(0)
         with timer.phase("gradients"), _head_loaded(streamed):
             for part, batch in enumerate(parts):
+                announce("measuring what errors of outputs cost", part, len(parts))
                 with _streamed_blocks(streamed, partial(write, part)):
                     failure = _forward_backward(streamed, batch.to(streamed.device), generator)
                 if failure:

@@ -18,6 +18,7 @@ from roundwise.checkpoint.untrusted import limit_module_count
 from roundwise.errors import CheckpointError, ConfigError, RoundwiseError, first_line
 from roundwise.inference import import_hooks
 from roundwise.model.build import load_config, model_class
+from roundwise.system.activity import announce
 
 #: Files of which a checkpoint with a tokenizer has at least one.
 TOKENIZER_FILES = (
@@ -46,6 +47,7 @@ def load(
     Raises:
         CheckpointError: no such model, damaged files, or another quantization format.
     """
+    announce(f"loading {Path(model).name}")
     import_hooks.register()  # again: another package may have replaced our quantizer since import
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)

@@ -20,6 +20,7 @@ from roundwise.run.loop import Progress, Run
 from roundwise.run.prepare import RunPlan, prepare
 from roundwise.run.resume import begin_run, broadcast_record, finished_manifest, lock_output_dir
 from roundwise.run.strict import layer_issues, raise_if_layers_strict, raise_if_strict
+from roundwise.system.activity import logger
 from roundwise.system.device import HOST, peak_memory
 from roundwise.system.memory import peak_rss
 from roundwise.system.timer import timer
@@ -127,6 +128,8 @@ def execute(
         progress: called after each layer and each block.
     """
     strict = options.strict
+    for line in (*plan.warnings, *plan.issues):
+        logger.warning("%s", line)
     if strict:
         raise_if_strict(plan.issues)
         progress = _strict_progress(progress)

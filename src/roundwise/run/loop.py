@@ -35,6 +35,7 @@ from roundwise.run.journal import Journal
 from roundwise.run.learning_curve import LearningCurve, learning_curve_for
 from roundwise.run.prepare import RunPlan
 from roundwise.run.resume import Checkpointer, broadcast_record
+from roundwise.system.activity import announce, logger
 from roundwise.system.memory import keep_freed_memory, trim_heap
 from roundwise.system.timer import timer
 
@@ -49,6 +50,8 @@ class Progress:
     """Blocks that an earlier run had finished."""
     layer: LayerRecord | None
     """The layer that was just solved; None: the whole block is written."""
+    seconds_left: float | None = None
+    """Estimate for the rest of the run; None: no block is finished yet."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Run:
         """Issues so far: requests that could not be honoured."""
         self.seconds: dict[str, float] = {}
         """Phase -> seconds, of this process."""
+        self._pace = _Pace()
 
     def execute(self, done: list[BlockRecord], journal: Journal | None) -> Manifest:
         """Quantizes all blocks that are not finished, then writes the rest of the checkpoint.
@@ -106,6 +110,7 @@ class Run:
                     self.out, self.streamed.blocks, done, journal, self.ranks
                 )
                 self._quantize_blocks(checkpointer)
+        announce("completing the checkpoint")
         with timer.phase("finish"):
             manifest = broadcast_record(
                 self.ranks,
@@ -188,6 +193,8 @@ class Run:
     ) -> None:
         """One block, from weights on disk to shard on disk."""
         block, blocks = self.streamed.blocks[index], len(self.streamed.blocks)
+        announce("quantizing blocks", index, blocks)
+        self._pace.begin()
         solver = BlockSolver(
             block, self.config, prescaler=self.plan.prescaler, ranks=self.ranks,
             maps=self.streamed.maps, gradients=self.gradients.of_block(index),
@@ -213,6 +220,7 @@ class Run:
             saturation=ran.learning_curve, seconds=self.take_seconds(),
         )  # fmt: skip
         checkpointer.block_finished(record, needs_activations=scheduler is not None)
+        self._pace.end()
         self._report(index, first, None)
 
     def _run_block(
@@ -247,5 +255,35 @@ class Run:
         return learning_curve_for(self.streamed.blocks, index, name, self.config, batches)
 
     def _report(self, index: int, first: int, layer: LayerRecord | None) -> None:
+        blocks = len(self.streamed.blocks)
+        left = self._pace.seconds_left(blocks - index - (layer is None))
+        if layer is not None and layer.relative_error is not None:
+            logger.info("%s: relative error %.3g", layer.name, layer.relative_error)
+        elif layer is None and left is not None:
+            logger.info("block %d/%d finished, about %.0f s left", index + 1, blocks, left)
         if self.progress is not None and self.ranks.is_first:
-            self.progress(Progress(index, len(self.streamed.blocks), first, layer))
+            self.progress(Progress(index, blocks, first, layer, left))
+
+
+class _Pace:
+    """Time that blocks take; the first one also warms up, so it counts only while it is alone."""
+
+    def __init__(self) -> None:
+        self._begun, self._durations = 0.0, list[float]()
+
+    def begin(self) -> None:
+        """Notes that a block begins."""
+        self._begun = time.monotonic()
+
+    def end(self) -> None:
+        """Notes that the block is finished."""
+        self._durations.append(time.monotonic() - self._begun)
+        self._begun = 0.0
+
+    def seconds_left(self, blocks: int) -> float | None:
+        """Estimates the time for so many blocks, the unfinished one among them; None: not known."""
+        known = self._durations[1:] or self._durations
+        if not known:
+            return None
+        spent = time.monotonic() - self._begun if self._begun else 0.0
+        return max(0.0, blocks * sum(known) / len(known) - spent)

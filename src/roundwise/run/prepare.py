@@ -36,6 +36,7 @@ from roundwise.run.environment import numeric_environment
 from roundwise.run.held_out_damping import held_out_batches
 from roundwise.run.prescale import Prescaler
 from roundwise.run.strict import check_run, memory_issues
+from roundwise.system.activity import announce
 from roundwise.system.device import parse_device
 from roundwise.system.distributed import Ranks, current_ranks
 from roundwise.system.memory import parse_size, release_large_blocks
@@ -129,18 +130,22 @@ def prepare(
     budget = parse_size(options.max_memory)
     ranks = current_ranks()
     device = ranks.local_device(parse_device(options.device))
+    announce("opening the model")
     streamed, calls, notes = _open(model, config, device)
     config, group_note = fit_group_size(layer_shapes(streamed.blocks), config)
     notes = [*notes, *([group_note] if group_note else [])]
     skipped = _check(streamed, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
+    announce("reading the calibration text")
     loaded = _calibration(streamed, config, calibration, windows, ranks)
     _check_ranks(ranks, streamed, loaded)
     held_out_batches(config, len(loaded.batches) if loaded else 0)  # refuses one batch
     if loaded is not None and config.target_bpw is not None:
+        announce("choosing the bits of every layer")
         config = _allocate_bits(streamed, config, loaded, Path(out), model, ranks)
     prescaler = Prescaler(streamed, config) if config.prescales else None
+    announce("planning memory")
     memory = _plan_memory(streamed, config, loaded, ranks, mode=options.mode, budget=budget)
     sequential = _plan_memory(
         streamed, config, loaded, ranks, mode="true_sequential", budget=budget

@@ -24,6 +24,16 @@ LAYER_KEYS = {
     "name", "bits", "group_size", "relative_error", "damp_percent", "tokens", "fallback"
 }  # fmt: skip
 
+#: What a run says that it is doing, in order.
+WORK = [
+    "opening the model",
+    "reading the calibration text",
+    "planning memory",
+    "measuring what errors of outputs cost",
+    "quantizing blocks",
+    "completing the checkpoint",
+]
+
 
 class TestQuantize:
     def test_json(self, made: tuple[Path, Ended]) -> None:
@@ -44,8 +54,11 @@ class TestQuantize:
         blocks = [line for line in lines if line.startswith("block ")]
         assert len(blocks) == 3
         for number, line in enumerate(blocks, start=1):
-            assert line.startswith(f"block {number}/3  q_proj ")
-            assert re.search(r"down_proj \d\.\d\de-\d\d  \d+ s left$", line)
+            assert re.fullmatch(
+                rf"block {number}/3  7 layers  error \d\.\de-\d\d, max \d\.\de-\d\d \w+  0:\d\d left",
+                line,
+            )
+        assert [line for line in lines if line not in blocks] == WORK
         assert "\x1b" not in made[1].stderr
 
     def test_words(self, commands: Commands, text_model: Path, text: Path, tmp_path: Path) -> None:
@@ -111,7 +124,7 @@ def test_a_fresh_process_writes_the_same_bytes(
     )  # fmt: skip
     assert ended.returncode == 0
     assert json.loads(ended.stdout)["output"] == str(tmp_path / "out")
-    assert not [x for x in ended.stderr.splitlines() if not x.startswith("block ")]
+    assert [x for x in ended.stderr.splitlines() if not x.startswith("block ")] == WORK
     assert contents(tmp_path / "out") == contents(made[0])
 
 

@@ -98,9 +98,7 @@ def command(
             rounded = Path(scratch) / "rtn"
             round_to_nearest_like(model, quantized[0], rounded)
             folders.append(rounded)
-        comparisons = compare(
-            model, folders, protocol, progress=lambda what, done: shown.update(done, what)
-        )
+        comparisons = compare(model, folders, protocol, progress=shown.stage)
     failed = [
         reason
         for comparison in comparisons[: len(quantized)]

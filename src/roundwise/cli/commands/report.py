@@ -80,7 +80,7 @@ def command(
         with steps("comparing") as shown:
             evaluation = evaluate(
                 against, checkpoint, protocol, Path(text).name,
-                progress=lambda what, done: shown.update(done, what),
+                progress=shown.stage,
             )  # fmt: skip
     if against is not None:
         continuations = generate_answers(
