@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.checkpoint.reader import Checkpoint, TensorInfo
 from roundwise.checkpoint.transformed_view import TensorTransform, TransformedCheckpoint
+from roundwise.config import QuantizeConfig
 from roundwise.core.hadamard import Rotation
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.model.blocks import Block, output_head_name
@@ -57,6 +59,29 @@ def apply_recorded_rotation(source: Checkpoint, settings: dict[str, Any]) -> Che
     if not isinstance(seed, int):
         raise CheckpointError(f"meta.rotate of the quantization config is damaged: {rotate!r}")
     return rotated_checkpoint(source, seed, check=False)
+
+
+def open_for_run(
+    folder: Path, config: QuantizeConfig, device: torch.device, *, check: bool = True
+) -> StreamedModel:
+    """Opens a model as a run with these settings quantizes it: rotated if they say so.
+
+    Args:
+        folder: folder of the checkpoint.
+        config: `lm_head`, `rotate` and `rotation_seed` count.
+        device: device to compute on.
+        check: as for `rotated_checkpoint`.
+
+    Raises:
+        CheckpointError: the model cannot be opened.
+        ConfigError: it cannot be rotated.
+    """
+    streamed = open_streamed_model(folder, lm_head=config.lm_head, device=device)
+    if not config.rotate:
+        return streamed
+    rotated = rotated_checkpoint(streamed.checkpoint, config.rotation_seed, check=check)
+    opened = open_streamed_model(rotated, lm_head=config.lm_head, device=device)
+    return replace(opened, warnings=streamed.warnings)
 
 
 def rotated_checkpoint(

@@ -27,8 +27,8 @@ from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
 from roundwise.model.build import context_length, forward_kwargs
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
-from roundwise.model.rotate import rotated_checkpoint
-from roundwise.model.streamed import StreamedModel, open_streamed_model
+from roundwise.model.rotate import open_for_run
+from roundwise.model.streamed import StreamedModel
 from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_shapes
 from roundwise.plan.memory import MemoryPlan, plan_memory
 from roundwise.run.bit_allocation import allocate_bits
@@ -131,9 +131,9 @@ def prepare(
     ranks = current_ranks()
     device = ranks.local_device(parse_device(options.device))
     announce("opening the model")
-    streamed, calls, notes = _open(model, config, device)
+    streamed, calls = _open(model, config, device)
     config, group_note = fit_group_size(layer_shapes(streamed.blocks), config)
-    notes = [*notes, *([group_note] if group_note else [])]
+    notes = [*streamed.warnings, *([group_note] if group_note else [])]
     skipped = _check(streamed, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
@@ -176,14 +176,10 @@ def prepare(
 
 def _open(
     model: str, config: QuantizeConfig, device: torch.device
-) -> tuple[StreamedModel, CallTrace, list[str]]:
-    """The model to quantize, which layers its forward calls, and notes about its files."""
-    streamed = open_streamed_model(local_folder(model), lm_head=config.lm_head, device=device)
-    notes = streamed.warnings
-    if config.rotate:
-        rotated = rotated_checkpoint(streamed.checkpoint, config.rotation_seed)
-        streamed = open_streamed_model(rotated, lm_head=config.lm_head, device=device)
-    return streamed, drop_uncalled_linears(streamed, config), notes
+) -> tuple[StreamedModel, CallTrace]:
+    """The model to quantize, and which layers its forward calls; others are not quantized."""
+    streamed = open_for_run(local_folder(model), config, device)
+    return streamed, drop_uncalled_linears(streamed, config)
 
 
 def _check(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:

@@ -15,7 +15,6 @@ from roundwise.config import CalibrationConfig, QuantizeConfig, RunConfig
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
-    from roundwise.model.streamed import StreamedModel
     from roundwise.plan.plan import Plan, PlannedLayer
 
 
@@ -35,11 +34,16 @@ def command(
 
     Reads only config.json and the headers of the weights. Exit code 1: a run would be refused.
     """
+    from roundwise.checkpoint.hub import local_folder
+    from roundwise.model.rotate import open_for_run
     from roundwise.plan.plan import plan
+    from roundwise.system.device import parse_device
     from roundwise.system.memory import parse_size
 
+    # Unchecked: that would read all weights, and the plan needs only names and shapes.
+    streamed = open_for_run(local_folder(model), config, parse_device(run.device), check=False)
     planned = plan(
-        _open(model, config, run.device), config,
+        streamed, config,
         samples=windows.samples, seq_len=windows.seq_len, batch_size=windows.batch_size,
         mode=run.mode, budget=parse_size(run.max_memory),
     )  # fmt: skip
@@ -49,22 +53,6 @@ def command(
         _print_plan(planned)
     if planned.problems:
         raise typer.Exit(1)
-
-
-def _open(model: str, config: QuantizeConfig, device: str) -> StreamedModel:
-    """Opens the model as `quantize` would, rotated if the settings say so."""
-    from roundwise.checkpoint.hub import local_folder
-    from roundwise.model.rotate import rotated_checkpoint
-    from roundwise.model.streamed import open_streamed_model
-    from roundwise.system.device import parse_device
-
-    place = parse_device(device)
-    streamed = open_streamed_model(local_folder(model), lm_head=config.lm_head, device=place)
-    if not config.rotate:
-        return streamed
-    # Unchecked: that would read all weights, and the plan needs only names and shapes.
-    rotated = rotated_checkpoint(streamed.checkpoint, config.rotation_seed, check=False)
-    return open_streamed_model(rotated, lm_head=config.lm_head, device=place)
 
 
 def _print_plan(planned: Plan) -> None:
