@@ -5,9 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,6 +50,14 @@ class Served:
         self.started = json.loads(running.out.read_text())
         self.url: str = self.started["url"]
 
+    @cache  # noqa: B019  # a server stops once
+    def stop(self) -> None:
+        """Stops the server, which must end well."""
+        ended = self.running.stop(signal.SIGTERM)
+        assert ended.code == 0, ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert ended.stderr.splitlines()[-1] == "stopped"
+
     def raw(
         self,
         method: str,
@@ -83,7 +94,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def serve(commands: Commands, checkpoint: Path) -> Iterator[Callable[..., Served]]:
-    """Starts servers; each must end well when it is told to."""
+    """Starts servers, and stops them."""
     started: list[Served] = []
 
     def start(*options: object) -> Served:
@@ -92,10 +103,7 @@ def serve(commands: Commands, checkpoint: Path) -> Iterator[Callable[..., Served
 
     yield start
     for server in started:
-        ended = server.running.stop(signal.SIGTERM)
-        assert ended.code == 0, ended.stderr
-        assert "Traceback" not in ended.stderr
-        assert ended.stderr.splitlines()[-1] == "stopped"
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +235,7 @@ class TestBadRequests:
             ({"prompt": ""}, "the prompt is empty", None),
             ({"prompt": [4096]}, "token ids must be from 0 to 4095", None),
             ({"prompt": [[]]}, "token ids must be", None),
+            ({"stop": ["a"] * 17}, "stop: List should have at most 16 items", None),
             ({"prompt": ["a"] * 65}, "1 to 64 answers", None),
             ({"logprobs": 2}, "logprobs is not supported", None),
             ({"max_tokens": 3000}, "context is 2048 tokens", "context_length_exceeded"),
@@ -337,8 +346,78 @@ class TestTrouble:
             assert 0 < answer.usage.completion_tokens < MANY
             assert answer.choices[0].finish_reason == "length"
 
+    def test_nobody_waits_for_a_template_that_does_not_end(
+        self, serve: Callable[..., Served], tmp_path: Path
+    ) -> None:
+        endless = tmp_path / "endless.jinja"
+        endless.write_text(
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x"
+        )
+        server = serve("--chat-template", endless, "--timeout", 2, "--name", "m")
+        with server.client() as client, ThreadPoolExecutor(1) as pool:
+            client.completions.create(model="m", prompt="a", max_tokens=1)
+            messages: Any = [{"role": "user", "content": "hi"}]
+            chat = pool.submit(client.chat.completions.create, model="m", messages=messages)
+            begun = time.monotonic()
+            client.completions.create(model="m", prompt="a", max_tokens=1)
+            assert time.monotonic() - begun < 1
+            with pytest.raises(openai.InternalServerError, match="the time limit passed"):
+                chat.result()
+            pool.submit(client.chat.completions.create, model="m", messages=messages)
+            time.sleep(0.2)
+            begun = time.monotonic()
+            server.stop()
+            assert time.monotonic() - begun < 8
+
+    def test_half_headers_and_long_lists_delay_nobody(self, server: Served) -> None:
+        host, _, port = urlsplit(server.url).netloc.partition(":")
+        with ExitStack() as stack:
+            for _ in range(300):
+                half = stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+                half.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX")
+            body = b'{"model":"tiny-4bit","prompt":[' + b"1," * 9000 + b'"a"]}'
+            begun = time.monotonic()
+            status, answer = server.raw("POST", "/v1/completions", body)
+            assert time.monotonic() - begun < 3
+            assert status == 400
+            assert answer["error"]["param"] == "prompt"
+
+    def test_answers_end_with_a_reason_when_the_server_stops(
+        self, serve: Callable[..., Served]
+    ) -> None:
+        server = serve("--name", "m")
+        asked: dict[str, Any] = {"model": "m", "prompt": PROMPT, "max_tokens": MANY}
+        with server.client() as client, ThreadPoolExecutor(1) as pool:
+            with client.completions.create(**asked, stream=True) as stream:
+                chunks = iter(stream)
+                next(chunks)
+                waiting = pool.submit(client.completions.create, **asked)
+                while server.open_requests() < 2:
+                    time.sleep(0.02)
+                server.running.send(signal.SIGTERM)
+                assert list(chunks)[-1].choices[0].finish_reason == "length"
+            with pytest.raises(openai.InternalServerError, match="the server is stopping") as error:
+                waiting.result()
+            assert error.value.code == "shutting_down"
+            server.stop()
+
 
 class TestBadUsage:
+    @pytest.mark.parametrize("key", ["", " ", "two words", "schlüssel", "tab\t", "line\n"])
+    def test_a_key_that_would_not_protect(
+        self, key: str, commands: Commands, checkpoint: Path
+    ) -> None:
+        ended = commands.run("serve", checkpoint, "--port", 0, "--api-key", key)
+        assert ended.code == 2
+        assert "the API key must be printable ASCII characters" in ended.sentence
+
+    def test_an_empty_variable_is_not_an_open_door(
+        self, commands: Commands, checkpoint: Path
+    ) -> None:
+        ended = commands.run("serve", checkpoint, "--port", 0, env={"ROUNDWISE_API_KEY": ""})
+        assert ended.code == 2
+        assert "ROUNDWISE_API_KEY" in ended.sentence
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -102,10 +102,22 @@ def test_slots_are_limited_and_released(loaded: tuple[Any, Any]) -> None:
     queue.close()
 
 
-def test_encoding_runs_in_a_thread(loaded: tuple[Any, Any]) -> None:
-    queue = GenerationQueue(*loaded, max_requests=1)
-    assert (
-        asyncio.run(queue.encode(lambda: queue.tokenizer("import os")["input_ids"]))
-        == (loaded[1]("import os")["input_ids"])
-    )
+def test_when_it_stops_the_running_generation_returns_what_it_has_and_others_fail(
+    loaded: tuple[Any, Any],
+) -> None:
+    queue = GenerationQueue(*loaded, max_requests=3)
+
+    async def all_of_them() -> list[Any]:
+        tasks = [asyncio.create_task(collect(queue, Sampling(100_000))) for _ in range(3)]
+        await asyncio.sleep(0.3)
+        queue.stop()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    running, *waiting = asyncio.run(all_of_them())
     queue.close()
+    assert running[-1].finish == "cancelled"
+    assert running[-1].tokens > 1
+    assert "".join(running[:-1]) == running[-1].text
+    for error in waiting:
+        assert isinstance(error, ApiError)
+        assert (error.status, str(error)) == (503, "the server is stopping")

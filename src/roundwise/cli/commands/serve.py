@@ -17,6 +17,10 @@ from roundwise.cli.progress import console, print_json, print_note
 DEFAULT_CONTEXT = 2048
 
 
+#: Environment variable with the API key.
+API_KEY_VARIABLE = "ROUNDWISE_API_KEY"
+
+
 @dataclass(frozen=True)
 class RequestLimits:
     """Limits of the transformers server that were given; None: the server's default."""
@@ -81,7 +85,7 @@ def command(
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="ROUNDWISE_API_KEY", help="API key that clients must send."),
+        typer.Option(envvar=API_KEY_VARIABLE, help="API key that clients must send."),
     ] = None,
     chat_template: ChatTemplateOption = None,
     dtype: DtypeOption = "auto",
@@ -124,6 +128,7 @@ def command(
     from roundwise.inference.serving import launch, vllm
 
     parse_dtype(dtype)  # refuses unknown names before anything is loaded
+    _check_api_key(api_key)
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)
     name = name or (Path(model).resolve().name if Path(model).exists() else model)
@@ -158,6 +163,18 @@ def command(
     )  # fmt: skip
 
 
+def _check_api_key(key: str | None) -> None:
+    """Fails if the API key is empty or cannot be sent in a header: the server would be open to all."""
+    from roundwise.errors import ConfigError
+
+    key = os.environ.get(API_KEY_VARIABLE) if key is None else key  # typer drops an empty variable
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(
+            "the API key must be printable ASCII characters without spaces, at least one: check "
+            f"--api-key and {API_KEY_VARIABLE}"
+        )
+
+
 def _serve_with_transformers(
     folder: Path,
     endpoint: Endpoint,
@@ -186,7 +203,9 @@ def _serve_with_transformers(
     from roundwise.errors import ConfigError
     from roundwise.inference.load import load, parse_dtype, require_tokenizer
     from roundwise.inference.prompts import read_chat_template
-    from roundwise.inference.serving.app import LOCAL_NAMES, Limits, Server
+    from roundwise.inference.sampling import unsupported_fields
+    from roundwise.inference.serving.app import LOCAL_NAMES, Server
+    from roundwise.inference.serving.protocol import Limits
     from roundwise.model.build import context_length
     from roundwise.system.device import parse_device
 
@@ -195,6 +214,8 @@ def _serve_with_transformers(
         require_tokenizer(tokenizer, folder)
         if chat_template is not None:
             read_chat_template(tokenizer, chat_template)
+        if unused := unsupported_fields(loaded.generation_config):
+            print_note(f"note: generation_config.json: {', '.join(unused)} not used")
         longest = context_length(loaded.config)
         if context is not None and longest is not None and context > longest:
             raise ConfigError(f"--max-model-len {context}: the model was made for {longest} tokens")
@@ -206,7 +227,7 @@ def _serve_with_transformers(
         )  # fmt: skip
         if not local and not api_key:
             print_note("note: everyone who reaches this address can use it: set --api-key")
-        sock.listen(128)
-        endpoint.announce("transformers", reason, sock.getsockname()[1])
-        launch.run_server(server.app, sock)
+        launch.run_server(
+            server, sock, lambda: endpoint.announce("transformers", reason, sock.getsockname()[1])
+        )
     print_note("stopped")

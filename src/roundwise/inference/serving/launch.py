@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from roundwise.errors import ConfigError
 from roundwise.inference.serving import vllm
 
-#: Most open connections, idle ones included; more are refused before anything is read from them.
-MAX_CONNECTIONS = 1000
+if TYPE_CHECKING:
+    from roundwise.inference.serving.app import Server
+
+#: Seconds that answers have after SIGINT or SIGTERM.
+STOP_SECONDS = 5
 
 
 def choose_backend(
@@ -101,16 +106,38 @@ def check_installed() -> None:
         raise ConfigError(f"{', '.join(missing)} not installed: pip install 'roundwise[serve]'")
 
 
-def run_server(app: Any, sock: socket.socket) -> None:
-    """Serves an ASGI application until SIGINT or SIGTERM; running requests then have five seconds."""
+def run_server(server: Server, sock: socket.socket, announce: Callable[[], None]) -> None:
+    """Serves until SIGINT or SIGTERM: then generations end, and answers are sent within five seconds.
+
+    The process ends even if the model is in a long computation, which cannot be interrupted.
+
+    Args:
+        server: server to run.
+        sock: socket that is bound to the address.
+        announce: called when clients can connect.
+    """
     import uvicorn
 
+    from roundwise.inference.serving.connections import (
+        Connection,
+        OncePerMinute,
+        OrderlyServer,
+        connection_limits,
+    )
+
+    limit, burst = connection_limits()
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=5,
-        server_header=False, limit_concurrency=MAX_CONNECTIONS,
+        server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_SECONDS,
+        server_header=False, backlog=burst,
+        http=partial(Connection, limit=limit),  # type: ignore[arg-type]  # any callable is accepted
     )  # fmt: skip
+    config.load()
+    for name in ("uvicorn.error", "asyncio", "roundwise.serve"):
+        logging.getLogger(name).addFilter(OncePerMinute())
+    sock.listen()
+    announce()
     try:
-        uvicorn.Server(config).run(sockets=[sock])
+        OrderlyServer(config, server.stop).run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn has shut down, and raises the signal again
         pass
     finally:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-from roundwise.inference.generation import Generated, Sampling, generate
-from roundwise.inference.serving.protocol import ApiError
-
-T = TypeVar("T")
+from roundwise.inference.generation import Generated, generate
+from roundwise.inference.sampling import Sampling
+from roundwise.inference.serving.protocol import busy_error, stopping_error, timeout_error
 
 
 class GenerationQueue:
@@ -31,10 +30,8 @@ class GenerationQueue:
         self.open_requests = 0
         """Requests that run or wait."""
         self._closing = threading.Event()
-        # A single thread: the model runs one generation at a time, and random seeds do not interfere.
+        # A single thread: the model runs one generation at a time, and in order.
         self._generation_thread = ThreadPoolExecutor(1, thread_name_prefix="roundwise-generate")
-        # A thread of its own, so that encoding a long text does not delay other answers.
-        self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="roundwise-encode")
 
     @contextmanager
     def slot(self) -> Iterator[None]:
@@ -44,12 +41,8 @@ class GenerationQueue:
             ApiError: all slots are occupied; the status makes clients retry later.
         """
         if self.open_requests >= self.max_requests:
-            raise ApiError(
-                429,
-                f"the server is at its limit of {self.max_requests} running and waiting requests: "
-                "try again later",
-                kind="rate_limit_error",
-                code="rate_limit_exceeded",
+            raise busy_error(
+                f"the server is at its limit of {self.max_requests} running and waiting requests"
             )
         self.open_requests += 1
         try:
@@ -57,12 +50,8 @@ class GenerationQueue:
         finally:
             self.open_requests -= 1
 
-    async def encode(self, work: Callable[[], T]) -> T:
-        """Runs a function in the tokenizer's thread: tokenizers are not thread-safe."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, work)
-
     async def answer(
-        self, ids: list[int], sampling: Sampling, deadline: float
+        self, ids: Sequence[int], sampling: Sampling, deadline: float
     ) -> AsyncGenerator[str | Generated]:
         """Yields pieces of text, then the whole answer. Closing the generator stops the generation.
 
@@ -72,7 +61,7 @@ class GenerationQueue:
             deadline: time (time.monotonic) at which the generation ends with the text so far.
 
         Raises:
-            ApiError: the deadline passed before the generation started.
+            ApiError: the deadline passed, or the server stopped, before the generation started.
             Exception: whatever the model raised.
         """
         loop, stopped = asyncio.get_running_loop(), threading.Event()
@@ -87,13 +76,16 @@ class GenerationQueue:
 
         def run() -> None:
             try:
+                if self._closing.is_set():
+                    raise stopping_error()
                 if must_stop():
-                    raise _timeout_error()
+                    raise timeout_error()
                 send(
                     generate(
-                        self.model, self.tokenizer, ids, sampling, on_text=send, cancelled=must_stop
+                        self.model, self.tokenizer, list(ids), sampling, on_text=send,
+                        cancelled=must_stop,
                     )
-                )
+                )  # fmt: skip
             except Exception as error:  # any error of the model ends this request, not the server
                 send(error)
 
@@ -110,15 +102,11 @@ class GenerationQueue:
             stopped.set()
             future.cancel()
 
-    def close(self) -> None:
-        """Stops the running generation at its next token, and waits for it."""
+    def stop(self) -> None:
+        """Ends the running generation at its next token; those that wait fail."""
         self._closing.set()
-        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Stops, and waits for the running generation."""
+        self.stop()
         self._generation_thread.shutdown(wait=True, cancel_futures=True)
-
-
-def _timeout_error() -> ApiError:
-    return ApiError(
-        503, "the server is busy: the time limit passed while this request was waiting",
-        kind="server_error", code="timeout",
-    )  # fmt: skip
