@@ -40,7 +40,7 @@ def text(sampling: Sampling, prompt: str = "import ") -> str:
 
 def choose(logits: list[float], sampling: Sampling, ids: list[int] | None = None) -> int:
     sampler = Sampler(sampling, DEFAULTS, str)
-    return sampler.choose(torch.tensor([ids or [0]]), torch.tensor([logits]))
+    return sampler.choose(ids or [0], torch.tensor([logits]))
 
 
 class TestRandomness:
@@ -72,7 +72,7 @@ class TestRandomness:
     def test_tokens_are_drawn_by_their_probability(self) -> None:
         logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
         sampler = Sampler(Sampling(1, temperature=1.0, seed=0), DEFAULTS, str)
-        drawn = [sampler.choose(torch.tensor([[0]]), logits) for _ in range(4000)]
+        drawn = [sampler.choose([0], logits) for _ in range(4000)]
         shares = torch.bincount(torch.tensor(drawn)) / 4000
         assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.03)
 
@@ -200,6 +200,6 @@ def test_log_probabilities_are_those_of_the_model() -> None:
 def test_log_probabilities_do_not_know_temperature_or_penalty() -> None:
     sampling = Sampling(1, temperature=0.1, top_k=1, repetition_penalty=5.0, logprobs=2)
     sampler = Sampler(sampling, DEFAULTS, str)
-    sampler.choose(torch.tensor([[0]]), torch.tensor([[0.5, 0.3, 0.2]]).log())
+    sampler.choose([0], torch.tensor([[0.5, 0.3, 0.2]]).log())
     assert sampler.last is not None
     assert [value for _, value in sampler.last.top] == pytest.approx([math.log(0.5), math.log(0.3)])

@@ -5,6 +5,7 @@ It works with token ids, a transformers model and its tokenizer, not with prompt
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,12 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from roundwise.errors import ConfigError
 from roundwise.inference.detokenizer import Detokenizer, StopStrings
@@ -83,7 +89,7 @@ def generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             generation_config=config,
-            logits_processor=LogitsProcessorList([answer.sampler]),
+            logits_processor=LogitsProcessorList([_ChooseToken(answer)]),
             stopping_criteria=StoppingCriteriaList([_AddToken(answer)]),
         )
     return answer.result()
@@ -100,6 +106,18 @@ def _padding(model: Any, tokenizer: Any) -> int:
 def _eos_token_ids(model: Any) -> list[int]:
     eos = model.generation_config.eos_token_id
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+class _ChooseToken(LogitsProcessor):  # type: ignore[misc]  # untyped there
+    """Logits processor: chooses the next token, and leaves only this one possible."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = torch.full_like(scores, -math.inf)
+        chosen[0, self._answer.choose(scores.cpu())] = 0.0
+        return chosen
 
 
 class _AddToken(StoppingCriteria):  # type: ignore[misc]  # untyped there
@@ -134,7 +152,8 @@ class Answer:
         on_logprobs: Callable[[list[TokenLogprobs]], None],
         cancelled: Callable[[], bool],
     ) -> None:
-        self.sampler = Sampler(sampling, model.generation_config, text_of(tokenizer))
+        self._sampler = Sampler(sampling, model.generation_config, text_of(tokenizer))
+        self._ids = list(ids)
         self._detokenizer, self._stop_strings = (
             Detokenizer(tokenizer, ids),
             StopStrings(sampling.stop),
@@ -148,14 +167,26 @@ class Answer:
         self._begun_at = time.monotonic()
         self._first_token_at = self._last_token_at = self._begun_at
 
+    def choose(self, scores: torch.Tensor) -> int:
+        """Returns the next token.
+
+        Args:
+            scores: logits [1, vocabulary] on the CPU.
+
+        Raises:
+            NumericalError: the model computed NaN or infinity.
+        """
+        return self._sampler.choose(self._ids, scores)
+
     def add(self, token: int) -> bool:
         """Adds a token; returns True if it ends the answer."""
         self._last_token_at = time.monotonic()
         if self._tokens == 0:
             self._first_token_at = self._last_token_at
         self._tokens += 1
-        if self.sampler.last is not None:
-            self._logprobs.append(self.sampler.last)
+        self._ids.append(token)
+        if self._sampler.last is not None:
+            self._logprobs.append(self._sampler.last)
         self._send(self._stop_strings.add(self._detokenizer.add(token)))
         if self._stop_strings.matched or token in self._eos:
             self._finish = "stop"

@@ -1,21 +1,21 @@
 """Chooses tokens from logits: sampling parameters, random numbers of each request, log probabilities.
 
-transformers' `generate` only computes logits here: it runs greedily, and `Sampler`, a logits processor,
-leaves one token possible. So the random numbers belong to a request, extreme parameters cannot make
-NaN, and settings of generation_config.json that are not supported have no effect.
+transformers only computes the logits, and `Sampler` chooses each token. So the random numbers belong to a
+request, extreme parameters cannot make NaN, and unsupported settings of generation_config.json have no
+effect.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -24,6 +24,9 @@ from transformers.generation.logits_process import (
 )
 
 from roundwise.errors import ConfigError, NumericalError
+
+#: Log probability of what is impossible; JSON has no infinity, and other servers use this one too.
+LOWEST_LOGPROB = -9999.0
 
 #: Fields of generation_config.json that are read.
 SUPPORTED_FIELDS = frozenset({
@@ -91,12 +94,13 @@ class TokenLogprobs:
             text_of: decodes a token.
         """
         values, tokens = logprobs.topk(min(count, len(logprobs)))
-        top = tuple(zip(map(text_of, tokens.tolist()), values.tolist(), strict=True))
-        return TokenLogprobs(text_of(token), float(logprobs[token]), top)
+        finite = (max(value, LOWEST_LOGPROB) for value in values.tolist())
+        top = tuple(zip(map(text_of, tokens.tolist()), finite, strict=True))
+        return TokenLogprobs(text_of(token), max(float(logprobs[token]), LOWEST_LOGPROB), top)
 
 
-class Sampler(LogitsProcessor):  # type: ignore[misc]  # untyped there
-    """Logits processor: chooses the next token, and leaves only this one possible.
+class Sampler:
+    """Chooses the tokens of one answer.
 
     Args:
         sampling: sampling parameters.
@@ -114,7 +118,7 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]  # untyped there
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._generator = torch.Generator().manual_seed(seed)
         penalty = _first_set(sampling.repetition_penalty, defaults.repetition_penalty, 1.0)
-        self._penalties = [] if penalty == 1 else [RepetitionPenaltyLogitsProcessor(float(penalty))]
+        self._penalty = None if penalty == 1 else RepetitionPenaltyLogitsProcessor(float(penalty))
         top_k = _first_set(sampling.top_k, defaults.top_k, 0)
         top_p = _first_set(sampling.top_p, defaults.top_p, 1.0)
         min_p = _first_set(sampling.min_p, defaults.min_p, 0.0)
@@ -124,23 +128,16 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]  # untyped there
             *([MinPLogitsWarper(float(min_p))] if min_p else []),
         ]
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Returns logits [1, vocabulary] that are zero for the chosen token, and -infinity elsewhere.
+    def choose(self, ids: Sequence[int], scores: torch.Tensor) -> int:
+        """Returns the next token.
 
         Args:
-            input_ids: all tokens up to here [1, tokens].
-            scores: logits [1, vocabulary].
+            ids: all tokens up to here.
+            scores: logits [1, vocabulary] on the CPU.
 
         Raises:
             NumericalError: the model computed NaN or infinity.
         """
-        token = self.choose(input_ids.cpu(), scores.cpu())
-        chosen = torch.full_like(scores, -math.inf)
-        chosen[0, token] = 0.0
-        return chosen
-
-    def choose(self, input_ids: torch.Tensor, scores: torch.Tensor) -> int:
-        """Returns the next token; the arguments are those of a call, on the CPU."""
         logits = scores.double()  # float32 has no room for a temperature of 1e-40
         if not bool((logits < math.inf).all()):  # false for NaN too
             raise NumericalError(
@@ -148,8 +145,8 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]  # untyped there
                 "dtype (try --dtype float32)"
             )
         raw = logits[0]
-        for penalty in self._penalties:
-            logits = penalty(input_ids, logits)
+        if self._penalty is not None:
+            logits = self._penalty(torch.tensor([ids]), logits)
         logits = torch.nan_to_num(logits, posinf=torch.finfo(logits.dtype).max, neginf=-math.inf)
         if self._temperature == 0:
             token = int(logits.argmax())
@@ -158,7 +155,7 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]  # untyped there
                 logits - logits.max()
             ) / self._temperature  # the maximum is 0 at any temperature
             for warper in self._warpers:
-                logits = warper(input_ids, logits)
+                logits = warper(None, logits)
             probabilities = logits.softmax(dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
         if self._count is not None:

@@ -6,12 +6,15 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from roundwise.cli.options import ChatTemplateOption, DtypeOption, JsonOption, ModelArgument
 from roundwise.cli.progress import console, print_json, print_note
+
+if TYPE_CHECKING:
+    from roundwise.inference.serving.engine import Engine
 
 #: Tokens of prompt and answer if neither the user nor the model sets a limit.
 DEFAULT_CONTEXT = 2048
@@ -108,6 +111,14 @@ def command(
             help="Maximum requests running and waiting (transformers; default: 32).", min=1
         ),
     ] = None,
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            help="Maximum requests computed at the same time; 1: one after another (transformers).",
+            min=1,
+            max=256,
+        ),
+    ] = 16,
     max_bytes: Annotated[
         int | None,
         typer.Option(help="Maximum request size in bytes (transformers; default: 2000000).", min=1),
@@ -159,7 +170,7 @@ def command(
         )
     _serve_with_transformers(
         folder, endpoint, reason, dtype=dtype, device=device, chat_template=chat_template,
-        context=max_model_len, limits=limits,
+        context=max_model_len, limits=limits, max_batch=max_batch,
     )  # fmt: skip
 
 
@@ -185,6 +196,7 @@ def _serve_with_transformers(
     chat_template: Path | None,
     context: int | None,
     limits: RequestLimits,
+    max_batch: int,
 ) -> None:
     """Loads the model and serves it in this process.
 
@@ -195,6 +207,7 @@ def _serve_with_transformers(
         dtype, device, chat_template: as given to the command.
         context: maximum tokens of prompt and answer; None: the model's.
         limits: what a client may ask.
+        max_batch: most requests to compute at the same time.
     """
     from roundwise.inference.serving import launch
 
@@ -220,14 +233,32 @@ def _serve_with_transformers(
         if context is not None and longest is not None and context > longest:
             raise ConfigError(f"--max-model-len {context}: the model was made for {longest} tokens")
         local, api_key = launch.is_local(sock), endpoint.api_key
+        request_limits = Limits(context or longest or DEFAULT_CONTEXT, **limits.given())
         server = Server(
-            loaded, tokenizer, endpoint.name,
-            Limits(context or longest or DEFAULT_CONTEXT, **limits.given()), api_key=api_key,
-            hosts=[endpoint.host, *LOCAL_NAMES] if local and not api_key else None,
+            loaded, tokenizer, endpoint.name, request_limits,
+            engine=_choose_engine(loaded, tokenizer, max_batch, request_limits.context),
+            api_key=api_key, hosts=[endpoint.host, *LOCAL_NAMES] if local and not api_key else None,
         )  # fmt: skip
+        print_note(f"note: {server.engine.description}")
         if not local and not api_key:
             print_note("note: everyone who reaches this address can use it: set --api-key")
         launch.run_server(
             server, sock, lambda: endpoint.announce("transformers", reason, sock.getsockname()[1])
         )
     print_note("stopped")
+
+
+def _choose_engine(model: Any, tokenizer: Any, max_batch: int, context: int) -> Engine:
+    """Returns the engine for several requests at the same time; if there is none, for one."""
+    from roundwise.errors import ConfigError
+    from roundwise.inference.serving.engine import SingleEngine
+
+    if max_batch > 1:
+        try:
+            # transformers may move what this module needs: then it is one request at a time.
+            from roundwise.inference.serving.batching import BatchedEngine
+
+            return BatchedEngine(model, tokenizer, max_batch=max_batch, context=context)
+        except (ConfigError, ImportError) as error:
+            print_note(f"note: {error}")
+    return SingleEngine(model, tokenizer)

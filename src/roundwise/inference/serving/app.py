@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from roundwise.inference.generation import Generated
 from roundwise.inference.serving.encoder import Encoder, as_api_error
 from roundwise.inference.serving.encoder_process import EncoderPool
+from roundwise.inference.serving.engine import Engine, SingleEngine
 from roundwise.inference.serving.middleware import (
     Deadlines,
     Guard,
@@ -41,7 +42,7 @@ from roundwise.inference.serving.protocol import (
     timeout_error,
 )
 from roundwise.inference.serving.queue import GenerationQueue
-from roundwise.inference.serving.responses import ResponseFormat, usage
+from roundwise.inference.serving.responses import Choice, Piece, ResponseFormat, usage
 
 #: Host names accepted by a server for its own machine only. Others are refused: a web page could point a
 #: name of its own at this machine (DNS rebinding).
@@ -52,6 +53,8 @@ GRACE = 10.0
 BODY_SECONDS = 60.0
 #: Seconds that running requests have when the server stops.
 STOP_GRACE = 3.0
+#: Seconds that the computation of a token has then.
+STOP_SECONDS = 5.0
 
 
 class Job(NamedTuple):
@@ -70,6 +73,7 @@ class Server:
         tokenizer: its tokenizer.
         name: name of the model for clients.
         limits: limits for requests.
+        engine: generates the answers; None: one at a time.
         api_key: key that clients must send; None: no key is needed.
         hosts: accepted host names of the server; None: all.
     """
@@ -81,14 +85,19 @@ class Server:
         name: str,
         limits: Limits,
         *,
+        engine: Engine | None = None,
         api_key: str | None = None,
         hosts: list[str] | None = None,
     ) -> None:
-        self.queue = GenerationQueue(model, tokenizer, limits.max_requests)
+        self.engine = engine or SingleEngine(model, tokenizer)
+        self.queue = GenerationQueue(self.engine, limits.max_requests)
+        self._model = model
         vocabulary = model.config.get_text_config().vocab_size
         self._encoder = Encoder(tokenizer, name, vocabulary, limits)
         self._encoders = EncoderPool(self._encoder)
         self._deadlines = Deadlines(limits.timeout + GRACE)
+        self.ended = False
+        """All computations have ended; if not, only the end of the process ends them."""
         self._unread = 0  # bytes of bodies that are being received
         self.name, self.limits, self._started_at = name, limits, int(time.time())
         self.app = Starlette(
@@ -124,11 +133,11 @@ class Server:
         finally:
             self.stop()
             await self._encoders.close()
-            self.queue.close()
+            self.ended = await asyncio.to_thread(self.engine.close, STOP_SECONDS)
 
     def stop(self) -> None:
         """Ends all work: generations return what they have, waiting requests fail."""
-        self.queue.stop()
+        self.engine.stop()
         self._encoders.kill()
         self._deadlines.shorten(STOP_GRACE)
 
@@ -214,28 +223,44 @@ class Server:
                 return _EventStream(self._stream_events(job, formatter), slot.pop_all())
             return await self._whole_response(http, job, formatter)
 
-    async def _generate(self, job: Job) -> AsyncGenerator[tuple[int, str | Generated]]:
-        """Generates all answers of a request in order; yields (index, piece) and (index, answer)."""
+    async def _generate(self, job: Job) -> AsyncGenerator[tuple[int, Piece | Generated]]:
+        """Generates all answers of a request; yields (index, piece) and (index, answer)."""
         choices = job.request.n or 1
-        default = 16 if isinstance(job.request, CompletionRequest) else self.limits.context
-        limit = job.request.token_limit or min(default, self.limits.max_tokens or default)
         for index in range(len(job.prompts) * choices):
             ids = job.prompts[index // choices]
             sampling = job.request.sampling(
-                min(limit, self.limits.context - len(ids)), self.queue.model, index
+                self._token_limit(job.request, len(ids)), self._model, index
             )
-            async with aclosing(self.queue.answer(ids, sampling, job.deadline)) as items:
+            echo = isinstance(job.request, CompletionRequest) and job.request.echo
+            answer = self.queue.answer(ids, sampling, job.deadline, echo=echo)
+            async with aclosing(answer) as items:
                 async for item in items:
                     yield index, item
+
+    def _token_limit(self, request: Request, prompt_tokens: int) -> int:
+        """Returns the most tokens to generate for a prompt."""
+        limit = request.token_limit
+        if limit is None:
+            default = 16 if isinstance(request, CompletionRequest) else self.limits.context
+            limit = min(default, self.limits.max_tokens or default)
+        return min(limit, self.limits.context - prompt_tokens)
 
     async def _whole_response(
         self, http: HttpRequest, job: Job, formatter: ResponseFormat
     ) -> Response:
         """Generates all answers and returns them as one response; stops if the client disconnects."""
 
-        async def collect() -> list[Generated]:
+        async def collect() -> list[Choice]:
+            answers: list[Choice] = []
+            pieces: list[Piece] = []
             async with aclosing(self._generate(job)) as items:
-                return [item async for _, item in items if isinstance(item, Generated)]
+                async for _, item in items:
+                    if isinstance(item, Generated):
+                        answers.append(Choice(tuple(pieces), item))
+                        pieces = []
+                    else:
+                        pieces.append(item)
+            return answers
 
         generation = asyncio.ensure_future(collect())
         disconnect = asyncio.ensure_future(_wait_for_disconnect(http))
@@ -250,7 +275,8 @@ class Server:
             for task in (generation, disconnect):
                 task.cancel()
             await asyncio.gather(generation, disconnect, return_exceptions=True)
-        return JSONResponse(formatter.response(answers, usage(answers, len(job.prompts))))
+        counts = usage([answer.generated for answer in answers], len(job.prompts))
+        return JSONResponse(formatter.response(answers, counts))
 
     async def _stream_events(self, job: Job, formatter: ResponseFormat) -> AsyncGenerator[str]:
         """Generates all answers and yields them as server-sent events; errors are events too."""
@@ -266,7 +292,7 @@ class Server:
                         answers.append(item)
                         yield _event(formatter.last_chunk(index, item))
                     else:
-                        yield _event(formatter.text_chunk(index, item))
+                        yield _event(formatter.piece_chunk(index, item))
             if job.request.stream_options and job.request.stream_options.include_usage:
                 yield _event(formatter.usage_chunk(usage(answers, len(job.prompts))))
         except Exception as error:

@@ -102,7 +102,8 @@ class Encoder:
 
     def _check(self, prompts: list[list[int]], request: Request) -> None:
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
-        context, answer = self.limits.context, request.token_limit or 1
+        context = self.limits.context
+        answer = 1 if request.token_limit is None else request.token_limit
         if len(prompts) * (request.n or 1) > MAX_CHOICES:
             raise ApiError(400, f"a request can ask for 1 to {MAX_CHOICES} answers", param=param)
         for ids in prompts:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -129,7 +131,7 @@ def run_server(server: Server, sock: socket.socket, announce: Callable[[], None]
     config = uvicorn.Config(
         server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_SECONDS,
         server_header=False, backlog=burst,
-        http=partial(Connection, limit=limit),  # type: ignore[arg-type]  # any callable is accepted
+        ws="none", http=partial(Connection, limit=limit),  # type: ignore[arg-type]  # any callable is accepted
     )  # fmt: skip
     config.load()
     for name in ("uvicorn.error", "asyncio", "roundwise.serve"):
@@ -142,3 +144,7 @@ def run_server(server: Server, sock: socket.socket, announce: Callable[[], None]
         pass
     finally:
         sock.close()
+    if not server.ended:
+        # A thread is in a computation of torch, which cannot be interrupted; Python would wait for it.
+        print("stopped in the middle of a computation", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(0)

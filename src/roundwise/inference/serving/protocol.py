@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError, from_json
 
@@ -31,6 +32,8 @@ MAX_CHOICES = 64
 MAX_STOPS = 16
 #: Most messages of a conversation, and parts of a message.
 MAX_MESSAGES = 4096
+#: Most likely tokens whose log probabilities a request can ask for.
+MAX_LOGPROBS = 20
 #: Longest text of a client that an error message repeats.
 MAX_QUOTED = 100
 
@@ -43,7 +46,7 @@ IGNORED_FIELDS = frozenset({
 #: Unsupported field -> values that are accepted because they have no effect.
 UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
-    "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "best_of": (1,), "suffix": ("",),
+    "top_logprobs": (0,), "echo": (False,), "best_of": (1,), "suffix": ("",),
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
@@ -161,6 +164,11 @@ class Request(BaseModel):
         """Most tokens to generate; None: the client sets no limit."""
         return self.max_tokens
 
+    @property
+    def logprob_count(self) -> int | None:
+        """Number of most likely tokens to return with each token; None: no log probabilities."""
+        raise NotImplementedError
+
     def sampling(self, max_new_tokens: int, model: Any, choice: int) -> Sampling:
         """Returns the sampling parameters of one answer.
 
@@ -185,6 +193,7 @@ class Request(BaseModel):
             repetition_penalty=self.repetition_penalty,
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
             stop=tuple(self.stop),
+            logprobs=self.logprob_count,
         )
 
 
@@ -222,6 +231,21 @@ class CompletionRequest(Request):
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_check_prompts)]
     """Prompts, as texts or token ids; never empty."""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0: only the prompt is returned, with `echo`."""
+    logprobs: Annotated[int, Field(ge=1, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
+
+    @property
+    def logprob_count(self) -> int | None:
+        """Number of most likely tokens to return with each token; None: no log probabilities."""
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise _refuse("max_tokens: 0 needs echo")
+        return self
 
 
 def _join_parts(value: Any) -> Any:
@@ -261,6 +285,19 @@ class ChatRequest(Request):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def logprob_count(self) -> int | None:
+        """Number of most likely tokens to return with each token; None: no log probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise _refuse("top_logprobs needs logprobs: true")
+        return self
 
     @property
     def token_limit(self) -> int | None:

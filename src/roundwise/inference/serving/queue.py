@@ -1,37 +1,31 @@
-"""Queue of generations: one model, one generation at a time, in the order of arrival."""
+"""Queue of requests: a limited number, each with a time limit, whose answers come in pieces."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
-from roundwise.inference.generation import Generated, generate
+from roundwise.inference.generation import Generated
 from roundwise.inference.sampling import Sampling
-from roundwise.inference.serving.protocol import busy_error, stopping_error, timeout_error
+from roundwise.inference.serving.engine import Engine, Item, Task
+from roundwise.inference.serving.protocol import busy_error, timeout_error
+from roundwise.inference.serving.responses import Piece
 
 
 class GenerationQueue:
-    """Runs `generate` in its own thread and returns the text in pieces.
+    """Passes requests to an engine and returns their text in pieces.
 
     Args:
-        model: transformers causal language model.
-        tokenizer: its tokenizer.
+        engine: generates the answers.
         max_requests: most requests that may run and wait at the same time; more are refused.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_requests: int) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.max_requests = max_requests
+    def __init__(self, engine: Engine, max_requests: int) -> None:
+        self.engine, self.max_requests = engine, max_requests
         self.open_requests = 0
         """Requests that run or wait."""
-        self._closing = threading.Event()
-        # A single thread: the model runs one generation at a time, and in order.
-        self._generation_thread = ThreadPoolExecutor(1, thread_name_prefix="roundwise-generate")
 
     @contextmanager
     def slot(self) -> Iterator[None]:
@@ -51,62 +45,51 @@ class GenerationQueue:
             self.open_requests -= 1
 
     async def answer(
-        self, ids: Sequence[int], sampling: Sampling, deadline: float
-    ) -> AsyncGenerator[str | Generated]:
+        self, ids: Sequence[int], sampling: Sampling, deadline: float, *, echo: bool = False
+    ) -> AsyncGenerator[Piece | Generated]:
         """Yields pieces of text, then the whole answer. Closing the generator stops the generation.
 
         Args:
             ids: token ids of the prompt.
             sampling: sampling parameters.
             deadline: time (time.monotonic) at which the generation ends with the text so far.
+            echo: yield the prompt first.
 
         Raises:
             ApiError: the deadline passed, or the server stopped, before the generation started.
             Exception: whatever the model raised.
         """
-        loop, stopped = asyncio.get_running_loop(), threading.Event()
-        items: asyncio.Queue[str | Generated | Exception] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        items: asyncio.Queue[Item] = asyncio.Queue()
 
-        def send(item: str | Generated | Exception) -> None:
+        def send(item: Item) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(items.put_nowait, item)
 
-        def must_stop() -> bool:
-            return stopped.is_set() or self._closing.is_set() or time.monotonic() > deadline
-
-        def run() -> None:
-            try:
-                if self._closing.is_set():
-                    raise stopping_error()
-                if must_stop():
-                    raise timeout_error()
-                send(
-                    generate(
-                        self.model, self.tokenizer, list(ids), sampling, on_text=send,
-                        cancelled=must_stop,
-                    )
-                )  # fmt: skip
-            except Exception as error:  # any error of the model ends this request, not the server
-                send(error)
-
-        future = self._generation_thread.submit(run)
+        task = Task(list(ids), sampling, echo, deadline, send)
+        self.engine.submit(task)
         try:
             while True:
-                item = await items.get()
+                item = await _next(items, task)
                 if isinstance(item, Exception):
                     raise item
                 yield item
                 if isinstance(item, Generated):
                     return
         finally:
-            stopped.set()
-            future.cancel()
+            self.engine.cancel(task)
 
-    def stop(self) -> None:
-        """Ends the running generation at its next token; those that wait fail."""
-        self._closing.set()
 
-    def close(self) -> None:
-        """Stops, and waits for the running generation."""
-        self.stop()
-        self._generation_thread.shutdown(wait=True, cancel_futures=True)
+async def _next(items: asyncio.Queue[Item], task: Task) -> Item:
+    """Returns the next item of a task.
+
+    Raises:
+        ApiError: the time limit passed before the task was started.
+    """
+    if not task.started:
+        try:
+            return await asyncio.wait_for(items.get(), max(0, task.deadline - time.monotonic()))
+        except TimeoutError:
+            if not task.started:
+                raise timeout_error() from None
+    return await items.get()
