@@ -1,8 +1,8 @@
 """Chooses tokens from logits: sampling parameters, random numbers of each request, log probabilities.
 
-transformers only computes the logits, and `Sampler` chooses each token. So the random numbers belong to a
-request, extreme parameters cannot make NaN, and unsupported settings of generation_config.json have no
-effect.
+transformers only computes the logits, and `Sampler` chooses each token. So the random numbers belong to
+a request, extreme parameters cannot make NaN, and unsupported settings of generation_config.json have
+no effect.
 """
 
 from __future__ import annotations
@@ -156,11 +156,17 @@ class Sampler:
             ) / self._temperature  # the maximum is 0 at any temperature
             for warper in self._warpers:
                 logits = warper(None, logits)
-            probabilities = logits.softmax(dim=-1)
-            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+            token = self._draw(logits[0].softmax(dim=-1))
         if self._count is not None:
             self.last = TokenLogprobs.of(raw.log_softmax(dim=-1), token, self._count, self._text_of)
         return token
+
+    def _draw(self, probabilities: torch.Tensor) -> int:
+        """Returns a random token; torch.multinomial would sort the whole vocabulary."""
+        sums = probabilities.cumsum(dim=-1)
+        at = torch.rand(1, generator=self._generator, dtype=sums.dtype) * sums[-1]
+        token = int(torch.searchsorted(sums, at, right=True))
+        return token if token < len(sums) else int(probabilities.argmax())  # `at` was rounded up
 
 
 @contextmanager

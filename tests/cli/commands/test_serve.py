@@ -237,7 +237,7 @@ class TestBadRequests:
             ({"prompt": [[]]}, "token ids must be", None),
             ({"stop": ["a"] * 17}, "stop: List should have at most 16 items", None),
             ({"prompt": ["a"] * 65}, "1 to 64 answers", None),
-            ({"logprobs": 2}, "logprobs is not supported", None),
+            ({"logprobs": 99}, "logprobs: Input should be less", None),
             ({"max_tokens": 3000}, "context is 2048 tokens", "context_length_exceeded"),
             ({"prompt": "a " * 2500}, "context is 2048 tokens", "context_length_exceeded"),
         ],

@@ -14,7 +14,7 @@ import pytest
 
 import roundwise as rw
 from roundwise.inference.serving import app as app_module
-from roundwise.inference.serving import queue as queue_module
+from roundwise.inference.serving import engine as engine_module
 from roundwise.inference.serving.app import Server
 from roundwise.inference.serving.protocol import Limits
 
@@ -93,7 +93,7 @@ def test_a_failure_of_the_model_ends_only_its_request(
 
     async def three() -> list[Any]:
         with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-            patch.setattr(queue_module, "generate", failing)
+            patch.setattr(engine_module, "generate", failing)
             failed = [await ask(server), await ask(server, stream=True)]
         return [*failed, await ask(server, max_tokens=2)]
 

@@ -75,11 +75,13 @@ def test_fields_without_effect_are_accepted(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "message", "param"),
     [
-        ({"logprobs": 3}, "logprobs is not supported", "logprobs"),
-        ({"echo": True}, "echo is not supported", "echo"),
+        ({"logprobs": 21}, "logprobs: Input should be less", "logprobs"),
+        ({"logprobs": True}, "logprobs: Input should be a valid integer", "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs is not supported", "top_logprobs"),
+        ({"max_tokens": 0}, "max_tokens: 0 needs echo", None),
         ({"frequency_penalty": 0.5}, "frequency_penalty is not supported", "frequency_penalty"),
         ({"top_kk": 3}, "top_kk is not a field of this request", "top_kk"),
-        ({"max_tokens": 0}, "max_tokens: Input should be greater", "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens: Input should be greater", "max_tokens"),
         ({"max_tokens": "9"}, "max_tokens: Input should be a valid integer", "max_tokens"),
         ({"max_tokens": 1e400}, "max_tokens: Input should be", "max_tokens"),
         ({"temperature": 2.1}, "temperature: Input should be less", "temperature"),
@@ -97,7 +99,7 @@ def test_fields_without_effect_are_accepted(fields: dict[str, Any]) -> None:
         ({"prompt": [[1], "a"]}, "prompt: must be a text, a list of token ids", "prompt"),
         ({"prompt": ["a"] * 65}, "prompt: has 65 prompts: a request can ask for 1 to 64", "prompt"),
         ({"prompt": {"a": 1}}, "prompt: must be a text, a list of token ids", "prompt"),
-        ({"logprobs": 0}, "logprobs is not supported", "logprobs"),
+        ({"logprobs": 0}, "logprobs: Input should be greater than or equal to 1", "logprobs"),
         ({"frequency_penalty": False}, "frequency_penalty is not supported", "frequency_penalty"),
         ({"stop": ["x"] * 17}, "stop: List should have at most 16 items", "stop"),
         ({"stop": [1]}, "stop.0: Input should be a valid string", "stop.0"),
@@ -146,6 +148,10 @@ def test_refused(fields: dict[str, Any], message: str, param: str | None) -> Non
         ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content: Input should be"),
         ({"messages": [{"role": "user"}] * 4097}, "messages: List should have at most 4096 items"),
         ({"messages": "hello"}, "messages: Input should be a valid list"),
+        ({**CHAT, "top_logprobs": 3}, "top_logprobs needs logprobs: true"),
+        ({**CHAT, "logprobs": 3}, "logprobs: Input should be a valid boolean"),
+        ({**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs: Input should be less"),
+        ({**CHAT, "echo": True}, "echo is not supported"),
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
     ],
@@ -153,6 +159,15 @@ def test_refused(fields: dict[str, Any], message: str, param: str | None) -> Non
 def test_refused_in_chats(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ApiError, match=message):
         parsed(fields, CHAT)
+
+
+def test_log_probabilities() -> None:
+    assert parsed({}).logprob_count is None
+    assert parsed({"logprobs": 5, "echo": True, "max_tokens": 0}).logprob_count == 5
+    assert parsed({}, CHAT).logprob_count is None
+    assert parsed({"logprobs": True}, CHAT).logprob_count == 0
+    assert parsed({"logprobs": True, "top_logprobs": 2}, CHAT).logprob_count == 2
+    assert parsed({"logprobs": False, "top_logprobs": 0}, CHAT).logprob_count is None
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 100_000])

@@ -1,17 +1,20 @@
-"""The queue: one generation at a time, in order, within limits of number and time."""
+"""The queue: limits of number and time; the pieces of an answer, then the whole."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import roundwise as rw
-from roundwise.inference.generation import Generated, Sampling
-from roundwise.inference.serving import queue as queue_module
+from roundwise.inference.generation import Generated
+from roundwise.inference.sampling import Sampling
+from roundwise.inference.serving.engine import SingleEngine
 from roundwise.inference.serving.protocol import ApiError
 from roundwise.inference.serving.queue import GenerationQueue
 
@@ -25,70 +28,35 @@ async def collect(queue: GenerationQueue, sampling: Sampling, seconds: float = 6
     return [item async for item in queue.answer([5], sampling, time.monotonic() + seconds)]
 
 
-def test_pieces_come_first_then_the_whole_answer(loaded: tuple[Any, Any]) -> None:
-    queue = GenerationQueue(*loaded, max_requests=1)
+@pytest.fixture
+def queue(loaded: tuple[Any, Any]) -> Iterator[GenerationQueue]:
+    """A queue with room for one request."""
+    engine = SingleEngine(*loaded)
+    yield GenerationQueue(engine, max_requests=1)
+    assert engine.close(10)
+
+
+def test_pieces_come_first_then_the_whole_answer(queue: GenerationQueue) -> None:
     *pieces, answer = asyncio.run(collect(queue, Sampling(12)))
-    queue.close()
     assert isinstance(answer, Generated)
     assert (answer.tokens, answer.finish) == (12, "length")
     assert len(pieces) > 1
-    assert "".join(pieces) == answer.text
+    assert "".join(piece.text for piece in pieces) == answer.text
 
 
-def test_generations_run_in_the_order_of_arrival(
-    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    running, log = [], []
-
-    def generate(_model: Any, _tokenizer: Any, _ids: Any, sampling: Sampling, **_: Any) -> Any:
-        running.append(sampling.max_new_tokens)
-        assert len(running) == 1
-        time.sleep(0.02)
-        log.append(running.pop())
-        return Generated("", 1, 1, "stop", 0.1, 0.1)
-
-    monkeypatch.setattr(queue_module, "generate", generate)
-    queue = GenerationQueue(*loaded, max_requests=4)
-
-    async def all_of_them() -> None:
-        await asyncio.gather(*(collect(queue, Sampling(n)) for n in (3, 1, 2)))
-
-    asyncio.run(all_of_them())
-    queue.close()
-    assert log == [3, 1, 2]
-
-
-def test_a_deadline_during_generation_ends_it(loaded: tuple[Any, Any]) -> None:
-    queue = GenerationQueue(*loaded, max_requests=1)
+def test_a_deadline_during_generation_ends_it(queue: GenerationQueue) -> None:
     answer = asyncio.run(collect(queue, Sampling(100_000), seconds=0.2))[-1]
-    queue.close()
     assert answer.finish == "cancelled"
     assert 0 < answer.tokens < 100_000
 
 
-def test_a_deadline_that_passed_while_waiting(loaded: tuple[Any, Any]) -> None:
-    queue = GenerationQueue(*loaded, max_requests=1)
+def test_a_deadline_that_passed_while_waiting(queue: GenerationQueue) -> None:
     with pytest.raises(ApiError, match="the time limit passed while this request was waiting") as e:
         asyncio.run(collect(queue, Sampling(5), seconds=-1))
     assert e.value.status == 503
-    queue.close()
 
 
-def test_errors_of_the_model_are_raised(
-    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def generate(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(queue_module, "generate", generate)
-    queue = GenerationQueue(*loaded, max_requests=1)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        asyncio.run(collect(queue, Sampling(5)))
-    queue.close()
-
-
-def test_slots_are_limited_and_released(loaded: tuple[Any, Any]) -> None:
-    queue = GenerationQueue(*loaded, max_requests=1)
+def test_slots_are_limited_and_released(queue: GenerationQueue) -> None:
     with (
         queue.slot(),
         pytest.raises(ApiError, match="limit of 1 running and waiting requests") as e,
@@ -99,25 +67,33 @@ def test_slots_are_limited_and_released(loaded: tuple[Any, Any]) -> None:
     with queue.slot():
         assert queue.open_requests == 1
     assert queue.open_requests == 0
-    queue.close()
 
 
-def test_when_it_stops_the_running_generation_returns_what_it_has_and_others_fail(
+def test_who_waits_is_told_at_the_deadline_not_when_its_turn_comes(
     loaded: tuple[Any, Any],
 ) -> None:
-    queue = GenerationQueue(*loaded, max_requests=3)
+    engine = SingleEngine(*loaded)
+    queue = GenerationQueue(engine, max_requests=2)
 
-    async def all_of_them() -> list[Any]:
-        tasks = [asyncio.create_task(collect(queue, Sampling(100_000))) for _ in range(3)]
-        await asyncio.sleep(0.3)
-        queue.stop()
-        return await asyncio.gather(*tasks, return_exceptions=True)
+    async def both() -> float:
+        running = asyncio.create_task(collect(queue, Sampling(100_000), seconds=3))
+        await asyncio.sleep(0.1)
+        begun = time.monotonic()
+        with pytest.raises(ApiError, match="the time limit passed while"):
+            await collect(queue, Sampling(5), seconds=0.2)
+        waited = time.monotonic() - begun
+        running.cancel()
+        return waited
 
-    running, *waiting = asyncio.run(all_of_them())
-    queue.close()
-    assert running[-1].finish == "cancelled"
-    assert running[-1].tokens > 1
-    assert "".join(running[:-1]) == running[-1].text
-    for error in waiting:
-        assert isinstance(error, ApiError)
-        assert (error.status, str(error)) == (503, "the server is stopping")
+    assert asyncio.run(both()) < 2
+    assert engine.close(10)
+
+
+def test_closing_the_generator_stops_the_generation(queue: GenerationQueue) -> None:
+    async def leave() -> None:
+        async with aclosing(queue.answer([5], Sampling(100_000), time.monotonic() + 60)) as items:
+            async for _ in items:
+                break
+
+    asyncio.run(leave())
+    assert queue.engine.close(5)

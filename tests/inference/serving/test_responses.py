@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from roundwise.inference.generation import Generated
-from roundwise.inference.serving.responses import ResponseFormat, usage
+from roundwise.inference.sampling import TokenLogprobs
+from roundwise.inference.serving.responses import Choice, Piece, ResponseFormat, usage
 
 
 def generated(text: str, tokens: int, finish: Any = "stop") -> Generated:
@@ -26,10 +27,10 @@ def test_chunks_of_a_stream_add_up_to_the_response(chat: bool) -> None:
     form = ResponseFormat(chat=chat, model="m", identity="1")
     answer = generated("ab", 2, "cancelled")
     counts = usage([answer], 1)
-    whole = form.response([answer], counts)
+    whole = form.response([Choice((Piece("ab"),), answer)], counts)
     [choice] = whole["choices"]
     assert choice["finish_reason"] == "length"  # the time limit, to a client
-    chunks = [form.first_chunk(0), form.text_chunk(0, "a"), form.text_chunk(0, "b"),
+    chunks = [form.first_chunk(0), form.piece_chunk(0, Piece("a")), form.piece_chunk(0, Piece("b")),
               form.last_chunk(0, answer), form.usage_chunk(counts)]  # fmt: skip
     assert (chunks[0] is not None) == chat
     chunks = [chunk for chunk in chunks if chunk is not None]
@@ -46,3 +47,54 @@ def test_chunks_of_a_stream_add_up_to_the_response(chat: bool) -> None:
         assert {chunk["object"] for chunk in [*chunks, whole]} == {"text_completion"}
         assert "".join(p["text"] for p in parts) == choice["text"] == "ab"
     assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], counts)
+
+
+FIRST = TokenLogprobs("ab", None)
+SECOND = TokenLogprobs("c", -1.5, (("d", -0.5), ("c", -1.5)))
+THIRD = TokenLogprobs("\N{REPLACEMENT CHARACTER}", -3.0, (("e", -0.1), ("f", -2.0)))
+
+
+def test_log_probabilities_of_a_completion() -> None:
+    form = ResponseFormat(chat=False, model="m", identity="1")
+    answer = Choice((Piece("ab", (FIRST,)), Piece("c?", (SECOND, THIRD))), generated("c?", 2))
+    [choice] = form.response([answer], usage([answer.generated], 1))["choices"]
+    assert choice["text"] == "abc?"
+    assert choice["logprobs"] == {
+        "tokens": ["ab", "c", "\N{REPLACEMENT CHARACTER}"],
+        "token_logprobs": [None, -1.5, -3.0],
+        "top_logprobs": [
+            None, {"d": -0.5, "c": -1.5}, {"e": -0.1, "f": -2.0, "\N{REPLACEMENT CHARACTER}": -3.0}
+        ],
+        "text_offset": [0, 2, 3],
+    }  # fmt: skip
+
+
+def test_log_probabilities_in_chunks_are_those_of_the_whole() -> None:
+    whole, streamed = (ResponseFormat(chat=False, model="m", identity="1") for _ in range(2))
+    pieces = (Piece("ab", (FIRST,)), Piece("c?", (SECOND, THIRD)))
+    answer = Choice(pieces, generated("c?", 2))
+    [expected] = whole.response([answer], usage([answer.generated], 1))["choices"]
+    chunks = [streamed.piece_chunk(0, piece)["choices"][0]["logprobs"] for piece in pieces]
+    for name, values in expected["logprobs"].items():
+        assert [value for chunk in chunks for value in chunk[name]] == values
+    assert streamed.last_chunk(0, answer.generated)["choices"][0]["logprobs"] is None
+
+
+def test_equal_texts_of_tokens_keep_the_most_likely() -> None:
+    form = ResponseFormat(chat=False, model="m", identity="1")
+    entry = TokenLogprobs("x", -4.0, (("x", -0.5), ("y", -1.0)))
+    chunk = form.piece_chunk(0, Piece("x", (entry,)))
+    assert chunk["choices"][0]["logprobs"]["top_logprobs"] == [{"x": -0.5, "y": -1.0}]
+
+
+def test_log_probabilities_of_a_chat() -> None:
+    form = ResponseFormat(chat=True, model="m", identity="1")
+    chunk = form.piece_chunk(0, Piece("c?", (SECOND, THIRD)))
+    entries = chunk["choices"][0]["logprobs"]["content"]
+    assert entries[0] == {
+        "token": "c", "logprob": -1.5, "bytes": [99], "top_logprobs": [
+            {"token": "d", "logprob": -0.5, "bytes": [100]},
+            {"token": "c", "logprob": -1.5, "bytes": [99]},
+        ],
+    }  # fmt: skip
+    assert entries[1]["bytes"] is None  # a part of a character

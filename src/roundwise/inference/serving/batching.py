@@ -8,8 +8,11 @@ transformers schedules requests and keeps their keys and values; tokens are chos
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,11 +40,11 @@ STEP_TOKENS = 256
 CACHE_TOKENS = 65_536
 #: Share of the free memory that keys and values may take.
 MEMORY_SHARE = 0.5
-#: Largest difference of log probabilities to the model alone; rounding in bfloat16 makes less.
-TOLERANCE = 0.25
+#: Largest differences of log probabilities to the model alone, in float32 and in half precision.
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.25
 #: Seconds in which a first request must be answered.
 PROBE_SECONDS = 600
-PROBE_SAMPLING = Sampling(4, logprobs=3)
+PROBE_SAMPLING = Sampling(8, logprobs=3)
 
 
 class BatchedEngine:
@@ -65,10 +68,17 @@ class BatchedEngine:
         self._numbers = itertools.count()
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._attention = model.config._attn_implementation
+        vocabulary = model.config.get_text_config().vocab_size
+        probe = [
+            token % vocabulary
+            for token in range(3, min(67, context - PROBE_SAMPLING.max_new_tokens))
+        ]
         try:
-            alone = _probe_alone(model, tokenizer)
-            self._manager = self._started()
-            self._check(alone)
+            with _quiet():
+                alone: list[TokenLogprobs] = []
+                generate(model, tokenizer, probe, PROBE_SAMPLING, on_logprobs=alone.extend)
+                self._manager = self._started()
+                self._check(probe, alone)
         except Exception as error:  # transformers raises many types; all mean the same here
             self.close(5)
             raise ConfigError(f"this model cannot be batched: {first_line(error)}") from error
@@ -172,7 +182,7 @@ class BatchedEngine:
         self.model.set_attn_implementation(self._attention)
         return True
 
-    def _check(self, alone: list[TokenLogprobs]) -> None:
+    def _check(self, probe: list[int], alone: list[TokenLogprobs]) -> None:
         """Compares the probabilities of a text with those that the model computes alone."""
         ended = threading.Event()
         items: list[Item] = []
@@ -182,15 +192,19 @@ class BatchedEngine:
             if not isinstance(item, Piece):
                 ended.set()
 
-        self._begin(Task(_probe(self.model), PROBE_SAMPLING, False, math.inf, send))
+        self._begin(Task(probe, PROBE_SAMPLING, False, math.inf, send))
         if not ended.wait(PROBE_SECONDS):
             raise RuntimeError(f"a first request takes more than {PROBE_SECONDS} seconds")
         if isinstance(items[-1], Exception):
             raise items[-1]
         batched = [entry for item in items if isinstance(item, Piece) for entry in item.logprobs]
-        pairs = zip(alone[0].top, batched[0].top, strict=True)
-        if any(abs(one - other) > TOLERANCE for (_, one), (_, other) in pairs):
-            raise RuntimeError("its probabilities differ from those of one request at a time")
+        tolerance = TOLERANCE if self.model.dtype == torch.float32 else HALF_TOLERANCE
+        for one, other in zip(alone, batched, strict=True):
+            pairs = zip(one.top, other.top, strict=True)
+            if any(abs(first - second) > tolerance for (_, first), (_, second) in pairs):
+                raise RuntimeError("its probabilities differ from those of one request at a time")
+            if one.text != other.text:
+                return  # a tie; what follows is another text
 
 
 @dataclass(frozen=True)
@@ -199,6 +213,10 @@ class _Job:
 
     task: Task
     answer: Answer
+
+    def __deepcopy__(self, _memo: Any) -> _Job:
+        """Returns the job itself: a request that makes room for others is copied, and resumes later."""
+        return self
 
 
 class _ChooseTokens(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # untyped there
@@ -278,12 +296,13 @@ def _page_count(model: Any, max_batch: int, context: int) -> int:
     return int(min(room, max(needed, min(needed * max_batch, CACHE_TOKENS // PAGE))))
 
 
-def _probe(model: Any) -> list[int]:
-    """Returns token ids for the comparison at the start."""
-    return [token % model.config.get_text_config().vocab_size for token in range(3, 67)]
-
-
-def _probe_alone(model: Any, tokenizer: Any) -> list[TokenLogprobs]:
-    entries: list[TokenLogprobs] = []
-    generate(model, tokenizer, _probe(model), PROBE_SAMPLING, on_logprobs=entries.extend)
-    return entries
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Context manager: transformers prints no traceback of a model that cannot be batched."""
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

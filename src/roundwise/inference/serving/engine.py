@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -84,8 +84,7 @@ class SingleEngine:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._closing = threading.Event()
-        self._idle = threading.Event()
+        self._closing, self._ended = threading.Event(), threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="roundwise-generate")
 
     def submit(self, task: Task) -> None:
@@ -126,9 +125,9 @@ class SingleEngine:
     def close(self, seconds: float) -> bool:
         """Stops; returns False if the generation is still running after some seconds."""
         self.stop()
-        done = threading.Event()
-        self._thread.submit(done.set)  # after everything that waits, which fails at once
-        ended = done.wait(seconds)
+        with suppress(RuntimeError):  # it is closed already
+            self._thread.submit(self._ended.set)  # after everything that waits, which fails at once
+        ended = self._ended.wait(seconds)
         self._thread.shutdown(wait=ended)
         return ended
 
