@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+import torch
 
 import roundwise as rw
 from tests.helpers import CHAT_TEMPLATE, Commands, Running
@@ -225,6 +226,58 @@ class TestAnswers:
         assert stopped.finish_reason == "stop"
         assert stopped.text == plain.text[: plain.text.index(stop)]
 
+    def test_log_probabilities_and_echo(self, client: openai.OpenAI, checkpoint: Path) -> None:
+        model, tokenizer = rw.load(checkpoint)
+        ids = tokenizer(PROMPT)["input_ids"]
+        [answer] = client.completions.create(
+            model="tiny-4bit", prompt=ids, max_tokens=3, temperature=0, logprobs=2, echo=True
+        ).choices
+        assert answer.text.startswith(PROMPT)
+        found = answer.logprobs
+        assert found is not None
+        assert found.tokens is not None
+        assert found.token_logprobs is not None
+        assert "".join(found.tokens) == answer.text
+        assert len(found.tokens) == len(ids) + 3
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        expected = [float(logits[at, token]) for at, token in enumerate(ids[1:])]
+        assert found.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=0.05)
+        [chat] = client.chat.completions.create(
+            model="tiny-4bit", max_tokens=3, temperature=0, logprobs=True, top_logprobs=2,
+            messages=[{"role": "user", "content": "hi"}],
+        ).choices  # fmt: skip
+        assert chat.logprobs is not None
+        assert chat.logprobs.content is not None
+        assert "".join(entry.token for entry in chat.logprobs.content) == chat.message.content
+        assert [len(entry.top_logprobs) for entry in chat.logprobs.content] == [2, 2, 2]
+
+    def test_clients_at_once_get_what_each_gets_alone(self, serve: Callable[..., Served]) -> None:
+        # In bfloat16 the order of additions can decide between two tokens that are almost equal.
+        server = serve("--name", "m", "--dtype", "float32")
+        with server.client() as client, ThreadPoolExecutor(8) as pool:
+
+            def ask(seed: int) -> str:
+                return client.completions.create(
+                    model="m", prompt=PROMPT, max_tokens=20, seed=seed, temperature=0.5
+                ).choices[0].text  # fmt: skip
+
+            alone = [ask(seed) for seed in range(8)]
+            assert list(pool.map(ask, range(8))) == alone
+        assert "up to 16 requests at the same time" in server.running.err.read_text()
+
+    def test_counts_and_log(self, serve: Callable[..., Served]) -> None:
+        server = serve("--name", "m", "--api-key", "secret")
+        with server.client(api_key="secret") as client:
+            client.completions.create(model="m", prompt="a b", max_tokens=5, temperature=0)
+        status, page = server.raw("GET", "/metrics")
+        assert status == 200
+        assert 'vllm:generation_tokens_total{model_name="m"} 5.0' in page
+        assert 'vllm:num_requests_running{model_name="m"} 0.0' in page
+        [line] = [x for x in server.running.err.read_text().splitlines() if "POST" in x]
+        assert "POST /v1/completions 200 " in line
+        assert " + 5 tokens, length" in line
+
 
 class TestBadRequests:
     @pytest.mark.parametrize(
@@ -385,7 +438,7 @@ class TestTrouble:
     def test_answers_end_with_a_reason_when_the_server_stops(
         self, serve: Callable[..., Served]
     ) -> None:
-        server = serve("--name", "m")
+        server = serve("--name", "m", "--max-batch", 1)
         asked: dict[str, Any] = {"model": "m", "prompt": PROMPT, "max_tokens": MANY}
         with server.client() as client, ThreadPoolExecutor(1) as pool:
             with client.completions.create(**asked, stream=True) as stream:

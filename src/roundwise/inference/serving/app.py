@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any, NamedTuple
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -25,6 +26,7 @@ from roundwise.inference.generation import Generated
 from roundwise.inference.serving.encoder import Encoder, as_api_error
 from roundwise.inference.serving.encoder_process import EncoderPool
 from roundwise.inference.serving.engine import Engine, SingleEngine
+from roundwise.inference.serving.metrics import RECORD, Metrics, Record, RequestLog
 from roundwise.inference.serving.middleware import (
     Deadlines,
     Guard,
@@ -63,6 +65,7 @@ class Job(NamedTuple):
     request: Request
     prompts: list[array[int]]
     deadline: float
+    record: Record
 
 
 class Server:
@@ -96,6 +99,9 @@ class Server:
         self._encoder = Encoder(tokenizer, name, vocabulary, limits)
         self._encoders = EncoderPool(self._encoder)
         self._deadlines = Deadlines(limits.timeout + GRACE)
+        self.metrics = Metrics(
+            name, lambda: self.queue.count(True), lambda: self.queue.count(False)
+        )
         self.ended = False
         """All computations have ended; if not, only the end of the process ends them."""
         self._unread = 0  # bytes of bodies that are being received
@@ -103,12 +109,14 @@ class Server:
         self.app = Starlette(
             routes=[
                 Route("/health", self.health),
+                Route("/metrics", self.show_metrics),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{name:path}", self.model),
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
             ],
             middleware=[
+                Middleware(RequestLog, metrics=self.metrics),
                 Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"]),
                 Middleware(Guard, api_key=api_key, deadlines=self._deadlines),
             ],
@@ -144,6 +152,10 @@ class Server:
     async def health(self, _: HttpRequest) -> Response:
         """GET /health: status, and number of open requests."""
         return JSONResponse({"status": "ok", "open_requests": self.queue.open_requests})
+
+    async def show_metrics(self, _: HttpRequest) -> Response:
+        """GET /metrics: counts for Prometheus."""
+        return Response(self.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, _: HttpRequest) -> Response:
         """GET /v1/models: a list with the one model of this server."""
@@ -216,7 +228,8 @@ class Server:
                 raise timeout_error() from None
             except Exception as error:
                 raise as_api_error(error) from error
-            job = Job(request, prompts, deadline)
+            job = Job(request, prompts, deadline, http.scope[RECORD])
+            job.record.prompt_tokens = sum(map(len, prompts))
             chat = isinstance(request, ChatRequest)
             formatter = ResponseFormat(chat=chat, model=self.name, identity=uuid.uuid4().hex)
             if request.stream:
@@ -235,6 +248,7 @@ class Server:
             answer = self.queue.answer(ids, sampling, job.deadline, echo=echo)
             async with aclosing(answer) as items:
                 async for item in items:
+                    job.record.add(item)
                     yield index, item
 
     def _token_limit(self, request: Request, prompt_tokens: int) -> int:

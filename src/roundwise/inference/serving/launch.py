@@ -103,7 +103,9 @@ def check_installed() -> None:
     Raises:
         ConfigError: it names the packages.
     """
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    missing = [
+        name for name in ("prometheus_client", "starlette", "uvicorn") if find_spec(name) is None
+    ]
     if missing:
         raise ConfigError(f"{', '.join(missing)} not installed: pip install 'roundwise[serve]'")
 
@@ -136,6 +138,11 @@ def run_server(server: Server, sock: socket.socket, announce: Callable[[], None]
     config.load()
     for name in ("uvicorn.error", "asyncio", "roundwise.serve"):
         logging.getLogger(name).addFilter(OncePerMinute())
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger("roundwise.serve")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     sock.listen()
     announce()
     try:

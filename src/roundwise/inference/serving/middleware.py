@@ -18,7 +18,7 @@ from roundwise.inference.serving.protocol import ApiError
 logger = logging.getLogger("roundwise.serve")
 
 #: Paths that need no API key.
-PUBLIC_PATHS = ("/health",)
+PUBLIC_PATHS = ("/health", "/metrics")
 
 
 class Deadlines:

@@ -26,6 +26,11 @@ class GenerationQueue:
         self.engine, self.max_requests = engine, max_requests
         self.open_requests = 0
         """Requests that run or wait."""
+        self._tasks: set[Task] = set()
+
+    def count(self, started: bool) -> int:
+        """Returns the number of answers that are being generated, or that wait."""
+        return sum(task.started == started for task in self._tasks)
 
     @contextmanager
     def slot(self) -> Iterator[None]:
@@ -67,6 +72,7 @@ class GenerationQueue:
                 loop.call_soon_threadsafe(items.put_nowait, item)
 
         task = Task(list(ids), sampling, echo, deadline, send)
+        self._tasks.add(task)
         self.engine.submit(task)
         try:
             while True:
@@ -77,6 +83,7 @@ class GenerationQueue:
                 if isinstance(item, Generated):
                     return
         finally:
+            self._tasks.discard(task)
             self.engine.cancel(task)
 
 
