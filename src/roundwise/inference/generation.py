@@ -41,6 +41,8 @@ class Generated:
     """Seconds from the call to the first token: the time that the prompt takes."""
     seconds: float
     """Seconds from the call to the last token."""
+    ids: tuple[int, ...] = ()
+    """The generated tokens."""
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -210,6 +212,7 @@ class Answer:
             finish=self._finish,
             first_token_seconds=self._first_token_at - self._begun_at,
             seconds=self._last_token_at - self._begun_at,
+            ids=tuple(self._ids[self._prompt_tokens :]),
         )
 
     def _send(self, piece: str) -> None:

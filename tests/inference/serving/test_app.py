@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 import pytest
 
 import roundwise as rw
+from roundwise.inference.generation import Generated
 from roundwise.inference.serving import app as app_module
-from roundwise.inference.serving import engine as engine_module
 from roundwise.inference.serving.app import Server
+from roundwise.inference.serving.engines import engine as engine_module
 from roundwise.inference.serving.protocol import Limits
 
 T = TypeVar("T")
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,7 @@ def loaded(text_model: Path) -> tuple[Any, Any]:
     return rw.load(text_model)
 
 
-def scope(content_type: str) -> dict[str, Any]:
-    path = "/v1/completions"
+def scope(content_type: str, path: str) -> dict[str, Any]:
     return {
         "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
         "headers": [(b"content-type", content_type.encode()), (b"host", b"localhost")],
@@ -41,13 +42,15 @@ async def ask(
     gone_after: float | None = None,
     body_after: float = 0,
     content_type: str = "application/json",
+    path: str = COMPLETIONS,
     **fields: Any,
 ) -> tuple[int, str]:
     """Sends one request as the web server would.
 
     The client sends its last byte, and disconnects, after some seconds.
     """
-    body = json.dumps({"model": "m", "prompt": "import os", **fields}).encode()
+    prompt = {"prompt": "import os"} if path == COMPLETIONS else {}
+    body = json.dumps({"model": "m", **prompt, **fields}).encode()
     parts = [(body[:-1], True), (body[-1:], False)] if body_after else [(body, False)]
     incoming = iter([{"type": "http.request", "body": b, "more_body": more} for b, more in parts])
     sent: list[Any] = []
@@ -64,7 +67,7 @@ async def ask(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await server.app(scope(content_type), receive, send)
+    await server.app(scope(content_type, path), receive, send)
     text = b"".join(message.get("body", b"") for message in sent[1:]).decode()
     return sent[0]["status"] if sent else 0, text
 
@@ -134,7 +137,6 @@ def test_when_the_server_stops_answers_end_with_a_reason(
     server = Server(*loaded, "m", Limits(context=100_000))
 
     async def stopped() -> list[tuple[int, str]]:
-        await ask(server, max_tokens=1)  # starts the encoder
         options = {"max_tokens": 50_000, "temperature": 0}
         requests = [
             asyncio.create_task(ask(server, stream=True, n=answers, **options)),
@@ -195,3 +197,45 @@ def test_bodies_of_many_clients_have_a_limit_together(loaded: tuple[Any, Any]) -
         return await asyncio.gather(*(ask(server, body_after=0.2, user="x" * 20) for _ in range(4)))
 
     assert sorted(status for status, _ in run(server, four)) == [200, 200, 429, 429]
+
+
+#: In the style of Qwen's; the answer begins where the prompt ends.
+QWEN = (
+    "{% if tools %}{{ tools | length }} tools {% endif %}<|im_start|>user\n{{ messages[0].content }}"
+    "<|im_end|>\n<|im_start|>assistant{{ '\n' }}"
+)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_tool_calls(stream: bool, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = loaded
+    said = 'I look. <tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+
+    def generate(*_: Any, on_text: Any, **__: Any) -> Generated:
+        on_text(said)
+        return Generated(said, 9, len(ids), "stop", 0.1, 0.2, tuple(ids))
+
+    monkeypatch.setattr(engine_module, "generate", generate)
+    monkeypatch.setattr(model.config, "model_type", "qwen3")
+    monkeypatch.setattr(tokenizer, "chat_template", QWEN)
+    server = Server(model, tokenizer, "m", Limits(context=64))
+    tool = {"type": "function", "function": {"name": "weather"}}
+    messages = [{"role": "user", "content": "hi"}]
+    status, text = run(
+        server, lambda: ask(server, path=CHAT, messages=messages, tools=[tool], stream=stream)
+    )
+    assert status == 200
+    if stream:
+        chunks = [json.loads(x[6:]) for x in text.split("\n\n") if x and "[DONE]" not in x]
+        choices = [chunk["choices"][0] for chunk in chunks]
+        [message] = [c["delta"] for c in choices if "tool_calls" in c["delta"]]
+        assert sum(bool(c["delta"].get("content")) for c in choices) == 1
+    else:
+        choices = json.loads(text)["choices"]
+        message = choices[0]["message"]
+    assert choices[-1]["finish_reason"] == "tool_calls"
+    assert message["content"] == "I look."
+    assert message["tool_calls"][0]["function"] == {
+        "name": "weather", "arguments": '{"city": "Rome"}'
+    }  # fmt: skip

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import transformers
 
+from roundwise.inference.serving.api_errors import ApiError
 from roundwise.inference.serving.encoder import Encoder
-from roundwise.inference.serving.protocol import ApiError, ChatRequest, CompletionRequest, Limits
+from roundwise.inference.serving.protocol import ChatRequest, CompletionRequest, Limits
 from tests.helpers import CHAT_TEMPLATE
 
 CHAT = {"messages": [{"role": "user", "content": "open a file"}]}

@@ -15,9 +15,10 @@ import pytest
 import transformers
 
 from roundwise.inference.serving import encoder_process
+from roundwise.inference.serving.api_errors import ApiError
 from roundwise.inference.serving.encoder import Encoded, Encoder
 from roundwise.inference.serving.encoder_process import EncoderPool, run_loop
-from roundwise.inference.serving.protocol import ApiError, ChatRequest, CompletionRequest, Limits
+from roundwise.inference.serving.protocol import ChatRequest, CompletionRequest, Limits
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ def test_a_template_that_does_not_end_is_stopped(name: str, tiny: Path) -> None:
 
 @pytest.mark.parametrize("name", HUGE)
 def test_a_template_that_takes_all_memory_is_stopped(name: str, tiny: Path) -> None:
-    pool = EncoderPool(encoder(tiny, HUGE[name]))
+    pool = EncoderPool(encoder(tiny, HUGE[name]), seconds=3)
 
     async def ask() -> None:
         for _ in range(2):
@@ -181,7 +182,7 @@ def test_the_loop_of_a_process(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for limit in ("_limit_memory", "_limit_time"):
         monkeypatch.setattr(encoder_process, limit, lambda: None)
     here = encoder(tiny)
-    messages = [here, text(), text(""), text("a")]
+    messages = [here, *((Encoder.encode, text(prompt)) for prompt in ("import os", "", "a"))]
     requests = io.BytesIO(
         b"".join(encoder_process._frame(pickle.dumps(message)) for message in messages)
     )

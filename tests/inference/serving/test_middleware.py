@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
+from roundwise.inference.serving.api_errors import ApiError
 from roundwise.inference.serving.encoder import as_api_error
 from roundwise.inference.serving.middleware import (
     Deadlines,
@@ -20,7 +21,6 @@ from roundwise.inference.serving.middleware import (
     handle_disconnect,
     handle_http_error,
 )
-from roundwise.inference.serving.protocol import ApiError
 
 
 def scope(path: str = "/v1/models", key: str | None = None) -> dict[str, Any]:

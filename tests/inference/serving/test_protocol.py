@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import time
 import tracemalloc
 from types import SimpleNamespace
@@ -13,15 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roundwise.inference.serving.protocol import (
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Request,
-    parse,
-)
+from roundwise.inference.serving.api_errors import ApiError
+from roundwise.inference.serving.protocol import ChatRequest, CompletionRequest, Request, parse
 
 TEXT = {"model": "m", "prompt": "p"}
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"a": 1}}}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -52,6 +47,24 @@ def test_messages() -> None:
         {"role": "user", "content": "ab"},
         {"role": "assistant", "name": "x", "content": ""},
     ]
+
+
+def test_tools_are_what_templates_take() -> None:
+    assert parsed({"tools": [TOOL]}, CHAT).usable_tools == [TOOL]
+    assert parsed({"tools": [TOOL], "tool_choice": "none"}, CHAT).usable_tools == []
+    assert parsed({"tools": []}, CHAT).usable_tools == []
+
+
+def test_arguments_of_earlier_tool_calls_are_objects_for_templates() -> None:
+    def call(arguments: Any) -> dict[str, Any]:
+        return {"type": "function", "id": "1", "function": {"name": "f", "arguments": arguments}}
+
+    calls = [call('{"a": [1]}'), call("no JSON"), call({"a": 2}), "no call"]
+    request = parsed({"messages": [{"role": "assistant", "tool_calls": calls}]}, CHAT)
+    assert request.messages[0].as_dict() == {
+        "role": "assistant", "content": "",
+        "tool_calls": [call({"a": [1]}), call("no JSON"), call({"a": 2}), "no call"],
+    }  # fmt: skip
 
 
 def test_both_names_of_the_limit() -> None:
@@ -152,7 +165,18 @@ def test_refused(fields: dict[str, Any], message: str, param: str | None) -> Non
         ({**CHAT, "logprobs": 3}, "logprobs: Input should be a valid boolean"),
         ({**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs: Input should be less"),
         ({**CHAT, "echo": True}, "echo is not supported"),
-        ({"tools": [{"type": "function"}]}, "tools is not supported"),
+        ({**CHAT, "tools": [{"type": "function"}]}, "tools.0.function is missing"),
+        ({**CHAT, "tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools.0.type: Input"),
+        (
+            {**CHAT, "tools": [{"type": "function", "function": {"name": ""}}]},
+            "tools.0.function.name",
+        ),
+        ({**CHAT, "tools": [TOOL] * 129}, "tools: List should have at most 128 items"),
+        (
+            {**CHAT, "tools": [TOOL], "tool_choice": "required"},
+            "tool_choice: Input should be 'none'",
+        ),
+        ({**CHAT, "tool_choice": {"type": "function"}}, "tool_choice: Input should be 'none'"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
     ],
 )
@@ -246,9 +270,3 @@ def test_a_large_body_is_refused_quickly_with_a_short_message(name: str) -> None
     error = raised.value.body["error"]
     assert (error["param"] or "") == param
     assert len(error["message"]) < 300
-
-
-def test_an_error_survives_its_way_from_another_process() -> None:
-    error = ApiError(404, "no", kind="k", param="p", code="c")
-    copy = pickle.loads(pickle.dumps(error))
-    assert (copy.status, str(copy), copy.body) == (404, "no", error.body)

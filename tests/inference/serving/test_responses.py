@@ -9,10 +9,15 @@ import pytest
 from roundwise.inference.generation import Generated
 from roundwise.inference.sampling import TokenLogprobs
 from roundwise.inference.serving.responses import Choice, Piece, ResponseFormat, usage
+from roundwise.inference.serving.tool_calls import Message
 
 
 def generated(text: str, tokens: int, finish: Any = "stop") -> Generated:
     return Generated(text, 4, tokens, finish, 0.1, 0.2)
+
+
+def choice_of(answer: Generated) -> Choice:
+    return Choice((Piece(answer.text),), answer)
 
 
 def test_usage_counts_a_prompt_once() -> None:
@@ -27,11 +32,11 @@ def test_chunks_of_a_stream_add_up_to_the_response(chat: bool) -> None:
     form = ResponseFormat(chat=chat, model="m", identity="1")
     answer = generated("ab", 2, "cancelled")
     counts = usage([answer], 1)
-    whole = form.response([Choice((Piece("ab"),), answer)], counts)
+    whole = form.response([choice_of(answer)], counts)
     [choice] = whole["choices"]
     assert choice["finish_reason"] == "length"  # the time limit, to a client
     chunks = [form.first_chunk(0), form.piece_chunk(0, Piece("a")), form.piece_chunk(0, Piece("b")),
-              form.last_chunk(0, answer), form.usage_chunk(counts)]  # fmt: skip
+              form.last_chunk(0, choice_of(answer)), form.usage_chunk(counts)]  # fmt: skip
     assert (chunks[0] is not None) == chat
     chunks = [chunk for chunk in chunks if chunk is not None]
     assert {chunk["id"] for chunk in chunks} == {whole["id"]}
@@ -77,7 +82,7 @@ def test_log_probabilities_in_chunks_are_those_of_the_whole() -> None:
     chunks = [streamed.piece_chunk(0, piece)["choices"][0]["logprobs"] for piece in pieces]
     for name, values in expected["logprobs"].items():
         assert [value for chunk in chunks for value in chunk[name]] == values
-    assert streamed.last_chunk(0, answer.generated)["choices"][0]["logprobs"] is None
+    assert streamed.last_chunk(0, answer)["choices"][0]["logprobs"] is None
 
 
 def test_equal_texts_of_tokens_keep_the_most_likely() -> None:
@@ -98,3 +103,23 @@ def test_log_probabilities_of_a_chat() -> None:
         ],
     }  # fmt: skip
     assert entries[1]["bytes"] is None  # a part of a character
+
+
+def test_tool_calls_of_a_chat() -> None:
+    form = ResponseFormat(chat=True, model="m", identity="1")
+    message = Message("", "I think", (("f", '{"a": 1}'), ("g", "{}")))
+    answer = Choice((Piece("<tool_call>"),), generated("<tool_call>", 9), message)
+    [choice] = form.response([answer], usage([answer.generated], 1))["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    assert choice["message"]["reasoning_content"] == "I think"
+    calls = choice["message"]["tool_calls"]
+    assert [call["function"] for call in calls] == [
+        {"name": "f", "arguments": '{"a": 1}'}, {"name": "g", "arguments": "{}"}
+    ]  # fmt: skip
+    assert len({call["id"] for call in calls}) == 2
+    delta = form.message_chunk(0, answer)["choices"][0]["delta"]
+    assert [call["function"]["name"] for call in delta["tool_calls"]] == ["f", "g"]
+    assert form.last_chunk(0, answer)["choices"][0]["finish_reason"] == "tool_calls"
+    cut = Choice((), generated("", 9, "length"), message)
+    assert form.last_chunk(0, cut)["choices"][0]["finish_reason"] == "length"

@@ -14,7 +14,7 @@ from roundwise.cli.options import ChatTemplateOption, DtypeOption, JsonOption, M
 from roundwise.cli.progress import console, print_json, print_note
 
 if TYPE_CHECKING:
-    from roundwise.inference.serving.engine import Engine
+    from roundwise.inference.serving.engines.engine import Engine
 
 #: Tokens of prompt and answer if neither the user nor the model sets a limit.
 DEFAULT_CONTEXT = 2048
@@ -251,12 +251,12 @@ def _serve_with_transformers(
 def _choose_engine(model: Any, tokenizer: Any, max_batch: int, context: int) -> Engine:
     """Returns the engine for several requests at the same time; if there is none, for one."""
     from roundwise.errors import ConfigError
-    from roundwise.inference.serving.engine import SingleEngine
+    from roundwise.inference.serving.engines.engine import SingleEngine
 
     if max_batch > 1:
         try:
             # transformers may move what this module needs: then it is one request at a time.
-            from roundwise.inference.serving.batching import BatchedEngine
+            from roundwise.inference.serving.engines.batching import BatchedEngine
 
             return BatchedEngine(model, tokenizer, max_batch=max_batch, context=context)
         except (ConfigError, ImportError) as error:

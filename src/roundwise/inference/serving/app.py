@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any, NamedTuple
 
@@ -23,9 +23,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from roundwise.inference.generation import Generated
+from roundwise.inference.serving.api_errors import ApiError, busy_error, timeout_error
 from roundwise.inference.serving.encoder import Encoder, as_api_error
 from roundwise.inference.serving.encoder_process import EncoderPool
-from roundwise.inference.serving.engine import Engine, SingleEngine
+from roundwise.inference.serving.engines.engine import Engine, SingleEngine
+from roundwise.inference.serving.engines.queue import GenerationQueue
 from roundwise.inference.serving.metrics import RECORD, Metrics, Record, RequestLog
 from roundwise.inference.serving.middleware import (
     Deadlines,
@@ -34,17 +36,9 @@ from roundwise.inference.serving.middleware import (
     handle_disconnect,
     handle_http_error,
 )
-from roundwise.inference.serving.protocol import (
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Limits,
-    Request,
-    busy_error,
-    timeout_error,
-)
-from roundwise.inference.serving.queue import GenerationQueue
+from roundwise.inference.serving.protocol import ChatRequest, CompletionRequest, Limits, Request
 from roundwise.inference.serving.responses import Choice, Piece, ResponseFormat, usage
+from roundwise.inference.serving.tool_calls import response_template
 
 #: Host names accepted by a server for its own machine only. Others are refused: a web page could point a
 #: name of its own at this machine (DNS rebinding).
@@ -66,6 +60,11 @@ class Job(NamedTuple):
     prompts: list[array[int]]
     deadline: float
     record: Record
+
+    @property
+    def has_tools(self) -> bool:
+        """True if the model may call tools."""
+        return isinstance(self.request, ChatRequest) and bool(self.request.usable_tools)
 
 
 class Server:
@@ -96,7 +95,8 @@ class Server:
         self.queue = GenerationQueue(self.engine, limits.max_requests)
         self._model = model
         vocabulary = model.config.get_text_config().vocab_size
-        self._encoder = Encoder(tokenizer, name, vocabulary, limits)
+        template = response_template(tokenizer, model.config.model_type)
+        self._encoder = Encoder(tokenizer, name, vocabulary, limits, template)
         self._encoders = EncoderPool(self._encoder)
         self._deadlines = Deadlines(limits.timeout + GRACE)
         self.metrics = Metrics(
@@ -137,6 +137,7 @@ class Server:
     async def running(self) -> AsyncIterator[None]:
         """Context manager: the server can answer; its processes and threads end with it."""
         try:
+            await self._encoders.start()
             yield
         finally:
             self.stop()
@@ -236,7 +237,7 @@ class Server:
                 return _EventStream(self._stream_events(job, formatter), slot.pop_all())
             return await self._whole_response(http, job, formatter)
 
-    async def _generate(self, job: Job) -> AsyncGenerator[tuple[int, Piece | Generated]]:
+    async def _generate(self, job: Job) -> AsyncGenerator[tuple[int, Piece | Choice]]:
         """Generates all answers of a request; yields (index, piece) and (index, answer)."""
         choices = job.request.n or 1
         for index in range(len(job.prompts) * choices):
@@ -245,11 +246,26 @@ class Server:
                 self._token_limit(job.request, len(ids)), self._model, index
             )
             echo = isinstance(job.request, CompletionRequest) and job.request.echo
+            pieces: list[Piece] = []
             answer = self.queue.answer(ids, sampling, job.deadline, echo=echo)
             async with aclosing(answer) as items:
                 async for item in items:
                     job.record.add(item)
-                    yield index, item
+                    if isinstance(item, Piece):
+                        pieces.append(item)
+                        yield index, item
+                    else:
+                        yield index, await self._choice(job, ids, pieces, item)
+
+    async def _choice(
+        self, job: Job, ids: Sequence[int], pieces: list[Piece], generated: Generated
+    ) -> Choice:
+        """Returns a whole answer; if the request has tools, in its parts."""
+        message = None
+        if job.has_tools:
+            assert isinstance(job.request, ChatRequest)
+            message = await self._encoders.parse_message(ids, generated.ids, job.request)
+        return Choice(tuple(pieces), generated, message)
 
     def _token_limit(self, request: Request, prompt_tokens: int) -> int:
         """Returns the most tokens to generate for a prompt."""
@@ -265,16 +281,8 @@ class Server:
         """Generates all answers and returns them as one response; stops if the client disconnects."""
 
         async def collect() -> list[Choice]:
-            answers: list[Choice] = []
-            pieces: list[Piece] = []
             async with aclosing(self._generate(job)) as items:
-                async for _, item in items:
-                    if isinstance(item, Generated):
-                        answers.append(Choice(tuple(pieces), item))
-                        pieces = []
-                    else:
-                        pieces.append(item)
-            return answers
+                return [item async for _, item in items if isinstance(item, Choice)]
 
         generation = asyncio.ensure_future(collect())
         disconnect = asyncio.ensure_future(_wait_for_disconnect(http))
@@ -302,10 +310,12 @@ class Server:
                     if index > started and (chunk := formatter.first_chunk(index)):
                         yield _event(chunk)
                     started = index
-                    if isinstance(item, Generated):
-                        answers.append(item)
+                    if isinstance(item, Choice):
+                        answers.append(item.generated)
+                        if job.has_tools:
+                            yield _event(formatter.message_chunk(index, item))
                         yield _event(formatter.last_chunk(index, item))
-                    else:
+                    elif not job.has_tools:  # with tools, the parts are known only at the end
                         yield _event(formatter.piece_chunk(index, item))
             if job.request.stream_options and job.request.stream_options.include_usage:
                 yield _event(formatter.usage_chunk(usage(answers, len(job.prompts))))

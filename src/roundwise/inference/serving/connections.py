@@ -15,7 +15,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from roundwise.errors import ConfigError
-from roundwise.inference.serving.protocol import ApiError
+from roundwise.inference.serving.api_errors import ApiError
 
 #: Most open connections, idle ones included.
 MAX_CONNECTIONS = 1000

@@ -12,18 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from roundwise.errors import UsageError
+from roundwise.errors import UsageError, first_line
 from roundwise.inference.prompts import encode_chat, encode_text
+from roundwise.inference.serving.api_errors import ApiError
 from roundwise.inference.serving.protocol import (
     MAX_CHOICES,
     MAX_QUOTED,
-    ApiError,
     ChatRequest,
     CompletionRequest,
     Limits,
     Request,
     parse,
 )
+from roundwise.inference.serving.tool_calls import Message, parse_message
 
 logger = logging.getLogger("roundwise.serve")
 
@@ -48,6 +49,21 @@ class Encoder:
     vocabulary: int
     """Number of tokens."""
     limits: Limits
+    response_template: dict[str, Any] | None = None
+    """Description of the answers of the model, with tool calls; None: not known."""
+
+    def parse_message(self, prompt: list[int], answer: list[int], request: ChatRequest) -> Message:
+        """Returns an answer to a request with tools, in its parts; if it has none, all is content."""
+        assert self.response_template is not None
+        try:
+            return parse_message(
+                self.tokenizer, self.response_template, prompt, answer, request.usable_tools
+            )
+        except (
+            Exception
+        ) as error:  # a text that a model wrote, and expressions that its authors wrote
+            logger.warning("an answer cannot be parsed: %s", first_line(error))
+            return Message(self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def encode(self, body: bytes, kind: type[R]) -> Encoded[R]:
         """Returns a checked request.
@@ -63,7 +79,13 @@ class Encoder:
         self.check_name(request.model)
         if isinstance(request, ChatRequest):
             messages = [message.as_dict() for message in request.messages]
-            prompts = [self._run("messages", lambda: encode_chat(self.tokenizer, messages))]
+            tools = request.usable_tools
+            if tools and self.response_template is None:
+                raise ApiError(
+                    400, "tools are not supported for this model: transformers does not know how it "
+                    "writes tool calls", param="tools",
+                )  # fmt: skip
+            prompts = [self._run("messages", lambda: encode_chat(self.tokenizer, messages, tools))]
             request.messages = []
         else:
             assert isinstance(request, CompletionRequest)

@@ -16,17 +16,15 @@ import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Sequence
 from typing import IO, Any, TypeVar
 
 import psutil
 
+from roundwise.inference.serving.api_errors import ApiError, stopping_error
 from roundwise.inference.serving.encoder import Encoded, Encoder
-from roundwise.inference.serving.protocol import (
-    ApiError,
-    ChatRequest,
-    Request,
-    stopping_error,
-)
+from roundwise.inference.serving.protocol import ChatRequest, Request
+from roundwise.inference.serving.tool_calls import Message
 
 #: Seconds after which encoding a request is stopped.
 ENCODE_SECONDS = 10.0
@@ -45,7 +43,8 @@ R = TypeVar("R", bound=Request)
 class EncoderPool:
     """Three processes: for small text requests, small chats, and large requests of both kinds.
 
-    Each starts when it is first needed. A template that does not end delays only other chats.
+    A template that does not end delays only other chats. The process for large requests starts when it
+    is first needed.
 
     Args:
         encoder: encoder to run; it is copied to the processes.
@@ -64,7 +63,25 @@ class EncoderPool:
         """
         small = self._chat if issubclass(kind, ChatRequest) else self._text
         process = self._large if len(body) > LARGE_BODY else small
-        return await process.encode(body, kind)
+        reply = await process.call(Encoder.encode, body, kind)
+        assert isinstance(reply, Encoded)
+        return reply
+
+    async def parse_message(
+        self, prompt: Sequence[int], answer: Sequence[int], request: ChatRequest
+    ) -> Message:
+        """Returns an answer in its parts, as `Encoder.parse_message` does.
+
+        Raises:
+            ApiError: the answer has another form, or parsing it takes too much time or memory.
+        """
+        reply = await self._chat.call(Encoder.parse_message, list(prompt), list(answer), request)
+        assert isinstance(reply, Message)
+        return reply
+
+    async def start(self) -> None:
+        """Starts the processes for small requests, so that the first ones do not wait for that."""
+        await asyncio.gather(self._text.start(), self._chat.start())
 
     def kill(self) -> None:
         """Kills the processes; requests that are being encoded, and later ones, fail."""
@@ -91,24 +108,28 @@ class EncoderProcess:
         self._lock = asyncio.Lock()
         self._closed = False
 
-    async def encode(self, body: bytes, kind: type[R]) -> Encoded[R]:
-        """Returns a checked request.
+    async def call(self, method: Callable[..., object], *arguments: object) -> object:
+        """Returns the result of a method of the encoder.
 
         Raises:
-            ApiError: the request is wrong, or encoding it takes too much time or memory.
+            ApiError: whatever the method raised; or it takes too much time or memory.
         """
         async with self._lock:
             process = await self._started()
             try:
                 async with asyncio.timeout(self._seconds):
-                    reply = await _exchange(process, pickle.dumps((body, kind)))
+                    reply = await _exchange(process, pickle.dumps((method, arguments)))
             except BaseException as error:
                 await self._kill()  # or its reply would be taken for that of the next request
                 raise self._explained(error) from None
         if isinstance(reply, ApiError):
             raise reply
-        assert isinstance(reply, Encoded)
         return reply
+
+    async def start(self) -> None:
+        """Starts the process."""
+        async with self._lock:
+            await self._started()
 
     async def _started(self) -> Process:
         if self._closed:
@@ -180,6 +201,7 @@ async def _exchange(process: Process, content: bytes) -> Any:
 def run_loop(requests: IO[bytes], replies: IO[bytes]) -> None:
     """Encodes requests until the other side closes; the first message is the encoder."""
     encoder: Encoder | None = None
+    reply: object
     while len(head := requests.read(_LENGTH_BYTES)) == _LENGTH_BYTES:
         content = pickle.loads(requests.read(int.from_bytes(head, "little")))  # noqa: S301
         if encoder is None:
@@ -188,14 +210,14 @@ def run_loop(requests: IO[bytes], replies: IO[bytes]) -> None:
             _limit_memory()
         else:
             _limit_time()
-            reply = _encode(encoder, *content)
+            reply = _call(encoder, *content)
         replies.write(_frame(pickle.dumps(reply)))
         replies.flush()
 
 
-def _encode(encoder: Encoder, body: bytes, kind: type[Request]) -> Encoded[Request] | ApiError:
+def _call(encoder: Encoder, method: Callable[..., object], arguments: tuple[object, ...]) -> object:
     try:
-        return encoder.encode(body, kind)
+        return method(encoder, *arguments)
     except ApiError as error:
         return error
     except MemoryError:

@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from roundwise.inference.serving.protocol import ApiError
+from roundwise.inference.serving.api_errors import ApiError
 
 logger = logging.getLogger("roundwise.serve")
 

@@ -7,8 +7,7 @@ the first error, and lists have limits, so that its work is in proportion to the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -22,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, from_json
 
 from roundwise.inference.prompts import Message
+from roundwise.inference.serving.api_errors import ApiError
 
 if TYPE_CHECKING:
     from roundwise.inference.sampling import Sampling
@@ -34,6 +34,8 @@ MAX_STOPS = 16
 MAX_MESSAGES = 4096
 #: Most likely tokens whose log probabilities a request can ask for.
 MAX_LOGPROBS = 20
+#: Most tools of a request.
+MAX_TOOLS = 128
 #: Longest text of a client that an error message repeats.
 MAX_QUOTED = 100
 
@@ -68,59 +70,6 @@ class Limits:
     """Maximum size of a request body in bytes."""
     timeout: float = 600.0
     """Maximum seconds for a request, waiting included."""
-
-
-class ApiError(Exception):
-    """Error that is sent to the client as OpenAI's error object.
-
-    Args:
-        status: HTTP status.
-        message: one sentence for the client.
-        kind: OpenAI's error type.
-        param: name of the field that is wrong.
-        code: OpenAI's error code.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-    def __reduce__(self) -> Any:
-        """Makes copies between processes complete."""
-        error = self.body["error"]
-        options: dict[str, Any] = {
-            "kind": error["type"], "param": error["param"], "code": error["code"]
-        }  # fmt: skip
-        return partial(ApiError, self.status, str(self), **options), ()
-
-
-def busy_error(message: str) -> ApiError:
-    """Returns the error for a request beyond a limit of number; its status makes clients retry."""
-    return ApiError(
-        429, f"{message}: try again later", kind="rate_limit_error", code="rate_limit_exceeded"
-    )
-
-
-def timeout_error() -> ApiError:
-    """Returns the error for a request that waited longer than its time limit."""
-    return ApiError(
-        503, "the server is busy: the time limit passed while this request was waiting",
-        kind="server_error", code="timeout",
-    )  # fmt: skip
-
-
-def stopping_error() -> ApiError:
-    """Returns the error for a request that is not answered because the server stops."""
-    return ApiError(503, "the server is stopping", kind="server_error", code="shutting_down")
 
 
 class StreamOptions(BaseModel):
@@ -276,8 +225,38 @@ class ChatMessage(BaseModel):
     content: Annotated[str | None, BeforeValidator(_join_parts)] = None
 
     def as_dict(self) -> Message:
-        """Returns the message as chat templates take it."""
-        return {**(self.model_extra or {}), "role": self.role, "content": self.content or ""}
+        """Returns the message as chat templates take it; arguments of tool calls are objects there."""
+        extra = dict(self.model_extra or {})
+        if isinstance(calls := extra.get("tool_calls"), list):
+            extra["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+        return {**extra, "role": self.role, "content": self.content or ""}
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """Returns a tool call of an earlier message whose arguments are parsed, if they are JSON."""
+    try:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": from_json(function["arguments"])}}
+    except (KeyError, TypeError, ValueError):
+        return call
+
+
+class Function(BaseModel):
+    """The function of a tool; other fields than its name are for the chat template."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    """A tool that the model may call."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["function"]
+    function: Function
 
 
 class ChatRequest(Request):
@@ -287,6 +266,15 @@ class ChatRequest(Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+
+    @property
+    def usable_tools(self) -> list[dict[str, Any]]:
+        """Tools that the model may call, as chat templates take them."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_unset=True) for tool in self.tools]
 
     @property
     def logprob_count(self) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 from roundwise.inference.detokenizer import INCOMPLETE
 from roundwise.inference.generation import Generated
 from roundwise.inference.sampling import TokenLogprobs
+from roundwise.inference.serving.tool_calls import Message
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Choice:
 
     pieces: tuple[Piece, ...]
     generated: Generated
+    message: Message | None = None
+    """Its parts, if the request has tools."""
 
     @property
     def text(self) -> str:
@@ -79,9 +82,9 @@ class ResponseFormat:
             {
                 "index": index,
                 "logprobs": self._logprobs(index, answer.logprobs),
-                "finish_reason": _finish_reason(answer.generated),
+                "finish_reason": _finish_reason(answer.generated, answer.message),
                 **(
-                    {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+                    {"message": {"role": "assistant", "refusal": None, **_parts(answer)}}
                     if self._chat
                     else {"text": answer.text}
                 ),
@@ -100,10 +103,15 @@ class ResponseFormat:
         content = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
         return self._chunk(index, content, piece.logprobs)
 
-    def last_chunk(self, index: int, answer: Generated) -> dict[str, Any]:
+    def message_chunk(self, index: int, answer: Choice) -> dict[str, Any]:
+        """Returns a chunk with all parts of an answer to a request with tools."""
+        return self._chunk(index, {"delta": _parts(answer)}, answer.logprobs)
+
+    def last_chunk(self, index: int, answer: Choice) -> dict[str, Any]:
         """Returns the chunk that ends an answer, with its finish_reason."""
         content: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
-        return self._chunk(index, content, reason=_finish_reason(answer))
+        reason = _finish_reason(answer.generated, answer.message)
+        return self._chunk(index, content, reason=reason)
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
         """Returns the last chunk of a stream, for clients that asked for usage."""
@@ -164,6 +172,12 @@ def _with_bytes(text: str, logprob: float | None) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": known}
 
 
-def _finish_reason(answer: Generated) -> str:
+def _parts(answer: Choice) -> dict[str, Any]:
+    return {"content": answer.text} if answer.message is None else answer.message.fields()
+
+
+def _finish_reason(answer: Generated, message: Message | None) -> str:
     """Returns OpenAI's finish_reason; an answer that the time limit ended counts as too long."""
+    if message is not None and message.tool_calls and answer.finish == "stop":
+        return "tool_calls"
     return "stop" if answer.finish == "stop" else "length"

@@ -14,10 +14,10 @@ import roundwise as rw
 from roundwise.inference.generation import Generated
 from roundwise.inference.prompt_logprobs import prompt_logprobs
 from roundwise.inference.sampling import Sampling
-from roundwise.inference.serving import engine as engine_module
-from roundwise.inference.serving.engine import Item, SingleEngine, Task
-from roundwise.inference.serving.protocol import ApiError
-from roundwise.inference.serving.queue import GenerationQueue
+from roundwise.inference.serving.api_errors import ApiError
+from roundwise.inference.serving.engines import engine as engine_module
+from roundwise.inference.serving.engines.engine import Item, SingleEngine, Task
+from roundwise.inference.serving.engines.queue import GenerationQueue
 from roundwise.inference.serving.responses import Piece
 
 

@@ -28,8 +28,8 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from roundwise.errors import ConfigError, first_line
 from roundwise.inference.generation import Answer, generate
 from roundwise.inference.sampling import Sampling, TokenLogprobs
-from roundwise.inference.serving.engine import Item, Task, send_prompt
-from roundwise.inference.serving.protocol import stopping_error
+from roundwise.inference.serving.api_errors import stopping_error
+from roundwise.inference.serving.engines.engine import Item, Task, send_prompt
 from roundwise.inference.serving.responses import Piece
 
 #: Tokens of keys and values that are stored together.

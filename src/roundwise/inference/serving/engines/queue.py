@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from roundwise.inference.generation import Generated
 from roundwise.inference.sampling import Sampling
-from roundwise.inference.serving.engine import Engine, Item, Task
-from roundwise.inference.serving.protocol import busy_error, timeout_error
+from roundwise.inference.serving.api_errors import busy_error, timeout_error
+from roundwise.inference.serving.engines.engine import Engine, Item, Task
 from roundwise.inference.serving.responses import Piece
 
 

@@ -14,9 +14,9 @@ import pytest
 import roundwise as rw
 from roundwise.inference.generation import Generated
 from roundwise.inference.sampling import Sampling
-from roundwise.inference.serving.engine import SingleEngine
-from roundwise.inference.serving.protocol import ApiError
-from roundwise.inference.serving.queue import GenerationQueue
+from roundwise.inference.serving.api_errors import ApiError
+from roundwise.inference.serving.engines.engine import SingleEngine
+from roundwise.inference.serving.engines.queue import GenerationQueue
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from roundwise.inference.generation import Generated, generate, text_of
 from roundwise.inference.prompt_logprobs import prompt_logprobs
 from roundwise.inference.sampling import Sampling, TokenLogprobs
-from roundwise.inference.serving.protocol import stopping_error, timeout_error
+from roundwise.inference.serving.api_errors import stopping_error, timeout_error
 from roundwise.inference.serving.responses import Piece
 
 Item = Piece | Generated | Exception
@@ -62,7 +62,7 @@ class Engine(Protocol):
     """Generates the answers of tasks."""
 
     description: str
-    """How it generates, for the user."""
+    """Its way of generating, for the user."""
 
     def submit(self, task: Task) -> None:
         """Starts a task, or lets it wait; its answer or an error is sent."""

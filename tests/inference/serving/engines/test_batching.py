@@ -18,10 +18,10 @@ from roundwise.errors import ConfigError
 from roundwise.inference.generation import Generated, generate
 from roundwise.inference.prompt_logprobs import prompt_logprobs
 from roundwise.inference.sampling import Sampler, Sampling
-from roundwise.inference.serving import batching
-from roundwise.inference.serving.batching import BatchedEngine
-from roundwise.inference.serving.protocol import ApiError
-from roundwise.inference.serving.queue import GenerationQueue
+from roundwise.inference.serving.api_errors import ApiError
+from roundwise.inference.serving.engines import batching
+from roundwise.inference.serving.engines.batching import BatchedEngine
+from roundwise.inference.serving.engines.queue import GenerationQueue
 
 PROMPTS = ("def read_file(path):", "import os\n", "class Stack:\n    def push(self", "# Sorts a list",
            "for i in", "while True:", "from x import", "return a")  # fmt: skip
