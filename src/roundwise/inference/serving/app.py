@@ -247,7 +247,9 @@ class Server:
             )
             echo = isinstance(job.request, CompletionRequest) and job.request.echo
             pieces: list[Piece] = []
-            answer = self.queue.answer(ids, sampling, job.deadline, echo=echo)
+            answer = self.queue.answer(
+                ids, sampling, job.deadline, echo=echo, at_once=not job.request.stream
+            )
             async with aclosing(answer) as items:
                 async for item in items:
                     job.record.add(item)

@@ -3,7 +3,7 @@
 A chat template can loop for ever, and a text can be slow to tokenize. A thread cannot be stopped, so
 this work is done by processes. One that exceeds its time or memory is killed, and another starts.
 
-    python -P -m roundwise.inference.serving.encoder_process      reads and writes frames (see `_frame`)
+    python -P -m roundwise.inference.serving.encoder_process 0    reads and writes frames
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ START_SECONDS = 120.0
 ENCODE_BYTES = 1 << 30
 #: Bodies of more bytes are encoded by a process of their own, so that small ones do not wait for them.
 LARGE_BODY = 1 << 16
+#: Niceness of that process: the generation of tokens goes first.
+LARGE_NICENESS = 10
 
 _LENGTH_BYTES = 8
 
@@ -53,7 +55,8 @@ class EncoderPool:
 
     def __init__(self, encoder: Encoder, seconds: float = ENCODE_SECONDS) -> None:
         setup = pickle.dumps(encoder)
-        self._text, self._chat, self._large = (EncoderProcess(setup, seconds) for _ in range(3))
+        self._text, self._chat = (EncoderProcess(setup, seconds) for _ in range(2))
+        self._large = EncoderProcess(setup, seconds, niceness=LARGE_NICENESS)
 
     async def encode(self, body: bytes, kind: type[R]) -> Encoded[R]:
         """Returns a checked request, as `Encoder.encode` does.
@@ -100,10 +103,11 @@ class EncoderProcess:
     Args:
         setup: pickled encoder.
         seconds: time limit of a request.
+        niceness: how much the process lets others go first, from 0 to 19.
     """
 
-    def __init__(self, setup: bytes, seconds: float) -> None:
-        self._setup, self._seconds = setup, seconds
+    def __init__(self, setup: bytes, seconds: float, niceness: int = 0) -> None:
+        self._setup, self._seconds, self._niceness = setup, seconds, niceness
         self._process: Process | None = None
         self._lock = asyncio.Lock()
         self._closed = False
@@ -137,7 +141,7 @@ class EncoderProcess:
         if self._process is None:
             # -P: modules in the working folder, which may be a model's, are not imported.
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", __name__, stdin=PIPE, stdout=PIPE,
+                sys.executable, "-P", "-m", __name__, str(self._niceness), stdin=PIPE, stdout=PIPE,
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
             try:
@@ -241,6 +245,7 @@ def main() -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C is for the server, which stops this process
+    os.nice(int(sys.argv[1]))
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the replies
     run_loop(sys.stdin.buffer, replies)

@@ -36,6 +36,8 @@ class Task:
     """The answer is not wanted any more."""
     started: bool = False
     """It is being computed; until then, the time limit is an error."""
+    sent: int = 0
+    """Number of items that were sent."""
     _logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def must_stop(self) -> bool:

@@ -50,7 +50,13 @@ class GenerationQueue:
             self.open_requests -= 1
 
     async def answer(
-        self, ids: Sequence[int], sampling: Sampling, deadline: float, *, echo: bool = False
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        deadline: float,
+        *,
+        echo: bool = False,
+        at_once: bool = False,
     ) -> AsyncGenerator[Piece | Generated]:
         """Yields pieces of text, then the whole answer. Closing the generator stops the generation.
 
@@ -59,6 +65,8 @@ class GenerationQueue:
             sampling: sampling parameters.
             deadline: time (time.monotonic) at which the generation ends with the text so far.
             echo: yield the prompt first.
+            at_once: after the first piece, yield the others only when the answer is complete; the event
+                loop has less to do.
 
         Raises:
             ApiError: the deadline passed, or the server stopped, before the generation started.
@@ -66,10 +74,20 @@ class GenerationQueue:
         """
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[Item] = asyncio.Queue()
+        held: list[Item] = []
 
-        def send(item: Item) -> None:
+        def put(ready: list[Item]) -> None:
+            for item in ready:
+                items.put_nowait(item)
+
+        def send(item: Item) -> None:  # called by the thread of the engine
+            held.append(item)
+            if at_once and isinstance(item, Piece) and len(held) + task.sent > 1:
+                return
+            task.sent += len(held)
             if not loop.is_closed():
-                loop.call_soon_threadsafe(items.put_nowait, item)
+                loop.call_soon_threadsafe(put, held[:])
+            held.clear()
 
         task = Task(list(ids), sampling, echo, deadline, send)
         self._tasks.add(task)
