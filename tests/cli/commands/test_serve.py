@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 import torch
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 import roundwise as rw
 from tests.helpers import CHAT_TEMPLATE, Commands, Running
@@ -251,6 +252,29 @@ class TestAnswers:
         assert chat.logprobs.content is not None
         assert "".join(entry.token for entry in chat.logprobs.content) == chat.message.content
         assert [len(entry.top_logprobs) for entry in chat.logprobs.content] == [2, 2, 2]
+
+    def test_lm_eval_reads_the_log_likelihoods_of_the_model(
+        self, client: openai.OpenAI, checkpoint: Path
+    ) -> None:
+        """The request and the parser are those of lm-eval's `local-completions`."""
+        model, tokenizer = rw.load(checkpoint)
+        texts = [("def f(", "self"), ("def f(", "zebra"), ("import os\nimport", " sys")]
+        contexts = [tokenizer(context)["input_ids"] for context, _ in texts]
+        whole = [tokenizer(context + answer)["input_ids"] for context, answer in texts]
+        answer = client.completions.create(
+            model="tiny-4bit", prompt=whole, temperature=0, max_tokens=1, logprobs=1, seed=1234,
+            echo=True,
+        )  # fmt: skip
+        found = LocalCompletionsAPI.parse_logprobs(
+            answer.model_dump(), tokens=whole, ctxlens=[len(ids) for ids in contexts]
+        )
+        for (logprob, greedy), context, ids in zip(found, contexts, whole, strict=True):
+            with torch.no_grad():
+                rows = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            places = range(len(context), len(ids))
+            expected = sum(float(rows[at - 1, ids[at]]) for at in places)
+            assert logprob == pytest.approx(expected, abs=0.05)
+            assert greedy == all(int(rows[at - 1].argmax()) == ids[at] for at in places)
 
     def test_clients_at_once_get_what_each_gets_alone(self, serve: Callable[..., Served]) -> None:
         # In bfloat16 the order of additions can decide between two tokens that are almost equal.

@@ -15,6 +15,7 @@ from roundwise.cli.progress import console, print_json, print_note
 
 if TYPE_CHECKING:
     from roundwise.inference.serving.engines.engine import Engine
+    from roundwise.inference.serving.protocol import Limits
 
 #: Tokens of prompt and answer if neither the user nor the model sets a limit.
 DEFAULT_CONTEXT = 2048
@@ -30,6 +31,7 @@ class RequestLimits:
 
     max_tokens: int | None
     max_requests: int | None
+    max_batch: int | None
     max_bytes: int | None
     timeout: float | None
 
@@ -112,13 +114,13 @@ def command(
         ),
     ] = None,
     max_batch: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Maximum requests computed at the same time; 1: one after another (transformers).",
+            help="Maximum requests computed together; 1: one by one (transformers; default: 16).",
             min=1,
             max=256,
         ),
-    ] = 16,
+    ] = None,
     max_bytes: Annotated[
         int | None,
         typer.Option(help="Maximum request size in bytes (transformers; default: 2000000).", min=1),
@@ -144,7 +146,7 @@ def command(
     checkpoint = Checkpoint(folder)
     name = name or (Path(model).resolve().name if Path(model).exists() else model)
     endpoint = Endpoint(name, host, port, api_key, as_json)
-    limits = RequestLimits(max_tokens, max_requests, max_bytes, timeout)
+    limits = RequestLimits(max_tokens, max_requests, max_batch, max_bytes, timeout)
     vllm_command, reason = launch.choose_backend(
         backend, checkpoint.config, dtype=dtype, gpu=torch.cuda.is_available()
     )
@@ -170,7 +172,7 @@ def command(
         )
     _serve_with_transformers(
         folder, endpoint, reason, dtype=dtype, device=device, chat_template=chat_template,
-        context=max_model_len, limits=limits, max_batch=max_batch,
+        context=max_model_len, limits=limits,
     )  # fmt: skip
 
 
@@ -196,7 +198,6 @@ def _serve_with_transformers(
     chat_template: Path | None,
     context: int | None,
     limits: RequestLimits,
-    max_batch: int,
 ) -> None:
     """Loads the model and serves it in this process.
 
@@ -207,7 +208,6 @@ def _serve_with_transformers(
         dtype, device, chat_template: as given to the command.
         context: maximum tokens of prompt and answer; None: the model's.
         limits: what a client may ask.
-        max_batch: most requests to compute at the same time.
     """
     from roundwise.inference.serving import launch
 
@@ -236,7 +236,7 @@ def _serve_with_transformers(
         request_limits = Limits(context or longest or DEFAULT_CONTEXT, **limits.given())
         server = Server(
             loaded, tokenizer, endpoint.name, request_limits,
-            engine=_choose_engine(loaded, tokenizer, max_batch, request_limits.context),
+            engine=_choose_engine(loaded, tokenizer, request_limits),
             api_key=api_key, hosts=[endpoint.host, *LOCAL_NAMES] if local and not api_key else None,
         )  # fmt: skip
         print_note(f"note: {server.engine.description}")
@@ -248,17 +248,19 @@ def _serve_with_transformers(
     print_note("stopped")
 
 
-def _choose_engine(model: Any, tokenizer: Any, max_batch: int, context: int) -> Engine:
+def _choose_engine(model: Any, tokenizer: Any, limits: Limits) -> Engine:
     """Returns the engine for several requests at the same time; if there is none, for one."""
     from roundwise.errors import ConfigError
     from roundwise.inference.serving.engines.engine import SingleEngine
 
-    if max_batch > 1:
+    if limits.max_batch > 1:
         try:
             # transformers may move what this module needs: then it is one request at a time.
             from roundwise.inference.serving.engines.batching import BatchedEngine
 
-            return BatchedEngine(model, tokenizer, max_batch=max_batch, context=context)
+            return BatchedEngine(
+                model, tokenizer, max_batch=limits.max_batch, context=limits.context
+            )
         except (ConfigError, ImportError) as error:
             print_note(f"note: {error}")
     return SingleEngine(model, tokenizer)

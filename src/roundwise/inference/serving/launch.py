@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import logging
 import os
@@ -143,6 +144,9 @@ def run_server(server: Server, sock: socket.socket, announce: Callable[[], None]
     log = logging.getLogger("roundwise.serve")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    # What is loaded stays: the garbage collector need not look at a million objects while clients wait.
+    gc.collect()
+    gc.freeze()
     sock.listen()
     announce()
     try:

@@ -65,7 +65,9 @@ class Limits:
     max_tokens: int | None = None
     """Maximum tokens of an answer; None: limited by the context only."""
     max_requests: int = 32
-    """Maximum requests that run or wait; one is computed at a time."""
+    """Maximum requests that run or wait."""
+    max_batch: int = 16
+    """Maximum requests that are computed at the same time."""
     max_bytes: int = 2_000_000
     """Maximum size of a request body in bytes."""
     timeout: float = 600.0
