@@ -272,6 +272,7 @@ for line in sys.stdin:
     if order["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest_file"],) * 2)
     os.chdir(order["cwd"])
+    os.environ.update(order["env"])
     sys.argv, code = ["roundwise", *order["arguments"]], 0
     try:
         runpy.run_module("roundwise", run_name="__main__", alter_sys=True)
@@ -313,19 +314,21 @@ class Commands:
         self._server.stdin.flush()
         return int(json.loads(self._server.stdout.readline()))
 
-    def start(self, *arguments: object, largest_file: int = 0) -> Running:
+    def start(
+        self, *arguments: object, largest_file: int = 0, env: dict[str, str] | None = None
+    ) -> Running:
         """Starts a command; `largest_file`: bytes after which writing to a file fails."""
         self._count += 1
         out, err = (self._scratch / f"{self._count}.{name}" for name in ("out", "err"))
         pid = self._ask(
             arguments=[str(a) for a in arguments], stdout=str(out), stderr=str(err),
-            cwd=str(self._scratch), largest_file=largest_file,
+            cwd=str(self._scratch), largest_file=largest_file, env=env or {},
         )  # fmt: skip
         return Running(self, pid, out, err)
 
-    def run(self, *arguments: object, largest_file: int = 0) -> Ended:
-        """Runs a command to its end."""
-        return self.start(*arguments, largest_file=largest_file).wait()
+    def run(self, *arguments: object, **options: Any) -> Ended:
+        """Runs a command to its end; options as for `start`."""
+        return self.start(*arguments, **options).wait()
 
 
 @dataclass
@@ -340,6 +343,9 @@ class Running:
     def wait(self) -> Ended:
         code = self.commands._ask(wait=self.pid)
         return Ended(code, self.out.read_text(), self.err.read_text())
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
 
     def stop(self, number: signal.Signals = signal.SIGKILL) -> Ended:
         """Sends a signal and waits for the end; a no-op if the process has ended."""

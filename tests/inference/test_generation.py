@@ -7,14 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import roundwise as rw
 from roundwise.checkpoint.hub import bundled_model
 from roundwise.errors import ConfigError
-from roundwise.inference.generation import Detokenizer, Generated, Sampling, StopStrings, generate
+from roundwise.inference.generation import Generated, Sampling, generate
 from roundwise.inference.prompts import encode_text
 
 PROMPT = "def read_file(path):"
@@ -98,45 +95,3 @@ def test_defaults_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_nothing_to_do_is_refused(ids: list[int], count: int) -> None:
     with pytest.raises(ConfigError, match="at least one token"):
         generate(*loaded(), ids, Sampling(count))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 4095), max_size=30), st.lists(st.integers(0, 4095), max_size=30))
-def test_pieces_join_to_the_whole(prompt: list[int], ids: list[int]) -> None:
-    """For any tokens, also those that are parts of characters or never become one."""
-    _, tokenizer = loaded()
-    detokenizer = Detokenizer(tokenizer, prompt)
-    joined = "".join([*(detokenizer.add(token) for token in ids), detokenizer.flush()])
-    whole, before = (tokenizer.decode(x, skip_special_tokens=True) for x in (prompt + ids, prompt))
-    if not before.endswith(
-        "\N{REPLACEMENT CHARACTER}"
-    ):  # otherwise prompt and answer share a character
-        assert joined == whole[len(before) :]
-
-
-def test_a_slow_tokenizer_gives_whole_characters() -> None:
-    tokenizer = transformers.ByT5Tokenizer()  # in Python; one token per byte
-    detokenizer = Detokenizer(
-        tokenizer, tokenizer("Preis: ", add_special_tokens=False)["input_ids"]
-    )
-    pieces = [
-        detokenizer.add(token) for token in tokenizer("5 €!", add_special_tokens=False)["input_ids"]
-    ]
-    assert pieces == ["5", " ", "", "", "€", "!"]
-    assert detokenizer.flush() == ""
-
-
-@given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
-def test_stop_strings_are_found_wherever_pieces_are_cut(text: str, stops: list[str]) -> None:
-    search = StopStrings(tuple(stops))
-    returned = ""
-    for character in text:
-        returned += search.add(character)
-    returned += search.flush()
-    # The stop string that is complete first ends the answer.
-    ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
-    first = min((end for end, _ in ends), default=None)
-    assert search.matched is bool(ends)
-    assert returned == (
-        text if first is None else text[: min(at for end, at in ends if end == first)]
-    )

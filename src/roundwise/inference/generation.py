@@ -5,53 +5,26 @@ It works with token ids, a transformers model and its tokenizer, not with prompt
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from roundwise.errors import ConfigError
+from roundwise.inference.detokenizer import Detokenizer, StopStrings
+from roundwise.inference.sampling import Sampler, Sampling, TokenLogprobs, pinned_config
 
-#: Last tokens of the prompt that are decoded with the answer: some decoders drop a leading space.
-CONTEXT_TOKENS = 6
-#: Decoders write this for bytes that are not a complete character (yet).
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling parameters. None: the value in the model's generation_config.json, else no limit."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    """0: greedy, always the most likely token."""
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    """Stop strings: the answer ends in front of the first one."""
-
-    def generate_kwargs(self, model: Any) -> dict[str, Any]:
-        """Returns keyword arguments for `model.generate`."""
-        defaults = model.generation_config
-        kwargs: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.temperature > 0,
-            "repetition_penalty": _first_set(
-                self.repetition_penalty, defaults.repetition_penalty, 1.0
-            ),
-        }
-        if self.temperature > 0:
-            kwargs["temperature"] = self.temperature
-            kwargs["top_p"] = _first_set(self.top_p, defaults.top_p, 1.0)
-            kwargs["top_k"] = _first_set(self.top_k, defaults.top_k, 0)
-            kwargs["min_p"] = _first_set(self.min_p, defaults.min_p)
-        return kwargs
+Finish = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -62,12 +35,14 @@ class Generated:
     prompt_tokens: int
     tokens: int
     """Number of generated tokens, the end-of-text token included."""
-    finish: Literal["stop", "length", "cancelled"]
+    finish: Finish
     """Reason for the end: an end-of-text token or stop string, the token limit, or the caller."""
     first_token_seconds: float
     """Seconds from the call to the first token: the time that the prompt takes."""
     seconds: float
     """Seconds from the call to the last token."""
+    ids: tuple[int, ...] = ()
+    """The generated tokens."""
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -88,6 +63,7 @@ def generate(
     sampling: Sampling,
     *,
     on_text: Callable[[str], None] = lambda _: None,
+    on_logprobs: Callable[[list[TokenLogprobs]], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Generated:
     """Generates until the end-of-text token, a stop string or the token limit.
@@ -98,45 +74,35 @@ def generate(
         ids: token ids of the prompt.
         sampling: sampling parameters.
         on_text: called with each new piece of text; the joined pieces are the answer.
+        on_logprobs: called before `on_text` with the tokens of the piece, if `sampling` asks for log
+            probabilities; once more at the end with tokens that have no text.
         cancelled: called after each token; generation ends when it returns True.
 
     Raises:
         ConfigError: no ids, or a limit below one token.
+        NumericalError: the model computed NaN or infinity.
     """
     if not ids or sampling.max_new_tokens < 1:
         raise ConfigError("generation needs a prompt of at least one token and max_new_tokens >= 1")
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
+    answer = Answer(model, tokenizer, ids, sampling, on_text, on_logprobs, cancelled)
     inputs = torch.tensor([ids], device=model.device)
-    streamer = _Streamer(
-        Detokenizer(tokenizer, ids), StopStrings(sampling.stop), on_text, cancelled
-    )
-    begin = time.monotonic()
-    model.generate(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        stopping_criteria=StoppingCriteriaList([streamer]),
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        **sampling.generate_kwargs(model),
-    )
-    seconds = time.monotonic() - begin
-    if streamer.finish is None:
-        streamer.flush()
-    at_end = streamer.last_token in _eos_token_ids(model)
-    finish = streamer.finish or ("stop" if at_end else "length")
-    assert streamer.first_token_at is not None
-    return Generated(
-        text="".join(streamer.pieces),
-        prompt_tokens=len(ids),
-        tokens=streamer.tokens,
-        finish=finish,
-        first_token_seconds=streamer.first_token_at - begin,
-        seconds=seconds,
-    )
+    with pinned_config(model, sampling.max_new_tokens, _padding(model, tokenizer)) as config:
+        model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_ChooseToken(answer)]),
+            stopping_criteria=StoppingCriteriaList([_AddToken(answer)]),
+        )
+    return answer.result()
 
 
-def _first_set(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
+def _padding(model: Any, tokenizer: Any) -> int:
+    """Returns a token for padding; nothing is padded here, but transformers wants one."""
+    eos = _eos_token_ids(model)
+    return next(
+        (t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, *eos) if t is not None), 0
+    )
 
 
 def _eos_token_ids(model: Any) -> list[int]:
@@ -144,114 +110,127 @@ def _eos_token_ids(model: Any) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
-class _Streamer(StoppingCriteria):  # type: ignore[misc]  # untyped there
-    """Stopping criterion that `generate` calls after each token: sends new text, and ends generation."""
+class _ChooseToken(LogitsProcessor):  # type: ignore[misc]  # untyped there
+    """Logits processor: chooses the next token, and leaves only this one possible."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = torch.full_like(scores, -math.inf)
+        chosen[0, self._answer.choose(scores.cpu())] = 0.0
+        return chosen
+
+
+class _AddToken(StoppingCriteria):  # type: ignore[misc]  # untyped there
+    """Stopping criterion that `generate` calls after each token: passes it on to the answer."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        ended = self._answer.add(int(input_ids[0, -1]))
+        return torch.tensor([ended], device=input_ids.device)
+
+
+class Answer:
+    """An answer that grows token by token: sends its text, and finds its end.
+
+    Args:
+        model: transformers causal language model.
+        tokenizer: its tokenizer.
+        ids: token ids of the prompt.
+        sampling: sampling parameters.
+        on_text, on_logprobs, cancelled: as for `generate`.
+    """
 
     def __init__(
         self,
-        detokenizer: Detokenizer,
-        stop_strings: StopStrings,
+        model: Any,
+        tokenizer: Any,
+        ids: list[int],
+        sampling: Sampling,
         on_text: Callable[[str], None],
+        on_logprobs: Callable[[list[TokenLogprobs]], None],
         cancelled: Callable[[], bool],
     ) -> None:
-        self.detokenizer, self.stop_strings = detokenizer, stop_strings
-        self.on_text, self.cancelled = on_text, cancelled
-        self.pieces: list[str] = []
-        self.tokens, self.last_token = 0, -1
-        self.first_token_at: float | None = None
-        self.finish: Literal["stop", "cancelled"] | None = None
+        self._sampler = Sampler(sampling, model.generation_config, text_of(tokenizer))
+        self._ids = list(ids)
+        self._detokenizer, self._stop_strings = (
+            Detokenizer(tokenizer, ids),
+            StopStrings(sampling.stop),
+        )
+        self._on_text, self._on_logprobs, self._cancelled = on_text, on_logprobs, cancelled
+        self._eos, self._limit = _eos_token_ids(model), sampling.max_new_tokens
+        self._pieces: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []  # of tokens whose text was not sent yet
+        self._prompt_tokens, self._tokens = len(ids), 0
+        self._finish: Finish | None = None
+        self._begun_at = time.monotonic()
+        self._first_token_at = self._last_token_at = self._begun_at
 
-    def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        self.last_token = int(input_ids[0, -1])
-        if self.first_token_at is None:
-            self.first_token_at = time.monotonic()
-        self.tokens += 1
-        self._send(self.stop_strings.add(self.detokenizer.add(self.last_token)))
-        if self.stop_strings.matched:
-            self.finish = "stop"
-        elif self.cancelled():
-            self.finish = "cancelled"
-        return torch.tensor([self.finish is not None], device=input_ids.device)
+    def choose(self, scores: torch.Tensor) -> int:
+        """Returns the next token.
 
-    def flush(self) -> None:
-        """Sends the text that was held back."""
-        self._send(self.stop_strings.add(self.detokenizer.flush()))
-        self._send(self.stop_strings.flush())
+        Args:
+            scores: logits [1, vocabulary] on the CPU.
+
+        Raises:
+            NumericalError: the model computed NaN or infinity.
+        """
+        return self._sampler.choose(self._ids, scores)
+
+    def add(self, token: int) -> bool:
+        """Adds a token; returns True if it ends the answer."""
+        self._last_token_at = time.monotonic()
+        if self._tokens == 0:
+            self._first_token_at = self._last_token_at
+        self._tokens += 1
+        self._ids.append(token)
+        if self._sampler.last is not None:
+            self._logprobs.append(self._sampler.last)
+        self._send(self._stop_strings.add(self._detokenizer.add(token)))
+        if self._stop_strings.matched or token in self._eos:
+            self._finish = "stop"
+        elif self._tokens >= self._limit:
+            self._finish = "length"
+        elif self._cancelled():
+            self._finish = "cancelled"
+        return self._finish is not None
+
+    def result(self) -> Generated:
+        """Sends the text that was held back, and returns the answer; to be called once, at the end."""
+        assert self._finish is not None
+        self._send(self._stop_strings.add(self._detokenizer.flush()))
+        self._send(self._stop_strings.flush())
+        if self._logprobs:
+            self._on_logprobs(self._logprobs)
+        return Generated(
+            text="".join(self._pieces),
+            prompt_tokens=self._prompt_tokens,
+            tokens=self._tokens,
+            finish=self._finish,
+            first_token_seconds=self._first_token_at - self._begun_at,
+            seconds=self._last_token_at - self._begun_at,
+            ids=tuple(self._ids[self._prompt_tokens :]),
+        )
 
     def _send(self, piece: str) -> None:
-        if piece:
-            self.pieces.append(piece)
-            self.on_text(piece)
+        if not piece:
+            return
+        self._pieces.append(piece)
+        if self._logprobs:
+            self._on_logprobs(self._logprobs)
+            self._logprobs = []
+        self._on_text(piece)
 
 
-class Detokenizer:
-    """Streaming detokenizer: returns whole characters; joined, they are the decoded answer.
+def text_of(tokenizer: Any) -> Callable[[int], str]:
+    """Returns a function that decodes a single token; it remembers the last ones."""
 
-    `tokenizers.decoders.DecodeStream` cannot replace it: with byte-fallback vocabularies it raises an
-    error on generated bytes that are not UTF-8, it cannot be flushed, and slow tokenizers lack it.
-
-    Args:
-        tokenizer: transformers tokenizer, fast or slow.
-        prompt: token ids of the prompt; the last ones are decoded along, which keeps a space between
-            prompt and answer.
-    """
-
-    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt[-CONTEXT_TOKENS:])
-        # Tokens from `_context` to `_returned` are decoded only as context; their text was returned.
-        self._context, self._returned = 0, len(self._ids)
-
-    def _decode(self, begin: int, end: int) -> str:
-        text: str = self._tokenizer.decode(
-            self._ids[begin:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    @lru_cache(4096)
+    def decode(token: int) -> str:
+        text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
         return text
 
-    def add(self, token: int) -> str:
-        """Returns the text that one more token completes; "" if it ends inside a character."""
-        self._ids.append(token)
-        piece = self.flush()
-        if not piece or piece.endswith(INCOMPLETE):
-            return ""
-        self._context, self._returned = self._returned, len(self._ids)
-        return piece
-
-    def flush(self) -> str:
-        """Returns the text that `add` has not returned yet."""
-        context = self._decode(self._context, self._returned)
-        return self._decode(self._context, len(self._ids))[len(context) :]
-
-
-class StopStrings:
-    """Finds stop strings in a text that arrives in pieces; holds back what may be the start of one."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = [stop for stop in stops if stop]
-        self._held = ""
-        self.matched = False
-        """A stop string was found."""
-
-    def add(self, piece: str) -> str:
-        """Returns the text up to here that certainly belongs to the answer and is new."""
-        if self.matched:
-            return ""
-        text = self._held + piece
-        positions = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if positions:
-            self.matched, self._held = True, ""
-            return text[: min(positions)]
-        keep = max((_partial_match(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def flush(self) -> str:
-        """Returns the text that was held back, at the end of the answer."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _partial_match(text: str, stop: str) -> int:
-    """Returns the length of the longest end of `text` that `stop` begins with."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    return decode

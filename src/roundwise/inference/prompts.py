@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,18 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return list(ids)
 
 
-def encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
+def encode_chat(
+    tokenizer: Any, messages: list[Message], tools: Sequence[dict[str, Any]] = ()
+) -> list[int]:
     """Returns the token ids of a conversation, up to where the answer begins.
 
     Args:
         tokenizer: transformers tokenizer with a chat template.
         messages: the conversation, oldest message first.
+        tools: tools that the model may call, in OpenAI's format.
 
     Raises:
-        CheckpointError: the model has no chat template.
+        CheckpointError: the model has no chat template, or it has none for tools.
         ConfigError: the template refuses these messages.
     """
     if not getattr(tokenizer, "chat_template", None):
@@ -45,10 +49,13 @@ def encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
             "the model has no chat template: use plain completions, or give a template with "
             "--chat-template FILE"
         )
+    if tools and "tools" not in tokenizer.get_chat_template(tools=tools):
+        raise CheckpointError("the model's chat template has no tools: ask without them")
     try:
         encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+            messages, tools=list(tools) or None, add_generation_prompt=True, tokenize=True,
+            return_dict=True,
+        )  # fmt: skip
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"the chat template refuses these messages: {first_line(error)}"

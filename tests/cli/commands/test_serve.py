@@ -5,15 +5,20 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 import pytest
+import torch
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 import roundwise as rw
 from tests.helpers import CHAT_TEMPLATE, Commands, Running
@@ -46,6 +51,14 @@ class Served:
         running.reach(lambda: running.out.exists() and "\n" in running.out.read_text(), seconds=120)
         self.started = json.loads(running.out.read_text())
         self.url: str = self.started["url"]
+
+    @cache  # noqa: B019  # a server stops once
+    def stop(self) -> None:
+        """Stops the server, which must end well."""
+        ended = self.running.stop(signal.SIGTERM)
+        assert ended.code == 0, ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert ended.stderr.splitlines()[-1] == "stopped"
 
     def raw(
         self,
@@ -83,7 +96,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def serve(commands: Commands, checkpoint: Path) -> Iterator[Callable[..., Served]]:
-    """Starts servers; each must end well when it is told to."""
+    """Starts servers, and stops them."""
     started: list[Served] = []
 
     def start(*options: object) -> Served:
@@ -92,10 +105,7 @@ def serve(commands: Commands, checkpoint: Path) -> Iterator[Callable[..., Served
 
     yield start
     for server in started:
-        ended = server.running.stop(signal.SIGTERM)
-        assert ended.code == 0, ended.stderr
-        assert "Traceback" not in ended.stderr
-        assert ended.stderr.splitlines()[-1] == "stopped"
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +227,81 @@ class TestAnswers:
         assert stopped.finish_reason == "stop"
         assert stopped.text == plain.text[: plain.text.index(stop)]
 
+    def test_log_probabilities_and_echo(self, client: openai.OpenAI, checkpoint: Path) -> None:
+        model, tokenizer = rw.load(checkpoint)
+        ids = tokenizer(PROMPT)["input_ids"]
+        [answer] = client.completions.create(
+            model="tiny-4bit", prompt=ids, max_tokens=3, temperature=0, logprobs=2, echo=True
+        ).choices
+        assert answer.text.startswith(PROMPT)
+        found = answer.logprobs
+        assert found is not None
+        assert found.tokens is not None
+        assert found.token_logprobs is not None
+        assert "".join(found.tokens) == answer.text
+        assert len(found.tokens) == len(ids) + 3
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        expected = [float(logits[at, token]) for at, token in enumerate(ids[1:])]
+        assert found.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=0.05)
+        [chat] = client.chat.completions.create(
+            model="tiny-4bit", max_tokens=3, temperature=0, logprobs=True, top_logprobs=2,
+            messages=[{"role": "user", "content": "hi"}],
+        ).choices  # fmt: skip
+        assert chat.logprobs is not None
+        assert chat.logprobs.content is not None
+        assert "".join(entry.token for entry in chat.logprobs.content) == chat.message.content
+        assert [len(entry.top_logprobs) for entry in chat.logprobs.content] == [2, 2, 2]
+
+    def test_lm_eval_reads_the_log_likelihoods_of_the_model(
+        self, client: openai.OpenAI, checkpoint: Path
+    ) -> None:
+        """The request and the parser are those of lm-eval's `local-completions`."""
+        model, tokenizer = rw.load(checkpoint)
+        texts = [("def f(", "self"), ("def f(", "zebra"), ("import os\nimport", " sys")]
+        contexts = [tokenizer(context)["input_ids"] for context, _ in texts]
+        whole = [tokenizer(context + answer)["input_ids"] for context, answer in texts]
+        answer = client.completions.create(
+            model="tiny-4bit", prompt=whole, temperature=0, max_tokens=1, logprobs=1, seed=1234,
+            echo=True,
+        )  # fmt: skip
+        found = LocalCompletionsAPI.parse_logprobs(
+            answer.model_dump(), tokens=whole, ctxlens=[len(ids) for ids in contexts]
+        )
+        for (logprob, greedy), context, ids in zip(found, contexts, whole, strict=True):
+            with torch.no_grad():
+                rows = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            places = range(len(context), len(ids))
+            expected = sum(float(rows[at - 1, ids[at]]) for at in places)
+            assert logprob == pytest.approx(expected, abs=0.05)
+            assert greedy == all(int(rows[at - 1].argmax()) == ids[at] for at in places)
+
+    def test_clients_at_once_get_what_each_gets_alone(self, serve: Callable[..., Served]) -> None:
+        # In bfloat16 the order of additions can decide between two tokens that are almost equal.
+        server = serve("--name", "m", "--dtype", "float32")
+        with server.client() as client, ThreadPoolExecutor(8) as pool:
+
+            def ask(seed: int) -> str:
+                return client.completions.create(
+                    model="m", prompt=PROMPT, max_tokens=20, seed=seed, temperature=0.5
+                ).choices[0].text  # fmt: skip
+
+            alone = [ask(seed) for seed in range(8)]
+            assert list(pool.map(ask, range(8))) == alone
+        assert "up to 16 requests at the same time" in server.running.err.read_text()
+
+    def test_counts_and_log(self, serve: Callable[..., Served]) -> None:
+        server = serve("--name", "m", "--api-key", "secret")
+        with server.client(api_key="secret") as client:
+            client.completions.create(model="m", prompt="a b", max_tokens=5, temperature=0)
+        status, page = server.raw("GET", "/metrics")
+        assert status == 200
+        assert 'vllm:generation_tokens_total{model_name="m"} 5.0' in page
+        assert 'vllm:num_requests_running{model_name="m"} 0.0' in page
+        [line] = [x for x in server.running.err.read_text().splitlines() if "POST" in x]
+        assert "POST /v1/completions 200 " in line
+        assert " + 5 tokens, length" in line
+
 
 class TestBadRequests:
     @pytest.mark.parametrize(
@@ -227,8 +312,9 @@ class TestBadRequests:
             ({"prompt": ""}, "the prompt is empty", None),
             ({"prompt": [4096]}, "token ids must be from 0 to 4095", None),
             ({"prompt": [[]]}, "token ids must be", None),
+            ({"stop": ["a"] * 17}, "stop: List should have at most 16 items", None),
             ({"prompt": ["a"] * 65}, "1 to 64 answers", None),
-            ({"logprobs": 2}, "logprobs is not supported", None),
+            ({"logprobs": 99}, "logprobs: Input should be less", None),
             ({"max_tokens": 3000}, "context is 2048 tokens", "context_length_exceeded"),
             ({"prompt": "a " * 2500}, "context is 2048 tokens", "context_length_exceeded"),
         ],
@@ -337,8 +423,78 @@ class TestTrouble:
             assert 0 < answer.usage.completion_tokens < MANY
             assert answer.choices[0].finish_reason == "length"
 
+    def test_nobody_waits_for_a_template_that_does_not_end(
+        self, serve: Callable[..., Served], tmp_path: Path
+    ) -> None:
+        endless = tmp_path / "endless.jinja"
+        endless.write_text(
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x"
+        )
+        server = serve("--chat-template", endless, "--timeout", 2, "--name", "m")
+        with server.client() as client, ThreadPoolExecutor(1) as pool:
+            client.completions.create(model="m", prompt="a", max_tokens=1)
+            messages: Any = [{"role": "user", "content": "hi"}]
+            chat = pool.submit(client.chat.completions.create, model="m", messages=messages)
+            begun = time.monotonic()
+            client.completions.create(model="m", prompt="a", max_tokens=1)
+            assert time.monotonic() - begun < 1
+            with pytest.raises(openai.InternalServerError, match="the time limit passed"):
+                chat.result()
+            pool.submit(client.chat.completions.create, model="m", messages=messages)
+            time.sleep(0.2)
+            begun = time.monotonic()
+            server.stop()
+            assert time.monotonic() - begun < 8
+
+    def test_half_headers_and_long_lists_delay_nobody(self, server: Served) -> None:
+        host, _, port = urlsplit(server.url).netloc.partition(":")
+        with ExitStack() as stack:
+            for _ in range(300):
+                half = stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+                half.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX")
+            body = b'{"model":"tiny-4bit","prompt":[' + b"1," * 9000 + b'"a"]}'
+            begun = time.monotonic()
+            status, answer = server.raw("POST", "/v1/completions", body)
+            assert time.monotonic() - begun < 3
+            assert status == 400
+            assert answer["error"]["param"] == "prompt"
+
+    def test_answers_end_with_a_reason_when_the_server_stops(
+        self, serve: Callable[..., Served]
+    ) -> None:
+        server = serve("--name", "m", "--max-batch", 1)
+        asked: dict[str, Any] = {"model": "m", "prompt": PROMPT, "max_tokens": MANY}
+        with server.client() as client, ThreadPoolExecutor(1) as pool:
+            with client.completions.create(**asked, stream=True) as stream:
+                chunks = iter(stream)
+                next(chunks)
+                waiting = pool.submit(client.completions.create, **asked)
+                while server.open_requests() < 2:
+                    time.sleep(0.02)
+                server.running.send(signal.SIGTERM)
+                assert list(chunks)[-1].choices[0].finish_reason == "length"
+            with pytest.raises(openai.InternalServerError, match="the server is stopping") as error:
+                waiting.result()
+            assert error.value.code == "shutting_down"
+            server.stop()
+
 
 class TestBadUsage:
+    @pytest.mark.parametrize("key", ["", " ", "two words", "schlüssel", "tab\t", "line\n"])
+    def test_a_key_that_would_not_protect(
+        self, key: str, commands: Commands, checkpoint: Path
+    ) -> None:
+        ended = commands.run("serve", checkpoint, "--port", 0, "--api-key", key)
+        assert ended.code == 2
+        assert "the API key must be printable ASCII characters" in ended.sentence
+
+    def test_an_empty_variable_is_not_an_open_door(
+        self, commands: Commands, checkpoint: Path
+    ) -> None:
+        ended = commands.run("serve", checkpoint, "--port", 0, env={"ROUNDWISE_API_KEY": ""})
+        assert ended.code == 2
+        assert "ROUNDWISE_API_KEY" in ended.sentence
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

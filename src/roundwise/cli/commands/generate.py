@@ -16,7 +16,7 @@ from roundwise.cli.options import (
     JsonOption,
     ModelArgument,
 )
-from roundwise.cli.progress import console, print_json
+from roundwise.cli.progress import console, print_json, print_note
 
 if TYPE_CHECKING:
     from roundwise.inference.generation import Generated
@@ -53,9 +53,10 @@ def command(
 ) -> None:  # fmt: skip
     """Continue a prompt, or answer a chat message; the text appears as it is generated."""
     from roundwise.errors import ConfigError
-    from roundwise.inference.generation import Sampling, generate
+    from roundwise.inference.generation import generate
     from roundwise.inference.load import load, parse_dtype, require_tokenizer
     from roundwise.inference.prompts import encode_chat, encode_text, read_chat_template
+    from roundwise.inference.sampling import Sampling, unsupported_fields
     from roundwise.system.device import parse_device
 
     if not chat and (system is not None or chat_template is not None):
@@ -69,6 +70,8 @@ def command(
         raise ConfigError("the prompt is empty: give some text to continue")
     loaded, tokenizer = load(model, dtype=parse_dtype(dtype), device=parse_device(device))
     require_tokenizer(tokenizer, model)
+    if unused := unsupported_fields(loaded.generation_config):
+        print_note(f"note: generation_config.json: {', '.join(unused)} not used")
     if chat_template is not None:
         read_chat_template(tokenizer, chat_template)
     messages = [{"role": "system", "content": system}] if system else []

@@ -6,15 +6,23 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from roundwise.cli.options import ChatTemplateOption, DtypeOption, JsonOption, ModelArgument
 from roundwise.cli.progress import console, print_json, print_note
 
+if TYPE_CHECKING:
+    from roundwise.inference.serving.engines.engine import Engine
+    from roundwise.inference.serving.protocol import Limits
+
 #: Tokens of prompt and answer if neither the user nor the model sets a limit.
 DEFAULT_CONTEXT = 2048
+
+
+#: Environment variable with the API key.
+API_KEY_VARIABLE = "ROUNDWISE_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class RequestLimits:
 
     max_tokens: int | None
     max_requests: int | None
+    max_batch: int | None
     max_bytes: int | None
     timeout: float | None
 
@@ -81,7 +90,7 @@ def command(
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="ROUNDWISE_API_KEY", help="API key that clients must send."),
+        typer.Option(envvar=API_KEY_VARIABLE, help="API key that clients must send."),
     ] = None,
     chat_template: ChatTemplateOption = None,
     dtype: DtypeOption = "auto",
@@ -104,6 +113,14 @@ def command(
             help="Maximum requests running and waiting (transformers; default: 32).", min=1
         ),
     ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Maximum requests computed together; 1: one by one (transformers; default: 16).",
+            min=1,
+            max=256,
+        ),
+    ] = None,
     max_bytes: Annotated[
         int | None,
         typer.Option(help="Maximum request size in bytes (transformers; default: 2000000).", min=1),
@@ -124,11 +141,12 @@ def command(
     from roundwise.inference.serving import launch, vllm
 
     parse_dtype(dtype)  # refuses unknown names before anything is loaded
+    _check_api_key(api_key)
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)
     name = name or (Path(model).resolve().name if Path(model).exists() else model)
     endpoint = Endpoint(name, host, port, api_key, as_json)
-    limits = RequestLimits(max_tokens, max_requests, max_bytes, timeout)
+    limits = RequestLimits(max_tokens, max_requests, max_batch, max_bytes, timeout)
     vllm_command, reason = launch.choose_backend(
         backend, checkpoint.config, dtype=dtype, gpu=torch.cuda.is_available()
     )
@@ -156,6 +174,18 @@ def command(
         folder, endpoint, reason, dtype=dtype, device=device, chat_template=chat_template,
         context=max_model_len, limits=limits,
     )  # fmt: skip
+
+
+def _check_api_key(key: str | None) -> None:
+    """Fails if the API key is empty or cannot be sent in a header: the server would be open to all."""
+    from roundwise.errors import ConfigError
+
+    key = os.environ.get(API_KEY_VARIABLE) if key is None else key  # typer drops an empty variable
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(
+            "the API key must be printable ASCII characters without spaces, at least one: check "
+            f"--api-key and {API_KEY_VARIABLE}"
+        )
 
 
 def _serve_with_transformers(
@@ -186,7 +216,9 @@ def _serve_with_transformers(
     from roundwise.errors import ConfigError
     from roundwise.inference.load import load, parse_dtype, require_tokenizer
     from roundwise.inference.prompts import read_chat_template
-    from roundwise.inference.serving.app import LOCAL_NAMES, Limits, Server
+    from roundwise.inference.sampling import unsupported_fields
+    from roundwise.inference.serving.app import LOCAL_NAMES, Server
+    from roundwise.inference.serving.protocol import Limits
     from roundwise.model.build import context_length
     from roundwise.system.device import parse_device
 
@@ -195,18 +227,40 @@ def _serve_with_transformers(
         require_tokenizer(tokenizer, folder)
         if chat_template is not None:
             read_chat_template(tokenizer, chat_template)
+        if unused := unsupported_fields(loaded.generation_config):
+            print_note(f"note: generation_config.json: {', '.join(unused)} not used")
         longest = context_length(loaded.config)
         if context is not None and longest is not None and context > longest:
             raise ConfigError(f"--max-model-len {context}: the model was made for {longest} tokens")
         local, api_key = launch.is_local(sock), endpoint.api_key
+        request_limits = Limits(context or longest or DEFAULT_CONTEXT, **limits.given())
         server = Server(
-            loaded, tokenizer, endpoint.name,
-            Limits(context or longest or DEFAULT_CONTEXT, **limits.given()), api_key=api_key,
-            hosts=[endpoint.host, *LOCAL_NAMES] if local and not api_key else None,
+            loaded, tokenizer, endpoint.name, request_limits,
+            engine=_choose_engine(loaded, tokenizer, request_limits),
+            api_key=api_key, hosts=[endpoint.host, *LOCAL_NAMES] if local and not api_key else None,
         )  # fmt: skip
+        print_note(f"note: {server.engine.description}")
         if not local and not api_key:
             print_note("note: everyone who reaches this address can use it: set --api-key")
-        sock.listen(128)
-        endpoint.announce("transformers", reason, sock.getsockname()[1])
-        launch.run_server(server.app, sock)
+        launch.run_server(
+            server, sock, lambda: endpoint.announce("transformers", reason, sock.getsockname()[1])
+        )
     print_note("stopped")
+
+
+def _choose_engine(model: Any, tokenizer: Any, limits: Limits) -> Engine:
+    """Returns the engine for several requests at the same time; if there is none, for one."""
+    from roundwise.errors import ConfigError
+    from roundwise.inference.serving.engines.engine import SingleEngine
+
+    if limits.max_batch > 1:
+        try:
+            # transformers may move what this module needs: then it is one request at a time.
+            from roundwise.inference.serving.engines.batching import BatchedEngine
+
+            return BatchedEngine(
+                model, tokenizer, max_batch=limits.max_batch, context=limits.context
+            )
+        except (ConfigError, ImportError) as error:
+            print_note(f"note: {error}")
+    return SingleEngine(model, tokenizer)

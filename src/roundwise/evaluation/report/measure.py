@@ -12,9 +12,10 @@ import torch
 
 from roundwise.evaluation.compare import Comparison, Protocol, compare, round_to_nearest_like
 from roundwise.evaluation.report.facts import Answers, Evaluation, ModelMetrics
-from roundwise.inference.generation import Sampling, generate
+from roundwise.inference.generation import generate
 from roundwise.inference.load import load, require_tokenizer
 from roundwise.inference.prompts import encode_text
+from roundwise.inference.sampling import Sampling
 
 
 def evaluate(

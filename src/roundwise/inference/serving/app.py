@@ -6,11 +6,12 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -21,57 +22,49 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from roundwise.errors import UsageError
 from roundwise.inference.generation import Generated
-from roundwise.inference.prompts import encode_chat, encode_text
+from roundwise.inference.serving.api_errors import ApiError, busy_error, timeout_error
+from roundwise.inference.serving.encoder import Encoder, as_api_error
+from roundwise.inference.serving.encoder_process import EncoderPool
+from roundwise.inference.serving.engines.engine import Engine, SingleEngine
+from roundwise.inference.serving.engines.queue import GenerationQueue
+from roundwise.inference.serving.metrics import RECORD, Metrics, Record, RequestLog
 from roundwise.inference.serving.middleware import (
+    Deadlines,
     Guard,
-    as_api_error,
     handle_api_error,
     handle_disconnect,
     handle_http_error,
 )
-from roundwise.inference.serving.protocol import (
-    MAX_CHOICES,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Request,
-    ResponseFormat,
-    parse_request,
-    usage,
-)
-from roundwise.inference.serving.queue import GenerationQueue
+from roundwise.inference.serving.protocol import ChatRequest, CompletionRequest, Limits, Request
+from roundwise.inference.serving.responses import Choice, Piece, ResponseFormat, usage
+from roundwise.inference.serving.tool_calls import response_template
 
 #: Host names accepted by a server for its own machine only. Others are refused: a web page could point a
 #: name of its own at this machine (DNS rebinding).
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
 #: Seconds after the time limit at which a connection is cut, if the client does not read its answer.
 GRACE = 10.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits for requests."""
-
-    context: int
-    """Maximum tokens of prompt and answer together."""
-    max_tokens: int | None = None
-    """Maximum tokens of an answer; None: limited by the context only."""
-    max_requests: int = 32
-    """Maximum requests that run or wait; one is computed at a time."""
-    max_bytes: int = 2_000_000
-    """Maximum size of a request body in bytes."""
-    timeout: float = 600.0
-    """Maximum seconds for a request, waiting included."""
+#: Seconds in which the body of a request must arrive.
+BODY_SECONDS = 60.0
+#: Seconds that running requests have when the server stops.
+STOP_GRACE = 3.0
+#: Seconds that the computation of a token has then.
+STOP_SECONDS = 5.0
 
 
 class Job(NamedTuple):
     """A request that was checked, its encoded prompts, and the time at which it must end."""
 
     request: Request
-    prompts: list[list[int]]
+    prompts: list[array[int]]
     deadline: float
+    record: Record
+
+    @property
+    def has_tools(self) -> bool:
+        """True if the model may call tools."""
+        return isinstance(self.request, ChatRequest) and bool(self.request.usable_tools)
 
 
 class Server:
@@ -82,6 +75,7 @@ class Server:
         tokenizer: its tokenizer.
         name: name of the model for clients.
         limits: limits for requests.
+        engine: generates the answers; None: one at a time.
         api_key: key that clients must send; None: no key is needed.
         hosts: accepted host names of the server; None: all.
     """
@@ -93,22 +87,38 @@ class Server:
         name: str,
         limits: Limits,
         *,
+        engine: Engine | None = None,
         api_key: str | None = None,
         hosts: list[str] | None = None,
     ) -> None:
-        self.queue = GenerationQueue(model, tokenizer, limits.max_requests)
+        self.engine = engine or SingleEngine(model, tokenizer)
+        self.queue = GenerationQueue(self.engine, limits.max_requests)
+        self._model = model
+        vocabulary = model.config.get_text_config().vocab_size
+        template = response_template(tokenizer, model.config.model_type)
+        self._encoder = Encoder(tokenizer, name, vocabulary, limits, template)
+        self._encoders = EncoderPool(self._encoder)
+        self._deadlines = Deadlines(limits.timeout + GRACE)
+        self.metrics = Metrics(
+            name, lambda: self.queue.count(True), lambda: self.queue.count(False)
+        )
+        self.ended = False
+        """All computations have ended; if not, only the end of the process ends them."""
+        self._unread = 0  # bytes of bodies that are being received
         self.name, self.limits, self._started_at = name, limits, int(time.time())
         self.app = Starlette(
             routes=[
                 Route("/health", self.health),
+                Route("/metrics", self.show_metrics),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{name:path}", self.model),
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
             ],
             middleware=[
+                Middleware(RequestLog, metrics=self.metrics),
                 Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"]),
-                Middleware(Guard, api_key=api_key, seconds=limits.timeout + GRACE),
+                Middleware(Guard, api_key=api_key, deadlines=self._deadlines),
             ],
             exception_handlers={
                 ApiError: handle_api_error,
@@ -120,12 +130,33 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        yield
-        self.queue.close()
+        async with self.running():
+            yield
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Context manager: the server can answer; its processes and threads end with it."""
+        try:
+            await self._encoders.start()
+            yield
+        finally:
+            self.stop()
+            await self._encoders.close()
+            self.ended = await asyncio.to_thread(self.engine.close, STOP_SECONDS)
+
+    def stop(self) -> None:
+        """Ends all work: generations return what they have, waiting requests fail."""
+        self.engine.stop()
+        self._encoders.kill()
+        self._deadlines.shorten(STOP_GRACE)
 
     async def health(self, _: HttpRequest) -> Response:
         """GET /health: status, and number of open requests."""
         return JSONResponse({"status": "ok", "open_requests": self.queue.open_requests})
+
+    async def show_metrics(self, _: HttpRequest) -> Response:
+        """GET /metrics: counts for Prometheus."""
+        return Response(self.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, _: HttpRequest) -> Response:
         """GET /v1/models: a list with the one model of this server."""
@@ -133,29 +164,16 @@ class Server:
 
     async def model(self, http: HttpRequest) -> Response:
         """GET /v1/models/NAME: the model, if it has this name."""
-        self._check_name(http.path_params["name"])
+        self._encoder.check_name(http.path_params["name"])
         return JSONResponse(self._model_info())
 
     async def completions(self, http: HttpRequest) -> Response:
         """POST /v1/completions: continues texts."""
-        request = parse_request(await self._body(http), CompletionRequest)
-        tokenizer = self.queue.tokenizer
-        return await self._answer(
-            http,
-            request,
-            lambda: [
-                encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
-                for prompt in request.prompts()
-            ],
-        )
+        return await self._answer(http, CompletionRequest)
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions: answers a conversation."""
-        request = parse_request(await self._body(http), ChatRequest)
-        messages = [message.as_dict() for message in request.messages]
-        return await self._answer(
-            http, request, lambda: [encode_chat(self.queue.tokenizer, messages)]
-        )
+        return await self._answer(http, ChatRequest)
 
     def _model_info(self) -> dict[str, Any]:
         return {
@@ -163,99 +181,110 @@ class Server:
             "max_model_len": self.limits.context,
         }  # fmt: skip
 
-    def _check_name(self, name: str) -> None:
-        if name != self.name:
-            raise ApiError(
-                404, f"there is no model {name!r}: this server has {self.name!r}",
-                param="model", code="model_not_found",
-            )  # fmt: skip
-
     async def _body(self, http: HttpRequest) -> bytes:
         """Reads the body of a request.
 
         Raises:
-            ApiError: it has too many bytes or the wrong content type.
+            ApiError: it has too many bytes or the wrong content type, or is too slow.
         """
         # A web page of another site cannot send this type without permission from us (CORS preflight).
-        if http.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
             raise ApiError(415, "the content type must be application/json")
         body = bytearray()
-        async for part in http.stream():
-            body += part
-            if len(body) > self.limits.max_bytes:
-                raise ApiError(413, f"the request has more than {self.limits.max_bytes} bytes")
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in http.stream():
+                    body += part
+                    self._unread += len(part)
+                    if len(body) > self.limits.max_bytes:
+                        raise ApiError(
+                            413, f"the request has more than {self.limits.max_bytes} bytes"
+                        )
+                    if self._unread > self.limits.max_bytes * self.limits.max_requests:
+                        raise busy_error("too many requests are being received")
+        except TimeoutError:
+            raise ApiError(
+                408, f"the body of the request took more than {BODY_SECONDS:g} seconds"
+            ) from None
+        finally:
+            self._unread -= len(body)
         return bytes(body)
 
-    async def _answer(
-        self, http: HttpRequest, request: Request, encode: Callable[[], list[list[int]]]
-    ) -> Response:
+    async def _answer(self, http: HttpRequest, kind: type[Request]) -> Response:
         """Checks a request, waits for its turn and answers it.
 
         Args:
             http: the HTTP request.
-            request: its parsed body.
-            encode: returns the token ids of all prompts.
+            kind: class of the body.
         """
-        self._check_name(request.model)
-        chat = isinstance(request, ChatRequest)
-        formatter = ResponseFormat(chat=chat, model=self.name, identity=uuid.uuid4().hex)
+        body = await self._body(http)
         with ExitStack() as slot:
             slot.enter_context(self.queue.slot())
             deadline = time.monotonic() + self.limits.timeout
             try:
-                prompts = await self.queue.encode(encode)
-            except UsageError as error:
-                param = "messages" if chat else "prompt"
-                raise ApiError(400, str(error), param=param) from error
-            except Exception as error:  # a failure of the tokenizer or the chat template
+                async with asyncio.timeout(self.limits.timeout):
+                    request, prompts = await self._encoders.encode(body, kind)
+            except TimeoutError:
+                raise timeout_error() from None
+            except Exception as error:
                 raise as_api_error(error) from error
-            self._check_prompts(prompts, request, chat=chat)
-            job = Job(request, prompts, deadline)
+            job = Job(request, prompts, deadline, http.scope[RECORD])
+            job.record.prompt_tokens = sum(map(len, prompts))
+            chat = isinstance(request, ChatRequest)
+            formatter = ResponseFormat(chat=chat, model=self.name, identity=uuid.uuid4().hex)
             if request.stream:
                 return _EventStream(self._stream_events(job, formatter), slot.pop_all())
             return await self._whole_response(http, job, formatter)
 
-    def _check_prompts(self, prompts: list[list[int]], request: Request, *, chat: bool) -> None:
-        param = "messages" if chat else "prompt"
-        vocabulary = self.queue.model.config.get_text_config().vocab_size
-        if not prompts or len(prompts) * (request.n or 1) > MAX_CHOICES:
-            raise ApiError(400, f"a request can ask for 1 to {MAX_CHOICES} answers", param=param)
-        for ids in prompts:
-            if not ids or not all(0 <= token < vocabulary for token in ids):
-                raise ApiError(400, f"token ids must be from 0 to {vocabulary - 1}", param=param)
-            needed = len(ids) + (request.token_limit or 1)
-            if needed > self.limits.context:
-                raise ApiError(
-                    400, f"the model's context is {self.limits.context} tokens, but a prompt of "
-                    f"{len(ids)} and {request.token_limit or 1} to generate are {needed}",
-                    param=param, code="context_length_exceeded",
-                )  # fmt: skip
-        limit = self.limits.max_tokens
-        if limit is not None and (request.token_limit or 0) > limit:
-            raise ApiError(400, f"max_tokens is at most {limit} on this server", param="max_tokens")
-
-    async def _generate(self, job: Job) -> AsyncGenerator[tuple[int, str | Generated]]:
-        """Generates all answers of a request in order; yields (index, piece) and (index, answer)."""
+    async def _generate(self, job: Job) -> AsyncGenerator[tuple[int, Piece | Choice]]:
+        """Generates all answers of a request; yields (index, piece) and (index, answer)."""
         choices = job.request.n or 1
-        default = 16 if isinstance(job.request, CompletionRequest) else self.limits.context
-        limit = job.request.token_limit or min(default, self.limits.max_tokens or default)
         for index in range(len(job.prompts) * choices):
             ids = job.prompts[index // choices]
             sampling = job.request.sampling(
-                min(limit, self.limits.context - len(ids)), self.queue.model, index
+                self._token_limit(job.request, len(ids)), self._model, index
             )
-            async with aclosing(self.queue.answer(ids, sampling, job.deadline)) as items:
+            echo = isinstance(job.request, CompletionRequest) and job.request.echo
+            pieces: list[Piece] = []
+            answer = self.queue.answer(
+                ids, sampling, job.deadline, echo=echo, at_once=not job.request.stream
+            )
+            async with aclosing(answer) as items:
                 async for item in items:
-                    yield index, item
+                    job.record.add(item)
+                    if isinstance(item, Piece):
+                        pieces.append(item)
+                        yield index, item
+                    else:
+                        yield index, await self._choice(job, ids, pieces, item)
+
+    async def _choice(
+        self, job: Job, ids: Sequence[int], pieces: list[Piece], generated: Generated
+    ) -> Choice:
+        """Returns a whole answer; if the request has tools, in its parts."""
+        message = None
+        if job.has_tools:
+            assert isinstance(job.request, ChatRequest)
+            message = await self._encoders.parse_message(ids, generated.ids, job.request)
+        return Choice(tuple(pieces), generated, message)
+
+    def _token_limit(self, request: Request, prompt_tokens: int) -> int:
+        """Returns the most tokens to generate for a prompt."""
+        limit = request.token_limit
+        if limit is None:
+            default = 16 if isinstance(request, CompletionRequest) else self.limits.context
+            limit = min(default, self.limits.max_tokens or default)
+        return min(limit, self.limits.context - prompt_tokens)
 
     async def _whole_response(
         self, http: HttpRequest, job: Job, formatter: ResponseFormat
     ) -> Response:
         """Generates all answers and returns them as one response; stops if the client disconnects."""
 
-        async def collect() -> list[Generated]:
+        async def collect() -> list[Choice]:
             async with aclosing(self._generate(job)) as items:
-                return [item async for _, item in items if isinstance(item, Generated)]
+                return [item async for _, item in items if isinstance(item, Choice)]
 
         generation = asyncio.ensure_future(collect())
         disconnect = asyncio.ensure_future(_wait_for_disconnect(http))
@@ -270,7 +299,8 @@ class Server:
             for task in (generation, disconnect):
                 task.cancel()
             await asyncio.gather(generation, disconnect, return_exceptions=True)
-        return JSONResponse(formatter.response(answers, usage(answers, len(job.prompts))))
+        counts = usage([answer.generated for answer in answers], len(job.prompts))
+        return JSONResponse(formatter.response(answers, counts))
 
     async def _stream_events(self, job: Job, formatter: ResponseFormat) -> AsyncGenerator[str]:
         """Generates all answers and yields them as server-sent events; errors are events too."""
@@ -282,16 +312,18 @@ class Server:
                     if index > started and (chunk := formatter.first_chunk(index)):
                         yield _event(chunk)
                     started = index
-                    if isinstance(item, Generated):
-                        answers.append(item)
+                    if isinstance(item, Choice):
+                        answers.append(item.generated)
+                        if job.has_tools:
+                            yield _event(formatter.message_chunk(index, item))
                         yield _event(formatter.last_chunk(index, item))
-                    else:
-                        yield _event(formatter.text_chunk(index, item))
+                    elif not job.has_tools:  # with tools, the parts are known only at the end
+                        yield _event(formatter.piece_chunk(index, item))
             if job.request.stream_options and job.request.stream_options.include_usage:
                 yield _event(formatter.usage_chunk(usage(answers, len(job.prompts))))
-            yield "data: [DONE]\n\n"
         except Exception as error:
             yield _event(as_api_error(error).body)
+        yield "data: [DONE]\n\n"
 
 
 class _EventStream(StreamingResponse):

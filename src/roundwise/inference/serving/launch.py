@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
+import logging
+import os
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from roundwise.errors import ConfigError
 from roundwise.inference.serving import vllm
 
-#: Most open connections, idle ones included; more are refused before anything is read from them.
-MAX_CONNECTIONS = 1000
+if TYPE_CHECKING:
+    from roundwise.inference.serving.app import Server
+
+#: Seconds that answers have after SIGINT or SIGTERM.
+STOP_SECONDS = 5
 
 
 def choose_backend(
@@ -96,22 +104,58 @@ def check_installed() -> None:
     Raises:
         ConfigError: it names the packages.
     """
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    missing = [
+        name for name in ("prometheus_client", "starlette", "uvicorn") if find_spec(name) is None
+    ]
     if missing:
         raise ConfigError(f"{', '.join(missing)} not installed: pip install 'roundwise[serve]'")
 
 
-def run_server(app: Any, sock: socket.socket) -> None:
-    """Serves an ASGI application until SIGINT or SIGTERM; running requests then have five seconds."""
+def run_server(server: Server, sock: socket.socket, announce: Callable[[], None]) -> None:
+    """Serves until SIGINT or SIGTERM: then generations end, and answers are sent within five seconds.
+
+    The process ends even if the model is in a long computation, which cannot be interrupted.
+
+    Args:
+        server: server to run.
+        sock: socket that is bound to the address.
+        announce: called when clients can connect.
+    """
     import uvicorn
 
+    from roundwise.inference.serving.connections import (
+        Connection,
+        OncePerMinute,
+        OrderlyServer,
+        connection_limits,
+    )
+
+    limit, burst = connection_limits()
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=5,
-        server_header=False, limit_concurrency=MAX_CONNECTIONS,
+        server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_SECONDS,
+        server_header=False, backlog=burst,
+        ws="none", http=partial(Connection, limit=limit),  # type: ignore[arg-type]  # any callable is accepted
     )  # fmt: skip
+    config.load()
+    for name in ("uvicorn.error", "asyncio", "roundwise.serve"):
+        logging.getLogger(name).addFilter(OncePerMinute())
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger("roundwise.serve")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    # What is loaded stays: the garbage collector need not look at a million objects while clients wait.
+    gc.collect()
+    gc.freeze()
+    sock.listen()
+    announce()
     try:
-        uvicorn.Server(config).run(sockets=[sock])
+        OrderlyServer(config, server.stop).run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn has shut down, and raises the signal again
         pass
     finally:
         sock.close()
+    if not server.ended:
+        # A thread is in a computation of torch, which cannot be interrupted; Python would wait for it.
+        print("stopped in the middle of a computation", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(0)

@@ -1,0 +1,1 @@
+"""Generates answers: one request at a time, or several together, behind one queue."""
