@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 import roundwise as rw
-from roundwise.checkpoint.gptq_format import quantized_layers
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.inference.load import parse_dtype, require_tokenizer
@@ -29,7 +28,7 @@ def dense_logits(source: Path, checkpoint: Path, version: str) -> torch.Tensor:
     """Logits of the source model with the dequantized weights of the checkpoint."""
     model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     for layer in quantized_layers(Checkpoint(checkpoint)):
-        assign(model, layer.name, layer.read(version).dequantize())
+        assign(model, layer.name, layer.read().dequantize())
     return logits(model)
 
 
@@ -196,16 +195,6 @@ class TestRefused:
     def test_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="there is no folder"):
             rw.load(tmp_path / "nowhere")
-
-
-def test_widths_are_those_of_the_tensors(quantized: Callable[..., Path], tmp_path: Path) -> None:
-    # The config has another width than the tensors.
-    folder = Path(shutil.copytree(quantized("llama", bits=8), tmp_path / "out"))
-    with edited_json(folder / "config.json") as config:
-        config["quantization_config"]["bits"] = 4
-    expected = logits(rw.load(quantized("llama", bits=8))[0])
-    assert torch.equal(logits(rw.load(folder)[0]), expected)
-    assert load_file(next(folder.glob("*-00001-*")))
 
 
 def test_without_a_tokenizer(llama: Path, tmp_path: Path) -> None:

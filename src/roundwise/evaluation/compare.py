@@ -21,9 +21,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from roundwise.calibration.overlap import overlap
-from roundwise.checkpoint.gptq_format import parse_dynamic_rules, read_quantization_config
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.manifest import read_manifest
+from roundwise.checkpoint.quantization_config import read_quantization_config
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import QuantizeConfig
 from roundwise.errors import CalibrationError, CheckpointError, RunError
@@ -311,10 +311,9 @@ def round_to_nearest_like(
         ConfigError: roundwise cannot write these settings.
     """
     settings = read_quantization_config(Checkpoint(local_folder(like)))
-    names = ("bits", "group_size", "sym")
-    config = QuantizeConfig(
-        method="rtn",
-        dynamic=parse_dynamic_rules(settings),
-        **{name: settings[name] for name in names},
-    )
-    quantize(base, out, config)
+    stated = {
+        name: value
+        for name, value in asdict(settings.default).items()
+        if name != "desc_act" and value is not None
+    }
+    quantize(base, out, QuantizeConfig(method="rtn", dynamic=settings.overrides(), **stated))

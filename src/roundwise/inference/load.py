@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -11,9 +10,13 @@ from typing import Any
 import torch
 import transformers
 
-from roundwise.checkpoint.gptq_format import read_quantization_config
 from roundwise.checkpoint.hub import local_folder
-from roundwise.checkpoint.reader import SINGLE_FILE, Checkpoint
+from roundwise.checkpoint.quantization_config import (
+    is_packed,
+    raw_quantization_config,
+    read_quantization_config,
+)
+from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from roundwise.checkpoint.untrusted import limit_module_count
 from roundwise.errors import CheckpointError, ConfigError, RoundwiseError, first_line
 from roundwise.inference import import_hooks
@@ -49,17 +52,19 @@ def load(
     import_hooks.register()  # again: another package may have replaced our quantizer since import
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)
-    if "quantization_config" in checkpoint.config:
-        read_quantization_config(checkpoint)  # raises for methods other than GPTQ
+    raw, packed = raw_quantization_config(checkpoint), is_packed(checkpoint.tensors)
+    quantization = read_quantization_config(checkpoint) if raw is not None or packed else None
+    config = load_config(checkpoint)
+    if quantization is not None:
+        config.quantization_config = quantization.as_json()
     with tempfile.TemporaryDirectory() as scratch:
-        if _has_old_layout(checkpoint):
-            folder = _link_in_current_layout(checkpoint, Path(scratch))
+        if not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists():
+            folder = _link_with_standard_name(checkpoint, Path(scratch))
         try:
-            cls = model_class(load_config(checkpoint))
             with limit_module_count(len(checkpoint.tensors)):
-                loaded, info = cls.from_pretrained(
-                    folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                    output_loading_info=True,
+                loaded, info = model_class(config).from_pretrained(
+                    folder, config=config, dtype=dtype, trust_remote_code=False,
+                    use_safetensors=True, output_loading_info=True,
                 )  # fmt: skip
         except RoundwiseError:
             raise
@@ -99,31 +104,16 @@ def _load_tokenizer(folder: Path) -> Any:
         return None
 
 
-def _has_old_layout(checkpoint: Checkpoint) -> bool:
-    """Tells whether a checkpoint has AutoGPTQ's early layout.
-
-    Its settings are in quantize_config.json, not in config.json, and the weight file has any name.
-    """
-    return "quantization_config" not in checkpoint.config and any(
-        name.endswith(".qweight") for name in checkpoint.tensors
-    )
-
-
-def _link_in_current_layout(checkpoint: Checkpoint, scratch: Path) -> Path:
-    """Fills `scratch` with links to the files of an old checkpoint, named as in the current layout.
+def _link_with_standard_name(checkpoint: Checkpoint, scratch: Path) -> Path:
+    """Fills `scratch` with links to the files of a checkpoint whose weight file has another name.
 
     Returns:
-        `scratch`, now a checkpoint with settings in config.json and the standard weight file name.
+        `scratch`, where transformers finds the weight file.
     """
-    settings = {"quant_method": "gptq", **read_quantization_config(checkpoint)}
-    settings.pop("model_file_base_name", None)
-    single = len(checkpoint.files) == 1
     for path in checkpoint.folder.iterdir():
-        if path.is_file() and path.name != "config.json":
-            name = SINGLE_FILE if single and path == checkpoint.files[0] else path.name
+        if path.is_file():
+            name = SINGLE_FILE if path == checkpoint.files[0] else path.name
             (scratch / name).symlink_to(path.resolve())
-    config = {**checkpoint.config, "quantization_config": settings}
-    (scratch / "config.json").write_text(json.dumps(config))
     return scratch
 
 
