@@ -38,6 +38,7 @@ from roundwise.checkpoint.writer import copy_file, write_json, write_safetensors
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import QuantizedWeight, pack
 from roundwise.errors import ConfigError, OutputError
+from roundwise.model.blocks import check_quantized_head
 from roundwise.model.build import build, config_dtype, load_config
 from roundwise.model.expert_weights import FusedExpertTensor, fused_expert_tensors
 
@@ -76,6 +77,7 @@ def convert(source: Path, out: Path, to: Target, *, dtype: torch.dtype | None = 
         raise OutputError(f"{out} is not empty: choose an empty or new folder")
     checkpoint = Checkpoint(source)
     quantized = open_quantized(checkpoint)
+    check_quantized_head(lambda: load_config(checkpoint), quantized.layers)
     settings: dict[str, Any] | None = None
     if to == "dense":
         dtype = dtype or config_dtype(checkpoint.config) or torch.float16

@@ -16,6 +16,8 @@ from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.errors import RoundwiseError, VerificationError
+from roundwise.model.blocks import check_quantized_head
+from roundwise.model.build import load_config
 from roundwise.model.dequantized_view import dequantized_checkpoint
 from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.norm_scaling import apply_recorded_scales
@@ -105,14 +107,10 @@ def _check_layers(
     manifest: Manifest | None,
 ) -> None:
     """Checks the values of each quantized layer and, given the original, its weight error."""
-    config = read_quantization_config(checkpoint)
     recorded = {layer.name: layer for layer in (manifest.layers if manifest else [])}
     layers = quantized_layers(checkpoint)
     report.check("readable", None if layers else "no quantized layers")
-    if config.lm_head:
-        tied = checkpoint.config.get("tie_word_embeddings")
-        failure = "the output head is quantized, but the config ties it to the embedding"
-        report.check("head", failure if tied else None)
+    check_quantized_head(lambda: load_config(checkpoint), [layer.name for layer in layers])
     for layer in layers:
         try:
             q = layer.read()

@@ -28,8 +28,8 @@ from roundwise.convert import convert
 from roundwise.errors import Interrupted, RoundwiseError
 from roundwise.inference.quant_linear import QuantLinear
 from roundwise.model.streamed import open_streamed_model
+from roundwise.model.tokenizer import load_tokenizer
 from roundwise.plan.plan import plan
-from roundwise.run.prepare import load_tokenizer
 from roundwise.run.reproduce import reproduce
 from roundwise.verify import audit
 from tests.helpers import CHAT_TEMPLATE, random_model

@@ -162,7 +162,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, config_file: str = "config.json") -> None:
-        self.folder = Path(folder)
+        self.folder, self.config_file = Path(folder), config_file
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder with a model")
         self.config = read_json(self.folder / config_file)
@@ -290,6 +290,7 @@ class CheckpointView(Checkpoint):
         config: dict[str, Any] | None = None,
     ) -> None:
         self.source, self.folder, self.files = source, source.folder, source.files
+        self.config_file = source.config_file
         self.config = source.config if config is None else config
         self.overrides = source.overrides
         self.tensors = tensors

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.quantization_config import (
@@ -21,12 +21,7 @@ from roundwise.checkpoint.untrusted import limit_module_count
 from roundwise.errors import CheckpointError, ConfigError, RoundwiseError, first_line
 from roundwise.inference import import_hooks
 from roundwise.model.build import load_config, model_class
-
-#: Files of which a checkpoint with a tokenizer has at least one.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
-    "vocab.json", "vocab.txt", "tekken.json",
-)  # fmt: skip
+from roundwise.model.tokenizer import load_tokenizer
 
 
 def load(
@@ -44,7 +39,7 @@ def load(
         device: device to put the model on.
 
     Returns:
-        The model in evaluation mode, and the tokenizer (None if the checkpoint has none).
+        The model in evaluation mode, and the tokenizer (None if the checkpoint has no usable one).
 
     Raises:
         CheckpointError: no such model, damaged files, or another quantization format.
@@ -75,7 +70,12 @@ def load(
         raise CheckpointError(f"{model} is incomplete: it lacks {', '.join(missing[:3])}")
     if torch.device(device) != loaded.device:  # moving to the same device would repack every layer
         loaded.to(device)
-    return loaded.eval(), _load_tokenizer(checkpoint.folder)
+    tokenizer = None
+    with suppress(
+        CheckpointError
+    ):  # token ids are enough for a model: `require_tokenizer` says why
+        tokenizer = load_tokenizer(checkpoint)
+    return loaded.eval(), tokenizer
 
 
 def require_tokenizer(tokenizer: Any, model: str | os.PathLike[str]) -> None:
@@ -83,25 +83,13 @@ def require_tokenizer(tokenizer: Any, model: str | os.PathLike[str]) -> None:
 
     Args:
         tokenizer: what `load` returned.
-        model: name of the model, for the message.
+        model: folder or hub id of the model.
 
     Raises:
-        CheckpointError: the tokenizer is None.
+        CheckpointError: the tokenizer is None; the message says why.
     """
     if tokenizer is None:
-        raise CheckpointError(
-            f"{model} has no usable tokenizer: copy the original model's tokenizer files to its folder"
-        )
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    # Without any file, transformers would return an empty tokenizer of the model's type.
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        return None
+        load_tokenizer(Checkpoint(local_folder(model)))
 
 
 def _link_with_standard_name(checkpoint: Checkpoint, scratch: Path) -> Path:

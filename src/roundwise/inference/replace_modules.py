@@ -15,7 +15,7 @@ from roundwise.checkpoint.quantized_layers import QuantizedLayer
 from roundwise.checkpoint.reader import DTYPES
 from roundwise.errors import CheckpointError
 from roundwise.inference.quant_linear import QuantLinear
-from roundwise.model.blocks import weight_of
+from roundwise.model.blocks import check_quantized_head, weight_of
 from roundwise.model.moe import (
     PROJECTION_ROLES,
     LinearExperts,
@@ -38,6 +38,8 @@ def replace_linears(model: PreTrainedModel, layers: Iterable[QuantizedLayer]) ->
         CheckpointError: a qweight that belongs to no layer, or whose shape does not fit it, or a
             block of which only some experts are quantized.
     """
+    layers = list(layers)
+    check_quantized_head(lambda: model.config, [layer.name for layer in layers])
     resolver = _NameResolver(model)
     experts: dict[str, dict[tuple[int, str], QuantLinear]] = defaultdict(dict)
     for quantized in layers:

@@ -20,7 +20,10 @@ def load_config(checkpoint: Checkpoint) -> Any:
     """
     try:
         config = transformers.AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=False, **checkpoint.overrides
+            checkpoint.folder,
+            trust_remote_code=False,
+            _configuration_file=checkpoint.config_file,
+            **checkpoint.overrides,
         )
     except Exception as error:  # transformers raises many types here; users need one
         kind = checkpoint.config.get("model_type", "no model_type")

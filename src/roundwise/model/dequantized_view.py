@@ -33,6 +33,7 @@ from roundwise.checkpoint.reader import (
 )
 from roundwise.checkpoint.untrusted import quoted
 from roundwise.errors import CheckpointError, ConfigError
+from roundwise.model.blocks import check_quantized_head
 from roundwise.model.build import build, config_dtype, load_config
 
 #: Suffix of the tensor with an FP8 weight's scales, one per block.
@@ -105,6 +106,7 @@ def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str
         warnings = []
     elif method == "gptq":
         layers = quantized_layers(checkpoint)
+        check_quantized_head(lambda: load_config(checkpoint), [layer.name for layer in layers])
         tensors = _from_gptq(checkpoint, layers)
         widths = sorted({layer.bits for layer in layers})
         warnings = [

@@ -14,22 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from roundwise.calibration.dataset import Calibration, load_calibration
 from roundwise.calibration.self_generated import generate_windows
 from roundwise.checkpoint.gptq_format import check_shape
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
-from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
-from roundwise.errors import CalibrationError, ConfigError, first_line
+from roundwise.errors import CalibrationError, ConfigError
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
 from roundwise.model.build import context_length, forward_kwargs
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
 from roundwise.model.rotate import rotated_checkpoint
 from roundwise.model.streamed import StreamedModel, open_streamed_model
+from roundwise.model.tokenizer import load_tokenizer
 from roundwise.plan.memory import MemoryPlan, plan_memory
 from roundwise.run.bit_allocation import allocate_bits
 from roundwise.run.environment import numeric_environment
@@ -300,18 +299,3 @@ def _check_vocabulary(calibration: Calibration, vocabulary: int) -> None:
             f"calibration has token id {wrong}, but the model's vocabulary has {vocabulary} tokens: "
             "is it another model's tokenizer?"
         )
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; no code that comes with it is run.
-
-    Raises:
-        CalibrationError: transformers cannot load one.
-    """
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=False
-        )
-    except Exception as error:  # transformers raises many kinds here; all mean the same to a user
-        reason = first_line(error)
-        raise CalibrationError(f"{checkpoint.folder} has no usable tokenizer: {reason}") from error

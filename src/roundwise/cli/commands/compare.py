@@ -121,7 +121,7 @@ def evaluation_tokens(model: str, text: str, max_tokens: int | None) -> list[int
     from roundwise.calibration.sources import read_text
     from roundwise.checkpoint.hub import local_folder
     from roundwise.checkpoint.reader import Checkpoint
-    from roundwise.run.prepare import load_tokenizer
+    from roundwise.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Checkpoint(local_folder(model)))
     ids = tokenizer(read_text(text), add_special_tokens=False, verbose=False)["input_ids"]

@@ -15,6 +15,7 @@ from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
     from roundwise.checkpoint.quantized_layers import QuantizedLayer
+    from roundwise.checkpoint.reader import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def summarize(name: str) -> CheckpointSummary:
     checkpoint = Checkpoint(local_folder(name))
     config = read_quantization_config(checkpoint) if is_packed(checkpoint.tensors) else None
     found = find_layers(checkpoint.tensors, config) if config is not None else []
+    _check_head(checkpoint, found)
     layers = [_summarize_layer(layer) for layer in found]
     architectures = checkpoint.config.get("architectures")
     stems = {layer.name for layer in layers}
@@ -127,6 +129,14 @@ def summarize(name: str) -> CheckpointSummary:
         other_tensors=len(others),
         other_bytes=sum(info.nbytes for info in others),
     )
+
+
+def _check_head(checkpoint: Checkpoint, layers: list[QuantizedLayer]) -> None:
+    if any(layer.name.endswith("head") for layer in layers):  # transformers takes seconds to import
+        from roundwise.model.blocks import check_quantized_head
+        from roundwise.model.build import load_config
+
+        check_quantized_head(lambda: load_config(checkpoint), [layer.name for layer in layers])
 
 
 def _summarize_layer(layer: QuantizedLayer) -> LayerSummary:
