@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file
 
 from roundwise.calibration.windows import Batch
-from roundwise.checkpoint.reader import OWN_FILES
+from roundwise.checkpoint.side_files import OWN_FILES
 from roundwise.forward.expert_tokens import ExpertCalibration
 from roundwise.forward.input_groups import InputGroup
 from roundwise.forward.scheduler import ForwardScheduler

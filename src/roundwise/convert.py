@@ -34,7 +34,7 @@ from roundwise.checkpoint.quantized_checkpoint import (
 )
 from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
 from roundwise.checkpoint.untrusted import limit_module_count
-from roundwise.checkpoint.writer import copy_file, write_json, write_safetensors
+from roundwise.checkpoint.writer import copy_side_files, write_json, write_safetensors
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import QuantizedWeight, pack
 from roundwise.errors import ConfigError, OutputError
@@ -92,8 +92,7 @@ def convert(source: Path, out: Path, to: Target, *, dtype: torch.dtype | None = 
         tensors, settings = _to_gptq(checkpoint, quantized, to)
     out.mkdir(parents=True, exist_ok=True)
     _write_shards(out, tensors)
-    for path in checkpoint.side_files():
-        copy_file(path, out / path.name)
+    copy_side_files(checkpoint, out)
     config = without_quantization_config(checkpoint.config)
     if settings is not None:
         config["quantization_config"] = settings

@@ -39,6 +39,8 @@ class Audit:
     """Kind of check -> number of checks."""
     failures: list[str] = field(default_factory=list)
     """One line per failed check."""
+    notes: list[str] = field(default_factory=list)
+    """One line per difference that says nothing about the weights, such as a tokenizer saved again."""
 
     def check(self, kind: str, failure: str | None) -> None:
         """Counts one check.
@@ -79,7 +81,9 @@ def audit(
         manifest = read_manifest(folder)
         if manifest is not None:
             report.checked["files"] = len(manifest.files)
-            report.failures += changed_files(folder, manifest.files, config_file)
+            changed = changed_files(folder, manifest.files, config_file)
+            report.failures += changed.evidence
+            report.notes += changed.notes
         if not report.failures:
             checkpoint = Checkpoint(folder, config_file=config_file)
             if against is not None:
@@ -178,5 +182,6 @@ def _check_rest(report: Audit, checkpoint: Checkpoint, against: Checkpoint) -> N
             failure = f"tensor {name} differs from the original"
         report.check("tensors carried over", failure)
     for path in against.side_files():
-        missing = not (checkpoint.folder / path.name).exists()
-        report.check("side files", f"{path.name} is missing" if missing else None)
+        relative = path.relative_to(against.folder)
+        missing = not (checkpoint.folder / relative).exists()
+        report.check("side files", f"{relative} is missing" if missing else None)

@@ -219,6 +219,8 @@ class TestSettings:
             (["--override", "q_proj=damp_percent:1"], ["an override may change bits"]),
             (["--skip", "."], ["every linear layer is skipped"]),
             (["--samples", 0], ["samples=0: must be at least 1"]),
+            (["--samples", 10**9], ["samples=1000000000: must be", "at most 1000000"]),
+            (["--batch-size", 10**9], ["batch_size=1000000000: must be"]),
         ],
     )  # fmt: skip
     def test_each_is_named(

@@ -7,8 +7,7 @@ from typing import Any
 
 import regex
 
-from roundwise.checkpoint.untrusted import quoted
-from roundwise.errors import CheckpointError, first_line
+from roundwise.errors import CheckpointError, first_line, quoted
 
 #: Settings with two names: the one that is written -> the other one.
 ALIASES = {"quant_method": "method", "checkpoint_format": "format"}

@@ -22,10 +22,10 @@ from roundwise.checkpoint.config_values import (
     word,
 )
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.checkpoint.untrusted import quoted, read_json
+from roundwise.checkpoint.untrusted import read_json
 from roundwise.config import OVERRIDABLE
 from roundwise.core.quantized_weight import WIDTHS
-from roundwise.errors import CheckpointError
+from roundwise.errors import CheckpointError, quoted
 
 Format = Literal["gptq", "gptq_v2"]
 

@@ -31,8 +31,6 @@ MAX_COUNT = 20_000
 MODULES_PER_TENSOR, BASE_MODULES = 16, 10_000
 #: Maximum bytes of the buffers that a model computes instead of storing: rotary frequencies, masks.
 MAX_COMPUTED_BYTES = 1 << 30
-#: Longest text of a checkpoint that a message quotes.
-MAX_QUOTED = 80
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -190,8 +188,3 @@ def check_links(folder: Path, files: Iterable[Path]) -> None:
             raise CheckpointError(
                 f"{file} is a link to {target}, outside the folder: copy that file into the folder"
             )
-
-
-def quoted(text: str) -> str:
-    """Returns a text of a checkpoint for a message: in quotes, short, and without control characters."""
-    return repr(text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…")

@@ -31,8 +31,7 @@ from roundwise.checkpoint.reader import (
     CheckpointView,
     TensorInfo,
 )
-from roundwise.checkpoint.untrusted import quoted
-from roundwise.errors import CheckpointError, ConfigError
+from roundwise.errors import CheckpointError, ConfigError, quoted
 from roundwise.model.blocks import check_quantized_head
 from roundwise.model.build import build, config_dtype, load_config
 

@@ -8,8 +8,8 @@ from typing import Any
 import transformers
 
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.checkpoint.untrusted import quoted, read_json
-from roundwise.errors import CheckpointError, RoundwiseError, first_line
+from roundwise.checkpoint.untrusted import read_json
+from roundwise.errors import CheckpointError, RoundwiseError, first_line, quoted
 
 #: Files of which a checkpoint with a tokenizer has at least one.
 TOKENIZER_FILES = (

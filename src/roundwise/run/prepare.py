@@ -21,7 +21,7 @@ from roundwise.checkpoint.gptq_format import check_shape
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
-from roundwise.errors import CalibrationError, ConfigError
+from roundwise.errors import CalibrationError, ConfigError, OutputError, quoted
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
 from roundwise.model.build import context_length, forward_kwargs
@@ -125,6 +125,7 @@ def prepare(
     timer.take()
     release_large_blocks()
     model = os.fspath(model)
+    _check_name(Path(out))
     budget = parse_size(options.max_memory)
     ranks = current_ranks()
     device = ranks.local_device(parse_device(options.device))
@@ -155,7 +156,12 @@ def prepare(
         ranks=ranks,
         prescaler=prescaler,
         threads=torch.get_num_threads(),
-        warnings=(*(loaded.warnings if loaded else ()), *notes, *skipped),
+        warnings=(
+            *(loaded.warnings if loaded else ()),
+            *notes,
+            *skipped,
+            *streamed.checkpoint.left_out(),
+        ),
         issues=(
             *check_run(streamed, config, calls),
             *(loaded.not_as_asked if loaded else ()),
@@ -164,6 +170,14 @@ def prepare(
         ),
         begun=begun,
     )
+
+
+def _check_name(out: Path) -> None:
+    """Refuses an output folder whose name no file system takes."""
+    try:
+        out.exists()
+    except OSError as error:
+        raise OutputError(f"{quoted(str(out))} cannot be a folder: {error.strerror}") from None
 
 
 def _open(

@@ -111,7 +111,7 @@ def command(
     else:
         _print_table(comparisons)
         for reason in failed:
-            print_note(f"[bold red]failed:[/] {reason}")
+            print_note(reason, label="failed:", style="bold red")
     if failed:
         raise typer.Exit(1)
 

@@ -16,7 +16,7 @@ from roundwise.cli.options import (
     JsonOption,
     ModelArgument,
 )
-from roundwise.cli.progress import console, print_json
+from roundwise.cli.progress import console, print_json, visible
 
 if TYPE_CHECKING:
     from roundwise.inference.generation import Generated
@@ -122,7 +122,8 @@ def _hold_conversation(tokenizer: Any, messages: list[dict[str, Any]], answer: A
 
 
 def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
+    # A terminal would obey control characters; a file gets exactly what the model wrote.
+    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _print_speed(result: Generated) -> None:

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import count_of, print_json, print_line, stdout
+from roundwise.cli.progress import count_of, print_json, print_line, stdout, visible
+from roundwise.errors import MAX_QUOTED
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
@@ -63,12 +64,10 @@ def command(
     if as_json:
         print_json(summary.as_dict())
         return
-    stdout.print(
-        f"[bold]{summary.architecture}[/]  {format_size(summary.bytes)}, "
-        f"{count_of(summary.files, 'file')}"
-    )
+    size = f" {format_size(summary.bytes)}, {count_of(summary.files, 'file')}"
+    print_line(size, label=visible(summary.architecture[:MAX_QUOTED]), style="bold")
     for key, value in (summary.quantization or {"quantized": "no"}).items():
-        stdout.print(f"  {key}: {value}", highlight=False)
+        print_line(f"  {key}: {value}")
     if summary.layers:
         stdout.print(_layer_table(summary.layers))
     print_line(
