@@ -250,7 +250,7 @@ def _compare_pair(
 
 def _measure_speed(folder: Path, model: Any, protocol: Protocol) -> SpeedSummary:
     """Runs `roundwise bench` in a new process, with fewer tokens if the model's context is short."""
-    limit = context_length(model.config) or 1 << 20
+    limit = context_length(model) or 1 << 20
     generated = min(32, limit // 4)
     dtype = str(protocol.dtype).removeprefix("torch.")
     done = subprocess.run(  # noqa: S603  # ourselves

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from roundwise.errors import CalibrationError, NumericalError
+from roundwise.model.foreign_errors import foreign_errors
 from roundwise.system.half_matmul import cpu_half_matmul
 
 
@@ -121,7 +122,7 @@ def _score(model: Any, ids: torch.Tensor, spans: list[_Span]) -> tuple[float, in
         spans: windows of equal length, for one forward.
     """
     inputs = torch.stack([ids[begin:end] for begin, _, end in spans]).to(model.device)
-    with cpu_half_matmul():
+    with cpu_half_matmul(), foreign_errors(f"{type(model).__name__} fails on the evaluation text"):
         logits = model(input_ids=inputs, use_cache=False).logits
     total, count = 0.0, 0
     for row, (begin, first, end) in enumerate(spans):

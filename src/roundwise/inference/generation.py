@@ -14,6 +14,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from roundwise.errors import ConfigError
+from roundwise.model.foreign_errors import foreign_errors
 
 #: Last tokens of the prompt that are decoded with the answer: some decoders drop a leading space.
 CONTEXT_TOKENS = 6
@@ -112,13 +113,15 @@ def generate(
         Detokenizer(tokenizer, ids), StopStrings(sampling.stop), on_text, cancelled
     )
     begin = time.monotonic()
-    model.generate(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        stopping_criteria=StoppingCriteriaList([streamer]),
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        **sampling.generate_kwargs(model),
-    )
+    # generation_config.json, the config and the model's code can make transformers raise any error.
+    with foreign_errors(f"{type(model).__name__} cannot generate with the settings of its files"):
+        model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            stopping_criteria=StoppingCriteriaList([streamer]),
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            **sampling.generate_kwargs(model),
+        )
     seconds = time.monotonic() - begin
     if streamer.finish is None:
         streamer.flush()

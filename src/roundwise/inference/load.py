@@ -18,9 +18,10 @@ from roundwise.checkpoint.quantization_config import (
 )
 from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from roundwise.checkpoint.untrusted import limit_module_count
-from roundwise.errors import CheckpointError, ConfigError, RoundwiseError, first_line
+from roundwise.errors import CheckpointError, ConfigError
 from roundwise.inference import import_hooks
 from roundwise.model.build import load_config, model_class
+from roundwise.model.foreign_errors import foreign_errors
 from roundwise.model.tokenizer import load_tokenizer
 
 
@@ -55,16 +56,14 @@ def load(
     with tempfile.TemporaryDirectory() as scratch:
         if not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists():
             folder = _link_with_standard_name(checkpoint, Path(scratch))
-        try:
-            with limit_module_count(len(checkpoint.tensors)):
-                loaded, info = model_class(config).from_pretrained(
-                    folder, config=config, dtype=dtype, trust_remote_code=False,
-                    use_safetensors=True, output_loading_info=True,
-                )  # fmt: skip
-        except RoundwiseError:
-            raise
-        except Exception as error:  # transformers raises many types; all mean the same to a user
-            raise CheckpointError(f"{model} cannot be loaded: {first_line(error)}") from error
+        with (
+            foreign_errors(f"{model} cannot be loaded"),
+            limit_module_count(len(checkpoint.tensors)),
+        ):
+            loaded, info = model_class(config).from_pretrained(
+                folder, config=config, dtype=dtype, trust_remote_code=False,
+                use_safetensors=True, output_loading_info=True,
+            )  # fmt: skip
     missing = sorted(info["missing_keys"])  # transformers fills these with random values
     if missing:
         raise CheckpointError(f"{model} is incomplete: it lacks {', '.join(missing[:3])}")

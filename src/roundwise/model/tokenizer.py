@@ -9,7 +9,8 @@ import transformers
 
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.checkpoint.untrusted import read_json
-from roundwise.errors import CheckpointError, RoundwiseError, first_line, quoted
+from roundwise.errors import CheckpointError, RoundwiseError, quoted
+from roundwise.model.foreign_errors import foreign_errors
 
 #: Files of which a checkpoint with a tokenizer has at least one.
 TOKENIZER_FILES = (
@@ -31,17 +32,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             f"{folder} has no usable tokenizer: copy the original model's tokenizer files to its folder"
         )
     code = _own_code(folder)
-    try:
+    what = f"{folder} has no usable tokenizer"
+    if code is not None:
+        what = (
+            f"{folder} has a tokenizer that needs code of its own ({quoted(code)[1:-1]}), which "
+            "roundwise never runs: convert it to a tokenizer.json, or use token ids instead of text"
+        )
+    with foreign_errors(what):
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise many types
-        if code is not None:
-            raise CheckpointError(
-                f"{folder} has a tokenizer that needs code of its own ({quoted(code)[1:-1]}), which "
-                "roundwise never runs: convert it to a tokenizer.json, or use token ids instead of text"
-            ) from error
-        raise CheckpointError(
-            f"{folder} has no usable tokenizer: {first_line(error) or type(error).__name__}"
-        ) from error
 
 
 def _own_code(folder: Path) -> str | None:

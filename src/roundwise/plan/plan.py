@@ -108,7 +108,7 @@ def plan(
         mode, budget: as for `plan_memory`.
     """
     text_config = streamed.model.config.get_text_config()
-    limit = context_length(streamed.model.config) or seq_len
+    limit = context_length(streamed.model) or seq_len
     warnings = [*streamed.warnings]
     if seq_len > limit:
         seq_len = limit

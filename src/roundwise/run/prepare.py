@@ -26,6 +26,7 @@ from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
 from roundwise.model.build import context_length, forward_kwargs
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
+from roundwise.model.finite import check_finite
 from roundwise.model.rotate import rotated_checkpoint
 from roundwise.model.streamed import StreamedModel, open_streamed_model
 from roundwise.model.tokenizer import load_tokenizer
@@ -186,6 +187,7 @@ def _open(
     """The model to quantize, which layers its forward calls, and notes about its files."""
     streamed = open_streamed_model(local_folder(model), lm_head=config.lm_head, device=device)
     notes = streamed.warnings
+    check_finite(streamed, config)
     if config.rotate:
         rotated = rotated_checkpoint(streamed.checkpoint, config.rotation_seed)
         streamed = open_streamed_model(rotated, lm_head=config.lm_head, device=device)
@@ -282,7 +284,7 @@ def _calibration(
     forward_kwargs(
         streamed.model, torch.zeros(1, 1, dtype=torch.int64)
     )  # refuses other input than text
-    limit = context_length(streamed.model.config) or windows.seq_len
+    limit = context_length(streamed.model) or windows.seq_len
     widest = max(
         weight_of(linear).shape[1] for block in streamed.blocks for linear in block.linears.values()
     )
