@@ -278,8 +278,7 @@ class ForwardScheduler:
         """Solves a group; keeps its original weights for the batches of the original model."""
         self._weights.use(original=False)
         group.all_reduce(self.ranks, self.device)
-        if self.references or not self.ranks.is_single:
-            group.drop_unmatched_drift(self.ranks)
+        group.drop_unmatched_drift(self.ranks)
         linears = [block.linears[name] for name in group.names]
         before: list[Any] = [linear.weight for linear in linears]
         solve(group)
@@ -308,11 +307,10 @@ class ForwardScheduler:
 
     def _run_model(self, batch: PausedBatch) -> None:
         """The body of a batch's greenlet: the whole forward, with its stops."""
-        with self._matmul():
-            with foreign_errors(
-                f"{type(self.model).__name__} fails on calibration text outside blocks"
-            ):
-                self.model(**forward_kwargs(self.model, batch.batch.input_ids, batch.batch.mask))
+        kwargs = forward_kwargs(self.model, batch.batch.input_ids, batch.batch.mask)
+        what = f"{type(self.model).__name__} fails on calibration text outside blocks"
+        with self._matmul(), foreign_errors(what):
+            self.model(**kwargs)
 
     def _paused_forward(
         self, index: int, block: Block, original: Callable[..., Any]
@@ -320,8 +318,8 @@ class ForwardScheduler:
         """A block's forward with the stops around it."""
 
         def compute(*args: Any, **kwargs: Any) -> Any:
-            where = f"block {block.name} ({type(block.module).__name__})"
-            with foreign_errors(f"{where} fails on calibration text"):
+            what = f"block {block.name} ({type(block.module).__name__}) fails on calibration text"
+            with foreign_errors(what):
                 output = original(*args, **kwargs)
             return output if block.is_head else block_output(block.name, block.module, output)
 

@@ -89,10 +89,15 @@ def command(
     if as_json:
         print_json({"prompt": prompt, **_as_json(answer(ids, lambda _: None))})
         return
-    if not chat:
-        _print_piece(prompt)
-    result = answer(ids, _print_piece)
-    print()
+    # The prompt comes with the first piece: an error before it leaves nothing on stdout.
+    before = [] if chat else [prompt]
+
+    def show(text: str) -> None:
+        _print_piece("".join([*before, text]))
+        before.clear()
+
+    result = answer(ids, show)
+    show("\n")
     _print_speed(result)
 
 
