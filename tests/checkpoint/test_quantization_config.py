@@ -15,6 +15,7 @@ import roundwise as rw
 from roundwise.checkpoint.gptq_format import quantization_config
 from roundwise.checkpoint.quantization_config import (
     LayerConfig,
+    is_packed,
     parse_quantization_config,
     quantization_method,
     read_quantization_config,
@@ -226,6 +227,10 @@ class TestWhere:
             CheckpointError, match="is not quantized: it has no quantization_config"
         ):
             read_quantization_config(Checkpoint(folder))
+
+    def test_names_that_only_look_packed(self) -> None:
+        assert is_packed({"a.qweight": 0}) and is_packed({"a.B": 0, "a.s": 0})
+        assert not is_packed({"mixer.B": 0, "a.weight": 0, "b.s": 0})
 
     def test_packed_weights_without_any_config(self, llama: Path, tmp_path: Path) -> None:
         write(llama, tmp_path / "a", {}, where="nowhere.json")

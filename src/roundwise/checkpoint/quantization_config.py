@@ -160,7 +160,10 @@ def without_quantization_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_packed(tensors: Mapping[str, object]) -> bool:
     """Tells whether some tensors hold packed codes, in the GPTQ or in Marlin's layout."""
-    return any(name.endswith((".qweight", ".B")) for name in tensors)
+    return any(
+        name.endswith(".qweight") or (name.endswith(".B") and f"{name[:-1]}s" in tensors)
+        for name in tensors
+    )
 
 
 def quantization_method(raw: Mapping[str, Any]) -> str:
