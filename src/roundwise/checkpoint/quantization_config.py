@@ -98,8 +98,9 @@ class QuantizationConfig:
     def for_layer(self, name: str) -> list[LayerConfig | None]:
         """Returns the settings that the config may mean for a layer; None: it is not quantized.
 
-        Tools name layers as modules of their model. Where files have other names, a pattern that matches
-        the name without its first parts counts as well as the default.
+        Tools name layers as modules of their model, and files may have other names (experts above all).
+        If no pattern matches the name in the files, a pattern that matches it without its first parts
+        may be meant, or the default, or any other rule.
 
         Args:
             name: name of the layer in the files.
@@ -110,7 +111,8 @@ class QuantizationConfig:
         rules = [self._rule_for(alias) for alias in _aliases(name)] if self.rules else []
         if rules and rules[0] is not None:
             return [rules[0][1]]
-        return [*(rule[1] for rule in rules if rule is not None), self.default]
+        others = [settings for _, settings in self.rules if settings is not None]
+        return [*(rule[1] for rule in rules if rule is not None), self.default, *others]
 
     def _rule_for(self, name: str) -> tuple[str, LayerConfig | None] | None:
         return next((rule for rule in self.rules if matches(rule[0], name)), None)
