@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file
 
 from roundwise.calibration.windows import Batch
-from roundwise.checkpoint.reader import OWN_FILES
+from roundwise.checkpoint.side_files import OWN_FILES
 from roundwise.forward.expert_tokens import ExpertCalibration
 from roundwise.forward.input_groups import InputGroup
 from roundwise.forward.scheduler import ForwardScheduler
@@ -251,7 +251,7 @@ import json, os, runpy, resource, signal, sys, traceback
 import roundwise.cli, roundwise.inference.load, roundwise.evaluation.perplexity
 import matplotlib.figure, matplotlib.backends.backend_svg
 from roundwise.model.streamed import open_streamed_model
-from roundwise.run.prepare import load_tokenizer
+from roundwise.model.tokenizer import load_tokenizer
 warm = open_streamed_model(sys.argv[1])  # transformers imports some modules late
 load_tokenizer(warm.checkpoint)
 for line in sys.stdin:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import roundwise as rw
 from roundwise import convert as module
-from roundwise.checkpoint.gptq_format import quantized_layers, read_quantization_config
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.convert import convert
 from roundwise.errors import ConfigError
@@ -20,8 +20,7 @@ from tests.helpers import raw, tensors_of
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint(folder)
-    version = read_quantization_config(checkpoint)["checkpoint_format"]
-    return {layer.name: layer.read(version).dequantize() for layer in quantized_layers(checkpoint)}
+    return {layer.name: layer.read().dequantize() for layer in quantized_layers(checkpoint)}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -74,7 +73,7 @@ def test_a_zero_point_of_0_is_refused_for_v1(copy_of, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     source = tmp_path / "v2"
     rw.quantize(folder, source, rw.QuantizeConfig(method="rtn", sym=False, group_size=32))
-    zeros = [layer.read("gptq_v2").zeros for layer in quantized_layers(Checkpoint(source))]
+    zeros = [layer.read().zeros for layer in quantized_layers(Checkpoint(source))]
     assert any(bool((zero == 0).any()) for zero in zeros)
     with pytest.raises(ConfigError, match="zero point of 0"):
         convert(source, tmp_path / "v1", "gptq")

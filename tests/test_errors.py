@@ -42,3 +42,9 @@ def test_exit_codes(name: str, kind: type[errors.RoundwiseError]) -> None:
 
 def test_one_class_catches_all() -> None:
     assert all(issubclass(kind, rw.RoundwiseError) for kind in CLASSES.values())
+
+
+def test_texts_of_a_checkpoint_are_quoted_short_and_without_control_characters() -> None:
+    assert errors.quoted("a b") == "'a b'"
+    assert errors.quoted("\x1b[2J\n\u202e") == r"'\x1b[2J\n\u202e'"
+    assert errors.quoted("x" * 100_000) == repr("x" * errors.MAX_QUOTED + "…")

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from roundwise.checkpoint.reader import OWN_FILES, Checkpoint
+import roundwise as rw
+from roundwise.checkpoint.reader import Checkpoint
+from roundwise.checkpoint.side_files import OWN_FILES
 from roundwise.errors import VerificationError
 from roundwise.verify import Audit, audit
-from tests.helpers import ARCHITECTURES, contents, edited_json
+from tests.helpers import ARCHITECTURES, Commands, contents, edited_json
 
 FLIPS = 200
 
@@ -96,8 +99,40 @@ def test_every_changed_file_is_found(out: Path) -> None:
             continue
         data = path.read_bytes()
         path.write_bytes(data + b" ")
-        assert f"{path.name} was changed" in audit(out).failures
+        report = audit(out)
+        # Weights and configs are evidence; what lies beside them is a note.
+        told = report.notes if path.name == "generation_config.json" else report.failures
+        assert f"{path.name} was changed" in told
         path.write_bytes(data)
+
+
+def test_a_tokenizer_that_is_saved_again_is_a_note(
+    tiny: Path, tmp_path: Path, commands: Commands
+) -> None:
+    """Every tutorial of AutoGPTQ saves it to the result after the run."""
+    out = tmp_path / "out"
+    config = rw.QuantizeConfig(method="rtn", group_size=32)
+    rw.quantize(tiny, out, config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(out)
+    report = audit(out, against=Checkpoint(tiny))
+    assert report.failures == []
+    assert "tokenizer_config.json was changed" in report.notes
+    ended = commands.run("verify", out)
+    assert (ended.code, ended.stdout.splitlines()[-1]) == (0, "verified")
+    assert "note: tokenizer_config.json was changed" in ended.stderr
+    # The run is finished all the same: the command that made it has nothing to do.
+    assert rw.quantize(tiny, out, config).output == out
+    with edited_json(out / "config.json") as changed:
+        changed["rope_theta"] = 1.0
+    assert audit(out).failures == ["config.json was changed"]
+
+
+def test_a_side_file_that_is_gone_is_a_failure(tiny: Path, tmp_path: Path) -> None:
+    rw.quantize(tiny, tmp_path / "out", rw.QuantizeConfig(method="rtn", group_size=32))
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    assert audit(tmp_path / "out").failures == ["tokenizer.json is missing"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": 3, "layers": []}'])

@@ -25,18 +25,20 @@ from roundwise.checkpoint.gptq_format import (
     settings_from_weight,
     shape_problem,
 )
+from roundwise.checkpoint.quantization_config import without_quantization_config
 from roundwise.checkpoint.quantized_checkpoint import (
     LazyTensor,
     QuantizedCheckpoint,
     copied_tensor,
     open_quantized,
 )
-from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
+from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
 from roundwise.checkpoint.untrusted import limit_module_count
-from roundwise.checkpoint.writer import copy_file, write_json, write_safetensors
+from roundwise.checkpoint.writer import copy_side_files, write_json, write_safetensors
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import QuantizedWeight, pack
 from roundwise.errors import ConfigError, OutputError
+from roundwise.model.blocks import check_quantized_head
 from roundwise.model.build import build, config_dtype, load_config
 from roundwise.model.expert_weights import FusedExpertTensor, fused_expert_tensors
 
@@ -75,23 +77,23 @@ def convert(source: Path, out: Path, to: Target, *, dtype: torch.dtype | None = 
         raise OutputError(f"{out} is not empty: choose an empty or new folder")
     checkpoint = Checkpoint(source)
     quantized = open_quantized(checkpoint)
+    check_quantized_head(lambda: load_config(checkpoint), quantized.layers)
     settings: dict[str, Any] | None = None
     if to == "dense":
         dtype = dtype or config_dtype(checkpoint.config) or torch.float16
         tensors = list(_to_dense(checkpoint, quantized, dtype))
     elif to == "compressed-tensors":
         tensors, settings = _to_compressed_tensors(checkpoint, quantized)
-    elif quantized.checkpoint_format is not None:
-        tensors = list(_rewrite_zero_points(checkpoint, quantized, to))
-        settings = {**quantized.settings, "quant_method": "gptq", "checkpoint_format": to}
+    elif quantized.config is not None:
+        version = quantized.config.checkpoint_format
+        tensors = list(_rewrite_zero_points(checkpoint, quantized, to, unchanged=version == to))
+        settings = quantized.config.as_json(to)
     else:
         tensors, settings = _to_gptq(checkpoint, quantized, to)
     out.mkdir(parents=True, exist_ok=True)
     _write_shards(out, tensors)
-    for path in checkpoint.side_files():
-        copy_file(path, out / path.name)
-    config = {**checkpoint.config}
-    config.pop("quantization_config", None)
+    copy_side_files(checkpoint, out)
+    config = without_quantization_config(checkpoint.config)
     if settings is not None:
         config["quantization_config"] = settings
         if to != "compressed-tensors":
@@ -248,18 +250,28 @@ def _dequantize_layers(
 
 
 def _rewrite_zero_points(
-    checkpoint: Checkpoint, quantized: QuantizedCheckpoint, to: str
+    checkpoint: Checkpoint, quantized: QuantizedCheckpoint, to: str, *, unchanged: bool
 ) -> Iterator[LazyTensor]:
-    """Yields the tensors of a GPTQ checkpoint with zero points as version `to` stores them."""
+    """Yields the tensors of a GPTQ checkpoint with zero points as version `to` stores them.
+
+    Args:
+        checkpoint: the checkpoint.
+        quantized: its quantized layers; each one is read, so that no damaged one is copied.
+        to: gptq or gptq_v2.
+        unchanged: zero points are stored in this way already.
+    """
     for name, info in checkpoint.tensors.items():
         layer_name, _, suffix = name.rpartition(".")
-        unchanged = quantized.checkpoint_format == to
-        if layer_name not in quantized.layers or suffix != "qzeros" or unchanged:
+        if layer_name not in quantized.layers or suffix != "qzeros":
             yield copied_tensor(name, info)
             continue
 
-        def compute(layer_name: str = layer_name) -> torch.Tensor:
+        def compute(
+            layer_name: str = layer_name, info: TensorInfo = info
+        ) -> torch.Tensor | TensorInfo:
             q = quantized.read(layer_name)
+            if unchanged:
+                return info
             _check_zero_points(layer_name, q, to)
             zeros = (q.zeros - 1) & (2**q.bits - 1) if to == "gptq" else q.zeros
             return pack(zeros, q.bits).T.contiguous()

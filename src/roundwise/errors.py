@@ -18,6 +18,11 @@
 Each message is one sentence that names the cause and, if there is one, the fix.
 """
 
+#: Longest text of a checkpoint that a message quotes.
+MAX_QUOTED = 80
+#: Longest line of another library's error in a message.
+MAX_LINE = 400
+
 
 class RoundwiseError(Exception):
     """Base class of all errors below; users see its message without a traceback."""
@@ -80,5 +85,14 @@ class VerificationError(RunError):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, to quote it in a message of one sentence."""
-    return str(error).strip().split("\n", 1)[0]
+    """Returns the first line of an error's message, to quote it in a message of one sentence.
+
+    It may hold texts of a checkpoint: a long one is cut.
+    """
+    line = str(error).strip().split("\n", 1)[0]
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}…"
+
+
+def quoted(text: str) -> str:
+    """Returns a text of a checkpoint for a message: in quotes, short, and without control characters."""
+    return repr(text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…")

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from roundwise.checkpoint.gptq_format import quantized_layers, read_quantization_config
 from roundwise.checkpoint.manifest import LayerRecord, Manifest, changed_files, read_manifest
+from roundwise.checkpoint.quantization_config import read_quantization_config
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.errors import RoundwiseError, VerificationError
+from roundwise.model.blocks import check_quantized_head
+from roundwise.model.build import load_config
 from roundwise.model.dequantized_view import dequantized_checkpoint
 from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.norm_scaling import apply_recorded_scales
@@ -37,6 +39,8 @@ class Audit:
     """Kind of check -> number of checks."""
     failures: list[str] = field(default_factory=list)
     """One line per failed check."""
+    notes: list[str] = field(default_factory=list)
+    """One line per difference that says nothing about the weights, such as a tokenizer saved again."""
 
     def check(self, kind: str, failure: str | None) -> None:
         """Counts one check.
@@ -77,17 +81,19 @@ def audit(
         manifest = read_manifest(folder)
         if manifest is not None:
             report.checked["files"] = len(manifest.files)
-            report.failures += changed_files(folder, manifest.files, config_file)
+            changed = changed_files(folder, manifest.files, config_file)
+            report.failures += changed.evidence
+            report.notes += changed.notes
         if not report.failures:
             checkpoint = Checkpoint(folder, config_file=config_file)
             if against is not None:
-                settings = read_quantization_config(checkpoint)
+                config = read_quantization_config(checkpoint)
                 against = unfused_checkpoint(
                     dequantized_checkpoint(against)[0],
                     {layer.name for layer in quantized_layers(checkpoint)},
-                    lm_head=bool(settings.get("lm_head")),
+                    lm_head=config.lm_head,
                 )
-                against = apply_recorded_rotation(against, settings)
+                against = apply_recorded_rotation(against, config.raw)
                 layers = manifest.layers if manifest else []
                 against = apply_recorded_scales(against, checkpoint, layers)
             _check_layers(report, checkpoint, against, manifest)
@@ -105,39 +111,20 @@ def _check_layers(
     manifest: Manifest | None,
 ) -> None:
     """Checks the values of each quantized layer and, given the original, its weight error."""
-    settings = read_quantization_config(checkpoint)
     recorded = {layer.name: layer for layer in (manifest.layers if manifest else [])}
-    layers = list(quantized_layers(checkpoint))
+    layers = quantized_layers(checkpoint)
     report.check("readable", None if layers else "no quantized layers")
-    if settings.get("lm_head"):
-        tied = checkpoint.config.get("tie_word_embeddings")
-        failure = "the output head is quantized, but the config ties it to the embedding"
-        report.check("head", failure if tied else None)
+    check_quantized_head(lambda: load_config(checkpoint), [layer.name for layer in layers])
     for layer in layers:
         try:
-            q = layer.read(settings.get("checkpoint_format", "gptq"))
+            q = layer.read()
         except RoundwiseError as error:
             report.check("layers", str(error))
             continue
-        report.check("layers", _values_failure(layer.name, q, settings))
+        report.check("layers", None)
         record = next((v for k, v in recorded.items() if k.endswith(layer.name)), None)
         if against is not None:
             report.check("weight errors", _weight_error_failure(layer.name, q, against, record))
-
-
-def _values_failure(name: str, q: QuantizedWeight, settings: dict[str, Any]) -> str | None:
-    """Returns what is wrong with a layer's scales or groups; None if nothing is."""
-    # Negative scales are valid: they mirror a symmetric range, which has one more code below zero.
-    if not bool(torch.isfinite(q.scales).all()) or not bool((q.scales != 0).all()):
-        return f"{name} has a scale that is zero or not finite"
-    counts = torch.bincount(q.g_idx, minlength=q.scales.shape[1])
-    size = -(-len(q.g_idx) // q.scales.shape[1])
-    if int(counts.max()) > size:
-        return f"{name}.g_idx puts {int(counts.max())} channels into a group of {size}"
-    in_order = bool((q.g_idx == torch.arange(len(q.g_idx)) // size).all())
-    if not in_order and not settings.get("desc_act"):
-        return f"{name}.g_idx is in act-order, but the config says desc_act is off"
-    return None
 
 
 def _weight_error_failure(
@@ -195,5 +182,6 @@ def _check_rest(report: Audit, checkpoint: Checkpoint, against: Checkpoint) -> N
             failure = f"tensor {name} differs from the original"
         report.check("tensors carried over", failure)
     for path in against.side_files():
-        missing = not (checkpoint.folder / path.name).exists()
-        report.check("side files", f"{path.name} is missing" if missing else None)
+        relative = path.relative_to(against.folder)
+        missing = not (checkpoint.folder / relative).exists()
+        report.check("side files", f"{relative} is missing" if missing else None)

@@ -14,7 +14,7 @@ import transformers
 import roundwise as rw
 from roundwise.calibration.dataset import load_calibration
 from roundwise.calibration.windows import assistant_tokens
-from roundwise.checkpoint.gptq_format import quantized_layers
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import CalibrationConfig
 from roundwise.errors import CalibrationError
@@ -162,9 +162,7 @@ def test_only_the_answers_are_fitted(
     assert errors[0] != pytest.approx(errors[2], rel=1e-2)
     name = made.layers[0]["name"]
     codes = [
-        next(x for x in quantized_layers(Checkpoint(tmp_path / n)) if x.name == name)
-        .read("gptq")
-        .codes
+        next(x for x in quantized_layers(Checkpoint(tmp_path / n)) if x.name == name).read().codes
         for n in "ab"
     ]
     assert (codes[0] == codes[1]).float().mean() > 0.999

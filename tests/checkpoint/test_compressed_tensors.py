@@ -1,7 +1,9 @@
 """The compressed-tensors library reads what roundwise writes, and the reverse, without loss."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import roundwise as rw
 from roundwise.checkpoint.compressed_tensors import SUFFIXES, packed_layers
-from roundwise.checkpoint.gptq_format import quantized_layers, read_quantization_config
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.convert import convert
 from roundwise.errors import CheckpointError, ConfigError
@@ -24,10 +26,12 @@ LIBRARY = BaseCompressor.get_value_from_registry("pack-quantized")
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint(folder)
-    if "config_groups" in checkpoint.config["quantization_config"]:
-        return {name: x.read().dequantize() for name, x in packed_layers(checkpoint).items()}
-    version = read_quantization_config(checkpoint)["checkpoint_format"]
-    return {layer.name: layer.read(version).dequantize() for layer in quantized_layers(checkpoint)}
+    settings = checkpoint.config["quantization_config"]
+    if "config_groups" in settings:
+        return {
+            name: x.read().dequantize() for name, x in packed_layers(checkpoint, settings).items()
+        }
+    return {layer.name: layer.read().dequantize() for layer in quantized_layers(checkpoint)}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -204,3 +208,83 @@ def test_other_commands_suggest_to_convert_first(quantized, tmp_path, commands):
     assert ended.code == 0, ended.stderr
     ended = commands.run("verify", tmp_path / "packed")
     assert "roundwise convert --to gptq" in ended.stdout + ended.stderr
+
+
+class TestContradictions:
+    """Tensors are held against the config and each other, as those of the GPTQ format."""
+
+    NAME = "model.layers.0.mlp.down_proj"
+
+    def weights(self, **changes: Any) -> dict[str, Any]:
+        group = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+        return {**group, "group_size": 32, **changes}
+
+    def read(self, folder: Path, **changes: Any) -> None:
+        with edited_json(folder / "config.json") as config:
+            group = config["quantization_config"]["config_groups"]["group_0"]
+            group["weights"] = self.weights(**changes)
+        convert(folder, folder / "out", "gptq")
+
+    @pytest.fixture
+    def packed(self, quantized: Callable[..., Path], tmp_path: Path) -> Path:
+        source = quantized("llama", recipe="textbook")
+        return convert(source, tmp_path / "packed", "compressed-tensors")
+
+    def test_a_good_one(self, packed: Path) -> None:
+        self.read(packed, num_bits="4", symmetric="true")
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"num_bits": 8}, "codes of 4 bits, but the config says num_bits=8"),
+            (
+                {"group_size": 64},
+                "3 groups of its 96 .* config says group_size=64|2 groups of its 64",
+            ),
+            ({"group_size": None, "strategy": "channel"}, "config says group_size=-1"),
+            ({"symmetric": False}, "has no weight_zero_point, but the config says symmetric=false"),
+            ({"num_bits": "x"}, "num_bits='x': it must be a whole number"),
+        ],
+    )
+    def test_another_config(self, changes: dict[str, Any], says: str, packed: Path) -> None:
+        with pytest.raises(CheckpointError, match=says):
+            self.read(packed, **changes)
+
+    @pytest.mark.parametrize(
+        ("suffix", "change", "says"),
+        [
+            ("weight_packed", lambda t: t.long(), "weight_packed is I64, but must be I32"),
+            ("weight_scale", lambda t: t.int(), "weight_scale is I32"),
+            ("weight_shape", lambda t: t.float(), "weight_shape is F32"),
+            ("weight_shape", lambda t: t[:1], "does not hold two numbers"),
+            ("weight_scale", lambda t: t * 0, "a scale that is zero or not finite"),
+            ("weight_scale", lambda t: t / 0, "a scale that is zero or not finite"),
+        ],
+    )
+    def test_other_tensors(self, suffix: str, change: Any, says: str, packed: Path) -> None:
+        file = packed / "model.safetensors"
+        tensors = load_file(file)
+        tensors[f"{self.NAME}.{suffix}"] = change(tensors[f"{self.NAME}.{suffix}"])
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=says):
+            self.read(packed)
+
+    def test_zero_points_of_a_symmetric_layer(
+        self, quantized: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        source = quantized("llama", sym=False, format="gptq", recipe="textbook")
+        packed = convert(source, tmp_path / "packed", "compressed-tensors")
+        with pytest.raises(
+            CheckpointError, match="beside the middle, but the config says symmetric"
+        ):
+            self.read(packed)
+
+    def test_a_group_that_names_a_layer_comes_before_one_for_all(self, packed: Path) -> None:
+        with edited_json(packed / "config.json") as config:
+            groups = config["quantization_config"]["config_groups"]
+            wide = {**groups["group_0"], "weights": self.weights(num_bits=8)}
+            groups["group_1"] = {**wide, "targets": ["re:.*layers.1.mlp.*"]}
+        settings = Checkpoint(packed).config["quantization_config"]
+        layers = packed_layers(Checkpoint(packed), settings)
+        assert layers[self.NAME].config.bits == 4
+        assert layers["model.layers.1.mlp.down_proj"].config.bits == 8

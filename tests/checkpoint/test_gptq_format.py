@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,16 +18,10 @@ from roundwise.checkpoint.gptq_format import (
     decode,
     encode,
     packed_bytes,
-    parse_dynamic_rules,
     quantization_config,
-    quantized_layers,
-    read_quantization_config,
     settings_from_weight,
     shape_problem,
 )
-from roundwise.checkpoint.reader import Checkpoint
-from roundwise.checkpoint.writer import write_safetensors
-from roundwise.errors import CheckpointError
 
 OUT, IN = 32, 96
 
@@ -58,7 +50,8 @@ def code(words: torch.Tensor, index: int, bits: int) -> int:
 def test_encode_and_decode_are_inverse(seed: int, **options: Any) -> None:
     config = rw.QuantizeConfig(**{"format": options.pop("version"), **options})
     q = solved(seed, config)
-    back = decode(encode(q, config), config.format, "layer")
+    groups = config.columns_per_group(IN)
+    back = decode(encode(q, config), config.format, bits=config.bits, group_size=groups)
     assert back.bits == config.bits
     for field in ("codes", "scales", "zeros", "g_idx"):
         assert torch.equal(getattr(back, field), getattr(q, field))
@@ -119,15 +112,20 @@ def test_sizes_that_can_be_stored(
     assert found is None if problem is None else re.match(problem, found or "")
 
 
-def test_g_idx_is_optional_and_checked() -> None:
+def test_g_idx_is_optional() -> None:
     config = rw.QuantizeConfig(group_size=32)
     q = solved(3, config)
     tensors = encode(q, config)
-    without = {name: tensor for name, tensor in tensors.items() if name != "g_idx"}
-    assert torch.equal(decode(without, "gptq", "layer").g_idx, q.g_idx)
-    for wrong in (tensors["g_idx"][:-1], tensors["g_idx"] + 1, tensors["g_idx"] - 1):
-        with pytest.raises(CheckpointError, match="g_idx does not assign 96 channels to 3 groups"):
-            decode({**tensors, "g_idx": wrong}, "gptq", "layer")
+    del tensors["g_idx"]
+    assert torch.equal(decode(tensors, "gptq", bits=4, group_size=32).g_idx, q.g_idx)
+
+
+def test_a_layer_is_skipped_in_every_block_unless_another_block_quantizes_it() -> None:
+    config = rw.QuantizeConfig()
+    skipped, linears = ["0.gate", "1.gate", "0.fc"], ["1.fc", "0.up", "1.up"]
+    written = quantization_config(config, true_sequential=True, skipped=skipped, linears=linears)
+    assert written["dynamic"] == {r"-:.*\d+\.gate": {}, r"-:.*0\.fc": {}}
+    assert not any(re.match(rule[2:], name) for rule in written["dynamic"] for name in linears)
 
 
 def test_overrides_are_written_for_readers_that_match_from_the_start() -> None:
@@ -203,56 +201,3 @@ def test_the_most_common_settings_are_the_default() -> None:
         r"-:.*\d+\.fc": {},
         r"+:(?:0\.q_proj|0\.k_proj|0\.v_proj|0\.qkv_proj)$": asdict(wide),
     }
-
-
-def test_rules_are_read_back_as_they_were_given() -> None:
-    dynamic: dict[str, Any] = {"k_proj|v_proj": {"bits": 8}, r"layers\.0\.": None}
-    config = rw.QuantizeConfig(dynamic=dynamic)
-    assert parse_dynamic_rules(quantization_config(config, true_sequential=True)) == dynamic
-    # Other tools' patterns match from the start of the name.
-    assert parse_dynamic_rules({"dynamic": {"+:model": {"bits": 2}, "-:lm": {}}}) == {
-        "^(?:model)": {"bits": 2},
-        "^(?:lm)": None,
-    }
-    assert parse_dynamic_rules({}) == {}
-
-
-class TestCheckpoint:
-    """Layers and settings of a checkpoint in the format."""
-
-    @pytest.fixture
-    def folder(self, tmp_path: Path) -> Path:
-        config = rw.QuantizeConfig(bits=3, group_size=32)
-        tensors = {f"a.fc.{key}": value for key, value in encode(solved(6, config), config).items()}
-        write_safetensors(tmp_path / "model.safetensors", {**tensors, "a.norm": torch.ones(4)})
-        (tmp_path / "config.json").write_text("{}")
-        (tmp_path / "quantize_config.json").write_text('{"bits": 3, "group_size": 32}')
-        return tmp_path
-
-    def test_layers_are_found_by_their_tensors(self, folder: Path) -> None:
-        (layer,) = quantized_layers(Checkpoint(folder))
-        assert (layer.name, layer.bits(), layer.in_features()) == ("a.fc", 3, IN)
-        q = solved(6, rw.QuantizeConfig(bits=3, group_size=32))
-        assert torch.equal(layer.read("gptq").dequantize(), q.dequantize())
-
-    def test_a_layer_without_scales(self, folder: Path) -> None:
-        checkpoint = Checkpoint(folder)
-        del checkpoint.tensors["a.fc.scales"]
-        with pytest.raises(CheckpointError, match=r"a\.fc lacks scales"):
-            list(quantized_layers(checkpoint))
-
-    def test_the_settings_of_older_tools_are_read(self, folder: Path) -> None:
-        assert read_quantization_config(Checkpoint(folder)) == {"bits": 3, "group_size": 32}
-
-    @pytest.mark.parametrize(
-        ("method", "says"),
-        [
-            ("awq", "is quantized with awq, not in the GPTQ format"),
-            ("compressed-tensors", "run `roundwise convert --to gptq` first"),
-        ],
-    )
-    def test_other_methods(self, method: str, says: str, folder: Path) -> None:
-        settings = {"quantization_config": {"quant_method": method}}
-        (folder / "config.json").write_text(json.dumps(settings))
-        with pytest.raises(CheckpointError, match=says):
-            read_quantization_config(Checkpoint(folder))

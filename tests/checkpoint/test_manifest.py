@@ -148,8 +148,16 @@ class TestFiles:
             "a": file_digest(tmp_path / "a"), "b": "0", "c": "0",
             "config.json": file_digest(tmp_path / "config.json.draft"),
         }  # fmt: skip
-        assert changed_files(tmp_path, files, "config.json.draft") == [
-            "b was changed",
-            "c is missing",
-        ]
-        assert changed_files(tmp_path, files)[-1] == "config.json is missing"
+        changed = changed_files(tmp_path, files, "config.json.draft")
+        assert (changed.evidence, changed.notes) == (("c is missing",), ("b was changed",))
+        assert changed_files(tmp_path, files).evidence[-1] == "config.json is missing"
+
+    def test_weights_and_configs_are_evidence(self, tmp_path: Path) -> None:
+        names = ["config.json", "quantize_config.json", "m.safetensors", "m.safetensors.index.json"]
+        notes = ["tokenizer.json", "2_Dense/model.safetensors", "generation_config.json"]
+        (tmp_path / "2_Dense").mkdir()
+        for name in [*names, *notes]:
+            (tmp_path / name).write_text(name)
+        changed = changed_files(tmp_path, dict.fromkeys([*names, *notes], "0"))
+        assert changed.evidence == tuple(f"{name} was changed" for name in names)
+        assert changed.notes == tuple(f"{name} was changed" for name in notes)

@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 from roundwise.checkpoint import writer
 from roundwise.checkpoint.reader import DTYPES, read_header
 from roundwise.checkpoint.untrusted import file_digest
-from roundwise.checkpoint.writer import atomic_write, copy_file, write_json, write_safetensors
+from roundwise.checkpoint.writer import (
+    atomic_write,
+    copy_file,
+    partial_path,
+    write_json,
+    write_safetensors,
+)
 from roundwise.errors import StorageError
 from tests.helpers import Stop, raw
 
@@ -137,3 +143,13 @@ def test_copies_keep_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(range(256)) * 1000)
     copy_file(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+@pytest.mark.parametrize("length", [1, 247, 248, 255])
+def test_temporary_names_fit_and_differ(length: int, tmp_path: Path) -> None:
+    paths = [tmp_path / (letter * length) for letter in "ab"]
+    partial = [partial_path(path) for path in paths]
+    assert len({*paths, *partial}) == 4
+    for path in partial:
+        assert path.parent == tmp_path and path.name.endswith(".partial")
+        assert len(path.name.encode()) <= 255

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import roundwise as rw
+from roundwise.cli import app
 from tests.helpers import Commands
 
 
@@ -47,3 +51,22 @@ class TestModule:
         assert ended.returncode == 2
         assert ended.stderr.strip() == f"error: {tmp_path} has no config.json, so it is not a model"
         assert ended.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENAMETOOLONG, 2), (errno.EACCES, 2), (errno.ENOTDIR, 2), (errno.EIO, 1), (errno.ENOSPC, 1)],
+)  # fmt: skip
+def test_errors_about_files_are_one_sentence(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "a\x1b[2J" * 100)
+
+    monkeypatch.setattr(app, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == code
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "\x1b" not in printed and len(printed) < 200
+    assert printed.rstrip().endswith(os.strerror(number))

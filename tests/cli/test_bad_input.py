@@ -219,6 +219,8 @@ class TestSettings:
             (["--override", "q_proj=damp_percent:1"], ["an override may change bits"]),
             (["--skip", "."], ["every linear layer is skipped"]),
             (["--samples", 0], ["samples=0: must be at least 1"]),
+            (["--samples", 10**9], ["samples=1000000000: must be", "at most 1000000"]),
+            (["--batch-size", 10**9], ["batch_size=1000000000: must be"]),
         ],
     )  # fmt: skip
     def test_each_is_named(
@@ -452,3 +454,48 @@ def test_an_error_with_json_is_one_object_too(commands: Commands) -> None:
         "kind": "CheckpointError",
     }
     assert ended.sentence == ended.json["error"]
+
+
+class TestSideFiles:
+    """Damaged files beside the weights, and configs that ask for what is not there: one sentence."""
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("tokenizer.json", "[]"), ("tokenizer.json", "null"), ("tokenizer_config.json", "[]"),
+            ("generation_config.json", '{"repetition_penalty": 0.0}'),
+            ("generation_config.json", '{"eos_token_id": "x"}'),
+            ("generation_config.json", '{"bad_words_ids": []}'),
+            ("generation_config.json", "[]"),
+        ],
+    )  # fmt: skip
+    def test_generate(
+        self, name: str, text: str, text_model: Path, tmp_path: Path, commands: Commands
+    ) -> None:
+        folder = Path(shutil.copytree(text_model, tmp_path / "model"))
+        (folder / name).write_text(text)
+        refused(commands.run("generate", folder, "def f(", "--max-new-tokens", 2))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"is_encoder_decoder": True}, {"num_labels": 10**9}, {"model_type": "m\x1b[2J" * 30_000},
+            {"quantization_config": {"quant_method": "\x1b]0;title\x07"}},
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("command", ["generate", "quantize", "plan"])
+    def test_configs(
+        self, command: str, changes: dict[str, Any], text_model: Path, tmp_path: Path,
+        commands: Commands,
+    ) -> None:  # fmt: skip
+        folder = Path(shutil.copytree(text_model, tmp_path / "model"))
+        with edited_json(folder / "config.json") as config:
+            config.update(changes)
+        words = {
+            "generate": ["x"],
+            "quantize": [tmp_path / "out", "--method", "rtn", "--group-size", 32],
+            "plan": ["--group-size", 32],
+        }[command]
+        ended = commands.run(command, folder, *words)
+        assert len(refused(ended)) < 1000
+        assert "\x1b" not in ended.stderr + ended.stdout and "\x07" not in ended.stderr

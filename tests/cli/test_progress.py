@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from roundwise.cli import progress
 from roundwise.cli.progress import (
@@ -144,3 +146,32 @@ class TestReporter:
         report(step(2, resumed=2))
         report(step(3, resumed=2))
         assert moves == [(0.0, "block 3/4 q"), (0.5, "block 3/4"), (1.0, "block 4/4")]
+
+
+class TestSafeConsole:
+    """Nothing in a checkpoint reaches the terminal as a control character or as markup."""
+
+    def shown(self, *objects: Any) -> str:
+        out = io.StringIO()
+        progress.SafeConsole(file=out, force_terminal=True, width=200, no_color=True).print(
+            *objects
+        )
+        return out.getvalue()
+
+    @pytest.mark.parametrize(
+        "text",
+        ["\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "a\rb", "\x08", "\x00", "\u202e", "\u2066",
+         "\x7f"]
+    )  # fmt: skip
+    def test_control_characters(self, text: str) -> None:
+        assert text not in self.shown(text)
+        assert text not in self.shown(progress._labelled(text, "label", ""))
+        table = Table("name")
+        table.add_row(text)
+        assert text not in self.shown(table)
+        assert progress.visible("é 語\n\t[x] ok") == "é 語\n\t[x] ok"
+
+    @pytest.mark.parametrize("text", ["[/]", "[/red] [bold]", "[red", "]", "a[0]"])
+    def test_markup(self, text: str) -> None:
+        assert text in self.shown(progress._labelled(text, "", ""))
+        self.shown(text)  # no MarkupError

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import roundwise as rw
-from roundwise.checkpoint.gptq_format import parse_dynamic_rules, quantization_config
 from roundwise.errors import CheckpointError
 from roundwise.evaluation.compare import (
     PARTS,
@@ -62,14 +61,6 @@ def test_figures_are_those_of_a_direct_computation(text_model, quantized_text_mo
     ]
     assert comparison.perplexity == pytest.approx(tuple(expected), rel=1e-6)
     assert comparison.bytes[1] < comparison.bytes[0]
-
-
-def test_overrides_come_back_from_a_checkpoint():
-    config = rw.QuantizeConfig(dynamic={"mlp": {"bits": 8}, "o_proj": None})
-    settings = quantization_config(config, true_sequential=True)
-    assert parse_dynamic_rules(settings) == config.dynamic
-    foreign = {"dynamic": {"+:model\\.layers\\.0": {"bits": 8}, "-:lm": {}}}
-    assert parse_dynamic_rules(foreign) == {"^(?:model\\.layers\\.0)": {"bits": 8}, "^(?:lm)": None}
 
 
 def test_tasks_need_a_tokenizer(llama):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from roundwise.calibration.windows import Batch
+from roundwise.errors import CheckpointError
 from roundwise.forward.batch import (
     COUNTED,
     ENTER,
@@ -19,6 +21,7 @@ from roundwise.forward.batch import (
     WeightSwap,
     at_experts,
     at_group,
+    block_output,
     depth_error,
     hidden,
 )
@@ -95,3 +98,20 @@ def test_depth_error_loads_offloaded_batches_one_after_another() -> None:
 
 def test_without_a_reference_there_is_no_depth_error() -> None:
     assert depth_error([paused(0, torch.ones(2, 3, 4))], Ranks()) is None
+
+
+class TestBlockOutput:
+    """What a block returns: hidden states, alone or first."""
+
+    def test_lists_become_tuples(self) -> None:
+        states, cache = torch.ones(1, 2), torch.zeros(1)
+        assert block_output("b", self, states) is states
+        assert block_output("b", self, (states, None)) == (states, None)
+        assert block_output("b", self, [states, cache]) == (states, cache)
+
+    @pytest.mark.parametrize("output", [None, {"x": torch.ones(1)}, [], (), [None], ("a",), 3])
+    def test_anything_else_is_named(self, output: Any) -> None:
+        with pytest.raises(
+            CheckpointError, match=r"block h\.3 \(TestBlockOutput\) returns .*--method"
+        ):
+            block_output("h.3", self, output)

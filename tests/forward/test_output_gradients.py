@@ -13,7 +13,7 @@ import transformers
 
 import roundwise as rw
 from roundwise.calibration.windows import Batch
-from roundwise.checkpoint.manifest import WORK
+from roundwise.checkpoint.side_files import WORK
 from roundwise.errors import FallbackError
 from roundwise.forward import output_gradients
 from roundwise.forward.output_gradients import OutputGradients

@@ -7,26 +7,29 @@ coverage-guided fuzzer, `test_corpus.py` with the inputs kept in `corpus/`.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 import roundwise as rw
 from roundwise.calibration.dataset import load_calibration
 from roundwise.checkpoint.hub import bundled_model
-from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
+from roundwise.checkpoint.reader import DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint
 from roundwise.cli.commands.inspect import summarize
 from roundwise.config import CalibrationConfig
 from roundwise.convert import convert
 from roundwise.errors import Interrupted, RoundwiseError
+from roundwise.inference.quant_linear import QuantLinear
 from roundwise.model.streamed import open_streamed_model
+from roundwise.model.tokenizer import load_tokenizer
 from roundwise.plan.plan import plan
-from roundwise.run.prepare import load_tokenizer
 from roundwise.run.reproduce import reproduce
 from roundwise.verify import audit
 from tests.helpers import CHAT_TEMPLATE, random_model
@@ -34,6 +37,8 @@ from tests.helpers import CHAT_TEMPLATE, random_model
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+#: A layer of the small model, whose tensors are changed.
+LAYER = "model.layers.1.mlp.down_proj"
 RTN = rw.QuantizeConfig(group_size=32, method="rtn")
 SMALL = transformers.LlamaConfig(
     vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
@@ -95,6 +100,7 @@ class Targets:
             "header": self.header,
             "file": self.file,
             "quantized_header": self.quantized_header,
+            "config_and_tensors": self.config_and_tensors,
             "journal": self.journal,
             "manifest": self.manifest,
             "tokenizer": self.tokenizer,
@@ -116,7 +122,14 @@ class Targets:
         folders = {"header": self.dense, "quantized_header": self.foreign}
         if target in folders:
             return _split(self.kept[folders[target] / SINGLE_FILE])[0]
+        settings = json.loads(self.kept[self.foreign / "config.json"])["quantization_config"]
+        layer = {
+            name: [entry["dtype"], entry["shape"]]
+            for name, entry in self._entries().items()
+            if name.startswith(f"{LAYER}.")
+        }
         texts = {
+            "config_and_tensors": json.dumps({"config": settings, "tensors": layer}).encode(),
             "file": (2).to_bytes(8, "little") + b"{}",
             "tokenizer": b'{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", '
             b'"vocab": {"a": 0, "b": 1}, "unk_token": "a"}, "pre_tokenizer": {"type": "Whitespace"}}',
@@ -181,6 +194,64 @@ class Targets:
         path = self.foreign / SINGLE_FILE
         path.write_bytes(_joined(data, _split(self.kept[path])[1]))
         self._all_of(self.foreign)
+
+    def config_and_tensors(self, data: bytes) -> None:
+        """A quantization config, and types and shapes of tensors, which must fit together.
+
+        Readers that accept them must find the same numbers, and `verify` accepts what they accept.
+        """
+        try:
+            given = json.loads(data)
+            changed = {
+                str(name): (str(kind), [int(size) for size in shape])
+                for name, (kind, shape) in dict(given["tensors"]).items()
+            }
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            return
+        config = json.loads(self.kept[self.foreign / "config.json"])
+        config["quantization_config"] = given.get("config")
+        (self.foreign / "config.json").write_text(json.dumps(config))
+        (self.foreign / SINGLE_FILE).write_bytes(self._file_with(changed))
+        self._all_of(self.foreign)
+        report = audit(self.foreign)
+        with suppress(RoundwiseError):
+            dense = load_file(
+                convert(self.foreign, self.out / "same", "dense", dtype=torch.float32) / SINGLE_FILE
+            )
+            assert not report.failures, report.failures
+            model, _ = rw.load(self.foreign)
+            for name, module in model.named_modules():
+                if isinstance(module, QuantLinear):
+                    assert torch.equal(dense[f"{name}.weight"], module.dequantize().T), name
+
+    def _entries(self) -> dict[str, Any]:
+        """Tensors in the header of the foreign checkpoint."""
+        header = json.loads(_split(self.kept[self.foreign / SINGLE_FILE])[0])
+        header.pop("__metadata__", None)
+        return dict(header)
+
+    def _file_with(self, changed: dict[str, tuple[str, list[int]]]) -> bytes:
+        """The file of the foreign checkpoint with tensors of other types and shapes.
+
+        They begin with the bytes of the tensor they replace, and go on with those again.
+        """
+        kept = _split(self.kept[self.foreign / SINGLE_FILE])[1]
+        header, data = dict[str, Any](), b""
+        entries = {**self._entries(), **dict.fromkeys(changed)}
+        for name in entries:
+            old = self._entries().get(name)
+            start, end = old["data_offsets"] if old else (0, 4)
+            kind, shape = changed.get(name) or (old["dtype"], old["shape"])
+            count = math.prod(shape) * DTYPES[kind].itemsize if kind in DTYPES else end - start
+            part = kept[start:end]
+            if 0 <= count <= 1 << 20 and part:
+                part = (part * (count // len(part) + 1))[:count]
+            header[name] = {
+                "dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(part)],
+            }  # fmt: skip
+            data += part
+        text = json.dumps(header).encode()
+        return _joined(text + b" " * (-len(text) % 8), data)
 
     def _all_of(self, folder: Path) -> None:
         """What reads quantized checkpoints."""

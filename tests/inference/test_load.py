@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 import roundwise as rw
-from roundwise.checkpoint.gptq_format import quantized_layers
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.inference.load import parse_dtype, require_tokenizer
@@ -29,7 +28,7 @@ def dense_logits(source: Path, checkpoint: Path, version: str) -> torch.Tensor:
     """Logits of the source model with the dequantized weights of the checkpoint."""
     model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     for layer in quantized_layers(Checkpoint(checkpoint)):
-        assign(model, layer.name, layer.read(version).dequantize())
+        assign(model, layer.name, layer.read().dequantize())
     return logits(model)
 
 
@@ -198,21 +197,13 @@ class TestRefused:
             rw.load(tmp_path / "nowhere")
 
 
-def test_widths_are_those_of_the_tensors(quantized: Callable[..., Path], tmp_path: Path) -> None:
-    # The config has another width than the tensors.
-    folder = Path(shutil.copytree(quantized("llama", bits=8), tmp_path / "out"))
-    with edited_json(folder / "config.json") as config:
-        config["quantization_config"]["bits"] = 4
-    expected = logits(rw.load(quantized("llama", bits=8))[0])
-    assert torch.equal(logits(rw.load(folder)[0]), expected)
-    assert load_file(next(folder.glob("*-00001-*")))
-
-
 def test_without_a_tokenizer(llama: Path, tmp_path: Path) -> None:
     _, tokenizer = rw.load(llama)
     assert tokenizer is None
-    with pytest.raises(CheckpointError, match="llama has no usable tokenizer: copy the original"):
-        require_tokenizer(tokenizer, "llama")
+    with pytest.raises(
+        CheckpointError, match=r"llama\d* has no usable tokenizer: copy the original"
+    ):
+        require_tokenizer(tokenizer, llama)
     folder = Path(shutil.copytree(llama, tmp_path / "damaged"))
     (folder / "tokenizer.json").write_text("{}")
     assert rw.load(folder)[1] is None

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from roundwise.errors import ConfigError
+import roundwise as rw
+from roundwise.checkpoint.reader import Checkpoint
+from roundwise.cli.commands.inspect import summarize
+from roundwise.convert import convert
+from roundwise.errors import CheckpointError, ConfigError, RoundwiseError
 from roundwise.model.blocks import (
     OutputHead,
+    check_quantized_head,
     find_blocks,
     head_block,
     is_tied,
@@ -24,8 +30,19 @@ from roundwise.model.blocks import (
     weight_of,
     wrapped_forwards,
 )
+from roundwise.model.dequantized_view import dequantized_checkpoint
 from roundwise.model.streamed import open_streamed_model
-from tests.helpers import ARCHITECTURES, LLAMA, Architecture, linear_names, random_model, tensors_of
+from roundwise.verify import audit
+from tests.handmade import PLAIN, is_linear, write
+from tests.helpers import (
+    ARCHITECTURES,
+    LLAMA,
+    Architecture,
+    edited_json,
+    linear_names,
+    random_model,
+    tensors_of,
+)
 from tests.matrix.families import FAMILIES
 
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -184,3 +201,46 @@ def test_a_model_that_cannot_be_untied_is_refused(tmp_path: Path) -> None:
     streamed = open_streamed_model(saved(tmp_path, tied=True))
     with pytest.raises(ConfigError, match="always ties its head to the embedding"):
         untied_checkpoint(streamed.checkpoint, streamed.model, streamed.checkpoint_name_of)
+
+
+class TestQuantizedHead:
+    """A quantized head that the config ties to the embedding is refused by every reader."""
+
+    @pytest.fixture
+    def folder(self, llama: Path, tmp_path: Path) -> Path:
+        write(
+            llama, tmp_path / "head", {**PLAIN, "lm_head": True},
+            chosen=lambda name: is_linear(name) or name == "lm_head.weight",
+        )  # fmt: skip
+        return tmp_path / "head"
+
+    READERS: ClassVar[dict[str, Callable[[Path], Any]]] = {
+        "load": rw.load,
+        "transformers": transformers.AutoModelForCausalLM.from_pretrained,
+        "verify": lambda folder: audit(folder).raise_on_failure(),
+        "convert": lambda folder: convert(folder, folder / "out", "gptq_v2"),
+        "source": lambda folder: dequantized_checkpoint(Checkpoint(folder)),
+        "inspect": lambda folder: summarize(str(folder)),
+    }
+
+    @pytest.mark.parametrize("reader", READERS)
+    def test_tied(self, reader: str, folder: Path) -> None:
+        self.READERS[reader](folder)
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        with edited_json(folder / "config.json") as config:
+            config["tie_word_embeddings"] = True
+        with pytest.raises(
+            RoundwiseError, match=r"quantized \(lm_head\), .*set tie_word_embeddings"
+        ):
+            self.READERS[reader](folder)
+
+    @pytest.mark.parametrize(("model_type", "tied"), [("gemma3_text", True), ("llama", False)])
+    def test_the_default_of_the_family_counts(self, model_type: str, tied: bool) -> None:
+        config = transformers.AutoConfig.for_model(model_type)
+        assert is_tied(config) == tied
+        check_quantized_head(lambda: config, ["model.layers.0.mlp.up_proj"])
+        if tied:
+            with pytest.raises(CheckpointError, match="the output head is quantized"):
+                check_quantized_head(lambda: config, ["a.b", "lm_head"])
+        else:
+            check_quantized_head(lambda: config, ["a.b", "lm_head"])

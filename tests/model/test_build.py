@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+import roundwise as rw
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.model.build import (
@@ -20,6 +21,7 @@ from roundwise.model.build import (
     load_config,
     model_class,
 )
+from roundwise.model.streamed import open_streamed_model
 from tests.helpers import ARCHITECTURES, LLAMA, edited_json
 from tests.matrix.families import FAMILIES
 
@@ -115,3 +117,68 @@ def test_a_model_that_does_not_take_text() -> None:
     model = FAMILIES["Whisper"].make()
     with pytest.raises(ConfigError, match="takes input_features instead of text"):
         forward_kwargs(model, torch.tensor([[5]]))
+
+
+class TestContextLength:
+    """How many tokens a model takes, which is not always what its config says."""
+
+    @pytest.mark.parametrize(
+        ("config", "limit"),
+        [
+            (transformers.RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+            (transformers.RobertaConfig(max_position_embeddings=70, pad_token_id=0), 69),
+            (transformers.MPNetConfig(max_position_embeddings=514, pad_token_id=1), 512),
+            (transformers.BertConfig(max_position_embeddings=512), 512),
+            (transformers.XLNetConfig(d_model=64, n_layer=2, n_head=4, d_inner=96), None),
+            (transformers.LlamaConfig(max_position_embeddings=77), 77),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_of_a_model(self, config: Any, limit: int | None) -> None:
+        for name in ("hidden_size", "intermediate_size"):
+            if not isinstance(config, transformers.XLNetConfig):
+                setattr(config, name, 48)
+        config.num_hidden_layers = 2
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config)
+        assert context_length(model) == limit
+
+    def test_of_roberta_is_what_its_forward_takes(self) -> None:
+        config = transformers.RobertaConfig(
+            vocab_size=99, hidden_size=48, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=4, max_position_embeddings=34, pad_token_id=1,
+        )  # fmt: skip
+        model = transformers.RobertaModel(config)
+        limit = context_length(model)
+        assert limit == 32
+        model(input_ids=torch.full((1, limit), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, limit + 1), 5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"is_encoder_decoder": True}, "is_encoder_decoder=true, but LlamaForCausalLM is not an enc"),
+        ({"num_labels": 10**9}, "num_labels=1000000000, but no known model has more than 1000000"),
+        ({"architectures": ["x" * 100_000], "model_type": "y" * 100_000}, "cannot open"),
+        ({"architectures": "LlamaForCausalLM"}, None),
+        ({"architectures": [3, None]}, None),
+        ({"architectures": ["A\x1b[2J" * 50_000]}, None),
+        ({"return_dict": False}, None),
+    ],
+)  # fmt: skip
+def test_settings_of_a_config(
+    changes: dict[str, Any], says: str | None, copy_of: Callable[[str], Path]
+) -> None:
+    folder = copy_of("llama")
+    with edited_json(folder / "config.json") as config:
+        config.update(changes)
+    if says is None:
+        model, _ = rw.load(folder)
+        assert model(input_ids=torch.tensor([[3, 4]])).logits.shape == (1, 2, 128)
+        return
+    for read in (rw.load, open_streamed_model):
+        with pytest.raises(CheckpointError, match=says) as error:
+            read(folder)
+        assert len(str(error.value)) < 1000 and "\n" not in str(error.value)

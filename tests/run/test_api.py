@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import roundwise as rw
-from roundwise.checkpoint.gptq_format import quantized_layers
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.core.drift import Drift
 from roundwise.model.blocks import weight_of
@@ -124,7 +124,7 @@ def test_streaming_equals_the_plain_implementation(
     )  # fmt: skip
     assert result.mode == mode
     errors = {layer["name"]: layer["relative_error"] for layer in result.layers}
-    ours = {layer.name: layer.read("gptq") for layer in quantized_layers(Checkpoint(result.output))}
+    ours = {layer.name: layer.read() for layer in quantized_layers(Checkpoint(result.output))}
     sequential = mode == "true_sequential"
     expected = Plain(folder_of(name), name, rows).run(ours, config, sequential=sequential)
     assert errors.keys() == expected.keys()
@@ -193,7 +193,7 @@ def test_the_checkpoint_equals_a_dense_model_with_dequantized_weights(
 ) -> None:
     dense = transformers.AutoModelForCausalLM.from_pretrained(folder_of(name)).eval()
     for layer in quantized_layers(Checkpoint(quantized(name))):
-        assign(dense, layer.name, layer.read("gptq").dequantize())
+        assign(dense, layer.name, layer.read().dequantize())
     model, tokenizer = rw.load(quantized(name))
     ids = torch.tensor(windows(seed=5))
     with torch.no_grad():
@@ -245,7 +245,7 @@ class TestSources:
         dense = auto.from_pretrained(tmp_path / "model").eval()
         prefix = "" if named == "base" else f"{dense.base_model_prefix}."
         for layer in quantized_layers(Checkpoint(tmp_path / "out")):
-            assign(dense, prefix + layer.name, layer.read("gptq").dequantize())
+            assign(dense, prefix + layer.name, layer.read().dequantize())
         model, _ = rw.load(tmp_path / "out")
         ids = torch.tensor(windows(seed=5))
         with torch.no_grad():
@@ -316,7 +316,7 @@ class TestOverrides:
         assert after["model.layers.0.mlp.down_proj.scales"].shape == (1, 64)
         dense = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
         for layer in quantized_layers(Checkpoint(tmp_path / "out")):
-            assign(dense, layer.name, layer.read("gptq").dequantize())
+            assign(dense, layer.name, layer.read().dequantize())
         model, _ = rw.load(tmp_path / "out")
         ids = torch.tensor(windows())
         with torch.no_grad():

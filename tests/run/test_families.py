@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.models.llama import modeling_llama as llama
 
 import roundwise as rw
+from roundwise.errors import CheckpointError
+from roundwise.forward.input_groups import OTHER_TOKENS
 from roundwise.model.build import forward_kwargs, model_class
 from roundwise.model.streamed import open_streamed_model
 from tests.helpers import (
@@ -17,6 +22,7 @@ from tests.helpers import (
     batches,
     contents,
     hidden,
+    random_model,
     raw,
     run_blocks,
     stop_after,
@@ -119,3 +125,63 @@ def test_layers_that_are_called_several_times_are_reported(
     result = quantize(folder("Albert"), tmp_path)
     assert any("called several times in a forward" in warning for warning in result.not_as_asked)
     assert not any("called several" in w for w in quantize(folder("Bert"), tmp_path / "b").warnings)
+
+
+class TestUnusualForwards:
+    """Blocks that return lists, experts that transformers calls one by one, models that fail."""
+
+    def quantize(self, folder: Path, out: Path, **changes: Any) -> rw.QuantizeResult:
+        config = rw.QuantizeConfig(**{"group_size": 32, **changes})
+        return rw.quantize(folder, out, config, windows(), samples=4, seq_len=32, batch_size=2)
+
+    @pytest.mark.parametrize("mode", ["true_sequential", "block"])
+    def test_blocks_that_return_lists(self, mode: Any, tmp_path: Path) -> None:
+        config = transformers.OpenAIGPTConfig(
+            vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64
+        )
+        random_model(config).save_pretrained(tmp_path / "model")
+        result = rw.quantize(
+            tmp_path / "model", tmp_path / "out", rw.QuantizeConfig(group_size=32), windows(),
+            samples=4, seq_len=32, batch_size=2, mode=mode,
+        )  # fmt: skip
+        assert len(result.layers) == 8 and not any(layer.fallback for layer in result.layers)
+        rw.load(tmp_path / "out")
+
+    def test_experts_that_see_other_tokens(self, tmp_path: Path) -> None:
+        """The drift of an expert is that of its own tokens, which the two models choose differently."""
+        config = transformers.SwitchTransformersConfig(
+            vocab_size=128, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_decoder_layers=2,
+            num_heads=4, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = transformers.SwitchTransformersForConditionalGeneration(config)
+        model.save_pretrained(tmp_path / "model")
+        result = self.quantize(tmp_path / "model", tmp_path / "out", bits=2)
+        apart = [layer.name for layer in result.layers if layer.fallback == OTHER_TOKENS]
+        assert apart and all(".experts." in name for name in apart)
+        assert any("drift is not corrected" in issue for issue in result.not_as_asked)
+        without = self.quantize(tmp_path / "model", tmp_path / "no", bits=2, alpha=0.0, beta=0.0)
+        assert not any(layer.fallback == OTHER_TOKENS for layer in without.layers)
+
+    @pytest.mark.parametrize(
+        ("kind", "says"),
+        [
+            (llama.LlamaMLP, r"block model\.layers\.0 \(LlamaDecoderLayer\) fails .*: no way"),
+            (torch.nn.Embedding, "LlamaForCausalLM fails on calibration text outside .*: no way"),
+        ],
+    )
+    def test_a_forward_that_fails_is_named(
+        self, kind: Any, says: str, folder_of: Callable[[str], Path], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        original = kind.forward
+
+        def forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+            if not isinstance(x, FakeTensor):  # the probe on fake tensors may fail
+                raise TypeError("no way\nat all")
+            return original(module, x)
+
+        monkeypatch.setattr(kind, "forward", forward)
+        with pytest.raises(CheckpointError, match=says):
+            self.quantize(folder_of("llama"), tmp_path / "out", recipe="textbook")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from roundwise.checkpoint.manifest import BlockRecord, Fingerprint, SavedActivations
+from roundwise.checkpoint.manifest import BlockRecord, Fingerprint, GivenNames, SavedActivations
 from roundwise.errors import OutputError, RunError
 from roundwise.run.journal import Journal, load_outputs, save_outputs
 from tests.helpers import raw
@@ -33,11 +33,12 @@ def record(block: int, activations: SavedActivations | None = None) -> BlockReco
 
 
 RUN = Fingerprint(threads=4)
+GIVEN = GivenNames(model="model", calibration=None)
 
 
 def test_lines_are_read_in_order(journal: Journal) -> None:
     assert journal.read() == (None, [])
-    journal.start(RUN)
+    journal.start(RUN, GIVEN)
     assert journal.read() == (RUN, [])
     for block in range(3):
         journal.blocks_done([record(block)], keep=set())
@@ -45,7 +46,7 @@ def test_lines_are_read_in_order(journal: Journal) -> None:
 
 
 def test_a_line_is_synced_to_disk(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal.start(RUN)
+    journal.start(RUN, GIVEN)
     synced: list[str] = []
     sync = os.fsync
 
@@ -59,7 +60,7 @@ def test_a_line_is_synced_to_disk(journal: Journal, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_incomplete_line_is_ignored_and_dropped(journal: Journal) -> None:
-    journal.start(RUN)
+    journal.start(RUN, GIVEN)
     journal.blocks_done([record(0)], keep=set())
     with journal.path.open("a") as file:
         file.write('{"block": 1')
@@ -75,7 +76,7 @@ def test_an_incomplete_first_line_is_an_empty_journal(journal: Journal) -> None:
 
 
 def test_incomplete_files_are_removed(journal: Journal) -> None:
-    journal.start(RUN)
+    journal.start(RUN, GIVEN)
     out = journal.folder.parent
     for path in (out / "model-00001.safetensors.partial", journal.folder / "x.partial"):
         path.touch()
@@ -119,7 +120,7 @@ def test_a_block_that_returns_something_else_is_refused(journal: Journal) -> Non
 
 
 def test_only_activations_that_are_needed_are_kept(journal: Journal) -> None:
-    journal.start(RUN)
+    journal.start(RUN, GIVEN)
     for block in range(3):
         saved = save_outputs(journal.folder.parent, block, 0, {"probe": torch.ones(2)})
         keep = {"activations-00000-0.safetensors", *saved.files}

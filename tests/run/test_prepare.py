@@ -14,7 +14,7 @@ import roundwise as rw
 from roundwise.checkpoint.manifest import Fingerprint
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import CalibrationConfig, QuantizeConfig, RunConfig
-from roundwise.errors import CalibrationError, ConfigError, StrictError
+from roundwise.errors import CheckpointError, ConfigError, StrictError
 from roundwise.run.prepare import RunPlan, load_tokenizer, prepare
 from tests.conftest import QUICK
 from tests.helpers import windows
@@ -93,7 +93,7 @@ def test_skipping_all_layers_is_refused(llama: Path, tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_is_missing(llama: Path, tiny: Path) -> None:
     assert load_tokenizer(Checkpoint(tiny)).vocab_size == 4096
-    with pytest.raises(CalibrationError, match="has no usable tokenizer"):
+    with pytest.raises(CheckpointError, match="has no usable tokenizer"):
         load_tokenizer(Checkpoint(llama))
 
 
@@ -142,6 +142,6 @@ class TestRefused:
         assert not (tmp_path / "out").exists()
 
     def test_text_for_a_model_without_a_tokenizer(self, llama: Path, tmp_path: Path) -> None:
-        with pytest.raises(CalibrationError, match="has no usable tokenizer"):
+        with pytest.raises(CheckpointError, match="has no usable tokenizer"):
             rw.quantize(llama, tmp_path / "out", QUICK, ["some text"])
         assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import roundwise as rw
-from roundwise.checkpoint.gptq_format import quantized_layers
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import ConfigError, OutputError
 from roundwise.verify import audit
@@ -71,7 +71,7 @@ def unscaled(source: Path, result: rw.QuantizeResult) -> dict[str, torch.Tensor]
     records = {layer["name"]: layer["prescale"] for layer in result.layers}
     weights = {}
     for layer in quantized_layers(Checkpoint(result.output)):
-        Q = layer.read("gptq").dequantize()
+        Q = layer.read().dequantize()
         record = next(r for name, r in records.items() if name.endswith(layer.name))
         if record is not None:
             gains = [t[record["norm"]].float() + record["offset"] for t in (before, after)]

@@ -19,7 +19,7 @@ from torch import nn
 import roundwise as rw
 from roundwise import QuantizeConfig
 from roundwise.checkpoint import writer
-from roundwise.checkpoint.manifest import Fingerprint, SavedActivations
+from roundwise.checkpoint.manifest import Fingerprint, GivenNames, SavedActivations
 from roundwise.errors import CheckpointError, Interrupted, OutputError, RunError
 from roundwise.model.blocks import Block
 from roundwise.run import resume
@@ -559,7 +559,7 @@ class TestCheckpointer:
 
     def test_finished_blocks_are_recorded_together(self, tmp_path: Path) -> None:
         journal = Journal(tmp_path)
-        journal.start(Fingerprint())
+        journal.start(Fingerprint(), GivenNames(model="m", calibration=None))
         blocks = [Block(f"layers.{index}", nn.Module(), {}) for index in range(4)]
         checkpointer = Checkpointer(tmp_path, blocks, [], journal, Ranks())
         saved = SavedActivations(files={"activations-00001-0.safetensors": "0"}, places=None)

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import roundwise as rw
-from roundwise.checkpoint.gptq_format import quantized_layers
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import ConfigError, OutputError
 from roundwise.model.rotate import rotated_checkpoint

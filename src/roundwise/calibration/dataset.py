@@ -36,6 +36,8 @@ CHARACTERS_PER_TOKEN, PIECE = 16, 16 << 10
 MIN_CHARACTERS = 1 << 20
 #: Length in tokens of the pieces that `unique_share` compares.
 PIECE_TOKENS = 8
+#: Largest settings: more would only take time and memory, and no method needs as many.
+LIMITS = {"samples": 1_000_000, "seq_len": 10_000_000, "batch_size": 1_000_000}
 #: With fewer samples, or fewer tokens than channels, a Hessian is noisy.
 ADVISED_SAMPLES = 128
 
@@ -114,9 +116,11 @@ def load_calibration(
 
 
 def _check_config(config: CalibrationConfig, special: SpecialTokens) -> None:
-    for name in ("samples", "seq_len", "batch_size"):
-        if getattr(config, name) < 1:
-            raise CalibrationError(f"{name}={getattr(config, name)}: must be at least 1")
+    for name, most in LIMITS.items():
+        if not 1 <= getattr(config, name) <= most:
+            raise CalibrationError(
+                f"{name}={getattr(config, name)}: must be at least 1 and at most {most}"
+            )
     if config.only not in (None, "assistant"):
         raise CalibrationError(f"only={config.only!r} is not supported: use assistant")
     if config.seq_len <= special.count:

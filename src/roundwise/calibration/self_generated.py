@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from roundwise.calibration.special_tokens import special_tokens
+from roundwise.checkpoint.quantization_config import raw_quantization_config
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import CalibrationConfig
 from roundwise.errors import CalibrationError
@@ -85,7 +86,7 @@ def _load_model(checkpoint: Checkpoint, model_config: Any, device: torch.device)
     kind = model_class(model_config)
     if not kind.can_generate() or getattr(model_config, "is_encoder_decoder", False):
         raise CalibrationError(f"{kind.__name__} cannot generate text: give a calibration file")
-    if "quantization_config" in Checkpoint(checkpoint.folder).config:
+    if raw_quantization_config(Checkpoint(checkpoint.folder)) is not None:
         raise CalibrationError(
             "a quantized model cannot generate its calibration text: give a calibration file"
         )

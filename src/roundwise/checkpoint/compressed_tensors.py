@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from roundwise.checkpoint.config_values import flag, matches, whole_number
+from roundwise.checkpoint.quantization_config import LayerConfig
 from roundwise.checkpoint.reader import Checkpoint, TensorInfo
 from roundwise.core.quantized_weight import QuantizedWeight, pack, unpack
 from roundwise.errors import CheckpointError, ConfigError
@@ -32,6 +34,11 @@ PACKED, SCALE, SHAPE, ZERO, G_IDX = (
 )  # fmt: skip
 SUFFIXES = (PACKED, SCALE, SHAPE, ZERO, G_IDX)
 WIDTHS = (2, 4, 8)
+#: Types of the tensors, as safetensors codes.
+TYPES = {
+    PACKED: ("I32",), SCALE: ("F16", "BF16", "F32"), SHAPE: ("I64", "I32"), ZERO: ("I32",),
+    G_IDX: ("I32", "I64"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,31 @@ class PackedLayer:
     name: str
     tensors: dict[str, TensorInfo]
     """The layer's tensors by suffix, such as weight_packed."""
+    config: LayerConfig
+    """Settings of the layer according to the config."""
+
+    def _check_types(self) -> None:
+        for suffix, info in self.tensors.items():
+            if info.dtype not in TYPES[suffix]:
+                raise CheckpointError(
+                    f"{self.name}.{suffix} is {info.dtype}, but must be {' or '.join(TYPES[suffix])}"
+                )
+
+    def _check_config(self, rows: int, columns: int, bits: int) -> None:
+        """Refuses a config that contradicts the tensors."""
+        groups, stated = self.tensors[SCALE].shape[1], self.config
+        size = columns if stated.group_size in (None, -1) else stated.group_size or columns
+        if stated.bits not in (None, bits):
+            raise CheckpointError(
+                f"{self.name} has codes of {bits} bits, but the config says num_bits={stated.bits}"
+            )
+        if stated.group_size is not None and -(-columns // size) != groups:
+            raise CheckpointError(
+                f"{self.name} has {groups} groups of its {columns} input channels, but the config says "
+                f"group_size={stated.group_size}"
+            )
+        if stated.sym is False and ZERO not in self.tensors:
+            raise CheckpointError(f"{self.name} has no {ZERO}, but the config says symmetric=false")
 
     def shape(self) -> tuple[int, int]:
         """Returns (out_features, in_features).
@@ -70,6 +102,9 @@ class PackedLayer:
         Raises:
             CheckpointError: the shapes of the layer's tensors contradict each other.
         """
+        self._check_types()
+        if self.tensors[SHAPE].shape != (2,):
+            raise CheckpointError(f"{self.name}.{SHAPE} does not hold two numbers")
         rows, columns = (int(size) for size in self.tensors[SHAPE].read())
         packed, scale = self.tensors[PACKED].shape, self.tensors[SCALE].shape
         words = [-(-columns * bits // 32) for bits in WIDTHS]
@@ -103,8 +138,11 @@ class PackedLayer:
             ConfigError: float16 cannot represent the scales exactly.
         """
         (rows, columns), bits = self.shape(), self.bits()
+        self._check_config(rows, columns, bits)
         scales = self.tensors[SCALE].read()
         groups = scales.shape[1]
+        if not bool(torch.isfinite(scales).all()) or not bool((scales != 0).all()):
+            raise CheckpointError(f"{self.name} has a scale that is zero or not finite")
         halves = scales.to(torch.float16)
         if not torch.equal(halves.to(torch.float32), scales.to(torch.float32)):
             raise ConfigError(
@@ -121,10 +159,15 @@ class PackedLayer:
                     f"{groups} groups"
                 )
             zeros = _unpack_rows(words.T.contiguous(), bits, rows).T.contiguous().to(torch.int32)
+            if self.config.sym and not bool((zeros == 2 ** (bits - 1)).all()):
+                raise CheckpointError(
+                    f"{self.name} has zero points beside the middle, but the config says symmetric=true"
+                )
         if G_IDX in self.tensors:
             g_idx = self.tensors[G_IDX].read().to(torch.int32)
         else:
-            g_idx = torch.arange(columns, dtype=torch.int32) // -(-columns // groups)
+            size = columns if groups == 1 else self.config.group_size or -(-columns // groups)
+            g_idx = torch.arange(columns, dtype=torch.int32) // size
         if g_idx.shape != (columns,) or int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
             raise CheckpointError(
                 f"{self.name}.{G_IDX} does not assign {columns} channels to {groups} groups"
@@ -132,20 +175,27 @@ class PackedLayer:
         return QuantizedWeight(codes=codes, scales=halves, zeros=zeros, g_idx=g_idx, bits=bits)
 
 
-def packed_layers(checkpoint: Checkpoint) -> dict[str, PackedLayer]:
+def packed_layers(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, PackedLayer]:
     """Returns all quantized linear layers of a compressed-tensors checkpoint, by name.
+
+    Args:
+        checkpoint: the checkpoint.
+        settings: its quantization config.
 
     Raises:
         CheckpointError: a tensor of a layer is missing, or there are no quantized layers.
         ConfigError: the format is not pack-quantized, or activations are quantized too.
     """
-    settings = checkpoint.config["quantization_config"]
     groups = settings.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else []
-    formats = {settings.get("format"), *(group.get("format") for group in groups)} - {None}
+    if not all(isinstance(group, dict) for group in groups):
+        raise CheckpointError(
+            f"config_groups of {checkpoint.folder} is not a JSON object of objects"
+        )
+    formats = {str(group.get("format") or FORMAT) for group in (settings, *groups)}
     if formats != {FORMAT}:
         raise ConfigError(
-            f"{checkpoint.folder} is in compressed-tensors format {', '.join(map(str, formats))}: only "
+            f"{checkpoint.folder} is in compressed-tensors format {', '.join(sorted(formats))}: only "
             f"{FORMAT} is supported"
         )
     activations = any(group.get("input_activations") for group in groups)
@@ -165,10 +215,41 @@ def packed_layers(checkpoint: Checkpoint) -> dict[str, PackedLayer]:
             missing = {SCALE, SHAPE} - set(tensors)
             if missing:
                 raise CheckpointError(f"{name} lacks {', '.join(sorted(missing))}")
-            layers[name] = PackedLayer(name, tensors)
+            layers[name] = PackedLayer(name, tensors, _layer_config(name, groups))
     if not layers:
         raise CheckpointError(f"{checkpoint.folder} has no quantized layers")
     return layers
+
+
+def _layer_config(name: str, groups: list[dict[str, Any]]) -> LayerConfig:
+    """Returns the settings of a layer: those of the first group that names it, else that is for all."""
+    for is_target in (_is_name, _is_class):
+        for group in groups:
+            targets, weights = group.get("targets"), group.get("weights")
+            if not isinstance(targets, list) or not isinstance(weights, dict):
+                continue
+            if any(is_target(str(target), name) for target in targets):
+                size = whole_number(weights, "group_size")
+                by_row = weights.get("strategy") == "channel" and size is None
+                return LayerConfig(
+                    bits=whole_number(weights, "num_bits"),
+                    group_size=-1 if by_row else size,
+                    sym=flag(weights, "symmetric"),
+                    desc_act=None,
+                )
+    return LayerConfig(None, None, None, None)
+
+
+def _is_name(target: str, name: str) -> bool:
+    """Tells whether a target of a config group is the name of a layer or a pattern that matches it."""
+    if target.startswith("re:"):
+        return matches(target.removeprefix("re:"), name)
+    return name == target or name.endswith(f".{target}")
+
+
+def _is_class(target: str, _: str) -> bool:
+    """Tells whether a target of a config group is all linear layers."""
+    return target == "Linear"
 
 
 def scheme_from_weight(name: str, q: QuantizedWeight) -> Scheme:

@@ -1,24 +1,22 @@
-"""Reads and writes the standard GPTQ format: tensor names, packed tensors and quantization_config.
+"""The standard GPTQ format: packed tensors of a weight, and the quantization_config that is written.
 
-v1 ("gptq") stores zero points minus one, v2 ("gptq_v2") stores them unchanged. AutoGPTQ, GPTQModel and
-roundwise write both; vLLM, transformers and others read them. docs/format.md describes the format.
+`quantization_config.py` and `quantized_layers.py` read checkpoints in it. v1 ("gptq") stores zero points
+minus one, v2 ("gptq_v2") stores them unchanged. AutoGPTQ, GPTQModel and roundwise write both; vLLM,
+transformers and others read them. docs/format.md describes the format.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from roundwise.checkpoint.engines import packed_rules, with_packed_names
-from roundwise.checkpoint.reader import Checkpoint, TensorInfo
-from roundwise.checkpoint.untrusted import read_json
 from roundwise.config import QuantizeConfig
-from roundwise.core.quantized_weight import WIDTHS, QuantizedWeight, codes_per_block, pack, unpack
-from roundwise.errors import CheckpointError
+from roundwise.core.quantized_weight import QuantizedWeight, codes_per_block, pack, unpack
 from roundwise.version import __version__
 
 #: Suffixes of the tensors that replace NAME.weight.
@@ -82,65 +80,32 @@ def encode(q: QuantizedWeight, config: QuantizeConfig) -> dict[str, torch.Tensor
     }
 
 
-def decode(tensors: dict[str, torch.Tensor], checkpoint_format: str, name: str) -> QuantizedWeight:
-    """Inverse of `encode`, for files of any tool; the width follows from the shapes.
+def decode(
+    tensors: dict[str, torch.Tensor], checkpoint_format: str, *, bits: int, group_size: int
+) -> QuantizedWeight:
+    """Inverse of `encode`, for files of any tool; `QuantizedLayer` checks that the tensors fit together.
 
     Args:
         tensors: qweight, qzeros, scales and, unless group k holds channels k·g … k·g + g - 1, g_idx.
         checkpoint_format: "gptq" (zero points stored minus one) or "gptq_v2".
-        name: the layer's name, for error messages.
-
-    Raises:
-        CheckpointError: shapes or types contradict each other, or g_idx names groups that do not exist.
+        bits: width of a code.
+        group_size: g, the input channels of a group.
     """
-    qweight, qzeros, scales = (tensors[suffix] for suffix in SUFFIXES[:3])
-    bits, groups = infer_bits(tensors, name), scales.shape[0]
-    packed_as_int32 = {qweight.dtype, qzeros.dtype} == {torch.int32}
-    if not packed_as_int32 or not scales.is_floating_point():
-        raise CheckpointError(
-            f"{name}: qweight and qzeros must be int32 and scales floating point, they are "
-            f"{qweight.dtype}, {qzeros.dtype} and {scales.dtype}"
-        )
-    codes = unpack(qweight, bits).T.contiguous()
-    zeros = unpack(qzeros.T.contiguous(), bits).to(torch.int32)
-    if checkpoint_format == "gptq":
-        zeros = (zeros + 1) & (2**bits - 1)
+    codes = unpack(tensors["qweight"], bits).T.contiguous()
+    zeros = decode_zeros(tensors["qzeros"], checkpoint_format, bits)
     g_idx = tensors.get("g_idx")
     if g_idx is None:
-        g_idx = torch.arange(codes.shape[1], dtype=torch.int32) // (-(-codes.shape[1] // groups))
-    if g_idx.shape != (codes.shape[1],) or int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
-        raise CheckpointError(
-            f"{name}.g_idx does not assign {codes.shape[1]} channels to {groups} groups"
-        )
+        g_idx = torch.arange(codes.shape[1]) // group_size
     return QuantizedWeight(
-        codes=codes, scales=scales.T.contiguous(), zeros=zeros,
+        codes=codes, scales=tensors["scales"].T.contiguous(), zeros=zeros,
         g_idx=g_idx.to(torch.int32), bits=bits,
     )  # fmt: skip
 
 
-def infer_bits(tensors: dict[str, torch.Tensor], name: str) -> int:
-    """Returns the width of the codes, from qzeros [groups, out·bits/32] and scales [groups, out].
-
-    Args:
-        tensors: qweight, qzeros and scales; only their shapes are used.
-        name: the layer's name, for error messages.
-
-    Raises:
-        CheckpointError: the shapes contradict each other.
-    """
-    qzeros, scales, qweight = tensors["qzeros"], tensors["scales"], tensors["qweight"]
-    if any(t.ndim != 2 for t in (qzeros, scales, qweight)) or not scales.numel():
-        raise CheckpointError(f"{name}: qweight, qzeros and scales must be matrices")
-    bits, remainder = divmod(qzeros.shape[1] * 32, scales.shape[1])
-    if remainder or bits not in WIDTHS or qzeros.shape[0] != scales.shape[0]:
-        raise CheckpointError(
-            f"{name}: qzeros {list(qzeros.shape)} and scales {list(scales.shape)} do not fit together"
-        )
-    if qweight.shape[1] != scales.shape[1]:
-        raise CheckpointError(
-            f"{name}: qweight {list(qweight.shape)} and scales {list(scales.shape)} do not fit together"
-        )
-    return bits
+def decode_zeros(qzeros: torch.Tensor, checkpoint_format: str, bits: int) -> torch.Tensor:
+    """Returns the zero points, int32 [out, groups]; Args as for `decode`."""
+    zeros = unpack(qzeros.T.contiguous(), bits).to(torch.int32)
+    return (zeros + 1) & (2**bits - 1) if checkpoint_format == "gptq" else zeros
 
 
 def quantization_config(
@@ -158,7 +123,9 @@ def quantization_config(
         skipped: names of linear layers that are never quantized, whatever the settings say.
         linears: names of all other linear layers.
     """
-    dynamic = {**_skip_rules(skipped), **packed_rules(config, linears)}
+    linears = [*linears]
+    quantized = [name for name in linears if config.for_module(name) is not None]
+    dynamic = {**_skip_rules(skipped, quantized), **packed_rules(config, linears)}
     for pattern, changes in config.dynamic.items():
         # Readers match dynamic patterns from the start of the name; ours may match anywhere in it.
         anchored = f".*(?:{pattern})"
@@ -186,10 +153,26 @@ def quantization_config(
     }
 
 
-def _skip_rules(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Returns `dynamic` rules that skip these layers in every block."""
-    patterns = (re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names)
+def _skip_rules(names: Iterable[str], quantized: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns `dynamic` rules that skip layers.
+
+    Args:
+        names: names of the layers; a rule is for the layer of this name in every block, unless it is
+            quantized in another block.
+        quantized: names of the quantized layers.
+    """
+    kept = [_without_numbers(name) for name in quantized]
+    patterns = [
+        re.escape(name)
+        if any(other.endswith(_without_numbers(name)) for other in kept)
+        else re.sub(r"\d+", r"\\d+", re.escape(name))
+        for name in names
+    ]
     return {f"-:.*{pattern}": {} for pattern in dict.fromkeys(patterns)}
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "0", name)
 
 
 @dataclass(frozen=True)
@@ -238,7 +221,7 @@ def config_from_settings(
     (default, _), *others = sorted(
         names_by_settings.items(), key=lambda item: len(item[1]), reverse=True
     )
-    dynamic = _skip_rules(unquantized)
+    dynamic = _skip_rules(unquantized, layers)
     for settings, names in others:
         pattern = "|".join(map(re.escape, with_packed_names(names)))
         dynamic[f"+:(?:{pattern})$"] = asdict(settings)
@@ -250,96 +233,3 @@ def config_from_settings(
         **({"dynamic": dynamic} if dynamic else {}),
         "meta": {"quantizer": [f"roundwise:{__version__}"]},
     }
-
-
-def parse_dynamic_rules(settings: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
-    """Converts the `dynamic` rules of a quantization_config to those of `QuantizeConfig.dynamic`.
-
-    Args:
-        settings: a quantization_config, of roundwise or another tool.
-
-    Returns:
-        Pattern -> changed settings; None: layers that match are not quantized.
-    """
-    rules: dict[str, dict[str, Any] | None] = {}
-    for rule, changes in (settings.get("dynamic") or {}).items():
-        pattern = rule.removeprefix("-:").removeprefix("+:")
-        # In the file, patterns match from the start of the name; roundwise writes its own as `.*(?:…)`.
-        ours = pattern.startswith(".*(?:") and pattern.endswith(")")
-        pattern = pattern[5:-1] if ours else f"^(?:{pattern})"
-        rules[pattern] = None if rule.startswith("-:") else dict(changes)
-    return rules
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """A quantized linear layer of a checkpoint."""
-
-    name: str
-    tensors: dict[str, TensorInfo]
-    """The layer's tensors by suffix, such as qweight."""
-
-    def bits(self) -> int:
-        """Returns the width of the codes; reads no data.
-
-        Raises:
-            CheckpointError: the shapes of the layer's tensors contradict each other.
-        """
-        shapes = {key: torch.empty(info.shape, device="meta") for key, info in self.tensors.items()}
-        return infer_bits(shapes, self.name)
-
-    def in_features(self) -> int:
-        """Returns the number of input channels; reads no data.
-
-        Raises:
-            CheckpointError: the shapes of the layer's tensors contradict each other.
-        """
-        return self.tensors["qweight"].shape[0] * 32 // self.bits()
-
-    def read(self, checkpoint_format: str) -> QuantizedWeight:
-        """Returns the layer's codes, scales and zero points; Args and Raises as for `decode`."""
-        tensors = {suffix: info.read() for suffix, info in self.tensors.items()}
-        return decode(tensors, checkpoint_format, self.name)
-
-
-def quantized_layers(checkpoint: Checkpoint) -> Iterator[QuantizedLayer]:
-    """Yields all quantized linear layers of a GPTQ checkpoint, found by their qweight tensors.
-
-    Raises:
-        CheckpointError: a layer has no qzeros or no scales.
-    """
-    for tensor in checkpoint.tensors:
-        if tensor.endswith(".qweight"):
-            name = tensor.removesuffix(".qweight")
-            tensors = {
-                suffix: checkpoint.tensors[f"{name}.{suffix}"]
-                for suffix in SUFFIXES
-                if f"{name}.{suffix}" in checkpoint.tensors
-            }
-            missing = {"qweight", "qzeros", "scales"} - set(tensors)
-            if missing:
-                raise CheckpointError(f"{name} lacks {', '.join(sorted(missing))}")
-            yield QuantizedLayer(name, tensors)
-
-
-def read_quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the `quantization_config` of config.json, or the quantize_config.json of older tools.
-
-    Raises:
-        CheckpointError: the checkpoint has neither, or its method is not gptq.
-    """
-    settings = checkpoint.config.get("quantization_config")
-    if settings is None and (checkpoint.folder / "quantize_config.json").exists():
-        settings = read_json(checkpoint.folder / "quantize_config.json")
-    if not isinstance(settings, dict):
-        raise CheckpointError(
-            f"{checkpoint.folder} is not quantized: it has no quantization_config"
-        )
-    method = settings.get("quant_method", "gptq")
-    if method != "gptq":
-        convertible = method == "compressed-tensors"
-        hint = ": run `roundwise convert --to gptq` first" if convertible else ""
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized with {method}, not in the GPTQ format{hint}"
-        )
-    return settings

@@ -11,30 +11,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from roundwise.checkpoint.reader import OWN_FILES
+from roundwise.checkpoint.side_files import OWN_FILES, REWRITTEN
 from roundwise.checkpoint.untrusted import file_digest, read_json
 from roundwise.errors import CheckpointError
 
-#: Folder in the output folder that holds what an unfinished run needs.
-WORK = ".roundwise"
 MANIFEST, RUN = OWN_FILES[:2]
 
 R = TypeVar("R", bound="Record")
 
 
-def _plain_file_name(name: str) -> str:
-    if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+def _relative_path(name: str) -> str:
+    parts = name.split("/")
+    if "\0" in name or any(Path(part).name != part or part in ("", ".", "..") for part in parts):
         raise ValueError(f"{name!r} is not in the folder")
     return name
 
 
+def _plain_file_name(name: str) -> str:
+    if "/" in name:
+        raise ValueError(f"{name!r} is not in the folder")
+    return _relative_path(name)
+
+
 FileName = Annotated[str, AfterValidator(_plain_file_name)]
+#: Name of a file in the folder or in a folder of it.
+RelativePath = Annotated[str, AfterValidator(_relative_path)]
 
 
 class Record(BaseModel):
@@ -249,7 +257,7 @@ class Manifest(Record):
     layers: list[LayerRecord]
     blocks: list[BlockSummary] = []
     experts: list[ExpertCoverage] = []
-    files: dict[FileName, str]
+    files: dict[RelativePath, str]
     """File -> SHA-256."""
 
 
@@ -315,21 +323,35 @@ def _read(file: Path, kind: type[R]) -> R | None:
         raise CheckpointError(f"{file} is damaged: {explain(error)}") from None
 
 
+@dataclass(frozen=True)
+class ChangedFiles:
+    """Files that are not what the manifest says, one line each."""
+
+    evidence: tuple[str, ...]
+    """Weights, their index and configs that were changed, and all files that are missing."""
+    notes: tuple[str, ...]
+    """Other files that were changed, such as a tokenizer that was saved again."""
+
+
 def changed_files(
     folder: Path, files: dict[str, str], config_file: str = "config.json"
-) -> list[str]:
-    """One line for each file that is missing, or whose bytes are not those of the manifest.
+) -> ChangedFiles:
+    """Returns the files that are missing, or whose bytes are not those of the manifest.
 
     Args:
         folder: the checkpoint.
         files: name -> SHA-256, from the manifest.
         config_file: file that holds its config; an unfinished run has another name for it.
     """
-    lines = []
+    evidence: list[str] = []
+    notes: list[str] = []
     for name, digest in files.items():
         file = folder / (config_file if name == "config.json" else name)
         if not file.is_file():
-            lines.append(f"{name} is missing")
+            evidence.append(f"{name} is missing")
         elif file_digest(file) != digest:
-            lines.append(f"{name} was changed")
-    return lines
+            is_evidence = "/" not in name and (
+                name in REWRITTEN or name.endswith((".safetensors", ".index.json"))
+            )
+            (evidence if is_evidence else notes).append(f"{name} was changed")
+    return ChangedFiles(tuple(evidence), tuple(notes))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from roundwise.checkpoint import compressed_tensors
 from roundwise.checkpoint.compressed_tensors import PackedLayer
-from roundwise.checkpoint.gptq_format import (
-    QuantizedLayer,
-    quantized_layers,
+from roundwise.checkpoint.quantization_config import (
+    QuantizationConfig,
+    quantization_method,
+    raw_quantization_config,
     read_quantization_config,
 )
+from roundwise.checkpoint.quantized_layers import QuantizedLayer, find_layers
 from roundwise.checkpoint.reader import Checkpoint, TensorInfo
 from roundwise.core.quantized_weight import QuantizedWeight
 
@@ -44,10 +45,8 @@ def copied_tensor(name: str, info: TensorInfo) -> LazyTensor:
 class QuantizedCheckpoint:
     """The quantized layers of a checkpoint in GPTQ or compressed-tensors format."""
 
-    settings: dict[str, Any]
-    """Its quantization_config."""
-    checkpoint_format: str | None
-    """gptq or gptq_v2; None: compressed-tensors."""
+    config: QuantizationConfig | None
+    """Its quantization config; None: it is in compressed-tensors format."""
     layers: dict[str, QuantizedLayer | PackedLayer]
     """Layers by name."""
 
@@ -58,12 +57,7 @@ class QuantizedCheckpoint:
             CheckpointError: the layer's tensors contradict each other.
             ConfigError: float16 cannot represent its scales exactly (compressed-tensors only).
         """
-        layer = self.layers[name]
-        return (
-            layer.read(self.checkpoint_format or "gptq")
-            if isinstance(layer, QuantizedLayer)
-            else layer.read()
-        )
+        return self.layers[name].read()
 
     def shape(self, name: str) -> tuple[int, int]:
         """Returns (out_features, in_features) of a layer; reads no codes.
@@ -74,7 +68,7 @@ class QuantizedCheckpoint:
         layer = self.layers[name]
         if isinstance(layer, PackedLayer):
             return layer.shape()
-        return layer.tensors["scales"].shape[1], layer.in_features()
+        return layer.out_features, layer.in_features
 
     def replace_layers(
         self, checkpoint: Checkpoint, convert_layer: Callable[[str], Iterable[LazyTensor]]
@@ -106,9 +100,9 @@ def open_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
         CheckpointError: it is in neither format, or damaged.
         ConfigError: more than weights is quantized.
     """
-    settings = checkpoint.config.get("quantization_config")
-    if isinstance(settings, dict) and settings.get("quant_method") == compressed_tensors.METHOD:
-        return QuantizedCheckpoint(settings, None, {**compressed_tensors.packed_layers(checkpoint)})
-    settings = read_quantization_config(checkpoint)
-    layers = {layer.name: layer for layer in quantized_layers(checkpoint)}
-    return QuantizedCheckpoint(settings, settings.get("checkpoint_format", "gptq"), {**layers})
+    raw = raw_quantization_config(checkpoint)
+    if raw is not None and quantization_method(raw) == compressed_tensors.METHOD:
+        return QuantizedCheckpoint(None, {**compressed_tensors.packed_layers(checkpoint, raw)})
+    config = read_quantization_config(checkpoint)
+    layers = {layer.name: layer for layer in find_layers(checkpoint.tensors, config)}
+    return QuantizedCheckpoint(config, {**layers})

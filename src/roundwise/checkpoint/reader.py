@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from roundwise.checkpoint.side_files import explain_missing_config, find_side_files
 from roundwise.checkpoint.untrusted import (
     check_config,
     check_links,
@@ -27,7 +28,7 @@ from roundwise.checkpoint.untrusted import (
     file_state,
     read_json,
 )
-from roundwise.errors import CheckpointError
+from roundwise.errors import CheckpointError, quoted
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -37,8 +38,6 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-#: Files that a run writes about itself: manifest, timings, report.
-OWN_FILES = ("roundwise.json", "roundwise-run.json", "roundwise-report.html")
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 #: Bytes copied or hashed at a time.
@@ -162,15 +161,18 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, config_file: str = "config.json") -> None:
-        self.folder = Path(folder)
+        self.folder, self.config_file = Path(folder), config_file
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder with a model")
+        if not (self.folder / config_file).exists():
+            raise explain_missing_config(self.folder)
         self.config = read_json(self.folder / config_file)
         check_config(self.config)
         #: Settings that replace those of config.json when the model is built.
         self.overrides: dict[str, Any] = {}
         self.files = self._weight_files()
-        check_links(self.folder, [self.folder / config_file, *self.files, *self.side_files()])
+        check_links(self.folder, [self.folder / config_file, *self.files])
+        self.side_files()  # raises for links out of the folder
         self._states = {file: file_state(file) for file in self.files}
         self._identity: dict[str, Any] | None = None
         self.tensors: dict[str, TensorInfo] = {}
@@ -220,31 +222,15 @@ class Checkpoint:
         return self.folder / name
 
     def side_files(self) -> list[Path]:
-        """Returns the files beside the weights that belong to the checkpoint, such as the tokenizer's.
+        """Returns the files beside the weights that belong to the model, such as the tokenizer's."""
+        return [*find_side_files(self.folder, self.files).carried]
 
-        Not included: other copies of the weights, config.json (it is rewritten), hidden files, and files
-        that an earlier run of roundwise wrote about itself.
-        """
-        weights = (
-            ".safetensors",
-            ".bin",
-            ".pt",
-            ".pth",
-            ".ckpt",
-            ".h5",
-            ".msgpack",
-            ".gguf",
-            ".onnx",
-        )
-        ours = {"config.json", "quantize_config.json", *OWN_FILES}
-        return [
-            path
-            for path in sorted(self.folder.iterdir())
-            if path.is_file()
-            and not path.name.startswith(".")
-            and not path.name.endswith((*weights, ".index.json"))
-            and path.name not in ours
-        ]
+    def left_out(self) -> list[str]:
+        """Returns a line that names the files that are not carried over to a result; empty if none."""
+        names = [quoted(name)[1:-1] for name in find_side_files(self.folder, self.files).left_out]
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        line = f"not carried over from {self.folder}: {', '.join(names[:10])}{more}"
+        return [line] if names else []
 
     def nbytes(self) -> int:
         """Returns the bytes of all tensors in the folder."""
@@ -290,6 +276,7 @@ class CheckpointView(Checkpoint):
         config: dict[str, Any] | None = None,
     ) -> None:
         self.source, self.folder, self.files = source, source.folder, source.files
+        self.config_file = source.config_file
         self.config = source.config if config is None else config
         self.overrides = source.overrides
         self.tensors = tensors

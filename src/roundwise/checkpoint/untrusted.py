@@ -27,6 +27,8 @@ COUNT_NAMES = "layer|block|depth|expert|stage|stack|codebook"
 SIZE_NAMES = "size|dim|width|len|capacity|token"
 #: Largest accepted count: Doge has 16384 experts, each a row of a table.
 MAX_COUNT = 20_000
+#: Largest accepted number of classes: transformers makes a list of their names.
+MAX_LABELS = 1_000_000
 #: A model may have MODULES_PER_TENSOR modules for each tensor in its files, and BASE_MODULES more.
 MODULES_PER_TENSOR, BASE_MODULES = 16, 10_000
 #: Maximum bytes of the buffers that a model computes instead of storing: rotary frequencies, masks.
@@ -55,6 +57,10 @@ def check_config(config: dict[str, Any]) -> None:
         elif isinstance(value, int | float) and value > MAX_COUNT and _is_count(key):
             raise CheckpointError(
                 f"config.json says {key}={value}, but no known model has more than {MAX_COUNT}"
+            )
+        elif isinstance(value, int | float) and key == "num_labels" and value > MAX_LABELS:
+            raise CheckpointError(
+                f"config.json says num_labels={value}, but no known model has more than {MAX_LABELS}"
             )
         elif isinstance(value, str) and "/" in value and key.endswith("_implementation"):
             raise CheckpointError(

@@ -18,11 +18,13 @@ from typing import IO, Any
 
 import torch
 
-from roundwise.checkpoint.reader import ALIGNMENT, DTYPE_CODES, TensorInfo
+from roundwise.checkpoint.reader import ALIGNMENT, DTYPE_CODES, Checkpoint, TensorInfo
 from roundwise.errors import StorageError
 
 #: Suffix of files being written; files with it that remain after a crash can be deleted.
 PARTIAL = ".partial"
+#: Bytes of the longest file name that file systems take.
+MAX_NAME = 255
 
 
 def write_safetensors(
@@ -101,6 +103,28 @@ def copy_file(source: Path, path: Path) -> None:
         shutil.copyfileobj(original, file)
 
 
+def copy_side_files(source: Checkpoint, out: Path) -> list[str]:
+    """Copies the files beside the weights of a checkpoint, in their folders.
+
+    Args:
+        source: the checkpoint.
+        out: folder to write.
+
+    Returns:
+        Their names, relative to the folder.
+
+    Raises:
+        StorageError: the disk is full or failed, or a file cannot be read.
+    """
+    names = []
+    for path in source.side_files():
+        name = path.relative_to(source.folder)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(path, out / name)
+        names.append(name.as_posix())
+    return names
+
+
 @contextmanager
 def atomic_write(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """Context manager: a file to write, which is renamed to `path` if no error was raised inside.
@@ -112,7 +136,7 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     Raises:
         StorageError: the file could not be written, renamed or flushed; neither name remains.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_path(path)
     written = partial
     try:
         with partial.open("wb") as file:
@@ -132,6 +156,14 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError):
             raise storage_error(error, path) from error
         raise
+
+
+def partial_path(path: Path) -> Path:
+    """Returns the temporary name of a file that is being written; a hash replaces a long name."""
+    name = path.name
+    if len(os.fsencode(name + PARTIAL)) > MAX_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(name + PARTIAL)
 
 
 def sync_folder(folder: Path) -> None:

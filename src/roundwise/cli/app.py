@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -28,8 +29,8 @@ from roundwise.cli.commands import (
     verify,
 )
 from roundwise.cli.options import SettingsCommand
-from roundwise.cli.progress import console
-from roundwise.errors import Interrupted, RoundwiseError
+from roundwise.cli.progress import console, print_note
+from roundwise.errors import Interrupted, RoundwiseError, StorageError, UsageError, quoted
 from roundwise.version import __version__
 
 app = typer.Typer(
@@ -81,20 +82,7 @@ def main() -> None:
     try:
         app()
     except RoundwiseError as error:
-        rank = _rank()
-        if rank and (error.exit_code == 2 or isinstance(error, Interrupted)):
-            sys.exit(error.exit_code)  # the same error on every rank: the first reports it
-        if rank:
-            console.print(f"rank {rank}: ", end="")
-        if "--json" in sys.argv:
-            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
-        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
-        if isinstance(error, Interrupted):
-            again = [word for word in sys.argv[1:] if word != "--restart"]
-            console.print(
-                f"resume with: {_escape(shlex.join(['roundwise', *again]))}", soft_wrap=True
-            )
-        sys.exit(error.exit_code)
+        sys.exit(_report(error))
     except KeyboardInterrupt:
         console.print("stopped")
         sys.exit(1)
@@ -102,6 +90,35 @@ def main() -> None:
         # The reader of our output has exited: write nothing more, not even at shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(_report(_file_error(error)))
+
+
+def _report(error: RoundwiseError) -> int:
+    """Prints an error, once for all ranks that have the same, and returns its exit code."""
+    rank = _rank()
+    if rank and (error.exit_code == 2 or isinstance(error, Interrupted)):
+        return error.exit_code  # the same error on every rank: the first reports it
+    if "--json" in sys.argv:
+        print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+    label = f"rank {rank}: error:" if rank else "error:"
+    print_note(" ".join(str(error).split()), label=label, style="bold red")
+    if isinstance(error, Interrupted):
+        again = [word for word in sys.argv[1:] if word != "--restart"]
+        print_note(shlex.join(["roundwise", *again]), label="resume with:")
+    return error.exit_code
+
+
+def _file_error(error: OSError) -> RoundwiseError:
+    """Returns the error about a file or folder that cannot be used: bad input if its name is wrong."""
+    bad_names = (
+        errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP,
+        errno.EPERM,
+    )  # fmt: skip
+    kind = UsageError if error.errno in bad_names else StorageError
+    return kind(f"{quoted(str(error.filename))} cannot be used: {error.strerror}")
 
 
 def _rank() -> int:
@@ -112,7 +129,3 @@ def _rank() -> int:
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
     """Signal handler: SIGTERM stops a run like Ctrl-C, and finished blocks are kept."""
     raise KeyboardInterrupt
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.errors import MarkupError
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
@@ -19,10 +21,34 @@ if TYPE_CHECKING:
     from roundwise.checkpoint.manifest import LayerRecord
     from roundwise.run.api import Progress as RunProgress
 
+#: Characters that a terminal may obey: control characters, and those that turn the direction of text.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Returns a text with every control character but tab and newline as an escape sequence.
+
+    Names, errors and texts of a checkpoint are printed, and must not move the cursor, change the title
+    or hide what follows.
+    """
+    return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+class SafeConsole(Console):
+    """A console that never passes control characters of a text on to the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Returns a text with its markup, or as it is if the markup is damaged."""
+        try:
+            return super().render_str(visible(text), **options)
+        except MarkupError:
+            return super().render_str(visible(text), **{**options, "markup": False})
+
+
 #: Standard error: everything that is not the result.
-console = Console(stderr=True)
+console: Console = SafeConsole(stderr=True)
 #: Standard output: results for people to read.
-stdout = Console()
+stdout: Console = SafeConsole()
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -30,14 +56,24 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value))
 
 
-def print_line(text: str) -> None:
-    """Prints one line of a result on stdout."""
-    stdout.print(text, highlight=False, soft_wrap=True)
+def print_line(text: str, *, label: str = "", style: str = "") -> None:
+    """Prints one line of a result on stdout.
+
+    Args:
+        text: the line; it has no markup.
+        label: word in front of it.
+        style: style of the label, such as "bold red".
+    """
+    stdout.print(_labelled(text, label, style), highlight=False, soft_wrap=True)
 
 
-def print_note(text: str) -> None:
-    """Prints one line on stderr."""
-    console.print(text, highlight=False, soft_wrap=True)
+def print_note(text: str, *, label: str = "", style: str = "") -> None:
+    """Prints one line on stderr; Args as for `print_line`."""
+    console.print(_labelled(text, label, style), highlight=False, soft_wrap=True)
+
+
+def _labelled(text: str, label: str, style: str) -> Text:
+    return Text.assemble((label, style), " " if label else "", visible(text))
 
 
 def print_labelled(lines: Mapping[str, str], width: int) -> None:

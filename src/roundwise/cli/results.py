@@ -44,12 +44,12 @@ def print_result(result: QuantizeResult, page: Path | None = None) -> None:
             f"largest {errors[worst]:.2e} ({worst})"
         )
     for warning in result.warnings:
-        print_line(f"[yellow]note:[/] {warning}")
+        print_line(warning, label="note:", style="yellow")
     if page is not None:
         print_line(f"report: {page}")
     print_line(f"verified, saved in {result.output}")
     for issue in result.not_as_asked:
-        print_line(f"[red]not as asked:[/] {issue}")
+        print_line(issue, label="not as asked:", style="red")
 
 
 def _peak_memory(result: QuantizeResult) -> str:
@@ -76,7 +76,9 @@ def write_run_report(out: Path) -> Path | None:
         return write_report(out)
     except Exception as error:  # the checkpoint is finished: a failed report must not fail the run
         print_note(
-            f"[yellow]note:[/] the report could not be written ({type(error).__name__}: {error}); "
-            f"`roundwise report {out}` tries again"
+            f"the report could not be written ({type(error).__name__}: {error}); "
+            f"`roundwise report {out}` tries again",
+            label="note:",
+            style="yellow",
         )
         return None

@@ -22,9 +22,9 @@ import torch
 
 from roundwise.calibration.overlap import overlap
 from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
-from roundwise.checkpoint.gptq_format import parse_dynamic_rules, read_quantization_config
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.manifest import read_manifest
+from roundwise.checkpoint.quantization_config import read_quantization_config
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import QuantizeConfig
 from roundwise.errors import CalibrationError, CheckpointError, RunError
@@ -255,7 +255,7 @@ def _compare_pair(
 
 def _measure_speed(folder: Path, model: Any, protocol: Protocol) -> SpeedSummary:
     """Runs `roundwise bench` in a new process, with fewer tokens if the model's context is short."""
-    limit = context_length(model.config) or 1 << 20
+    limit = context_length(model) or 1 << 20
     generated = min(32, limit // 4)
     dtype = str(protocol.dtype).removeprefix("torch.")
     done = subprocess.run(  # noqa: S603  # ourselves
@@ -316,10 +316,9 @@ def round_to_nearest_like(
         ConfigError: roundwise cannot write these settings.
     """
     settings = read_quantization_config(Checkpoint(local_folder(like)))
-    names = ("bits", "group_size", "sym")
-    config = QuantizeConfig(
-        method="rtn",
-        dynamic=parse_dynamic_rules(settings),
-        **{name: settings[name] for name in names},
-    )
-    quantize(base, out, config)
+    stated = {
+        name: value
+        for name, value in asdict(settings.default).items()
+        if name != "desc_act" and value is not None
+    }
+    quantize(base, out, QuantizeConfig(method="rtn", dynamic=settings.overrides(), **stated))

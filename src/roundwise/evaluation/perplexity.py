@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from roundwise.calibration.special_tokens import SpecialTokens, special_tokens
 from roundwise.errors import CalibrationError, NumericalError
+from roundwise.model.foreign_errors import foreign_errors
 from roundwise.system.half_matmul import cpu_half_matmul
 
 
@@ -139,7 +140,7 @@ def _score(
     """
     rows = [special.around(ids[begin:end].tolist()) for begin, _, end in spans]
     inputs, prefix = torch.tensor(rows, device=model.device), len(special.prefix)
-    with cpu_half_matmul():
+    with cpu_half_matmul(), foreign_errors(f"{type(model).__name__} fails on the evaluation text"):
         logits = model(input_ids=inputs, use_cache=False).logits
     total, count = 0.0, 0
     for row, (begin, first, end) in enumerate(spans):

@@ -153,7 +153,7 @@ def _check(model: Any, prompt: int, generated: int, rows: int, runs: int) -> Non
             f"{prompt} prompt tokens, {generated} generated, {rows} rows, {runs} runs: the minimum is "
             "1, 2, 1 and 1"
         )
-    limit = context_length(model.config)
+    limit = context_length(model)
     if limit is not None and prompt + generated > limit:
         raise ConfigError(
             f"{prompt} prompt and {generated} generated tokens are more than the model's context of "

@@ -12,6 +12,7 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from roundwise.calibration.windows import Batch
+from roundwise.errors import CheckpointError
 from roundwise.forward.expert_tokens import RoutedBatch
 from roundwise.forward.input_groups import ReferenceActivations
 from roundwise.system.distributed import Ranks
@@ -142,8 +143,29 @@ class WeightSwap:
 def hidden(output: Any) -> torch.Tensor:
     """The hidden states in a block's return value: the value itself, or the first of a tuple."""
     states = output[0] if isinstance(output, tuple) else output
-    assert isinstance(states, torch.Tensor)
+    assert isinstance(states, torch.Tensor)  # `block_output` has checked it
     return states
+
+
+def block_output(name: str, block: object, output: Any) -> Any:
+    """Returns what a block returned, as a tensor or a tuple that begins with one.
+
+    Args:
+        name: name of the block.
+        block: the block.
+        output: what its forward returned; some return lists.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    value = tuple(output) if isinstance(output, list) else output
+    first = value[0] if isinstance(value, tuple) and value else value
+    if not isinstance(first, torch.Tensor):
+        raise CheckpointError(
+            f"block {name} ({type(block).__name__}) returns {type(output).__name__} instead of hidden "
+            "states, so it cannot be calibrated: use --method rtn"
+        )
+    return value
 
 
 def depth_error(

@@ -173,7 +173,9 @@ class CalibrationHooks:
                 part.add(x, mask)
         except NumericalError as error:
             raise NumericalError(f"{name}, calibration batch {batch.number}: {error}") from None
-        if kept is not None:
+        if batch.reference is not None and (kept is None or not kept.fits(x, stream)):
+            group.sees_other_tokens = True
+        elif kept is not None:
             with timer.phase("drift"):
                 part.add_drift(x, kept, stream, mask)
 

@@ -30,6 +30,13 @@ class BatchObserver(Protocol):
         """Called with the batch `x` [..., in], its mask, and the sum that it is in by now."""
 
 
+#: Reason that is recorded for a layer without drift.
+OTHER_TOKENS = (
+    "its input's drift is not corrected: the quantized model sends other tokens here than the "
+    "original"
+)
+
+
 @dataclass
 class ReferenceActivations:
     """Activations of the original model at a group: the residual stream, and input or output."""
@@ -40,6 +47,18 @@ class ReferenceActivations:
     """Input [..., in]; None where the output is enough."""
     y: torch.Tensor | None = None
     """Output [..., out] of `InputGroup.linear`."""
+
+    def fits(self, x: torch.Tensor, stream: torch.Tensor | None) -> bool:
+        """Tells whether the activations are of as many tokens as those of the quantized model.
+
+        Args:
+            x: input [..., in] in the quantized model.
+            stream: residual stream [..., hidden] in the quantized model.
+        """
+        pairs = ((self.x, x), (self.y, x), (self.stream, stream))
+        return all(
+            kept is None or now is None or kept.shape[:-1] == now.shape[:-1] for kept, now in pairs
+        )
 
 
 @dataclass
@@ -61,6 +80,8 @@ class InputGroup:
     held: InputGroup | None = None
     """Sums over the batches that are held out."""
     observer: BatchObserver | None = None
+    sees_other_tokens: bool = False
+    """The original model sends other tokens here than the quantized one, so there is no drift."""
     fallback: str | None = None
     """Reason why the sums are not those of the tokens that the model sends here; None: they are."""
 
@@ -145,6 +166,15 @@ class InputGroup:
         if any(ranks.all_reduce_max(self.held is not None)):
             self.held = self.held or self._new_part()
             self.held.all_reduce(ranks, device)
+
+    def drop_unmatched_drift(self, ranks: Ranks) -> None:
+        """Drops the drift if, on any rank, the two models sent different tokens to the group."""
+        if not any(ranks.all_reduce_max(int(self.sees_other_tokens))):
+            return
+        self.fallback = self.fallback or OTHER_TOKENS
+        for part in (self, self.held):
+            if part is not None:
+                part.input_drift = part.residual_drift = part.linear = None
 
     def take_moments(self) -> Moments | None:
         """Turns the sums into means over tokens, in place, and gives them up; None: no token was seen.

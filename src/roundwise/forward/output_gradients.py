@@ -26,8 +26,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from roundwise.calibration.windows import Batch
-from roundwise.checkpoint.manifest import WORK
 from roundwise.checkpoint.reader import read_header
+from roundwise.checkpoint.side_files import WORK
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import write_json, write_safetensors
 from roundwise.errors import first_line

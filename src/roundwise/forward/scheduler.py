@@ -34,6 +34,7 @@ from roundwise.forward.batch import (
     WeightSwap,
     at_experts,
     at_group,
+    block_output,
     hidden,
     pause,
 )
@@ -43,6 +44,7 @@ from roundwise.forward.input_groups import InputGroup, trace_block
 from roundwise.forward.offload import CpuOffload, DiskOffload
 from roundwise.model.blocks import Block, wrapped_forwards
 from roundwise.model.build import forward_kwargs
+from roundwise.model.foreign_errors import foreign_errors
 from roundwise.model.moe import dispatch_to_all
 from roundwise.system.device import HOST, to_device
 from roundwise.system.distributed import Ranks
@@ -276,6 +278,7 @@ class ForwardScheduler:
         """Solves a group; keeps its original weights for the batches of the original model."""
         self._weights.use(original=False)
         group.all_reduce(self.ranks, self.device)
+        group.drop_unmatched_drift(self.ranks)
         linears = [block.linears[name] for name in group.names]
         before: list[Any] = [linear.weight for linear in linears]
         solve(group)
@@ -304,13 +307,21 @@ class ForwardScheduler:
 
     def _run_model(self, batch: PausedBatch) -> None:
         """The body of a batch's greenlet: the whole forward, with its stops."""
-        with self._matmul():
-            self.model(**forward_kwargs(self.model, batch.batch.input_ids, batch.batch.mask))
+        kwargs = forward_kwargs(self.model, batch.batch.input_ids, batch.batch.mask)
+        what = f"{type(self.model).__name__} fails on calibration text outside blocks"
+        with self._matmul(), foreign_errors(what):
+            self.model(**kwargs)
 
     def _paused_forward(
         self, index: int, block: Block, original: Callable[..., Any]
     ) -> Callable[..., Any]:
         """A block's forward with the stops around it."""
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            what = f"block {block.name} ({type(block.module).__name__}) fails on calibration text"
+            with foreign_errors(what):
+                output = original(*args, **kwargs)
+            return output if block.is_head else block_output(block.name, block.module, output)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             batch, tried = self._current(), False
@@ -322,16 +333,16 @@ class ForwardScheduler:
             self._pause(ENTER)
             if batch.number >= 0 and not self.hooks.sequential:
                 if self.hooks.counting:
-                    original(*args, **kwargs)
+                    compute(*args, **kwargs)
                     self._pause(COUNTED)
-                batch.output = original(*args, **kwargs)
+                batch.output = compute(*args, **kwargs)
                 tried = self._trying
                 self._pause(GATHERED)
                 while self._trying:
-                    batch.candidate_output = original(*args, **kwargs)
+                    batch.candidate_output = compute(*args, **kwargs)
                     self._pause(GATHERED)
             if batch.output is None or not (batch.is_reference or tried):
-                batch.output = original(*args, **kwargs)
+                batch.output = compute(*args, **kwargs)
             self._pause(EXIT)
             output, batch.block_inputs, batch.output = batch.output, None, None
             with self._outside():

@@ -23,6 +23,7 @@ from transformers import (
 from roundwise.errors import ConfigError
 from roundwise.inference.detokenizer import Detokenizer, StopStrings
 from roundwise.inference.sampling import Sampler, Sampling, TokenLogprobs, pinned_config
+from roundwise.model.foreign_errors import foreign_errors
 
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -86,7 +87,11 @@ def generate(
         raise ConfigError("generation needs a prompt of at least one token and max_new_tokens >= 1")
     answer = Answer(model, tokenizer, ids, sampling, on_text, on_logprobs, cancelled)
     inputs = torch.tensor([ids], device=model.device)
-    with pinned_config(model, sampling.max_new_tokens, _padding(model, tokenizer)) as config:
+    # generation_config.json, the config and the model's code can make transformers raise any error.
+    with (
+        foreign_errors(f"{type(model).__name__} cannot generate with the settings of its files"),
+        pinned_config(model, sampling.max_new_tokens, _padding(model, tokenizer)) as config,
+    ):
         model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),

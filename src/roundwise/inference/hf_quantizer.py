@@ -10,9 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from roundwise.checkpoint.quantization_config import parse_quantization_config
+from roundwise.checkpoint.quantized_layers import find_layers
 from roundwise.checkpoint.reader import TensorInfo, read_header
 from roundwise.errors import CheckpointError
 from roundwise.inference.cpu.attention import use_grouped_attention
@@ -39,24 +42,23 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             tensors |= read_header(Path(file))
-        version = getattr(self.quantization_config, "format", "gptq")
-        replace_linears(model, tensors, zero_offset=1 if version == "gptq" else 0)
+        config = parse_quantization_config(self.quantization_config.to_dict(), "the checkpoint")
+        with torch.device("cpu"):  # transformers builds models on the meta device
+            layers = find_layers(tensors, config)
+            for layer in layers:
+                layer.check()
+        replace_linears(model, layers)
         return model
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
         mapped = MappedFiles()
-        for name, module in model.named_modules():
+        for module in model.modules():
             if not isinstance(module, QuantLinear) or module.qweight.device.type == "meta":
                 continue  # on the meta device: offloaded to disk, loaded for each forward
             if module.g_idx is not None:
-                low, high = int(module.g_idx.min()), int(module.g_idx.max())
-                if low < 0 or high >= module.groups:
-                    raise CheckpointError(
-                        f"{name}.g_idx has groups {low} … {high}, but the layer has "
-                        f"{module.groups} groups"
-                    )
+                module.g_idx = module.g_idx.to(torch.int32)
             file_tensors = [module.qweight, module.qzeros, module.scales]
             module.prepare()
             mapped.release(file_tensors)

@@ -3,7 +3,8 @@
 Importing transformers or PEFT takes seconds, so `import roundwise` only adds import hooks: an entry in
 `sys.meta_path` for each module that needs a change. The hook patches the module when it is imported:
 
-    transformers.quantizers.auto    the quantizer for `quant_method: gptq` is ours (hf_quantizer.py)
+    transformers.quantizers.auto    the quantizer for `quant_method: gptq` is ours (hf_quantizer.py), and
+                                    so is the reader of its config (hf_config.py)
     peft.tuners.lora.model          LoRA adapters accept QuantLinear layers (peft_patch.py)
 
 A module that is imported already is patched at once.
@@ -36,7 +37,10 @@ def register() -> None:
 
 
 def _register_quantizer(module: ModuleType) -> None:
+    from roundwise.inference import hf_config
+
     module.AUTO_QUANTIZER_MAPPING["gptq"] = _make_quantizer
+    hf_config.patch_config_loading(module)
 
 
 def _make_quantizer(*args: Any, **kwargs: Any) -> Any:

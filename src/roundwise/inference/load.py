@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from roundwise.checkpoint.gptq_format import read_quantization_config
 from roundwise.checkpoint.hub import local_folder
-from roundwise.checkpoint.reader import SINGLE_FILE, Checkpoint
+from roundwise.checkpoint.quantization_config import (
+    is_packed,
+    raw_quantization_config,
+    read_quantization_config,
+)
+from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from roundwise.checkpoint.untrusted import limit_module_count
-from roundwise.errors import CheckpointError, ConfigError, RoundwiseError, first_line
+from roundwise.errors import CheckpointError, ConfigError
 from roundwise.inference import import_hooks
 from roundwise.model.build import load_config, model_class
+from roundwise.model.foreign_errors import foreign_errors
+from roundwise.model.tokenizer import load_tokenizer
 from roundwise.system.activity import announce
-
-#: Files of which a checkpoint with a tokenizer has at least one.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
-    "vocab.json", "vocab.txt", "tekken.json",
-)  # fmt: skip
 
 
 def load(
@@ -42,7 +41,7 @@ def load(
         device: device to put the model on.
 
     Returns:
-        The model in evaluation mode, and the tokenizer (None if the checkpoint has none).
+        The model in evaluation mode, and the tokenizer (None if the checkpoint has no usable one).
 
     Raises:
         CheckpointError: no such model, damaged files, or another quantization format.
@@ -51,28 +50,33 @@ def load(
     import_hooks.register()  # again: another package may have replaced our quantizer since import
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)
-    if "quantization_config" in checkpoint.config:
-        read_quantization_config(checkpoint)  # raises for methods other than GPTQ
+    raw, packed = raw_quantization_config(checkpoint), is_packed(checkpoint.tensors)
+    quantization = read_quantization_config(checkpoint) if raw is not None or packed else None
+    config = load_config(checkpoint)
+    if quantization is not None:
+        config.quantization_config = quantization.as_json()
     with tempfile.TemporaryDirectory() as scratch:
-        if _has_old_layout(checkpoint):
-            folder = _link_in_current_layout(checkpoint, Path(scratch))
-        try:
-            cls = model_class(load_config(checkpoint))
-            with limit_module_count(len(checkpoint.tensors)):
-                loaded, info = cls.from_pretrained(
-                    folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                    output_loading_info=True,
-                )  # fmt: skip
-        except RoundwiseError:
-            raise
-        except Exception as error:  # transformers raises many types; all mean the same to a user
-            raise CheckpointError(f"{model} cannot be loaded: {first_line(error)}") from error
+        if not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists():
+            folder = _link_with_standard_name(checkpoint, Path(scratch))
+        with (
+            foreign_errors(f"{model} cannot be loaded"),
+            limit_module_count(len(checkpoint.tensors)),
+        ):
+            loaded, info = model_class(config).from_pretrained(
+                folder, config=config, dtype=dtype, trust_remote_code=False,
+                use_safetensors=True, output_loading_info=True,
+            )  # fmt: skip
     missing = sorted(info["missing_keys"])  # transformers fills these with random values
     if missing:
         raise CheckpointError(f"{model} is incomplete: it lacks {', '.join(missing[:3])}")
     if torch.device(device) != loaded.device:  # moving to the same device would repack every layer
         loaded.to(device)
-    return loaded.eval(), _load_tokenizer(checkpoint.folder)
+    tokenizer = None
+    with suppress(
+        CheckpointError
+    ):  # token ids are enough for a model: `require_tokenizer` says why
+        tokenizer = load_tokenizer(checkpoint)
+    return loaded.eval(), tokenizer
 
 
 def require_tokenizer(tokenizer: Any, model: str | os.PathLike[str]) -> None:
@@ -80,52 +84,25 @@ def require_tokenizer(tokenizer: Any, model: str | os.PathLike[str]) -> None:
 
     Args:
         tokenizer: what `load` returned.
-        model: name of the model, for the message.
+        model: folder or hub id of the model.
 
     Raises:
-        CheckpointError: the tokenizer is None.
+        CheckpointError: the tokenizer is None; the message says why.
     """
     if tokenizer is None:
-        raise CheckpointError(
-            f"{model} has no usable tokenizer: copy the original model's tokenizer files to its folder"
-        )
+        load_tokenizer(Checkpoint(local_folder(model)))
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    # Without any file, transformers would return an empty tokenizer of the model's type.
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _has_old_layout(checkpoint: Checkpoint) -> bool:
-    """Tells whether a checkpoint has AutoGPTQ's early layout.
-
-    Its settings are in quantize_config.json, not in config.json, and the weight file has any name.
-    """
-    return "quantization_config" not in checkpoint.config and any(
-        name.endswith(".qweight") for name in checkpoint.tensors
-    )
-
-
-def _link_in_current_layout(checkpoint: Checkpoint, scratch: Path) -> Path:
-    """Fills `scratch` with links to the files of an old checkpoint, named as in the current layout.
+def _link_with_standard_name(checkpoint: Checkpoint, scratch: Path) -> Path:
+    """Fills `scratch` with links to the files of a checkpoint whose weight file has another name.
 
     Returns:
-        `scratch`, now a checkpoint with settings in config.json and the standard weight file name.
+        `scratch`, where transformers finds the weight file.
     """
-    settings = {"quant_method": "gptq", **read_quantization_config(checkpoint)}
-    settings.pop("model_file_base_name", None)
-    single = len(checkpoint.files) == 1
     for path in checkpoint.folder.iterdir():
-        if path.is_file() and path.name != "config.json":
-            name = SINGLE_FILE if single and path == checkpoint.files[0] else path.name
+        if path.is_file():
+            name = SINGLE_FILE if path == checkpoint.files[0] else path.name
             (scratch / name).symlink_to(path.resolve())
-    config = {**checkpoint.config, "quantization_config": settings}
-    (scratch / "config.json").write_text(json.dumps(config))
     return scratch
 
 

@@ -30,6 +30,7 @@ class QuantLinear(nn.Module):
         in_features, out_features: numbers of channels.
         bits: 2, 3, 4 or 8.
         groups: number of groups along the input channels.
+        group_size: input channels per group, the last group may have fewer; None: groups are equal.
         bias: True if the layer has a bias.
         stored_g_idx: True if the file has a g_idx, the group of each input channel; False if groups
             are consecutive channels.
@@ -47,6 +48,7 @@ class QuantLinear(nn.Module):
         *,
         bits: int,
         groups: int,
+        group_size: int | None = None,
         bias: bool,
         stored_g_idx: bool = True,
         zero_offset: int = 1,
@@ -57,6 +59,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.dtype = dtype or torch.get_default_dtype()
         self.bits, self.groups, self.zero_offset = bits, groups, zero_offset
+        self.group_size = group_size or -(-in_features // groups)
         words = in_features * bits // 32
         self.qweight: torch.Tensor
         self.register_buffer("qweight", torch.zeros(words, out_features, dtype=torch.int32))
@@ -92,8 +95,13 @@ class QuantLinear(nn.Module):
         """Returns the quantized weight in the layout of the file."""
         if self.kernel is not None:
             return self.kernel.packed()
+        g_idx = self.g_idx
+        if g_idx is None and self.group_size != -(-self.in_features // self.groups):
+            # A kernel takes groups without g_idx to be equal; here the last one is smaller.
+            channels = torch.arange(self.in_features, dtype=torch.int32, device=self.qweight.device)
+            g_idx = channels // self.group_size
         return PackedWeight(
-            self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.zero_offset
+            self.qweight, self.qzeros, self.scales, g_idx, self.bits, self.zero_offset
         )
 
     def prepare(self, kernel: str | None = None) -> Kernel:

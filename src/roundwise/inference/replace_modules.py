@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -10,11 +11,11 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from roundwise.checkpoint.gptq_format import infer_bits
-from roundwise.checkpoint.reader import TensorInfo
+from roundwise.checkpoint.quantized_layers import QuantizedLayer
+from roundwise.checkpoint.reader import DTYPES
 from roundwise.errors import CheckpointError
 from roundwise.inference.quant_linear import QuantLinear
-from roundwise.model.blocks import weight_of
+from roundwise.model.blocks import check_quantized_head, weight_of
 from roundwise.model.moe import (
     PROJECTION_ROLES,
     LinearExperts,
@@ -25,44 +26,40 @@ from roundwise.model.moe import (
     projection_shape,
 )
 
-#: dtype in a safetensors header -> torch dtype of scales; any other is read as float16.
-SCALE_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
-
-def replace_linears(
-    model: PreTrainedModel, tensors: dict[str, TensorInfo], *, zero_offset: int
-) -> None:
-    """Replaces every layer that has a qweight in the files, experts included.
+def replace_linears(model: PreTrainedModel, layers: Iterable[QuantizedLayer]) -> None:
+    """Replaces every layer that is quantized in the files, experts included.
 
     Args:
         model: transformers model on the meta device; changed in place.
-        tensors: headers of the tensors of all files, by name.
-        zero_offset: 1 if zero points are stored minus one (v1), else 0.
+        layers: the quantized layers of the files.
 
     Raises:
         CheckpointError: a qweight that belongs to no layer, or whose shape does not fit it, or a
             block of which only some experts are quantized.
     """
+    layers = list(layers)
+    check_quantized_head(lambda: model.config, [layer.name for layer in layers])
     resolver = _NameResolver(model)
     experts: dict[str, dict[tuple[int, str], QuantLinear]] = defaultdict(dict)
-    for name in [t.removesuffix(".qweight") for t in tensors if t.endswith(".qweight")]:
-        target, expert = resolver.resolve(name)
+    for quantized in layers:
+        target, expert = resolver.resolve(quantized.name)
         module = model.get_submodule(target)
         if expert is None:
             weight = weight_of(module)
             shape = (weight.shape[0], weight.shape[1])
         else:
             weight, shape = module.down_proj, projection_shape(module, PROJECTION_ROLES[expert[1]])
-        layer = _make_layer(name, tensors, shape, zero_offset, weight.dtype)
+        layer = _make_layer(quantized, shape, weight.dtype)
         layer.train(module.training)
         if expert is None:
             model.set_submodule(target, layer)
         else:
             experts[target][expert] = layer
-    for target, layers in experts.items():
+    for target, members in experts.items():
         fused = model.get_submodule(target)
-        _check_experts(target, fused, layers)
-        model.set_submodule(target, LinearExperts(fused, {**layers}))
+        _check_experts(target, fused, members)
+        model.set_submodule(target, LinearExperts(fused, {**members}))
 
 
 def _check_experts(name: str, fused: nn.Module, layers: dict[tuple[int, str], QuantLinear]) -> None:
@@ -121,58 +118,34 @@ class _NameResolver:
 
 
 def _make_layer(
-    name: str, tensors: dict[str, TensorInfo], shape: tuple[int, int], zero_offset: int,
-    dtype: torch.dtype,
-) -> QuantLinear:  # fmt: skip
-    """Creates the QuantLinear of a layer on the meta device, with the width that its tensors have.
+    quantized: QuantizedLayer, shape: tuple[int, int], dtype: torch.dtype
+) -> QuantLinear:
+    """Creates the QuantLinear of a layer on the meta device.
 
     Args:
-        name: name of the layer in the files.
-        tensors: headers of the tensors of all files, by name.
+        quantized: the layer in the files.
         shape: output and input channels of the layer that is replaced.
-        zero_offset: 1 if zero points are stored minus one (v1), else 0.
         dtype: dtype of the bias.
 
     Raises:
-        CheckpointError: a tensor is missing or its shape does not fit.
+        CheckpointError: the files have another shape.
     """
-    parts = {
-        suffix: torch.empty(tensors[f"{name}.{suffix}"].shape, device="meta")
-        for suffix in ("qweight", "qzeros", "scales")
-        if f"{name}.{suffix}" in tensors
-    }
-    if len(parts) < 3:
-        raise CheckpointError(f"{name} has a qweight, but qzeros or scales are missing")
-    bits = infer_bits(parts, name)
-    out_features, in_features = shape
-    words, columns = parts["qweight"].shape
-    if (in_features * bits, out_features) != (words * 32, columns):
+    if (quantized.out_features, quantized.in_features) != shape:
         raise CheckpointError(
-            f"{name}.qweight {[words, columns]} does not fit a layer with "
-            f"{in_features} input and {out_features} output channels"
-        )
-    g_idx = tensors.get(f"{name}.g_idx")
-    if g_idx is not None and tuple(g_idx.shape) != (in_features,):
-        raise CheckpointError(
-            f"{name}.g_idx {[*g_idx.shape]} does not have one entry per input channel ({in_features})"
-        )
-    if g_idx is None and in_features % parts["scales"].shape[0]:
-        raise CheckpointError(
-            f"{name} has {in_features} input channels in {parts['scales'].shape[0]} groups, and no "
-            "g_idx that assigns channels to groups of unequal size"
+            f"{quantized.name}.qweight {[*quantized.tensors['qweight'].shape]} does not fit a layer "
+            f"with {shape[1]} input and {shape[0]} output channels"
         )
     with torch.device("meta"):
         layer = QuantLinear(
-            in_features,
-            out_features,
-            bits=bits,
-            groups=parts["scales"].shape[0],
-            bias=f"{name}.bias" in tensors,
-            stored_g_idx=g_idx is not None,
-            zero_offset=zero_offset,
+            quantized.in_features,
+            quantized.out_features,
+            bits=quantized.bits,
+            groups=quantized.groups,
+            group_size=quantized.group_size,
+            bias=quantized.has_bias,
+            stored_g_idx="g_idx" in quantized.tensors,
+            zero_offset=1 if quantized.checkpoint_format == "gptq" else 0,
             dtype=dtype,
         )
-        layer.scales = layer.scales.to(
-            SCALE_DTYPES.get(tensors[f"{name}.scales"].dtype, torch.float16)
-        )
+        layer.scales = layer.scales.to(DTYPES[quantized.tensors["scales"].dtype])
     return layer

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.checkpoint.reader import Checkpoint, CheckpointView
-from roundwise.errors import ConfigError
+from roundwise.errors import CheckpointError, ConfigError
 from roundwise.model.expert_weights import router_linears
 from roundwise.model.moe import LinearExperts
 
@@ -210,6 +210,8 @@ def _named_linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 #: Setting of a config: output head and embedding share one weight.
 TIED = "tie_word_embeddings"
+#: Names that models give their output head.
+HEADS = ("lm_head", "embed_out")
 
 
 class OutputHead(nn.Module):
@@ -248,6 +250,26 @@ def output_head_name(model: PreTrainedModel) -> str:
 def is_tied(config: Any) -> bool:
     """Tells whether a transformers config says that output head and embedding share one weight."""
     return bool(getattr(config, TIED, False) or getattr(config.get_text_config(), TIED, False))
+
+
+def check_quantized_head(config: Callable[[], Any], layers: Iterable[str]) -> None:
+    """Refuses a quantized output head in a model whose config ties the head to the embedding.
+
+    Some readers would use the embedding instead of the head in the files, others the head.
+
+    Args:
+        config: returns transformers' config of the model; called only if the head is quantized.
+        layers: names of the quantized layers in the files.
+
+    Raises:
+        CheckpointError: the head is among them, and tied.
+    """
+    head = next((name for name in layers if name.rpartition(".")[2] in HEADS), None)
+    if head is not None and is_tied(config()):
+        raise CheckpointError(
+            f"the output head is quantized ({head}), but the config ties it to the embedding: set "
+            f"{TIED} to false in config.json if these are the right files"
+        )
 
 
 def untie(config: Any) -> None:

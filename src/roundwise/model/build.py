@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.checkpoint.untrusted import check_computed_buffers
-from roundwise.errors import CheckpointError, ConfigError, RoundwiseError, first_line
+from roundwise.errors import CheckpointError, ConfigError, quoted
+from roundwise.model.foreign_errors import foreign_errors
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -18,16 +22,15 @@ def load_config(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: transformers does not know the model or cannot read its config.
     """
-    try:
+    kind = quoted(str(checkpoint.config.get("model_type", "no model_type")))[1:-1]
+    with foreign_errors(
+        f"transformers {transformers.__version__} cannot open {checkpoint.folder} ({kind})"
+    ):
         config = transformers.AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=False, **checkpoint.overrides
-        )
-    except Exception as error:  # transformers raises many types here; users need one
-        kind = checkpoint.config.get("model_type", "no model_type")
-        reason = first_line(error)
-        raise CheckpointError(
-            f"transformers {transformers.__version__} cannot open {checkpoint.folder} ({kind}): {reason}"
-        ) from error
+            checkpoint.folder, trust_remote_code=False, _configuration_file=checkpoint.config_file,
+            **checkpoint.overrides,
+        )  # fmt: skip
+        config.return_dict = True  # all code here reads outputs by name
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -48,26 +51,48 @@ def model_class(config: Any) -> type[transformers.PreTrainedModel]:
     Raises:
         ConfigError: transformers has neither.
     """
-    for name in getattr(config, "architectures", None) or []:
-        named = getattr(transformers, name, None)
+    found = next(_named_classes(config), None)
+    if found is None:
+        try:
+            found = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+        except KeyError:
+            kind = quoted(str(config.model_type))[1:-1]
+            raise ConfigError(f"{kind} is not a causal language model") from None
+    assert isinstance(found, type)
+    is_default = bool(getattr(type(config), "is_encoder_decoder", False))
+    takes_both = is_default or "decoder_input_ids" in inspect.signature(found.forward).parameters
+    if getattr(config, "is_encoder_decoder", False) and not takes_both:
+        raise CheckpointError(
+            f"config.json says is_encoder_decoder=true, but {found.__name__} is not an encoder-decoder: "
+            "set it to false"
+        )
+    return found
+
+
+def _named_classes(config: Any) -> Iterator[type[transformers.PreTrainedModel]]:
+    """Yields the classes of transformers that a config names as its architectures."""
+    names = getattr(config, "architectures", None)
+    for name in names if isinstance(names, list) else []:
+        named = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-            return named
-    try:
-        causal = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise ConfigError(f"{config.model_type} is not a causal language model") from None
-    assert isinstance(causal, type)
-    return causal
+            yield named
 
 
-def context_length(config: Any) -> int | None:
+def context_length(model: Any) -> int | None:
     """Returns the maximum number of tokens of a model's input; None if its config sets no limit.
 
     Args:
-        config: transformers' config of the whole model.
+        model: a model; or transformers' config of it, whose limit may be a few tokens too large.
     """
-    text = config.get_text_config()
-    return int(getattr(text, "max_position_embeddings", None) or 0) or None
+    config = getattr(model, "config", model).get_text_config()
+    limit = int(getattr(config, "max_position_embeddings", None) or 0)
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        # RoBERTa and its kin count positions from the one after padding.
+        if not isinstance(module, nn.Embedding) or module.num_embeddings != limit:
+            continue
+        if module.padding_idx is not None and "position" in name.rpartition(".")[2]:
+            return limit - module.padding_idx - 1
+    return limit if limit > 0 else None
 
 
 def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
@@ -82,16 +107,10 @@ def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
         ConfigError: transformers has no class for the model.
     """
     cls = model_class(config)
-    try:
-        with torch.device("meta"):
-            model = cls._from_config(config, dtype=dtype)
-    except RoundwiseError:
-        raise
-    except Exception as error:  # transformers raises many types for an invalid config
-        reason = first_line(error)
-        raise CheckpointError(
-            f"transformers cannot build the {config.model_type} of config.json: {reason}"
-        ) from error
+    kind = quoted(str(config.model_type))[1:-1]
+    what = f"transformers cannot build the {kind} of config.json"
+    with foreign_errors(what), torch.device("meta"):
+        model = cls._from_config(config, dtype=dtype)
     check_computed_buffers(model)
     computed = {name for name, _ in model.named_non_persistent_buffers()}
     uninitialized = {""}

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from roundwise.checkpoint.gptq_format import SUFFIXES, quantized_layers
+from roundwise.checkpoint.gptq_format import SUFFIXES
+from roundwise.checkpoint.quantization_config import (
+    is_packed,
+    quantization_method,
+    raw_quantization_config,
+    read_quantization_config,
+    without_quantization_config,
+)
+from roundwise.checkpoint.quantized_layers import QuantizedLayer, quantized_layers
 from roundwise.checkpoint.reader import (
     CHUNK,
     DTYPE_CODES,
@@ -23,7 +31,8 @@ from roundwise.checkpoint.reader import (
     CheckpointView,
     TensorInfo,
 )
-from roundwise.errors import CheckpointError, ConfigError
+from roundwise.errors import CheckpointError, ConfigError, quoted
+from roundwise.model.blocks import check_quantized_head
 from roundwise.model.build import build, config_dtype, load_config
 
 #: Suffix of the tensor with an FP8 weight's scales, one per block.
@@ -85,24 +94,30 @@ def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str
         ConfigError: the checkpoint is quantized in an unsupported format.
         CheckpointError: tensors are missing or contradict each other.
     """
-    settings = checkpoint.config.get("quantization_config")
+    settings = raw_quantization_config(checkpoint)
     if settings is None:
+        if is_packed(checkpoint.tensors):
+            read_quantization_config(checkpoint)  # raises: nothing says how to read them
         return checkpoint, []
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    method = quantization_method(settings)
     if method == "fp8":
         tensors = _from_fp8(checkpoint, settings)
         warnings = []
     elif method == "gptq":
-        tensors = _from_gptq(checkpoint, settings)
+        layers = quantized_layers(checkpoint)
+        check_quantized_head(lambda: load_config(checkpoint), [layer.name for layer in layers])
+        tensors = _from_gptq(checkpoint, layers)
+        widths = sorted({layer.bits for layer in layers})
         warnings = [
-            f"{checkpoint.folder} is quantized already, to {settings.get('bits')} bits: its weights are "
-            "dequantized first and keep that loss of accuracy; start from the original if you can"
+            f"{checkpoint.folder} is quantized already, to {' and '.join(map(str, widths))} bits: its "
+            "weights are dequantized first and keep that loss of accuracy; start from the original if "
+            "you can"
         ]
     else:
         raise ConfigError(
-            f"{checkpoint.folder} is quantized already ({method or 'unknown'}): start from the original"
+            f"{checkpoint.folder} is quantized already ({quoted(method)[1:-1]}): start from the original"
         )
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    config = without_quantization_config(checkpoint.config)
     return CheckpointView(checkpoint, tensors, config), warnings
 
 
@@ -156,13 +171,12 @@ def _dequantize_blocks(
     return compute
 
 
-def _from_gptq(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, TensorInfo]:
+def _from_gptq(checkpoint: Checkpoint, quantized: list[QuantizedLayer]) -> dict[str, TensorInfo]:
     """Returns the tensors of a GPTQ checkpoint with each layer's weight in place of its codes."""
     model = build(load_config(checkpoint), torch.float32)
     conv1d_names = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
-    checkpoint_format = settings.get("checkpoint_format", "gptq")
     dtype = config_dtype(checkpoint.config) or torch.float16
-    layers = {layer.name: layer for layer in quantized_layers(checkpoint)}
+    layers = {layer.name: layer for layer in quantized}
     tensors: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         stem, _, suffix = name.rpartition(".")
@@ -170,13 +184,13 @@ def _from_gptq(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Te
             tensors[name] = info
         elif suffix == "qweight":
             layer = layers[stem]
-            shape = (layer.tensors["scales"].shape[1], layer.in_features())
             is_conv1d = any(path.endswith(stem) for path in conv1d_names)
 
-            def compute(layer: Any = layer, is_conv1d: bool = is_conv1d) -> torch.Tensor:
-                W: torch.Tensor = layer.read(checkpoint_format).dequantize(dtype)
+            def compute(layer: QuantizedLayer = layer, is_conv1d: bool = is_conv1d) -> torch.Tensor:
+                W = layer.read().dequantize(dtype)
                 return W.T if is_conv1d else W
 
+            shape = (layer.out_features, layer.in_features)
             shape = shape[::-1] if is_conv1d else shape
             tensors[f"{stem}.weight"] = DequantizedInfo.from_source(info, shape, dtype, compute)
     return tensors

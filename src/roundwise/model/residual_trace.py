@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from roundwise.errors import ConfigError
 from roundwise.model.blocks import Block, output_head_name, wrapped_forwards
 from roundwise.model.build import forward_kwargs
+from roundwise.model.foreign_errors import foreign_errors
 from roundwise.model.streamed import StreamedModel
 
 #: Tokens of the traced forward.
@@ -170,7 +171,10 @@ def run_forward(
         elif not any(path == name or path.startswith(f"{name}.") for name in names):
             streamed.load(module, path, recurse=False)
     count = len(tables[0].weight)
-    with wrapped_forwards(streamed.blocks, lambda _, block, forward: wrap(block, forward)):
+    with (
+        wrapped_forwards(streamed.blocks, lambda _, block, forward: wrap(block, forward)),
+        foreign_errors(f"{type(model).__name__} fails in its forward"),
+    ):
         output = model(**forward_kwargs(model, torch.arange(count)[None]))
     logits = output.logits
     assert isinstance(logits, torch.Tensor)

@@ -26,6 +26,7 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.hadamard import Rotation
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.model.blocks import Block, output_head_name
+from roundwise.model.finite import check_finite
 from roundwise.model.residual_trace import (
     Norm,
     ResidualTrace,
@@ -70,13 +71,15 @@ def open_for_run(
         folder: folder of the checkpoint.
         config: `lm_head`, `rotate` and `rotation_seed` count.
         device: device to compute on.
-        check: as for `rotated_checkpoint`.
+        check: read all weights once, to find those that are not finite and to check the rotation.
 
     Raises:
-        CheckpointError: the model cannot be opened.
+        CheckpointError: the model cannot be opened, or holds NaN or infinity.
         ConfigError: it cannot be rotated.
     """
     streamed = open_streamed_model(folder, lm_head=config.lm_head, device=device)
+    if check:
+        check_finite(streamed, config)
     if not config.rotate:
         return streamed
     rotated = rotated_checkpoint(streamed.checkpoint, config.rotation_seed, check=check)

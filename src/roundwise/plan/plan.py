@@ -109,7 +109,7 @@ def plan(
         mode, budget: as for `plan_memory`.
     """
     text_config = streamed.model.config.get_text_config()
-    limit = context_length(streamed.model.config) or seq_len
+    limit = context_length(streamed.model) or seq_len
     config, group_note = fit_group_size(layer_shapes(streamed.blocks), config)
     warnings = [*streamed.warnings, *([group_note] if group_note else [])]
     if seq_len > limit:

@@ -24,7 +24,7 @@ from roundwise.checkpoint.manifest import (
 )
 from roundwise.checkpoint.reader import INDEX_FILE, read_header
 from roundwise.checkpoint.untrusted import file_digest
-from roundwise.checkpoint.writer import copy_file, sync_folder, write_json, write_safetensors
+from roundwise.checkpoint.writer import copy_side_files, sync_folder, write_json, write_safetensors
 from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.streamed import StreamedModel
 from roundwise.run.environment import platform_info
@@ -164,8 +164,7 @@ def _write_side_files(plan: RunPlan, out: Path, shards: list[str]) -> dict[str, 
     """Writes index, configs and the source's side files; file -> SHA-256."""
     streamed, source = plan.streamed, plan.streamed.checkpoint
     _write_index(out, shards)
-    for path in source.side_files():
-        copy_file(path, out / path.name)
+    copied = copy_side_files(source, out)
     settings = quantization_config(
         plan.config, true_sequential=plan.fingerprint.mode == "true_sequential",
         skipped=[n for b in [*streamed.blocks, *streamed.skipped_blocks] for n in b.skipped_linears],
@@ -173,7 +172,7 @@ def _write_side_files(plan: RunPlan, out: Path, shards: list[str]) -> dict[str, 
     )  # fmt: skip
     write_json(out / "quantize_config.json", settings)
     write_json(_draft(out), {**source.config, "quantization_config": settings})
-    names = [INDEX_FILE, "quantize_config.json", *(path.name for path in source.side_files())]
+    names = [INDEX_FILE, "quantize_config.json", *copied]
     return {name: file_digest(out / name) for name in names} | {
         "config.json": file_digest(_draft(out))
     }

@@ -24,14 +24,15 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from roundwise.checkpoint.manifest import (
-    WORK,
     BlockRecord,
     Fingerprint,
+    GivenNames,
     LayerRecord,
     SavedActivations,
     explain,
 )
 from roundwise.checkpoint.reader import read_header
+from roundwise.checkpoint.side_files import WORK
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import PARTIAL, storage_error, write_safetensors
 from roundwise.errors import OutputError, RunError
@@ -95,10 +96,15 @@ class Journal:
         """Returns the records of all layers of finished blocks."""
         return [layer for block in self.read()[1] for layer in block.layers]
 
-    def start(self, fingerprint: Fingerprint) -> None:
-        """Starts an empty journal."""
+    def start(self, fingerprint: Fingerprint, given: GivenNames) -> None:
+        """Starts an empty journal.
+
+        Args:
+            fingerprint: decides which run may resume.
+            given: where the model and the text are, for those who find the folder.
+        """
         self.path.unlink(missing_ok=True)
-        self._append({"fingerprint": fingerprint.as_json()})
+        self._append({"fingerprint": fingerprint.as_json(), "given": given.as_json()})
 
     def trim(self) -> None:
         """Drops an incomplete last line and incomplete files, so that the run can resume."""

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from roundwise.checkpoint.manifest import (
-    WORK,
     BlockRecord,
     LayerRecord,
     LearningCurveRecord,
     Manifest,
     SavedActivations,
 )
+from roundwise.checkpoint.side_files import WORK
 from roundwise.checkpoint.writer import write_safetensors
 from roundwise.errors import FallbackError
 from roundwise.forward.batch import depth_error

@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from roundwise.calibration.dataset import Calibration, load_calibration
 from roundwise.calibration.self_generated import generate_windows
 from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
-from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
-from roundwise.errors import CalibrationError, ConfigError, first_line
+from roundwise.errors import CalibrationError, ConfigError, OutputError, quoted
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
 from roundwise.model.build import context_length, forward_kwargs
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
 from roundwise.model.rotate import open_for_run
 from roundwise.model.streamed import StreamedModel
+from roundwise.model.tokenizer import load_tokenizer
 from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_shapes
 from roundwise.plan.memory import MemoryPlan, plan_memory
 from roundwise.run.bit_allocation import allocate_bits
@@ -127,6 +126,7 @@ def prepare(
     timer.take()
     release_large_blocks()
     model = os.fspath(model)
+    _check_name(Path(out))
     budget = parse_size(options.max_memory)
     ranks = current_ranks()
     device = ranks.local_device(parse_device(options.device))
@@ -163,7 +163,12 @@ def prepare(
         ranks=ranks,
         prescaler=prescaler,
         threads=torch.get_num_threads(),
-        warnings=(*(loaded.warnings if loaded else ()), *notes, *skipped),
+        warnings=(
+            *(loaded.warnings if loaded else ()),
+            *notes,
+            *skipped,
+            *streamed.checkpoint.left_out(),
+        ),
         issues=(
             *check_run(streamed, config, calls),
             *(loaded.not_as_asked if loaded else ()),
@@ -172,6 +177,14 @@ def prepare(
         ),
         begun=begun,
     )
+
+
+def _check_name(out: Path) -> None:
+    """Refuses an output folder whose name no file system takes."""
+    try:
+        out.exists()
+    except OSError as error:
+        raise OutputError(f"{quoted(str(out))} cannot be a folder: {error.strerror}") from None
 
 
 def _open(
@@ -270,7 +283,7 @@ def _calibration(
     forward_kwargs(
         streamed.model, torch.zeros(1, 1, dtype=torch.int64)
     )  # refuses other input than text
-    limit = context_length(streamed.model.config) or windows.seq_len
+    limit = context_length(streamed.model) or windows.seq_len
     widest = max(
         weight_of(linear).shape[1] for block in streamed.blocks for linear in block.linears.values()
     )
@@ -301,18 +314,3 @@ def _check_vocabulary(calibration: Calibration, vocabulary: int) -> None:
             f"calibration has token id {wrong}, but the model's vocabulary has {vocabulary} tokens: "
             "is it another model's tokenizer?"
         )
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; no code that comes with it is run.
-
-    Raises:
-        CalibrationError: transformers cannot load one.
-    """
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=False
-        )
-    except Exception as error:  # transformers raises many kinds here; all mean the same to a user
-        reason = first_line(error)
-        raise CalibrationError(f"{checkpoint.folder} has no usable tokenizer: {reason}") from error

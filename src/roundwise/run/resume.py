@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from roundwise.checkpoint.manifest import (
     MANIFEST,
-    WORK,
     BlockRecord,
     Fingerprint,
     Manifest,
@@ -20,6 +19,7 @@ from roundwise.checkpoint.manifest import (
     changed_files,
     read_manifest,
 )
+from roundwise.checkpoint.side_files import WORK
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import storage_error
 from roundwise.errors import OutputError, RunError
@@ -118,10 +118,10 @@ def finished_manifest(out: Path, plan: RunPlan) -> Manifest | None:
             f"({describe_difference(made, wanted)}): give another folder, or --restart to replace it"
         )
     changed = changed_files(out, manifest.files)
-    if changed:
+    if changed.evidence:
         raise OutputError(
-            f"{out} holds a finished checkpoint that was changed since: {changed[0]}; --restart makes "
-            "it again"
+            f"{out} holds a finished checkpoint that was changed since: {changed.evidence[0]}; "
+            "--restart makes it again"
         )
     return manifest
 
@@ -172,7 +172,7 @@ def _begin(plan: RunPlan, out: Path, journal: Journal) -> tuple[RunPlan, list[Bl
         disk = plan_disk(plan.streamed, plan.config, plan.memory, tokens=tokens)
         check_disk_space(out, disk)
         OutputGradients(out).clear()
-        journal.start(plan.fingerprint)
+        journal.start(plan.fingerprint, plan.given)
     elif known.as_json() != plan.fingerprint.as_json():
         differs = describe_difference(known.as_json(), plan.fingerprint.as_json())
         raise OutputError(

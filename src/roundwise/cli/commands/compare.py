@@ -112,7 +112,7 @@ def command(
     else:
         _print_table(comparisons)
         for reason in failed:
-            print_note(f"[bold red]failed:[/] {reason}")
+            print_note(reason, label="failed:", style="bold red")
     if failed:
         raise typer.Exit(1)
 
@@ -132,7 +132,7 @@ def evaluation_tokens(
     from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, special_tokens
     from roundwise.checkpoint.hub import local_folder
     from roundwise.checkpoint.reader import Checkpoint
-    from roundwise.run.prepare import load_tokenizer
+    from roundwise.model.tokenizer import load_tokenizer
 
     if text is None:
         return [], NO_SPECIAL_TOKENS

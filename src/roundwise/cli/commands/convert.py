@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import print_json, print_line
+from roundwise.cli.progress import print_json, print_line, print_note
 from roundwise.system.memory import format_size
 
 
@@ -37,8 +37,11 @@ def command(
     from roundwise.inference.load import parse_dtype
 
     dense_dtype = parse_dtype(dtype)
+    source = local_folder(checkpoint)
+    for note in Checkpoint(source).left_out():
+        print_note(note, label="note:", style="yellow")
     written = convert(
-        local_folder(checkpoint), out, to,  # type: ignore[arg-type]  # `convert` checks it
+        source, out, to,  # type: ignore[arg-type]  # `convert` checks it
         dtype=None if isinstance(dense_dtype, str) else dense_dtype,
     )  # fmt: skip
     nbytes = Checkpoint(written).nbytes()

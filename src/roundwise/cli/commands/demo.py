@@ -100,7 +100,7 @@ def _quantize(source: Path, out: Path, bits: int, method: str, samples: int) -> 
             samples=samples, seq_len=512, restart=True, progress=Reporter(shown),
         )  # fmt: skip
     for issue in result.not_as_asked:
-        print_note(f"[red]not as asked:[/] {issue}")
+        print_note(issue, label="not as asked:", style="red")
     return result
 
 

@@ -66,7 +66,7 @@ def command(
         with steps("evaluating") as shown:
             on_text = perplexity(
                 loaded, tokenizer, content,
-                window=min(window, context_length(loaded.config) or window), stride=stride,
+                window=min(window, context_length(loaded) or window), stride=stride,
                 max_tokens=max_tokens, batch_size=batch_size,
                 special=None if special_tokens else NO_SPECIAL_TOKENS, progress=shown.update,
             )  # fmt: skip

@@ -16,7 +16,7 @@ from roundwise.cli.options import (
     JsonOption,
     ModelArgument,
 )
-from roundwise.cli.progress import console, print_json, print_note
+from roundwise.cli.progress import console, print_json, print_note, visible
 
 if TYPE_CHECKING:
     from roundwise.inference.generation import Generated
@@ -92,10 +92,15 @@ def command(
     if as_json:
         print_json({"prompt": prompt, **_as_json(answer(ids, lambda _: None))})
         return
-    if not chat:
-        _print_piece(prompt)
-    result = answer(ids, _print_piece)
-    print()
+    # The prompt comes with the first piece: an error before it leaves nothing on stdout.
+    before = [] if chat else [prompt]
+
+    def show(text: str) -> None:
+        _print_piece("".join([*before, text]))
+        before.clear()
+
+    result = answer(ids, show)
+    show("\n")
     _print_speed(result)
 
 
@@ -125,7 +130,8 @@ def _hold_conversation(tokenizer: Any, messages: list[dict[str, Any]], answer: A
 
 
 def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
+    # A terminal would obey control characters; a file gets exactly what the model wrote.
+    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _print_speed(result: Generated) -> None:

@@ -10,11 +10,13 @@ import typer
 from rich.table import Table
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import count_of, print_json, print_line, stdout
+from roundwise.cli.progress import count_of, print_json, print_line, stdout, visible
+from roundwise.errors import MAX_QUOTED
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
-    from roundwise.checkpoint.gptq_format import QuantizedLayer
+    from roundwise.checkpoint.quantized_layers import QuantizedLayer
+    from roundwise.checkpoint.reader import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,10 @@ def command(
     if as_json:
         print_json(summary.as_dict())
         return
-    stdout.print(
-        f"[bold]{summary.architecture}[/]  {format_size(summary.bytes)}, "
-        f"{count_of(summary.files, 'file')}"
-    )
+    size = f" {format_size(summary.bytes)}, {count_of(summary.files, 'file')}"
+    print_line(size, label=visible(summary.architecture[:MAX_QUOTED]), style="bold")
     for key, value in (summary.quantization or {"quantized": "no"}).items():
-        stdout.print(f"  {key}: {value}", highlight=False)
+        print_line(f"  {key}: {value}")
     if summary.layers:
         stdout.print(_layer_table(summary.layers))
     print_line(
@@ -91,21 +91,22 @@ def _layer_table(layers: list[LayerSummary]) -> Table:
 
 
 def summarize(name: str) -> CheckpointSummary:
-    """Returns what is in a checkpoint; reads only the headers of its files, and g_idx.
+    """Returns what is in a checkpoint; reads headers, scales, zero points and g_idx, but no codes.
 
     Args:
         name: folder, or id on the Hugging Face hub.
     """
-    from roundwise.checkpoint.gptq_format import (
-        SUFFIXES,
-        quantized_layers,
-        read_quantization_config,
-    )
+    from roundwise.checkpoint.gptq_format import SUFFIXES
     from roundwise.checkpoint.hub import local_folder
+    from roundwise.checkpoint.quantization_config import is_packed, read_quantization_config
+    from roundwise.checkpoint.quantized_layers import find_layers
     from roundwise.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint(local_folder(name))
-    layers = [_summarize_layer(layer) for layer in quantized_layers(checkpoint)]
+    config = read_quantization_config(checkpoint) if is_packed(checkpoint.tensors) else None
+    found = find_layers(checkpoint.tensors, config) if config is not None else []
+    _check_head(checkpoint, found)
+    layers = [_summarize_layer(layer) for layer in found]
     architectures = checkpoint.config.get("architectures")
     stems = {layer.name for layer in layers}
     others = [
@@ -122,28 +123,34 @@ def summarize(name: str) -> CheckpointSummary:
         ),
         files=len(checkpoint.files),
         bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
-        quantization=read_quantization_config(checkpoint) if layers else None,
+        quantization=config.as_json() if config is not None else None,
         layers=layers,
         other_tensors=len(others),
         other_bytes=sum(info.nbytes for info in others),
     )
 
 
+def _check_head(checkpoint: Checkpoint, layers: list[QuantizedLayer]) -> None:
+    if any(layer.name.endswith("head") for layer in layers):  # transformers takes seconds to import
+        from roundwise.model.blocks import check_quantized_head
+        from roundwise.model.build import load_config
+
+        check_quantized_head(lambda: load_config(checkpoint), [layer.name for layer in layers])
+
+
 def _summarize_layer(layer: QuantizedLayer) -> LayerSummary:
     import torch
 
-    in_features = layer.in_features()
-    groups, out_features = layer.tensors["scales"].shape
-    group_size = -(-in_features // groups)
+    layer.check()
     g_idx = layer.tensors["g_idx"].read() if "g_idx" in layer.tensors else None
-    in_order = torch.arange(in_features) // group_size
+    in_order = torch.arange(layer.in_features) // layer.group_size
     stored = sum(info.nbytes for info in layer.tensors.values())
     return LayerSummary(
         name=layer.name,
-        bits=layer.bits(),
-        group_size=-1 if groups == 1 else group_size,
-        in_features=in_features,
-        out_features=out_features,
+        bits=layer.bits,
+        group_size=-1 if layer.groups == 1 else layer.group_size,
+        in_features=layer.in_features,
+        out_features=layer.out_features,
         act_order=g_idx is not None and not bool((g_idx == in_order).all()),
-        bits_per_weight=8 * stored / (in_features * out_features),
+        bits_per_weight=8 * stored / (layer.in_features * layer.out_features),
     )

@@ -73,9 +73,9 @@ def _print_plan(planned: Plan) -> None:
     stdout.print(table)
     print_labelled(_summary(planned), width=28)
     for warning in planned.warnings:
-        print_note(f"[yellow]warning:[/] {warning}")
+        print_note(warning, label="warning:", style="yellow")
     for problem in planned.problems[:5]:
-        print_note(f"[bold red]would be refused:[/] {problem}")
+        print_note(problem, label="would be refused:", style="bold red")
 
 
 def _summary(planned: Plan) -> dict[str, str]:

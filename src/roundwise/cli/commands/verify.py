@@ -32,13 +32,15 @@ def command(
     if as_json:
         print_json(
             {"checkpoint": checkpoint, "ok": not report.failures,
-             "checked": report.checked, "failures": report.failures}
+             "checked": report.checked, "failures": report.failures, "notes": report.notes}
         )  # fmt: skip
     else:
         for kind, count in report.checked.items():
             print_line(f"{kind}: {count} checked")
+        for note in report.notes:
+            print_note(note, label="note:", style="yellow")
         for failure in report.failures:
-            print_note(f"[red]failed:[/] {failure}")
+            print_note(failure, label="failed:", style="red")
         failed = f"{count_of(len(report.failures), 'check')} failed"
         print_line(failed if report.failures else "verified")
     if report.failures:

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from roundwise.checkpoint.reader import OWN_FILES
+from roundwise.checkpoint.side_files import OWN_FILES
 from roundwise.checkpoint.writer import atomic_write
 from roundwise.evaluation.report.charts import charts
 from roundwise.evaluation.report.facts import Answers, Evaluation, Facts, read_facts

@@ -1,0 +1,96 @@
+"""Makes transformers read quantization configs as the rest of roundwise does.
+
+transformers' own class for them checks how a file was made: it refuses good files that name another
+dataset, a damping of 0, or an order of modules. It also does not know all spellings of GPTQ, and leaves
+a model without weights if the config is in quantize_config.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers.utils.quantization_config as hf
+
+from roundwise.checkpoint.quantization_config import (
+    OLD_FILE,
+    is_packed,
+    parse_quantization_config,
+    quantization_method,
+)
+from roundwise.checkpoint.reader import read_header
+from roundwise.checkpoint.untrusted import read_json
+
+#: Module of transformers that has its own reference to `get_hf_quantizer` once it is imported.
+MODELING_MODULE = "transformers.modeling_utils"
+
+
+class GPTQConfig(hf.GPTQConfig):  # type: ignore[misc]  # untyped there
+    """Config of a GPTQ checkpoint that is loaded; transformers requires the name of its own class.
+
+    Args:
+        settings: a quantization config of any tool, as JSON.
+
+    Raises:
+        CheckpointError: a value that changes how tensors are read is not known.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = parse_quantization_config(settings, "the checkpoint").as_json()
+        self.__dict__.update(self.settings)
+        self.quant_method = hf.QuantizationMethod.GPTQ
+        self.format = self.settings["checkpoint_format"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the config as JSON, for config.json."""
+        return {**self.settings}
+
+
+def patch_config_loading(module: Any) -> None:
+    """Makes transformers use `GPTQConfig` for all configs in the GPTQ format; may be called again.
+
+    Args:
+        module: `transformers.quantizers.auto`.
+    """
+    module.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
+    if getattr(module.get_hf_quantizer, "reads_old_configs", False):
+        return
+    from_dict = module.AutoQuantizationConfig.from_dict
+    supports = module.AutoHfQuantizer.supports_quant_method
+    module.AutoQuantizationConfig.from_dict = staticmethod(
+        lambda raw: from_dict(_standard_spelling(raw))
+    )
+    module.AutoHfQuantizer.supports_quant_method = staticmethod(
+        lambda raw: supports(_standard_spelling(raw))
+    )
+    module.get_hf_quantizer = _reading_old_configs(module.get_hf_quantizer)
+    modeling: Any = sys.modules.get(MODELING_MODULE)
+    if modeling is not None and hasattr(modeling, "get_hf_quantizer"):
+        modeling.get_hf_quantizer = module.get_hf_quantizer
+
+
+def _standard_spelling(raw: Any) -> Any:
+    """Returns the config of a GPTQ checkpoint as transformers spells it; others are unchanged."""
+    if not isinstance(raw, dict) or not {"quant_method", "method", "bits"} & {*raw}:
+        return raw
+    if raw.get("load_in_4bit") or raw.get("load_in_8bit") or quantization_method(raw) != "gptq":
+        return raw
+    return parse_quantization_config(raw, "the checkpoint").as_json()
+
+
+def _reading_old_configs(get_hf_quantizer: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `get_hf_quantizer` that also looks for a quantize_config.json."""
+
+    def wrapped(config: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(getattr(config, "_name_or_path", "") or "")
+        has_config = getattr(config, "quantization_config", None) is not None
+        if not has_config and folder.is_dir() and (folder / OLD_FILE).is_file():
+            files = folder.glob("*.safetensors")
+            if any(is_packed(read_header(file)) for file in files):
+                config.quantization_config = read_json(folder / OLD_FILE)
+        return get_hf_quantizer(config, *args, **kwargs)
+
+    wrapped.reads_old_configs = True  # type: ignore[attr-defined]
+    return wrapped
