@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from roundwise.calibration.overlap import minhash
+from roundwise.calibration.records import Chat, Document
 from roundwise.calibration.self_generated import SELF
-from roundwise.calibration.sources import Document, parse_mixture, read_documents
+from roundwise.calibration.sources import parse_mixture, read_documents
 from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens, special_tokens
 from roundwise.calibration.windows import (
     Batch,
@@ -64,6 +65,8 @@ class _Windows:
     """Name of each source; of several, with its number of windows."""
     texts: list[list[str]] = field(default_factory=list)
     """Name and SHA-256 of each source's text."""
+    left_out: list[str] = field(default_factory=list)
+    """Sentences about parts of the texts that are not used."""
 
 
 def load_calibration(
@@ -93,6 +96,7 @@ def load_calibration(
     issues: list[str] = []
     if isinstance(source, str):
         drawn = _windows_of_sources(source, tokenizer, config, special, generate)
+        issues += drawn.left_out
     elif config.only is not None:
         raise CalibrationError(
             f"only={config.only} is for chats, and a list of windows holds no chats"
@@ -174,7 +178,8 @@ def _windows_of_sources(
             drawn.texts.append([SELF, _digest([window.tokens for window in windows])])
         else:
             characters = max(CHARACTERS_PER_TOKEN * count * seq_len, MIN_CHARACTERS)
-            text = read_documents(name)
+            text, left_out = read_documents(name)
+            drawn.left_out.extend(left_out)
             drawn.texts.append([Path(name).name, _digest(text)])
             documents = _sample_documents(text, characters, generator)
             stream = tokenize_documents(documents, tokenizer, config.only)
@@ -191,7 +196,8 @@ def _digest(documents: Sequence[Any]) -> str:
     """Returns the SHA-256 of documents in their order."""
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(json.dumps(document).encode() + b"\n")
+        value = document.as_json() if isinstance(document, Chat) else document
+        digest.update(json.dumps(value).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -6,17 +6,15 @@ A source becomes a list of documents, each a text or a chat (list of messages).
 from __future__ import annotations
 
 import glob
-import json
 import math
 import sysconfig
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
+from roundwise.calibration.records import RECORDS, Document, is_json, parse_chat, read_records
 from roundwise.errors import CalibrationError, first_line
-
-Document = str | list[dict[str, Any]]
 
 
 class NamedSet(NamedTuple):
@@ -41,33 +39,40 @@ NAMED_SETS = {
         "codeparrot/codeparrot-clean-valid",
     ),
 }  # fmt: skip
-#: Suffixes of files with one JSON record per line, and of all files that are read from a folder.
-JSON_LINES = (".jsonl", ".ndjson")
-TEXTS = (".txt", ".md", ".rst", *JSON_LINES)
+#: Suffixes of the files that are read from a folder.
+TEXTS = (".txt", ".md", ".rst", *RECORDS)
 #: Maximum documents read from a public data set, which may be far larger than any calibration needs.
 MAX_DOCUMENTS = 20_000
 
 
-def read_documents(source: str, *, held_out: bool = False) -> list[Document]:
+class SourceText(NamedTuple):
+    """Documents of a source."""
+
+    documents: list[Document]
+    left_out: list[str]
+    """Sentences about what is not used, or not as it was meant."""
+
+
+def read_documents(source: str, *, held_out: bool = False) -> SourceText:
     """Returns the documents of a source, in a fixed order.
 
     Args:
-        source: a text file; a JSONL file with a `text` or a chat `messages` in each line; a folder or a
-            pattern (`notes/*.md`) of such files; `python-stdlib`; one of `NAMED_SETS`; or
-            NAME:SPLIT:COLUMN of a Hugging Face data set.
+        source: a text file; a file of records (JSON lines, a JSON array, CSV, Parquet; see
+            `calibration.records`); a folder or a pattern (`notes/*.md`) of such files;
+            `python-stdlib`; one of `NAMED_SETS`; or NAME:SPLIT:COLUMN of a Hugging Face data set.
         held_out: read the part meant for evaluation, if the source has one.
 
     Raises:
         CalibrationError: there is no such source, a file is unreadable, or it holds no text.
     """
-    documents: list[Document]
+    documents: list[Document] = []
+    left_out: list[str] = []
     files = _files(source)
     if files:
-        documents = [
-            document
-            for file in files
-            for document in (_read_jsonl(file) if file.suffix in JSON_LINES else [_read_text(file)])
-        ]
+        for file in files:
+            found, notes = _read_file(file)
+            documents += found
+            left_out += notes
     elif source == "python-stdlib":
         documents = list(_stdlib(held_out=held_out))
     elif source in NAMED_SETS or source.count(":") == 2:
@@ -81,7 +86,7 @@ def read_documents(source: str, *, held_out: bool = False) -> list[Document]:
     documents = [document for document in documents if _has_content(document)]
     if not documents:
         raise CalibrationError(f"{source} holds no text")
-    return documents
+    return SourceText(documents, left_out)
 
 
 def parse_mixture(source: str) -> list[tuple[str, float]]:
@@ -129,38 +134,31 @@ def _files(source: str) -> list[Path]:
 
 def _has_content(document: Document) -> bool:
     """Returns True if a document has more than white space."""
-    return bool(document.strip()) if isinstance(document, str) else bool(document)
+    return bool(document.strip() if isinstance(document, str) else document.messages)
+
+
+def _read_file(path: Path) -> tuple[list[Document], list[str]]:
+    """Returns the documents of a file, and sentences about what is left out."""
+    if path.suffix == ".parquet":
+        return read_records(path, "")
+    text = _read_text(path)
+    if path.suffix in RECORDS:
+        return read_records(path, text)
+    if is_json(text):
+        return [text], [
+            f"{path.name} is JSON and is read as plain text, with its braces and field names: call it "
+            ".json if it holds records"
+        ]
+    return [text], []
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # without the byte order mark, if there is one
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _read_jsonl(path: Path) -> list[Document]:
-    documents: list[Document] = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{path}, line {number} is not valid JSON: {error}") from None
-        value = record.get("text", record.get("messages")) if isinstance(record, dict) else None
-        if not (isinstance(value, str) or _is_chat(value)):
-            raise CalibrationError(f"{path}, line {number} has neither a `text` nor `messages`")
-        documents.append(value)
-    return documents
-
-
-def _is_chat(value: Any) -> TypeGuard[list[dict[str, Any]]]:
-    return isinstance(value, list) and all(
-        isinstance(message, dict) and {"role", "content"} <= set(message) for message in value
-    )
 
 
 def _stdlib(*, held_out: bool) -> Iterator[str]:
@@ -196,16 +194,17 @@ def _read_named(source: str, *, held_out: bool) -> list[Document]:
         subset = None
     try:
         rows = load(name, subset, split=split, streaming=True)
-        documents = [row[column] for row in islice(rows, MAX_DOCUMENTS)]
+        values = [row[column] for row in islice(rows, MAX_DOCUMENTS)]
     except KeyError:
         raise CalibrationError(f"{name} has no column {column!r}") from None
     except Exception as error:  # network, unknown set, missing split: errors of many types
         raise CalibrationError(
             f"data set {name} ({split}) cannot be read: {first_line(error)}"
         ) from error
-    if not all(isinstance(document, str) or _is_chat(document) for document in documents):
+    documents = [value if isinstance(value, str) else parse_chat(value) for value in values]
+    if not all(document is not None for document in documents):
         raise CalibrationError(f"column {column!r} of {name} holds neither text nor chats")
-    return documents
+    return [document for document in documents if document is not None]
 
 
 def read_text(source: str) -> str:
@@ -214,7 +213,7 @@ def read_text(source: str) -> str:
     Raises:
         CalibrationError: as for `read_documents`, or the source holds chats.
     """
-    documents = read_documents(source, held_out=True)
+    documents = read_documents(source, held_out=True).documents
     if not all(isinstance(document, str) for document in documents):
         raise CalibrationError(f"{source} holds chats; perplexity is measured on plain text")
     return "\n".join(document for document in documents if isinstance(document, str))

@@ -6,12 +6,12 @@ For chats it can tell which tokens the assistant wrote.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from roundwise.calibration.sources import Document
+from roundwise.calibration.records import Chat, Document
 from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
 from roundwise.errors import CalibrationError
 from roundwise.system.device import to_device
@@ -96,41 +96,42 @@ def _tokenize_document(
     document: Document, tokenizer: Any, only: str | None = None
 ) -> tuple[list[int], list[bool]]:
     """Returns a document's tokens and, with `only`, True for those that count."""
-    is_text = isinstance(document, str)
+    if isinstance(document, Chat) and not getattr(tokenizer, "chat_template", None):
+        if document.plain is None:
+            raise CalibrationError(
+                "the calibration file holds chats, but this model's tokenizer has no chat template: "
+                "give plain `text` instead"
+            )
+        document = document.plain
     if only and isinstance(document, str):
         raise CalibrationError(
             f"only={only} is for chats, but the calibration contains plain text: {document[:60]!r}"
         )
-    if not is_text and not getattr(tokenizer, "chat_template", None):
-        raise CalibrationError(
-            "the calibration file holds chats, but this model's tokenizer has no chat template: "
-            "give plain `text` instead"
-        )
+    kind, begin = ("text", document) if isinstance(document, str) else ("chat", document.messages)
     try:
-        if is_text:
+        if isinstance(document, str):
             encoded = tokenizer(document, add_special_tokens=False, verbose=False)
             return list(encoded["input_ids"]), []
-        if only and not isinstance(document, str):
+        if only:
             return assistant_tokens(document, tokenizer)
         return _render_chat(document, tokenizer), []
     except CalibrationError:
         raise
     except Exception as error:  # templates and tokenizers raise errors of any type
-        kind = "text" if is_text else "chat"
         raise CalibrationError(
             f"a {kind} of the calibration cannot be tokenized ({error}): it begins with "
-            f"{str(document)[:60]!r}"
+            f"{str(begin)[:60]!r}"
         ) from error
 
 
-def assistant_tokens(chat: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def assistant_tokens(chat: Chat, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Returns a chat's tokens, and True for those of the assistant's turns.
 
     If the template marks them (`{% generation %}`), its marks are used. Otherwise the chat up to a turn
     is rendered with and without that turn: the added tokens are the turn, its closing marks included.
 
     Args:
-        chat: messages with `role` and `content`.
+        chat: the conversation.
         tokenizer: transformers tokenizer with a chat template.
 
     Raises:
@@ -139,17 +140,18 @@ def assistant_tokens(chat: list[dict[str, Any]], tokenizer: Any) -> tuple[list[i
     """
     if "generation %}" in str(tokenizer.chat_template).replace("-%}", "%}"):
         encoded = tokenizer.apply_chat_template(
-            chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+            chat.messages, tools=chat.tools, tokenize=True, return_dict=True,
+            return_assistant_tokens_mask=True,
+        )  # fmt: skip
         return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
     tokens = _render_chat(chat, tokenizer)
     counted = [False] * len(tokens)
-    for turn, message in enumerate(chat):
+    for turn, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
-        prompt = chat[:turn]
-        before = _render_chat(prompt, tokenizer, add_generation_prompt=True) if prompt else []
-        after = _render_chat(chat[: turn + 1], tokenizer)
+        prompt = replace(chat, messages=chat.messages[:turn])
+        before = _render_chat(prompt, tokenizer, add_generation_prompt=True) if turn else []
+        after = _render_chat(replace(chat, messages=chat.messages[: turn + 1]), tokenizer)
         start, end = _common_prefix(before, tokens), _common_prefix(after, tokens)
         if max(len(before) - start, len(after) - end) > MERGED:
             raise CalibrationError(
@@ -161,8 +163,10 @@ def assistant_tokens(chat: list[dict[str, Any]], tokenizer: Any) -> tuple[list[i
     return tokens, counted
 
 
-def _render_chat(chat: Any, tokenizer: Any, **options: Any) -> list[int]:
-    encoded = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **options)
+def _render_chat(chat: Chat, tokenizer: Any, **options: Any) -> list[int]:
+    encoded = tokenizer.apply_chat_template(
+        chat.messages, tools=chat.tools, tokenize=True, return_dict=True, **options
+    )
     return list(encoded["input_ids"])
 
 
