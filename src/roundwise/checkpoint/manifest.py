@@ -143,8 +143,10 @@ class BlockRecord(BlockSummary):
 
     block: int
     """Its number."""
-    shard: FileName
     sha256: str
+    """Hash of its file in the work folder."""
+    nbytes: int = Field(ge=0)
+    """Bytes of its tensors."""
     activations: SavedActivations | None
     layers: list[LayerRecord]
     experts: dict[str, list[int]]
@@ -157,6 +159,23 @@ class BlockRecord(BlockSummary):
         return BlockSummary(
             name=self.name, depth_error=self.depth_error, saturation=self.saturation
         )
+
+
+class Shard(Record):
+    """A file of the checkpoint, and what is in it, in order."""
+
+    name: FileName
+    blocks: list[int]
+    """Numbers of blocks."""
+    others: list[str]
+    """Tensors outside the blocks."""
+
+
+class ShardRecord(Record):
+    """One finished shard in the journal."""
+
+    shard: Shard
+    sha256: str
 
 
 class ExpertCoverage(Record):

@@ -139,7 +139,8 @@ def prepare(
     _check_ranks(ranks, streamed, loaded)
     held_out_batches(config, len(loaded.batches) if loaded else 0)  # refuses one batch
     if loaded is not None and config.target_bpw is not None:
-        config = _allocate_bits(streamed, config, loaded, Path(out), model, ranks)
+        earlier = None if options.restart else Path(out)
+        config = _allocate_bits(streamed, config, loaded, earlier, model, ranks)
     prescaler = Prescaler(streamed, config) if config.prescales else None
     memory = _plan_memory(streamed, config, loaded, ranks, mode=options.mode, budget=budget)
     sequential = _plan_memory(
@@ -216,7 +217,7 @@ def _allocate_bits(
     streamed: StreamedModel,
     config: QuantizeConfig,
     calibration: Calibration,
-    out: Path,
+    earlier: Path | None,
     model: str,
     ranks: Ranks,
 ) -> QuantizeConfig:
@@ -224,7 +225,7 @@ def _allocate_bits(
 
     def choose() -> Any:
         chosen = allocate_bits(
-            streamed, config, calibration, out, lambda: _open(model, config, streamed.device)[0]
+            streamed, config, calibration, earlier, lambda: _open(model, config, streamed.device)[0]
         )
         return chosen.model_dump(mode="json")
 
