@@ -21,8 +21,8 @@ import torch
 
 import roundwise as rw
 from roundwise.calibration.sources import read_text
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.evaluation.divergence import divergence
+from roundwise.system.hub import bundled_model
 
 TOKENS, SAMPLES, LENGTH, VOCABULARY = 20_480, 128, 512, 4096
 

@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 
 import roundwise as rw
 from roundwise.calibration.sources import read_text
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.evaluation.divergence import divergence
 from roundwise.model.norm_scaling import scalable_norms
+from roundwise.system.hub import bundled_model
 
 TOKENS = 20_480
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -30,11 +30,11 @@ from peers.environments import python_of
 
 from roundwise import QuantizeConfig
 from roundwise.checkpoint.gptq_format import quantization_config
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.checkpoint.writer import write_json, write_safetensors
 from roundwise.core.quantized_weight import WIDTHS, pack
 from roundwise.inference.kernels.base import PackedWeight
 from roundwise.inference.kernels.cpp import NativeKernel
+from roundwise.system.hub import bundled_model
 
 SHAPES = ((4096, 4096), (2048, 8192), (2048, 2048))
 GROUP, UNCACHED, ROUNDS = 128, 250e6, 5

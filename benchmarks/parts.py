@@ -17,13 +17,13 @@ from peers.environments import python_of
 from transformers import AutoModelForCausalLM
 
 import roundwise as rw
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.core.backends.dispatch import choose_backend
 from roundwise.core.hessian import Hessian
 from roundwise.core.linalg import permuted_columns
 from roundwise.core.rounding import ColumnSweep
 from roundwise.core.solver import grid_spec, prepare_hessian
 from roundwise.system.half_matmul import cpu_half_matmul, has_native_matmul
+from roundwise.system.hub import bundled_model
 
 LENGTH = 512
 

@@ -33,9 +33,9 @@ from parts import LENGTH, forward, hessian, seconds, solver
 from peers.environments import python_of
 from peers.methods import settings_of
 
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.core.backends import cpp
 from roundwise.core.linalg import matmul
+from roundwise.system.hub import bundled_model
 
 HERE = Path(__file__).parent
 #: Hidden and intermediate size, heads, and heads of keys and values.

@@ -37,7 +37,7 @@ import torch
 import transformers
 
 import roundwise
-from roundwise.checkpoint.hub import bundled_model
+from roundwise.system.hub import bundled_model
 
 PROMPTS = (
     "def read_file(path):",

@@ -13,7 +13,7 @@ import transformers
 from hypothesis import settings
 
 import roundwise as rw
-from roundwise.checkpoint.hub import bundled_model
+from roundwise.system.hub import bundled_model
 from tests.helpers import ARCHITECTURES, LLAMA, Commands, contents, random_model, windows
 from tests.mixtures import MIXTURES
 

@@ -216,11 +216,11 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def journal_blocks(out: Path) -> list[int]:
-    """Finished blocks in the journal of an unfinished run, in the order of its lines."""
+    """Numbers of the finished blocks in the journal of an unfinished run, in the order of its lines."""
     path = out / ".roundwise" / "journal.jsonl"
     whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
     lists = [json.loads(line) for line in whole.splitlines()[1:]]
-    return [block["block"] for blocks in lists for block in blocks]
+    return [block["block"] for line in lists if isinstance(line, list) for block in line]
 
 
 @dataclass(frozen=True)
@@ -247,13 +247,25 @@ class Ended:
 
 #: Runs in a process of its own: imports slow modules once, then forks a child for each command.
 _SERVER = """
-import json, os, runpy, resource, signal, sys, traceback
+import itertools, json, os, runpy, resource, signal, sys, traceback
+import roundwise.checkpoint.sharding
 import roundwise.cli, roundwise.inference.load, roundwise.evaluation.perplexity
 import matplotlib.figure, matplotlib.backends.backend_svg
 from roundwise.model.streamed import open_streamed_model
 from roundwise.model.tokenizer import load_tokenizer
 warm = open_streamed_model(sys.argv[1])  # transformers imports some modules late
 load_tokenizer(warm.checkpoint)
+
+def kill_at(number, folder):
+    operations = itertools.count(1)
+    def watch(event, args):
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.truncate") or (
+            event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        if changes and folder in str(args[0]) and next(operations) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(watch)
+
 for line in sys.stdin:
     order = json.loads(line)
     if "wait" in order:
@@ -271,6 +283,10 @@ for line in sys.stdin:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if order["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest_file"],) * 2)
+    if order["kill_at"]:
+        kill_at(*order["kill_at"])
+    if order["shard_bytes"]:
+        roundwise.checkpoint.sharding.SHARD_BYTES = order["shard_bytes"]
     os.chdir(order["cwd"])
     os.environ.update(order["env"])
     sys.argv, code = ["roundwise", *order["arguments"]], 0
@@ -315,14 +331,28 @@ class Commands:
         return int(json.loads(self._server.stdout.readline()))
 
     def start(
-        self, *arguments: object, largest_file: int = 0, env: dict[str, str] | None = None
+        self,
+        *arguments: object,
+        largest_file: int = 0,
+        env: dict[str, str] | None = None,
+        shard_bytes: int = 0,
+        kill_at: tuple[int, Path] | None = None,
     ) -> Running:
-        """Starts a command; `largest_file`: bytes after which writing to a file fails."""
+        """Starts a command.
+
+        Args:
+            arguments: of `roundwise`.
+            largest_file: bytes after which writing to a file fails.
+            env: environment variables that it gets besides.
+            shard_bytes: bytes of a shard, instead of 2 GB.
+            kill_at: SIGKILL comes right before the file operation of this number in this folder.
+        """
         self._count += 1
         out, err = (self._scratch / f"{self._count}.{name}" for name in ("out", "err"))
         pid = self._ask(
             arguments=[str(a) for a in arguments], stdout=str(out), stderr=str(err),
             cwd=str(self._scratch), largest_file=largest_file, env=env or {},
+            shard_bytes=shard_bytes, kill_at=kill_at and [kill_at[0], str(kill_at[1])],
         )  # fmt: skip
         return Running(self, pid, out, err)
 

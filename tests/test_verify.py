@@ -142,13 +142,13 @@ def test_a_damaged_manifest_is_found(text: str, out: Path) -> None:
 
 
 def test_swapped_scales_are_found_by_their_hash(out: Path) -> None:
-    changed(next(out.glob("*-00001-*")), "model.layers.0.mlp.up_proj.scales", swap)
+    changed(out / "model.safetensors", "model.layers.0.mlp.up_proj.scales", swap)
     assert audit(out).failures
 
 
 def test_swapped_scales_are_found_by_the_weight_error_too(out: Path, llama: Path) -> None:
     # Even if the manifest has the hash of the changed file.
-    shard = next(out.glob("*-00001-*"))
+    shard = out / "model.safetensors"
     changed(shard, "model.layers.0.mlp.up_proj.scales", swap)
     with edited_json(out / "roundwise.json") as manifest:
         from roundwise.checkpoint.reader import file_digest
@@ -180,37 +180,37 @@ class TestWithoutManifest:
         assert self.failures(anonymous, llama)
 
     def test_codes_of_another_layer(self, anonymous: Path, llama: Path) -> None:
-        shard = next(anonymous.glob("*-00001-*"))
+        shard = anonymous / "model.safetensors"
         other = load_file(shard)["model.layers.0.mlp.gate_proj.qweight"]
         changed(shard, f"{self.NAME}.qweight", lambda tensor: tensor.copy_(other))
         assert self.NAME in self.failures(anonymous, llama)[0]
 
     @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
     def test_a_scale_that_cannot_be(self, value: float, anonymous: Path, llama: Path) -> None:
-        shard = next(anonymous.glob("*-00001-*"))
+        shard = anonymous / "model.safetensors"
         changed(shard, f"{self.NAME}.scales", lambda tensor: tensor[1, 2].fill_(value))
         failures = self.failures(anonymous, llama)
         assert f"{self.NAME} has a scale that is zero or not finite" in failures
 
     def test_g_idx_in_another_order(self, anonymous: Path, llama: Path) -> None:
-        shard = next(anonymous.glob("*-00001-*"))
+        shard = anonymous / "model.safetensors"
         changed(shard, f"{self.NAME}.g_idx", lambda tensor: tensor.copy_(tensor.flip(0)))
         assert any("desc_act is off" in failure for failure in self.failures(anonymous, llama))
 
     def test_g_idx_that_fills_a_group_twice(self, anonymous: Path, llama: Path) -> None:
-        shard = next(anonymous.glob("*-00001-*"))
+        shard = anonymous / "model.safetensors"
         changed(shard, f"{self.NAME}.g_idx", lambda tensor: tensor.zero_())
         assert any("64 channels into a group of 32" in f for f in self.failures(anonymous, llama))
 
     def test_a_norm_that_differs(self, anonymous: Path, llama: Path) -> None:
-        shard = sorted(anonymous.glob("*.safetensors"))[-1]
+        shard = anonymous / "model.safetensors"
         changed(shard, "model.norm.weight", lambda tensor: tensor[7].add_(1e-6))
         assert self.failures(anonymous, llama) == [
             "tensor model.norm.weight differs from the original"
         ]
 
     def test_a_bias_that_is_gone(self, anonymous: Path, llama: Path) -> None:
-        shard = next(anonymous.glob("*-00001-*"))
+        shard = anonymous / "model.safetensors"
         tensors = load_file(shard)
         del tensors["model.layers.0.self_attn.q_proj.bias"]
         save_file(tensors, shard, metadata={"format": "pt"})
@@ -226,7 +226,7 @@ class TestWithoutManifest:
         assert self.failures(anonymous, folder_of("mistral"))
 
     def test_a_scale_that_is_missing(self, anonymous: Path, llama: Path) -> None:
-        shard = next(anonymous.glob("*-00001-*"))
+        shard = anonymous / "model.safetensors"
         tensors = load_file(shard)
         del tensors[f"{self.NAME}.scales"]
         save_file(tensors, shard, metadata={"format": "pt"})

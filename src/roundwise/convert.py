@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,8 @@ from roundwise.checkpoint.quantized_checkpoint import (
     copied_tensor,
     open_quantized,
 )
-from roundwise.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
+from roundwise.checkpoint.reader import Checkpoint, TensorInfo
+from roundwise.checkpoint.sharding import divide_into_shards, write_index
 from roundwise.checkpoint.untrusted import limit_module_count
 from roundwise.checkpoint.writer import copy_side_files, write_json, write_safetensors
 from roundwise.config import QuantizeConfig
@@ -46,7 +46,7 @@ Target = Literal["gptq", "gptq_v2", "compressed-tensors", "dense"]
 TARGETS: tuple[Target, ...] = ("gptq", "gptq_v2", "compressed-tensors", "dense")
 #: Returns a layer's tensors in the target format, by suffix.
 Encoder = Callable[[QuantizedWeight], dict[str, torch.Tensor]]
-#: Approximate bytes of a shard of the result; one shard is in memory at a time.
+#: Approximate bytes of a shard of the result; fewer than a run's, because a shard is whole in memory.
 SHARD_BYTES = 1 << 30
 
 
@@ -281,18 +281,8 @@ def _rewrite_zero_points(
 
 def _write_shards(out: Path, tensors: list[LazyTensor]) -> None:
     """Writes all tensors in shards of about `SHARD_BYTES`, and the index of several shards."""
-    shard_numbers, nbytes, total = [], 0, 0
-    for tensor in tensors:
-        nbytes += tensor.nbytes
-        shard_numbers.append((nbytes - 1) // SHARD_BYTES if nbytes else 0)
-    count = len(set(shard_numbers))
-    weight_map: dict[str, str] = {}
-    shards = groupby(zip(shard_numbers, tensors, strict=True), key=lambda pair: pair[0])
-    for index, (_, shard) in enumerate(shards):
-        file = SINGLE_FILE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-        computed = {tensor.name: tensor.compute() for _, tensor in shard}
+    shards = divide_into_shards([tensor.nbytes for tensor in tensors], SHARD_BYTES)
+    for file, parts in shards.items():
+        computed = {tensors[index].name: tensors[index].compute() for index in parts}
         write_safetensors(out / file, computed)
-        weight_map |= dict.fromkeys(computed, file)
-        total += sum(tensor.nbytes for tensor in computed.values())
-    if count > 1:
-        write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_index(out, [*shards])

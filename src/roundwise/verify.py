@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from roundwise.checkpoint.manifest import LayerRecord, Manifest, changed_files, read_manifest
+from roundwise.checkpoint.manifest import LayerRecord, Manifest, read_manifest
 from roundwise.checkpoint.quantization_config import read_quantization_config
 from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
+from roundwise.checkpoint.side_files import changed_files
 from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.errors import RoundwiseError, VerificationError
 from roundwise.model.blocks import check_quantized_head

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from roundwise.calibration.records import Chat
 from roundwise.calibration.sources import MAX_DOCUMENTS, parse_mixture, read_documents, read_text
 from roundwise.errors import CalibrationError
 
@@ -18,14 +19,17 @@ from roundwise.errors import CalibrationError
 @pytest.fixture(scope="module")
 def parts() -> tuple[list[Any], list[Any]]:
     """Python's own library: for calibration, and held out."""
-    return read_documents("python-stdlib"), read_documents("python-stdlib", held_out=True)
+    return (
+        read_documents("python-stdlib").documents,
+        read_documents("python-stdlib", held_out=True).documents,
+    )
 
 
 class TestPythonStdlib:
     """The sources of the running interpreter: no network, no data files."""
 
     def test_the_split_is_deterministic(self, parts: tuple[list[Any], list[Any]]) -> None:
-        assert read_documents("python-stdlib", held_out=True) == parts[1]
+        assert read_documents("python-stdlib", held_out=True).documents == parts[1]
 
     def test_the_parts_are_disjoint(self, parts: tuple[list[Any], list[Any]]) -> None:
         # Some files are equal to each other (empty ones, licences): sizes tell the rest apart.
@@ -49,23 +53,23 @@ class TestPythonStdlib:
 class TestFiles:
     def test_a_text_file_is_one_document(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("naïve\n\n漢字", encoding="utf-8")
-        assert read_documents(str(tmp_path / "a.txt")) == ["naïve\n\n漢字"]
+        assert read_documents(str(tmp_path / "a.txt")).documents == ["naïve\n\n漢字"]
 
     def test_json_lines(self, tmp_path: Path) -> None:
         chat = '[{"role": "user", "content": "hi"}]'
         (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n\n{{"messages": {chat}}}\n')
-        assert read_documents(str(tmp_path / "a.jsonl")) == [
-            "one", [{"role": "user", "content": "hi"}],
+        assert read_documents(str(tmp_path / "a.jsonl")).documents == [
+            "one", Chat([{"role": "user", "content": "hi"}]),
         ]  # fmt: skip
 
     def test_a_line_separator_inside_a_string_does_not_end_the_line(self, tmp_path: Path) -> None:
         # U+2028 may stand in JSON as it is; only a newline ends a line.
         (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two"}\n', encoding="utf-8")
-        assert read_documents(str(tmp_path / "a.jsonl")) == ["one\u2028two"]
+        assert read_documents(str(tmp_path / "a.jsonl")).documents == ["one\u2028two"]
 
     def test_blank_documents_are_left_out(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text('{"text": " "}\n{"text": "x"}\n{"messages": []}\n')
-        assert read_documents(str(tmp_path / "a.jsonl")) == ["x"]
+        assert read_documents(str(tmp_path / "a.jsonl")).documents == ["x"]
 
     def test_perplexity_of_chats_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
@@ -115,7 +119,7 @@ class TestDataSets:
             return [dict.fromkeys(("text", "sentence", "content"), each) for each in ("one", "")]
 
         datasets(load)
-        assert read_documents(source, held_out=held_out) == ["one"]
+        assert read_documents(source, held_out=held_out).documents == ["one"]
         assert calls == [call]
 
     def test_only_as_much_is_read_as_needed(self, datasets: Any) -> None:
@@ -128,7 +132,7 @@ class TestDataSets:
                 yield {"text": f"row {taken}"}
 
         datasets(rows)
-        assert len(read_documents("c4")) == taken == MAX_DOCUMENTS
+        assert len(read_documents("c4").documents) == taken == MAX_DOCUMENTS
 
     def test_a_missing_column(self, datasets: Any) -> None:
         datasets(lambda *_, **__: [{"body": "x"}])
@@ -151,7 +155,7 @@ class TestDataSets:
     def test_chats_in_a_column(self, datasets: Any) -> None:
         chat = [{"role": "user", "content": "hi"}]
         datasets(lambda *_, **__: [{"messages": chat}])
-        assert read_documents("me/mine:train:messages") == [chat]
+        assert read_documents("me/mine:train:messages").documents == [Chat(chat)]
 
     def test_a_column_of_something_else(self, datasets: Any) -> None:
         datasets(lambda *_, **__: [{"label": 3}])
@@ -170,11 +174,11 @@ class TestSeveral:
         return tmp_path
 
     def test_a_folder_is_its_texts_in_order_of_name(self, folder: Path) -> None:
-        assert read_documents(str(folder)) == ["a.md", "b.txt", "sub/c.txt"]
+        assert read_documents(str(folder)).documents == ["a.md", "b.txt", "sub/c.txt"]
 
     def test_a_pattern_is_what_it_matches(self, folder: Path) -> None:
-        assert read_documents(f"{folder}/*.txt") == ["b.txt"]
-        assert read_documents(f"{folder}/**/*.txt") == ["b.txt", "sub/c.txt"]
+        assert read_documents(f"{folder}/*.txt").documents == ["b.txt"]
+        assert read_documents(f"{folder}/**/*.txt").documents == ["b.txt", "sub/c.txt"]
 
     def test_a_folder_without_texts(self, tmp_path: Path) -> None:
         with pytest.raises(CalibrationError, match=r"no files that end in \.txt"):

@@ -13,6 +13,7 @@ import transformers
 
 import roundwise as rw
 from roundwise.calibration.dataset import load_calibration
+from roundwise.calibration.records import Chat
 from roundwise.calibration.windows import assistant_tokens
 from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
@@ -69,7 +70,7 @@ def chats(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
 def test_the_answers_count(template: str, tokenizer: Any) -> None:
     tokenizer.chat_template = template
-    tokens, counted = assistant_tokens(CHAT, tokenizer)
+    tokens, counted = assistant_tokens(Chat(CHAT), tokenizer)
     whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
     assert tokens == list(whole)
     assert len(counted) == len(tokens)
@@ -80,7 +81,7 @@ def test_the_answers_count(template: str, tokenizer: Any) -> None:
 def test_a_template_that_changes_earlier_turns_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = FORGETFUL
     with pytest.raises(CalibrationError, match=r"turn 3 of a chat cannot be located"):
-        assistant_tokens(CHAT, tokenizer)
+        assistant_tokens(Chat(CHAT), tokenizer)
 
 
 def test_only_answers_count_in_batches(tokenizer: Any, chats: Path) -> None:

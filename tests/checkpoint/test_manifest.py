@@ -17,11 +17,12 @@ from roundwise.checkpoint.manifest import (
     Fingerprint,
     LayerRecord,
     Manifest,
-    changed_files,
+    Shard,
     read_manifest,
     read_run,
     validation_error,
 )
+from roundwise.checkpoint.side_files import changed_files
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.errors import CheckpointError
 
@@ -95,17 +96,14 @@ def test_valid_records_have_no_error() -> None:
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b", "", "..", "a\0b"])
 def test_files_outside_of_the_folder_are_refused(name: str) -> None:
-    block = {
-        "name": "layers.0", "depth_error": None, "saturation": None, "block": 0, "shard": name,
-        "sha256": "0", "activations": None, "layers": [], "experts": {}, "seconds": {},
-    }  # fmt: skip
-    assert "is not in the folder" in str(validation_error(BlockRecord, block))
-    assert validation_error(BlockRecord, {**block, "shard": "x.safetensors"}) is None
+    shard = {"name": name, "blocks": [0], "others": []}
+    assert "is not in the folder" in str(validation_error(Shard, shard))
+    assert validation_error(Shard, {**shard, "name": "x.safetensors"}) is None
 
 
 def test_a_block_in_the_manifest_is_a_summary() -> None:
     block = BlockRecord(
-        block=0, shard="x", sha256="0", activations=None, layers=[layer()], experts={}, seconds={},
+        block=0, sha256="0", nbytes=1, activations=None, layers=[layer()], experts={}, seconds={},
         name="layers.0", depth_error=0.5, saturation=None,
     )  # fmt: skip
     assert block.summary().as_json() == {"name": "layers.0", "depth_error": 0.5, "saturation": None}

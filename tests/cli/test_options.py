@@ -93,7 +93,7 @@ class TestHelp:
             assert negative in row[0]
 
     def test_defaults(self, panels: dict[str, str]) -> None:
-        assert "[default: 128]" not in panels["Format"]  # the model decides
+        assert "[default: (the model's)]" in panels["Format"]
         assert "[default: sym]" in panels["Format"]
         assert "[default: 2,3,4,8]" in panels["Format"]
         assert "[default: 0.01]" in panels["Recipe (for experts)"]

@@ -34,7 +34,9 @@ def test_the_command_reference_has_every_command_and_option(monkeypatch):
         assert f"\n## roundwise {command}\n" in page
     sym = "Symmetric grid (fixed zero point) or asymmetric grid (searched zero point)."
     assert f"| `--sym` / `--asym` | {sym} | `--sym` |" in page
-    assert re.search(r"^\| `--group-size` \| Input channels .* \| `128` \|$", page, re.MULTILINE)
+    assert re.search(
+        r"^\| `--group-size` \| Input channels .* \| the model's \|$", page, re.MULTILINE
+    )
     assert re.search(r"^\| `--grid` \| .* \| pivot; textbook: minmax \|$", page, re.MULTILINE)
 
 

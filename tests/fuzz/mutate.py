@@ -32,7 +32,8 @@ KEYS = [
     "weight_map", "metadata", "__metadata__", "dtype", "shape", "data_offsets", "fingerprint", "block",
     "shard", "sha256", "activations", "layers", "files", "run", "given", "prescale", "norm", "weight",
     "axis", "ratio", "offset", "bias", "name", "fallback", "threads", "mode", "config", "calibration",
-    "text", "messages", "role", "content", "attn_implementation", "_attn_implementation",
+    "version", "nbytes", "blocks", "others", "text", "messages", "role", "content",
+    "attn_implementation", "_attn_implementation",
 ]  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 import roundwise as rw
 from roundwise.calibration.dataset import load_calibration
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.checkpoint.reader import DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint
 from roundwise.cli.commands.inspect import summarize
 from roundwise.config import CalibrationConfig
@@ -31,6 +30,7 @@ from roundwise.model.streamed import open_streamed_model
 from roundwise.model.tokenizer import load_tokenizer
 from roundwise.plan.plan import plan
 from roundwise.run.reproduce import reproduce
+from roundwise.system.hub import bundled_model
 from roundwise.verify import audit
 from tests.helpers import CHAT_TEMPLATE, random_model
 

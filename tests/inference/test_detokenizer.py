@@ -6,8 +6,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.inference.detokenizer import Detokenizer, StopStrings
+from roundwise.system.hub import bundled_model
 
 TOKENIZER = transformers.AutoTokenizer.from_pretrained(bundled_model())
 

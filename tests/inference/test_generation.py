@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import roundwise as rw
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.errors import ConfigError
 from roundwise.inference.generation import Generated, Sampling, generate
 from roundwise.inference.prompts import encode_text
+from roundwise.system.hub import bundled_model
 
 PROMPT = "def read_file(path):"
 

@@ -14,7 +14,6 @@ import torch
 import transformers
 
 import roundwise as rw
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.errors import ConfigError, NumericalError
 from roundwise.inference.generation import generate
 from roundwise.inference.sampling import (
@@ -24,6 +23,7 @@ from roundwise.inference.sampling import (
     pinned_config,
     unsupported_fields,
 )
+from roundwise.system.hub import bundled_model
 
 DEFAULTS = transformers.GenerationConfig()
 

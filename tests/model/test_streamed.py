@@ -14,9 +14,9 @@ import pytest
 import torch
 import transformers
 
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.model.streamed import open_streamed_model, unfused_checkpoint
+from roundwise.system.hub import bundled_model
 from tests.helpers import ARCHITECTURES, LLAMA, random_model, tensors_of
 
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)

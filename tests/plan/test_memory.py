@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 
 import pytest
 
 import roundwise as rw
+from roundwise.checkpoint import sharding
+from roundwise.checkpoint.reader import read_header
 from roundwise.errors import OutputError
 from roundwise.model.streamed import open_streamed_model
 from roundwise.plan import memory as plan_memory_module
@@ -80,7 +83,33 @@ def test_rounding_to_nearest_needs_no_activations(llama):
     streamed = open_streamed_model(llama)
     memory = plan_memory(streamed, config, tokens=0, batch=0)
     assert set(memory.parts) == {"libraries", "block", "rounding"}
-    assert plan_disk(streamed, config, memory, tokens=0).keys() == {"result"}
+    assert plan_disk(streamed, config, memory, tokens=0).keys() == {"result", "joining"}
+
+
+@pytest.mark.parametrize("limit", [10**9, 30_000, 1])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_run_takes_no_more_disk_space_than_planned(limit, method, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "SHARD_BYTES", limit)
+    config = rw.QuantizeConfig(group_size=32, method=method, recipe="textbook")
+    out, sizes, real = tmp_path / "out", [], os.replace
+
+    def measure_and_replace(*paths):
+        files = out.rglob("*.safetensors*")
+        headers = [read_header(file) for file in files if ".json" not in file.name]
+        sizes.append(sum(info.nbytes for header in headers for info in header.values()))
+        real(*paths)
+
+    monkeypatch.setattr(os, "replace", measure_and_replace)
+    options = {"samples": 4, "seq_len": 32}
+    planned = plan(open_streamed_model(llama), config, **options).disk
+    rw.quantize(llama, out, config, windows() if method == "gptq" else None, **options)
+    assert planned["result"] == sizes[-1]
+    assert max(sizes) <= sum(planned.values())
+    if method == "gptq":
+        assert "joining" not in planned  # activations take more, and are gone by then
+    else:
+        assert max(sizes) == sum(planned.values())
+        assert ("joining" in planned) == (limit == 10**9)  # else embedding and head are larger
 
 
 def test_the_mode_follows_the_budget_in_plan_and_run(llama, tmp_path):

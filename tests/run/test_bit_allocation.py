@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 import roundwise as rw
 from roundwise.calibration.sources import read_text
-from roundwise.errors import ConfigError
+from roundwise.errors import ConfigError, OutputError
 from roundwise.evaluation.divergence import divergence
 from roundwise.run import bit_allocation
 from roundwise.run.bit_allocation import (
@@ -138,6 +139,19 @@ def test_widths_are_chosen_once(
         tiny, tmp_path / "whole", config, "python-stdlib", **{**OPTIONS, "seed": 1}, restart=True
     )
     assert len(measured) == 1  # another text: measured again
+
+
+def test_a_restart_does_not_look_at_an_earlier_run(llama: Path, tmp_path: Path) -> None:
+    config = rw.QuantizeConfig(target_bpw=5.0, group_size=32, recipe="textbook")
+    journal = tmp_path / "out" / ".roundwise" / "journal.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.write_text('{"fingerprint": {}}\n')  # of an earlier version
+    run = partial(
+        rw.quantize, llama, tmp_path / "out", config, random_windows(), samples=4, seq_len=32
+    )
+    with pytest.raises(OutputError, match=r"another version of roundwise: .*--restart"):
+        run()
+    assert len(run(restart=True).layers) == 14
 
 
 def test_the_command_and_its_repetition_from_the_manifest(

@@ -18,7 +18,7 @@ from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import weight_of
 from roundwise.model.streamed import StreamedModel, open_streamed_model
 from roundwise.run.block_solver import BlockSolver, GroupStatistics
-from roundwise.run.finalize import shard_tensors
+from roundwise.run.finalize import packed_block
 from roundwise.run.held_out_damping import Damping
 from roundwise.system.distributed import Ranks
 from tests.conftest import QUICK
@@ -160,10 +160,10 @@ def test_widths_by_kind_of_layer() -> None:
     assert widths(layers) == {"layers.*.q": "4/128 x3, 3/32 x1", "layers.*.o": "8/128 x1"}
 
 
-def test_tensors_of_a_shard(streamed: StreamedModel) -> None:
+def test_tensors_of_a_block(streamed: StreamedModel) -> None:
     packed = {f"{PREFIX}.mlp.up_proj": {"qweight": torch.ones(1), "scales": torch.ones(2)}}
     scaled = {f"{PREFIX}.input_layernorm.weight": torch.full((64,), 2.0)}
-    tensors = shard_tensors(streamed, 0, packed, scaled)
+    tensors = packed_block(streamed, 0, packed, scaled)
     assert f"{PREFIX}.mlp.up_proj.weight" not in tensors
     assert torch.equal(tensors[f"{PREFIX}.mlp.up_proj.qweight"], torch.ones(1))
     assert torch.equal(tensors[f"{PREFIX}.mlp.up_proj.scales"], torch.ones(2))

@@ -1,8 +1,9 @@
-"""The journal: a line proves that shards and activations are on disk; saved activations are exact."""
+"""The journal: a line proves that blocks and shards are on disk; saved activations are exact."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from roundwise.checkpoint.manifest import BlockRecord, Fingerprint, GivenNames, SavedActivations
+from roundwise.checkpoint.manifest import (
+    BlockRecord,
+    Fingerprint,
+    GivenNames,
+    SavedActivations,
+    Shard,
+    ShardRecord,
+)
 from roundwise.errors import OutputError, RunError
-from roundwise.run.journal import Journal, load_outputs, save_outputs
+from roundwise.run.journal import (
+    Journal,
+    JournalContents,
+    block_file,
+    load_outputs,
+    save_outputs,
+)
 from tests.helpers import raw
 
 
@@ -26,10 +40,17 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 def record(block: int, activations: SavedActivations | None = None) -> BlockRecord:
     return BlockRecord(
-        block=block, shard=f"{block}.safetensors", sha256="0", activations=activations,
+        block=block, sha256="0", nbytes=1, activations=activations,
         layers=[], experts={}, seconds={"solve": 1.5}, name="layers.0",
         depth_error=None, saturation=None,
     )  # fmt: skip
+
+
+def shard(number: int, blocks: list[int]) -> ShardRecord:
+    return ShardRecord(
+        shard=Shard(name=f"model-0000{number}-of-00002.safetensors", blocks=blocks, others=[]),
+        sha256="0",
+    )
 
 
 RUN = Fingerprint(threads=4)
@@ -37,12 +58,66 @@ GIVEN = GivenNames(model="model", calibration=None)
 
 
 def test_lines_are_read_in_order(journal: Journal) -> None:
-    assert journal.read() == (None, [])
+    assert journal.read() == JournalContents()
     journal.start(RUN, GIVEN)
-    assert journal.read() == (RUN, [])
-    for block in range(3):
-        journal.blocks_done([record(block)], keep=set())
-    assert journal.read() == (RUN, [record(0), record(1), record(2)])
+    assert journal.read() == JournalContents(RUN)
+    for blocks in ([record(0)], [record(1), record(2)]):
+        journal.blocks_done(blocks, keep=set())
+    blocks = (record(0), record(1), record(2))
+    assert journal.read() == JournalContents(RUN, blocks)
+    shards = (shard(0, blocks=[0, 1]), shard(1, blocks=[2]))
+    for each in shards:
+        journal.shard_done(each)
+    assert journal.read() == JournalContents(RUN, blocks, shards)
+
+
+def test_the_files_of_blocks_go_after_the_line_of_their_shard(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.start(RUN, GIVEN)
+    files = [journal.folder / block_file(block) for block in range(3)]
+    for file in files:
+        file.touch()
+    unlink, lines = Path.unlink, []
+
+    def count_lines(path: Path, **options: Any) -> None:
+        lines.append(len(journal.path.read_text().splitlines()))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", count_lines)
+    journal.shard_done(shard(0, blocks=[0, 1]))
+    assert lines == [2, 2]
+    assert [file.exists() for file in files] == [False, False, True]
+    journal.remove_joined(shard(0, blocks=[0, 1]))  # a killed run may have removed them or not
+
+
+@pytest.mark.parametrize("version", [None, 1, 3, "2"])
+def test_a_journal_of_another_version_is_refused(version: Any, journal: Journal) -> None:
+    first = {"fingerprint": RUN.as_json()} | ({} if version is None else {"version": version})
+    old = {"block": 0, "shard": "model-00001-of-00003.safetensors", "sha256": "0"}
+    journal.path.write_text(f"{json.dumps(first)}\n{json.dumps([old])}\n")
+    message = r"unfinished run of another version of roundwise: start again with --restart"
+    with pytest.raises(OutputError, match=message):
+        journal.read()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [{"shard": {"name": "../x", "blocks": [], "others": []}, "sha256": "0"}],
+        [{"shard": {"name": "x", "blocks": ["0"], "others": []}, "sha256": "0"}],
+        [{"shard": {"name": "x", "blocks": [0]}, "sha256": "0"}],
+        [{}],
+        [{"shard": {"name": "x", "blocks": [], "others": []}, "sha256": "0"}, []],  # then blocks
+        [7],
+    ],
+)
+def test_damaged_lines_are_refused(lines: list[Any], journal: Journal) -> None:
+    journal.start(RUN, GIVEN)
+    with journal.path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    with pytest.raises(OutputError, match=r"journal.jsonl is damaged: use --restart"):
+        journal.read()
 
 
 def test_a_line_is_synced_to_disk(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,15 +139,26 @@ def test_an_incomplete_line_is_ignored_and_dropped(journal: Journal) -> None:
     journal.blocks_done([record(0)], keep=set())
     with journal.path.open("a") as file:
         file.write('{"block": 1')
-    assert journal.read()[1] == [record(0)]
+    assert journal.read().blocks == (record(0),)
     journal.trim()
     journal.blocks_done([record(1)], keep=set())
-    assert journal.read()[1] == [record(0), record(1)]
+    assert journal.read().blocks == (record(0), record(1))
 
 
 def test_an_incomplete_first_line_is_an_empty_journal(journal: Journal) -> None:
     journal.path.write_text('{"fingerpr')
-    assert journal.read() == (None, [])
+    assert journal.read() == JournalContents()
+
+
+def test_shards_that_no_line_proves_are_removed(journal: Journal) -> None:
+    journal.start(RUN, GIVEN)
+    out = journal.folder.parent
+    journal.shard_done(shard(0, blocks=[]))
+    for name in (shard(0, []).shard.name, shard(1, []).shard.name, "notes.safetensors"):
+        (out / name).touch()
+    journal.trim()
+    names = {".roundwise", shard(0, []).shard.name, "notes.safetensors"}
+    assert {path.name for path in out.iterdir()} == names
 
 
 def test_incomplete_files_are_removed(journal: Journal) -> None:

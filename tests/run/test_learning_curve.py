@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import roundwise as rw
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.core.hessian import Hessian
 from roundwise.core.solver import round_to_nearest
 from roundwise.inference.load import load
 from roundwise.run.learning_curve import LearningCurve
+from roundwise.system.hub import bundled_model
 from tests.helpers import contents
 
 SETTINGS = rw.QuantizeConfig(bits=3, group_size=32)

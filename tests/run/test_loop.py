@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pytest
 import torch
 
 import roundwise as rw
-from roundwise.checkpoint.hub import bundled_model
+from roundwise.checkpoint import sharding
 from roundwise.errors import CheckpointError, RoundwiseError, RunError
 from roundwise.inference.load import load
 from roundwise.model.streamed import StreamedModel
 from roundwise.run import block_solver
+from roundwise.system.hub import bundled_model
 from roundwise.verify import audit
 from tests.conftest import QUICK
 from tests.helpers import Stop, contents, journal_blocks, stop_after, windows
@@ -92,10 +95,12 @@ def quantize(model: Path, out: Path) -> rw.QuantizeResult:
 def test_each_file_operation_fails_once(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sharding, "SHARD_BYTES", 35_000)  # four shards
     faults = Faults(monkeypatch)
     quantize(llama, tmp_path / "whole")
     whole, operations = contents(tmp_path / "whole"), faults.count
-    assert operations > 50
+    assert len([name for name in whole if name.endswith(".safetensors")]) == 4
+    assert operations > 100
     for number in range(1, operations + 1):
         out = tmp_path / f"{number}"
         faults.arm(number, errno.EIO if number % 2 else errno.ENOSPC)
@@ -116,6 +121,29 @@ def test_each_file_operation_fails_once(
                 rw.load(out)
         quantize(llama, out)
         assert contents(out) == whole, failure
+
+
+def test_each_file_operation_of_a_restart_of_an_unfinished_run_fails_once(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However far the folder was emptied, the next run starts again or resumes; it asks for nothing.
+    faults = Faults(monkeypatch)
+    quantize(llama, tmp_path / "whole")
+    whole, begun = contents(tmp_path / "whole"), tmp_path / "begun"
+    with pytest.raises(Stop):
+        rw.quantize(llama, begun, QUICK, windows(), samples=4, seq_len=32, progress=stop_after(8))
+    for number in range(1, 100):
+        out = Path(shutil.copytree(begun, tmp_path / f"{number}"))
+        faults.arm(number, errno.EIO)
+        with suppress(RoundwiseError):  # none if it was a no-op, such as mkdir
+            rw.quantize(llama, out, QUICK, windows(), samples=4, seq_len=32, restart=True)
+        failed = faults.log[number - 1]
+        faults.arm(-1)
+        quantize(llama, out)
+        assert contents(out) == whole, f"operation {number}, {failed}"
+        if failed == "open journal.jsonl":  # from there on it is a run like any other
+            break
+    assert number > 4
 
 
 def test_each_file_operation_of_a_restart_fails_once(

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from roundwise.checkpoint.side_files import OWN_FILES, REWRITTEN
-from roundwise.checkpoint.untrusted import file_digest, read_json
+from roundwise.checkpoint.side_files import OWN_FILES
+from roundwise.checkpoint.untrusted import read_json
 from roundwise.errors import CheckpointError
 
 MANIFEST, RUN = OWN_FILES[:2]
@@ -151,8 +150,10 @@ class BlockRecord(BlockSummary):
 
     block: int
     """Its number."""
-    shard: FileName
     sha256: str
+    """Hash of its file in the work folder."""
+    nbytes: int = Field(ge=0)
+    """Bytes of its tensors."""
     activations: SavedActivations | None
     layers: list[LayerRecord]
     experts: dict[str, list[int]]
@@ -165,6 +166,23 @@ class BlockRecord(BlockSummary):
         return BlockSummary(
             name=self.name, depth_error=self.depth_error, saturation=self.saturation
         )
+
+
+class Shard(Record):
+    """A file of the checkpoint, and what is in it, in order."""
+
+    name: FileName
+    blocks: list[int]
+    """Numbers of blocks."""
+    others: list[str]
+    """Tensors outside the blocks."""
+
+
+class ShardRecord(Record):
+    """One finished shard in the journal."""
+
+    shard: Shard
+    sha256: str
 
 
 class ExpertCoverage(Record):
@@ -321,37 +339,3 @@ def _read(file: Path, kind: type[R]) -> R | None:
         return kind.model_validate(value)
     except ValidationError as error:
         raise CheckpointError(f"{file} is damaged: {explain(error)}") from None
-
-
-@dataclass(frozen=True)
-class ChangedFiles:
-    """Files that are not what the manifest says, one line each."""
-
-    evidence: tuple[str, ...]
-    """Weights, their index and configs that were changed, and all files that are missing."""
-    notes: tuple[str, ...]
-    """Other files that were changed, such as a tokenizer that was saved again."""
-
-
-def changed_files(
-    folder: Path, files: dict[str, str], config_file: str = "config.json"
-) -> ChangedFiles:
-    """Returns the files that are missing, or whose bytes are not those of the manifest.
-
-    Args:
-        folder: the checkpoint.
-        files: name -> SHA-256, from the manifest.
-        config_file: file that holds its config; an unfinished run has another name for it.
-    """
-    evidence: list[str] = []
-    notes: list[str] = []
-    for name, digest in files.items():
-        file = folder / (config_file if name == "config.json" else name)
-        if not file.is_file():
-            evidence.append(f"{name} is missing")
-        elif file_digest(file) != digest:
-            is_evidence = "/" not in name and (
-                name in REWRITTEN or name.endswith((".safetensors", ".index.json"))
-            )
-            (evidence if is_evidence else notes).append(f"{name} was changed")
-    return ChangedFiles(tuple(evidence), tuple(notes))

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from roundwise.checkpoint.untrusted import check_links
+from roundwise.checkpoint.untrusted import check_links, file_digest
 from roundwise.errors import CheckpointError, quoted
 
 #: Files that a run writes about itself: manifest, timings, report.
@@ -120,8 +120,9 @@ def explain_missing_config(folder: Path) -> CheckpointError:
         return CheckpointError(f"{folder} has no config.json, so it is not a model")
     try:
         first, *lines = [json.loads(line) for line in journal.read_bytes().splitlines()]
-        blocks = [block for line in lines for block in line]
-        count = int(blocks[0]["shard"].split("-of-")[1].split(".")[0]) - 1 if blocks else 0
+        # Lists are finished blocks; what follows them are finished files.
+        blocks = [block["block"] for line in lines if isinstance(line, list) for block in line]
+        count = int(first.get("blocks", 0))
         done = f"{len(blocks)} of {count} blocks are done" if blocks else "no block is done"
         model = str(first["given"]["model"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -130,3 +131,37 @@ def explain_missing_config(folder: Path) -> CheckpointError:
         f"{folder} is an unfinished run, {done}: resume it with the command that started it, `roundwise "
         f"quantize {quoted(model)[1:-1]} {folder}` and its options"
     )
+
+
+@dataclass(frozen=True)
+class ChangedFiles:
+    """Files that are not what the manifest says, one line each."""
+
+    evidence: tuple[str, ...]
+    """Weights, their index and configs that were changed, and all files that are missing."""
+    notes: tuple[str, ...]
+    """Other files that were changed, such as a tokenizer that was saved again."""
+
+
+def changed_files(
+    folder: Path, files: dict[str, str], config_file: str = "config.json"
+) -> ChangedFiles:
+    """Returns the files that are missing, or whose bytes are not those of the manifest.
+
+    Args:
+        folder: the checkpoint.
+        files: name -> SHA-256, from the manifest.
+        config_file: file that holds its config; an unfinished run has another name for it.
+    """
+    evidence: list[str] = []
+    notes: list[str] = []
+    for name, digest in files.items():
+        file = folder / (config_file if name == "config.json" else name)
+        if not file.is_file():
+            evidence.append(f"{name} is missing")
+        elif file_digest(file) != digest:
+            is_evidence = "/" not in name and (
+                name in REWRITTEN or name.endswith((".safetensors", ".index.json"))
+            )
+            (evidence if is_evidence else notes).append(f"{name} was changed")
+    return ChangedFiles(tuple(evidence), tuple(notes))

@@ -248,7 +248,9 @@ def _default(name: str, info: FieldInfo) -> Any:
 
 
 def _default_text(name: str, info: FieldInfo) -> str | None:
-    """Returns a default that depends on the recipe in words; None: the option's default says it."""
+    """Returns a default that depends on recipe or model in words; None: the option's default says it."""
+    if name == "group_size":
+        return "the model's"
     recipes = {recipe: values[name] for recipe, values in RECIPES.items() if name in values}
     if not recipes:
         return None

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.hub import local_folder
 from roundwise.config import QuantizeConfig
 from roundwise.errors import ConfigError, OutputError
 from roundwise.inference.load import load
 from roundwise.run.api import quantize
 from roundwise.system.device import parse_device
+from roundwise.system.hub import local_folder
 
 __all__ = ["AutoGPTQForCausalLM", "BaseQuantizeConfig"]
 

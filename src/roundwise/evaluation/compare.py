@@ -22,7 +22,6 @@ import torch
 
 from roundwise.calibration.overlap import overlap
 from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
-from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.manifest import read_manifest
 from roundwise.checkpoint.quantization_config import read_quantization_config
 from roundwise.checkpoint.reader import Checkpoint
@@ -35,6 +34,7 @@ from roundwise.evaluation.verdict import TaskChange, degradation, task_changes, 
 from roundwise.inference.load import load, require_tokenizer
 from roundwise.model.build import context_length
 from roundwise.run.api import quantize
+from roundwise.system.hub import local_folder
 
 T = TypeVar("T")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.quantization_config import (
     is_packed,
     raw_quantization_config,
@@ -24,6 +23,7 @@ from roundwise.model.build import load_config, model_class
 from roundwise.model.foreign_errors import foreign_errors
 from roundwise.model.tokenizer import load_tokenizer
 from roundwise.system.activity import announce
+from roundwise.system.hub import local_folder
 
 
 def load(

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from roundwise.checkpoint.gptq_format import packed_bytes
+from roundwise.checkpoint.sharding import divide_into_shards
 from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import OutputError
-from roundwise.model.blocks import weight_of
+from roundwise.model.blocks import Block, weight_of
+from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.streamed import StreamedModel
 from roundwise.plan import cost_model
 from roundwise.system.device import HOST
@@ -136,7 +138,27 @@ def plan_disk(
         parts |= cost_model.disk_bytes(
             shapes, config, tokens=tokens, mode=memory.mode, offloaded=memory.offloaded
         )
-    return parts
+    # Activations and gradients are gone when shards are made.
+    joining = _joining_bytes(streamed, config) - (sum(parts.values()) - parts["result"])
+    return parts | ({"joining": joining} if joining > 0 else {})
+
+
+def _joining_bytes(streamed: StreamedModel, config: QuantizeConfig) -> int:
+    """Returns the bytes beside the result while shards are made of blocks: those there twice.
+
+    What later shards take of the tensors outside the blocks is still free.
+    """
+    blocks = [
+        sum(info.nbytes for info in streamed.block_tensors(index).values())
+        + _quantized_bytes(streamed, block, config, set())[0]
+        for index, block in enumerate(streamed.blocks)
+    ]
+    others = unquantized_tensors(streamed.other_tensors(), set()).values()
+    sizes: list[int] = [*blocks, *(info.nbytes for info in others)]
+    return max(
+        sum(blocks[shard.start : shard.stop]) - sum(sizes[max(shard.stop, len(blocks)) :])
+        for shard in divide_into_shards(sizes).values()
+    )
 
 
 def bytes_after(
@@ -152,17 +174,28 @@ def bytes_after(
     after = sum(info.nbytes for info in streamed.checkpoint.tensors.values())
     stored = 0
     for block in streamed.blocks:
-        for name, linear in block.linears.items():
-            settings = config.for_module(name)
-            if settings is not None:
-                source = streamed.checkpoint.tensors[streamed.checkpoint_name_of[f"{name}.weight"]]
-                rows, columns = weight_of(linear).shape
-                packed = packed_bytes(rows, columns, settings)
-                if name in chosen and config.target_bpw:
-                    packed = round(config.target_bpw * rows * columns / 8)
-                after += packed - source.nbytes
-                stored += packed
+        more, packed = _quantized_bytes(streamed, block, config, chosen)
+        after += more
+        stored += packed
     return after, stored
+
+
+def _quantized_bytes(
+    streamed: StreamedModel, block: Block, config: QuantizeConfig, chosen: set[str]
+) -> tuple[int, int]:
+    """Returns by how many bytes a block grows when it is quantized, and those of its packed layers."""
+    more = stored = 0
+    for name, linear in block.linears.items():
+        settings = config.for_module(name)
+        if settings is not None:
+            source = streamed.checkpoint.tensors[streamed.checkpoint_name_of[f"{name}.weight"]]
+            rows, columns = weight_of(linear).shape
+            packed = packed_bytes(rows, columns, settings)
+            if name in chosen and config.target_bpw:
+                packed = round(config.target_bpw * rows * columns / 8)
+            more += packed - source.nbytes
+            stored += packed
+    return more, stored
 
 
 def over_budget_message(memory: MemoryPlan) -> str:

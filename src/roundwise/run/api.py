@@ -175,7 +175,7 @@ def _strict_progress(progress: Callable[[Progress], None] | None) -> Callable[[P
 def _explained(error: BaseException, plan: RunPlan, out: Path) -> RunError | None:
     """An error that says what ended a run and what is kept; None: `error` is a fault of ours."""
     if isinstance(error, KeyboardInterrupt):
-        done, blocks = len(read_journal(out)[1]), len(plan.streamed.blocks)
+        done, blocks = len(read_journal(out).blocks), len(plan.streamed.blocks)
         return Interrupted(
             f"stopped; {done} of {blocks} blocks are finished and kept in {out}: "
             "run the same command again to resume"

@@ -72,7 +72,7 @@ def allocate_bits(
     streamed: StreamedModel,
     config: QuantizeConfig,
     calibration: Calibration,
-    out: Path,
+    earlier: Path | None,
     reopen: Callable[[], StreamedModel],
 ) -> QuantizeConfig:
     """Returns `config` with a width for every layer in `dynamic`; unchanged without `target_bpw`.
@@ -81,7 +81,8 @@ def allocate_bits(
         streamed: the model.
         config: settings; layers that its `dynamic` matches keep their settings.
         calibration: calibration windows.
-        out: output folder; widths are taken from an earlier run of the same command there.
+        earlier: output folder; widths are taken from an earlier run of the same command there. None:
+            nothing there counts, as with --restart.
         reopen: opens the model once more, for the measurement, which uses it up.
 
     Raises:
@@ -89,7 +90,7 @@ def allocate_bits(
     """
     if config.target_bpw is None or not _has_open_layers(streamed, config):
         return config
-    dynamic = _earlier_choice(streamed, config, calibration, out)
+    dynamic = _earlier_choice(streamed, config, calibration, earlier) if earlier else None
     if dynamic is None:
         groups = measure_sensitivity(reopen(), config, calibration)
         chosen = choose_candidates(groups, config.target_bpw)
@@ -298,7 +299,7 @@ def _earlier_choice(
 ) -> dict[str, dict[str, Any] | None] | None:
     """Returns `dynamic` of an earlier run of the same command in `out`, finished or not; else None."""
     manifest = read_manifest(out) if out.is_dir() else None
-    known = manifest.run if manifest else read_journal(out)[0]
+    known = manifest.run if manifest else read_journal(out).fingerprint
     if known is None or known.calibration != calibration.record:
         return None
     rules = [(pattern, changes) for pattern, changes in known.config["dynamic"]]

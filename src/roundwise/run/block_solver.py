@@ -1,7 +1,7 @@
 """BlockSolver: from the sums over a group's input to packed weights, for all groups of one block.
 
 Each weight is solved, put into the running model as the values that its codes stand for, and packed for
-the shard. Of several ranks, each solves its share of the rows, which are independent given the Hessian.
+its file. Of several ranks, each solves its share of the rows, which are independent given the Hessian.
 """
 
 from __future__ import annotations

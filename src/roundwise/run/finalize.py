@@ -1,4 +1,4 @@
-"""finalize: writes what is not in a block, side files and the manifest, audits, and config.json last.
+"""finalize: joins the blocks into shards, writes side files and the manifest, audits, config.json last.
 
 Until config.json is there, no library takes the folder for a model.
 """
@@ -21,31 +21,31 @@ from roundwise.checkpoint.manifest import (
     LayerRecord,
     Manifest,
     RunRecord,
+    Shard,
+    ShardRecord,
 )
-from roundwise.checkpoint.reader import INDEX_FILE, read_header
+from roundwise.checkpoint.reader import INDEX_FILE, TensorInfo, read_header
+from roundwise.checkpoint.sharding import divide_into_shards, write_index
+from roundwise.checkpoint.side_files import WORK
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import copy_side_files, sync_folder, write_json, write_safetensors
 from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.streamed import StreamedModel
 from roundwise.run.environment import platform_info
+from roundwise.run.journal import Journal, block_file, check_file
 from roundwise.run.prepare import RunPlan
 from roundwise.system.memory import peak_rss
 from roundwise.system.timer import timer
 from roundwise.verify import audit
 
 
-def shard_name(index: int, blocks: int) -> str:
-    """File of block number `index`; the tensors outside the blocks come last, as number `blocks`."""
-    return f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
-
-
-def shard_tensors(
+def packed_block(
     streamed: StreamedModel,
     index: int,
     packed: dict[str, dict[str, torch.Tensor]],
     scaled: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """The tensors of a block's shard: quantized ones packed, all others as they were.
+    """The tensors of a finished block: quantized ones packed, all others as they were.
 
     Args:
         streamed: the model.
@@ -68,10 +68,68 @@ def shard_tensors(
     return tensors
 
 
+def plan_shards(streamed: StreamedModel, done: list[BlockRecord]) -> list[Shard]:
+    """Divides the checkpoint into files: its blocks in order, then each tensor outside them.
+
+    Args:
+        streamed: the model.
+        done: records of all blocks.
+    """
+    others, count = _other_tensors(streamed), len(done)
+    sizes = [record.nbytes for record in done] + [info.nbytes for info in others.values()]
+    names = [*others]
+    return [
+        Shard(
+            name=file,
+            blocks=[part for part in parts if part < count],
+            others=[names[part - count] for part in parts if part >= count],
+        )
+        for file, parts in divide_into_shards(sizes).items()
+    ]
+
+
+def join_blocks(
+    streamed: StreamedModel, out: Path, done: list[BlockRecord], journal: Journal
+) -> dict[str, str]:
+    """Copies the blocks' files and the tensors outside the blocks into the shards of the checkpoint.
+
+    Each shard is recorded in the journal before its blocks' files are removed. So the disk holds one
+    shard twice at most, and a stopped run resumes at the first shard that is not recorded.
+
+    Returns:
+        Shard -> SHA-256.
+
+    Raises:
+        CheckpointError: the model was changed meanwhile.
+        RunError: a block's file was.
+        StorageError: the disk is full or failed.
+    """
+    recorded, others = journal.read().shards, _other_tensors(streamed)
+    for record in recorded:
+        journal.remove_joined(record)
+    written = {record.shard.name: record.sha256 for record in recorded}
+    for shard in plan_shards(streamed, done)[len(recorded) :]:
+        tensors: dict[str, TensorInfo] = {}
+        for index in shard.blocks:
+            file = out / WORK / block_file(index)
+            check_file(file, done[index].sha256)
+            tensors |= read_header(file)
+        tensors |= {name: others[name] for name in shard.others}
+        written[shard.name] = write_safetensors(out / shard.name, tensors)
+        streamed.checkpoint.check_unchanged()
+        journal.shard_done(ShardRecord(shard=shard, sha256=written[shard.name]))
+    return written
+
+
+def _other_tensors(streamed: StreamedModel) -> dict[str, TensorInfo]:
+    return unquantized_tensors(streamed.other_tensors(), set())
+
+
 def finalize(
     plan: RunPlan,
     out: Path,
     done: list[BlockRecord],
+    journal: Journal,
     *,
     issues: list[str],
     lap: Callable[[], dict[str, float]],
@@ -82,6 +140,7 @@ def finalize(
         plan: of the run.
         out: output folder.
         done: records of all blocks.
+        journal: of the run.
         issues: what could not be done as asked.
         lap: returns the seconds of each phase since the last block.
 
@@ -90,24 +149,21 @@ def finalize(
         write equal manifests.
 
     Raises:
-        CheckpointError: the model was changed meanwhile.
+        CheckpointError, RunError: the model, or a block's file, was changed meanwhile.
         VerificationError: what is on the disk is not what was computed.
         StorageError: the disk is full or failed.
     """
     streamed, source = plan.streamed, plan.streamed.checkpoint
-    files = {record.shard: record.sha256 for record in done}
-    last = shard_name(len(streamed.blocks), len(streamed.blocks))
-    rest = unquantized_tensors(streamed.other_tensors(), set())
-    files[last] = write_safetensors(out / last, rest)
-    files |= _write_side_files(plan, out, sorted(files))
+    files = join_blocks(streamed, out, done, journal)
+    shards = [*files]
+    files |= _write_side_files(plan, out, shards)
     layers = [layer for record in done for layer in record.layers]
-    shards = [name for name in files if name.endswith(".safetensors")]
     manifest = Manifest(
         run=plan.fingerprint,
         given=plan.given,
         platform=platform_info(),
         mode=plan.fingerprint.mode,
-        bits_per_weight=_bits_per_weight(out, sorted(shards), layers, streamed),
+        bits_per_weight=_bits_per_weight(out, shards, layers, streamed),
         bytes_before=source.nbytes(),
         bytes_after=sum(i.nbytes for name in shards for i in read_header(out / name).values()),
         layers=layers,
@@ -163,7 +219,7 @@ def _draft(out: Path) -> Path:
 def _write_side_files(plan: RunPlan, out: Path, shards: list[str]) -> dict[str, str]:
     """Writes index, configs and the source's side files; file -> SHA-256."""
     streamed, source = plan.streamed, plan.streamed.checkpoint
-    _write_index(out, shards)
+    write_index(out, shards)
     copied = copy_side_files(source, out)
     settings = quantization_config(
         plan.config, true_sequential=plan.fingerprint.mode == "true_sequential",
@@ -172,20 +228,12 @@ def _write_side_files(plan: RunPlan, out: Path, shards: list[str]) -> dict[str, 
     )  # fmt: skip
     write_json(out / "quantize_config.json", settings)
     write_json(_draft(out), {**source.config, "quantization_config": settings})
-    names = [INDEX_FILE, "quantize_config.json", *copied]
+    names = ["quantize_config.json", *copied]
+    if len(shards) > 1:
+        names.insert(0, INDEX_FILE)
     return {name: file_digest(out / name) for name in names} | {
         "config.json": file_digest(_draft(out))
     }
-
-
-def _write_index(out: Path, shards: list[str]) -> None:
-    weight_map: dict[str, str] = {}
-    total = 0
-    for shard in shards:
-        header = read_header(out / shard)
-        weight_map |= dict.fromkeys(header, shard)
-        total += sum(info.nbytes for info in header.values())
-    write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _bits_per_weight(

@@ -1,12 +1,15 @@
-"""Journal and saved activations in the work folder of a run: a stopped run resumes from them.
+"""Journal, finished blocks and activations in the work folder of a run: a stopped run resumes from them.
 
     OUT/.roundwise/lock            locked by the process that works here
-    OUT/.roundwise/journal.jsonl   line 1: fingerprint; then lists of finished blocks, in order
+    OUT/.roundwise/journal.jsonl   line 1: version and fingerprint; then what is finished, in order
+    OUT/.roundwise/block-N.safetensors           tensors of block N, until a shard has them
     OUT/.roundwise/activations-N-R.safetensors   outputs of block N for the batches of rank R
 
-Each line records finished blocks; the run can resume after the last block of a line. The shards of the
-blocks and the activations of that last block are on disk before the line is, so a line proves both. A
-last line without a newline was being written when the process died: it is ignored.
+Lines are lists of finished blocks, and then, at the end of the run, finished shards of the checkpoint.
+The run can resume after the last block of a line. The blocks' files and the activations of that last
+block are on disk before the line is, so a line proves both. A shard is on disk before its line, and
+the files of its blocks are removed only after it. A last line without a newline was being written when
+the process died: it is ignored.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ from roundwise.checkpoint.manifest import (
     GivenNames,
     LayerRecord,
     SavedActivations,
+    ShardRecord,
     explain,
 )
 from roundwise.checkpoint.reader import read_header
@@ -37,27 +43,69 @@ from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import PARTIAL, storage_error, write_safetensors
 from roundwise.errors import OutputError, RunError
 
+#: Version of the lines; runs of another one cannot be resumed. 1 had no key and a shard per block.
+VERSION = 2
 
-def read_journal(out: Path) -> tuple[Fingerprint | None, list[BlockRecord]]:
-    """Returns the fingerprint of the run in an output folder, or None, and its finished blocks.
+
+@dataclass(frozen=True)
+class JournalContents:
+    """All complete lines of a journal."""
+
+    fingerprint: Fingerprint | None = None
+    """The run; None: none has begun."""
+    blocks: tuple[BlockRecord, ...] = ()
+    """Finished blocks, in order."""
+    shards: tuple[ShardRecord, ...] = ()
+    """Finished shards, in order."""
+
+
+def block_file(index: int) -> str:
+    """Returns the name of the file of block number `index` in the work folder."""
+    return f"block-{index:05d}.safetensors"
+
+
+def check_file(file: Path, digest: str) -> None:
+    """Checks that a file is what the journal says.
 
     Raises:
-        OutputError: the journal is damaged.
+        RunError: it is missing or was changed.
+    """
+    if not file.is_file() or file_digest(file) != digest:
+        raise RunError(f"{file} was changed or removed since it was written: use --restart")
+
+
+def read_journal(out: Path) -> JournalContents:
+    """Reads the journal of an output folder; without one the contents are empty.
+
+    Raises:
+        OutputError: the journal is damaged, or of another version.
     """
     path = out / WORK / "journal.jsonl"
     if not path.exists():
-        return None, []
+        return JournalContents()
     complete, _, _torn = path.read_bytes().rpartition(b"\n")
     try:
         lines = [json.loads(line) for line in complete.splitlines()]
         if not lines:
-            return None, []
-        fingerprint = Fingerprint.model_validate(lines[0]["fingerprint"])
-        blocks = TypeAdapter(list[list[BlockRecord]]).validate_python(lines[1:])
+            return JournalContents()
+        first, *others = lines
+        fingerprint = first["fingerprint"]
+        if first.get("version") != VERSION:
+            raise OutputError(
+                f"{out} holds an unfinished run of another version of roundwise: start again with "
+                "--restart"
+            )
+        shards = [line for line in others if isinstance(line, dict)]
+        blocks = others[: len(others) - len(shards)]  # all before the shards
+        contents = JournalContents(
+            Fingerprint.model_validate(fingerprint),
+            tuple(chain(*TypeAdapter(list[list[BlockRecord]]).validate_python(blocks))),
+            tuple(TypeAdapter(list[ShardRecord]).validate_python(shards)),
+        )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = explain(error) if isinstance(error, ValidationError) else str(error)
         raise OutputError(f"{path} is damaged: use --restart to start again ({reason})") from None
-    return fingerprint, [block for line in blocks for block in line]
+    return contents
 
 
 class Journal:
@@ -88,30 +136,37 @@ class Journal:
             # The file system has no locks, or none left. Without a lock, two runs could mix.
             raise OutputError(f"cannot lock {self.folder / 'lock'}: {error.strerror}") from None
 
-    def read(self) -> tuple[Fingerprint | None, list[BlockRecord]]:
+    def read(self) -> JournalContents:
         """Returns the same as `read_journal`."""
         return read_journal(self.folder.parent)
 
     def layers(self) -> list[LayerRecord]:
         """Returns the records of all layers of finished blocks."""
-        return [layer for block in self.read()[1] for layer in block.layers]
+        return [layer for block in self.read().blocks for layer in block.layers]
 
-    def start(self, fingerprint: Fingerprint, given: GivenNames) -> None:
+    def start(self, fingerprint: Fingerprint, given: GivenNames, blocks: int = 0) -> None:
         """Starts an empty journal.
 
         Args:
             fingerprint: decides which run may resume.
             given: where the model and the text are, for those who find the folder.
+            blocks: all blocks of the model, for them too.
         """
         self.path.unlink(missing_ok=True)
-        self._append({"fingerprint": fingerprint.as_json(), "given": given.as_json()})
+        first = {"version": VERSION, "fingerprint": fingerprint.as_json(), "blocks": blocks}
+        self._append({**first, "given": given.as_json()})
 
     def trim(self) -> None:
-        """Drops an incomplete last line and incomplete files, so that the run can resume."""
+        """Drops an incomplete last line, incomplete files and shards that no line proves.
+
+        The run makes these again; there may be no room for both.
+        """
         complete, newline, torn = self.path.read_bytes().rpartition(b"\n")
         if torn:
             os.truncate(self.path, len(complete + newline))
-        for path in [*self.folder.glob("*" + PARTIAL), *self.folder.parent.glob("*" + PARTIAL)]:
+        out, recorded = self.folder.parent, {record.shard.name for record in self.read().shards}
+        shards = [path for path in out.glob("model*.safetensors") if path.name not in recorded]
+        for path in [*self.folder.glob("*" + PARTIAL), *out.glob("*" + PARTIAL), *shards]:
             path.unlink()
 
     def blocks_done(self, blocks: list[BlockRecord], *, keep: set[str]) -> None:
@@ -129,6 +184,20 @@ class Journal:
             if path.name not in keep:
                 path.unlink()
 
+    def shard_done(self, record: ShardRecord) -> None:
+        """Records a finished shard, and removes the files of its blocks.
+
+        Raises:
+            StorageError: the disk is full or failed.
+        """
+        self._append(record.as_json())
+        self.remove_joined(record)
+
+    def remove_joined(self, record: ShardRecord) -> None:
+        """Removes the files of the blocks in a recorded shard; a killed run may have left them."""
+        for index in record.shard.blocks:
+            (self.folder / block_file(index)).unlink(missing_ok=True)
+
     def _append(self, line: dict[str, Any] | list[dict[str, Any]]) -> None:
         try:
             with self.path.open("ab") as file:
@@ -144,12 +213,10 @@ class Journal:
         Raises:
             RunError: a file is missing or was changed.
         """
-        done = self.read()[1]
+        done = self.read().blocks
         saved = done[-1].activations if done else None
         for name, digest in (saved.files if saved else {}).items():
-            file = self.folder / name
-            if not file.is_file() or file_digest(file) != digest:
-                raise RunError(f"{file} was changed or removed since it was written: use --restart")
+            check_file(self.folder / name, digest)
 
     def finish(self) -> None:
         """Removes the work folder, once the checkpoint is complete, and releases the lock."""

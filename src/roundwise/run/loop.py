@@ -1,8 +1,8 @@
 """Run: quantizes a model block by block, as a `RunPlan` says.
 
 For each block: read its weights; run it with all calibration batches, and solve each group of linears
-where the batches stop; write its shard; record it in the journal; drop the weights. Finished blocks are
-kept: the same command resumes at the first block that is not finished.
+where the batches stop; write its tensors to a file; record it in the journal; drop the weights. Finished
+blocks are kept: the same command resumes at the first block that is not finished.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from roundwise.forward.output_gradients import OutputGradients
 from roundwise.forward.scheduler import ForwardScheduler
 from roundwise.run.block_solver import BlockSolver
 from roundwise.run.environment import torch_threads
-from roundwise.run.finalize import finalize, shard_name, shard_tensors
+from roundwise.run.finalize import finalize, packed_block
 from roundwise.run.held_out_damping import held_out_batches
-from roundwise.run.journal import Journal
+from roundwise.run.journal import Journal, block_file
 from roundwise.run.learning_curve import LearningCurve, learning_curve_for
 from roundwise.run.prepare import RunPlan
 from roundwise.run.resume import Checkpointer, broadcast_record
@@ -112,15 +112,15 @@ class Run:
                 self._quantize_blocks(checkpointer)
         announce("completing the checkpoint")
         with timer.phase("finish"):
-            manifest = broadcast_record(
-                self.ranks,
-                Manifest,
-                lambda: finalize(
-                    self.plan, self.out, done, issues=self.issues, lap=self.take_seconds
-                ),
-            )
+            manifest = broadcast_record(self.ranks, Manifest, lambda: self._finalize(done, journal))
         assert manifest is not None
         return manifest
+
+    def _finalize(self, done: list[BlockRecord], journal: Journal | None) -> Manifest:
+        assert journal is not None  # the first rank
+        return finalize(
+            self.plan, self.out, done, journal, issues=self.issues, lap=self.take_seconds
+        )
 
     def take_seconds(self) -> dict[str, float]:
         """Phase -> seconds since the last call; adds them to `seconds`."""
@@ -191,9 +191,9 @@ class Run:
     def _quantize_block(
         self, index: int, first: int, checkpointer: Checkpointer, scheduler: ForwardScheduler | None
     ) -> None:
-        """One block, from weights on disk to shard on disk."""
-        block, blocks = self.streamed.blocks[index], len(self.streamed.blocks)
-        announce("quantizing blocks", index, blocks)
+        """One block, from weights on disk to its finished file."""
+        block = self.streamed.blocks[index]
+        announce("quantizing blocks", index, len(self.streamed.blocks))
         self._pace.begin()
         solver = BlockSolver(
             block, self.config, prescaler=self.plan.prescaler, ranks=self.ranks,
@@ -208,14 +208,15 @@ class Run:
         if scheduler is not None:
             ran = self._run_block(index, checkpointer, scheduler, solver)
         solver.quantize_remaining()
-        shard, digest = shard_name(index, blocks), ""
+        digest, nbytes = "", 0
         if checkpointer.journal is not None:
             with timer.phase("write"):
-                tensors = shard_tensors(self.streamed, index, solver.packed, solver.scaled)
-                digest = write_safetensors(self.out / shard, tensors)
+                tensors = packed_block(self.streamed, index, solver.packed, solver.scaled)
+                digest = write_safetensors(self.out / WORK / block_file(index), tensors)
+                nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self.streamed.unload(block.module, block.prefix)
         record = BlockRecord(
-            block=index, name=block.name, shard=shard, sha256=digest, layers=solver.layers,
+            block=index, name=block.name, sha256=digest, nbytes=nbytes, layers=solver.layers,
             activations=ran.activations, experts=ran.experts or {}, depth_error=ran.depth_error,
             saturation=ran.learning_curve, seconds=self.take_seconds(),
         )  # fmt: skip

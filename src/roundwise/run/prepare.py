@@ -17,7 +17,6 @@ import torch
 
 from roundwise.calibration.dataset import Calibration, load_calibration
 from roundwise.calibration.self_generated import generate_windows
-from roundwise.checkpoint.hub import local_folder
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
 from roundwise.errors import CalibrationError, ConfigError, OutputError, quoted
@@ -38,6 +37,7 @@ from roundwise.run.strict import check_run, memory_issues
 from roundwise.system.activity import announce
 from roundwise.system.device import parse_device
 from roundwise.system.distributed import Ranks, current_ranks
+from roundwise.system.hub import local_folder
 from roundwise.system.memory import parse_size, release_large_blocks
 from roundwise.system.timer import timer
 
@@ -143,7 +143,8 @@ def prepare(
     held_out_batches(config, len(loaded.batches) if loaded else 0)  # refuses one batch
     if loaded is not None and config.target_bpw is not None:
         announce("choosing the bits of every layer")
-        config = _allocate_bits(streamed, config, loaded, Path(out), model, ranks)
+        earlier = None if options.restart else Path(out)
+        config = _allocate_bits(streamed, config, loaded, earlier, model, ranks)
     prescaler = Prescaler(streamed, config) if config.prescales else None
     announce("planning memory")
     memory = _plan_memory(streamed, config, loaded, ranks, mode=options.mode, budget=budget)
@@ -230,7 +231,7 @@ def _allocate_bits(
     streamed: StreamedModel,
     config: QuantizeConfig,
     calibration: Calibration,
-    out: Path,
+    earlier: Path | None,
     model: str,
     ranks: Ranks,
 ) -> QuantizeConfig:
@@ -238,7 +239,7 @@ def _allocate_bits(
 
     def choose() -> Any:
         chosen = allocate_bits(
-            streamed, config, calibration, out, lambda: _open(model, config, streamed.device)[0]
+            streamed, config, calibration, earlier, lambda: _open(model, config, streamed.device)[0]
         )
         return chosen.model_dump(mode="json")
 

@@ -112,6 +112,13 @@ def reproduce(
     written = read_manifest(Path(out))
     assert written is not None
     before, after = record.files, written.files
+    earlier, now = ([n for n in each if n.endswith(".safetensors")] for each in (before, after))
+    if earlier != now:
+        issue = (
+            f"{file} is of a checkpoint of {len(earlier)} weight files, and {out} has {len(now)}: files "
+            "of other names cannot be compared"
+        )
+        result = replace(result, not_as_asked=[*result.not_as_asked, issue])
     return Reproduction(
         result,
         {name: before.get(name) == after.get(name) for name in {**before, **after}},

@@ -16,11 +16,9 @@ from roundwise.checkpoint.manifest import (
     Manifest,
     Record,
     SavedActivations,
-    changed_files,
     read_manifest,
 )
-from roundwise.checkpoint.side_files import WORK
-from roundwise.checkpoint.untrusted import file_digest
+from roundwise.checkpoint.side_files import WORK, changed_files
 from roundwise.checkpoint.writer import storage_error
 from roundwise.errors import OutputError, RunError
 from roundwise.forward.output_gradients import OutputGradients
@@ -28,7 +26,15 @@ from roundwise.forward.scheduler import ForwardScheduler
 from roundwise.model.blocks import Block
 from roundwise.plan.memory import check_disk_space, plan_disk
 from roundwise.run.environment import describe_difference
-from roundwise.run.journal import Journal, load_outputs, save_outputs
+from roundwise.run.finalize import plan_shards
+from roundwise.run.journal import (
+    Journal,
+    JournalContents,
+    block_file,
+    check_file,
+    load_outputs,
+    save_outputs,
+)
 from roundwise.run.prepare import RunPlan
 from roundwise.system.device import HOST
 from roundwise.system.distributed import Ranks
@@ -91,9 +97,10 @@ def lock_output_dir(out: Path, source: Path, *, restart: bool) -> Journal:
 
 
 def _empty(out: Path, journal: Journal) -> None:
-    # config.json goes first, so that a half-emptied folder does not look finished. The manifest goes
-    # last, so that the folder is still recognised as roundwise's.
-    (out / "config.json").unlink(missing_ok=True)
+    # config.json and the journal go first, so that a half-emptied folder looks neither finished nor
+    # begun. The manifest goes last, so that the folder is still recognised as roundwise's.
+    for path in (out / "config.json", journal.path):
+        path.unlink(missing_ok=True)
     for path in [*out.iterdir(), *journal.folder.iterdir()]:
         if path.name not in (WORK, "lock", MANIFEST):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -165,14 +172,15 @@ def begin_run(
 
 def _begin(plan: RunPlan, out: Path, journal: Journal) -> tuple[RunPlan, list[BlockRecord]]:
     """The first rank: the plan to follow and the finished blocks, if they are still what they were."""
-    known, done = journal.read()
+    found = journal.read()
+    known, done = found.fingerprint, [*found.blocks]
     plan = plan.resuming(known)
     if known is None:
         tokens = plan.calibration.record.tokens if plan.calibration else 0
         disk = plan_disk(plan.streamed, plan.config, plan.memory, tokens=tokens)
         check_disk_space(out, disk)
         OutputGradients(out).clear()
-        journal.start(plan.fingerprint, plan.given)
+        journal.start(plan.fingerprint, plan.given, len(plan.streamed.blocks))
     elif known.as_json() != plan.fingerprint.as_json():
         differs = describe_difference(known.as_json(), plan.fingerprint.as_json())
         raise OutputError(
@@ -180,40 +188,39 @@ def _begin(plan: RunPlan, out: Path, journal: Journal) -> tuple[RunPlan, list[Bl
             "it, or --restart to begin anew"
         )
     journal.trim()
-    _check_finished(out, plan.streamed.blocks, done, needs_activations=plan.calibration is not None)
+    _check_finished(out, plan, found)
     journal.check_outputs()
     return plan, done
 
 
-def _check_finished(
-    out: Path, blocks: list[Block], done: list[BlockRecord], *, needs_activations: bool
-) -> None:
-    """Checks that finished blocks are this model's, and their shards what was written.
+def _check_finished(out: Path, plan: RunPlan, found: JournalContents) -> None:
+    """Checks that finished blocks and shards are this model's, and their files what was written.
 
     Args:
         out: output folder.
-        blocks: all blocks of the model.
-        done: from the journal.
-        needs_activations: batches run through the blocks, so the outputs of the last finished block
-            must have been saved.
+        plan: of the run.
+        found: its journal.
 
     Raises:
         OutputError: the journal is damaged.
-        RunError: a shard is not what was written.
+        RunError: a file is not what was written.
     """
+    blocks, done, shards = plan.streamed.blocks, found.blocks, [r.shard for r in found.shards]
     known = [
         (record.block, record.name) == (index, block.name)
         and all(layer.name in block.linears for layer in record.layers)
         for index, (block, record) in enumerate(zip(blocks, done, strict=False))
     ]
     unfinished = bool(done) and len(done) < len(blocks)
-    lost = needs_activations and unfinished and done[-1].activations is None
-    if len(done) > len(blocks) or not all(known) or lost:
+    # Batches run through the blocks: the outputs of the last finished block must have been saved.
+    lost = plan.calibration is not None and unfinished and done[-1].activations is None
+    planned = plan_shards(plan.streamed, [*done]) if len(done) == len(blocks) else []
+    if len(done) > len(blocks) or not all(known) or lost or shards != planned[: len(shards)]:
         raise OutputError(f"the journal in {out / WORK} is damaged: start anew with --restart")
-    for record in done:
-        shard = out / record.shard
-        if not shard.exists() or file_digest(shard) != record.sha256:
-            raise RunError(f"{shard} was changed or removed since it was written: use --restart")
+    for record in found.shards:
+        check_file(out / record.shard.name, record.sha256)
+    for block in done[sum(len(shard.blocks) for shard in shards) :]:
+        check_file(out / WORK / block_file(block.block), block.sha256)
 
 
 class WritePace:
@@ -301,7 +308,9 @@ class Checkpointer:
         if needs_activations and not record.activations and len(self.done) < len(self.blocks):
             return
         if self.journal is not None:
-            names = {name for saved in self._needed().values() for name in saved.files}
+            unfinished = len(self.done) < len(self.blocks)
+            needed = self._needed().values() if unfinished else []
+            names = {name for saved in needed for name in saved.files}
             self.journal.blocks_done(self._unrecorded, keep=names)
             for each in self._unrecorded:
                 OutputGradients(self.out).clear(each.block)

@@ -38,7 +38,7 @@ class TestDemo:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> Iterator[Callable[..., str]]:
-        monkeypatch.setattr("roundwise.checkpoint.hub.bundled_model", lambda: first_block)
+        monkeypatch.setattr("roundwise.system.hub.bundled_model", lambda: first_block)
         monkeypatch.setattr("roundwise.cli.commands.demo.TOKENS", 400)
         some = {kept: list(islice(sources._stdlib(held_out=kept), 4)) for kept in (True, False)}
         monkeypatch.setattr(sources, "_stdlib", lambda *, held_out: some[held_out])

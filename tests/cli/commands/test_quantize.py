@@ -135,7 +135,7 @@ class TestFromManifest:
         command = ("quantize", "--from-manifest", made[0], "--output", tmp_path / "again")
         ended = commands.run(*command)
         assert ended.code == 0
-        assert "model-00001-of-00004.safetensors: equal" in ended.stdout
+        assert "model.safetensors: equal" in ended.stdout
         assert ended.stdout.splitlines()[-1] == f"the same bytes as {made[0]}"
         again = only_json(commands.run(*command, "--json"))
         assert again["same"] is True
@@ -147,13 +147,13 @@ class TestFromManifest:
     ) -> None:
         shutil.copy(made[0] / "roundwise.json", tmp_path)
         with edited_json(tmp_path / "roundwise.json") as record:
-            record["files"]["model-00002-of-00004.safetensors"] = "0" * 64
+            record["files"]["model.safetensors"] = "0" * 64
         ended = commands.run(
             "quantize", "--from-manifest", tmp_path / "roundwise.json", "--output", tmp_path / "new"
         )
         assert ended.code == 1
-        assert "model-00002-of-00004.safetensors: different" in ended.stdout
-        assert "model-00001-of-00004.safetensors: equal" in ended.stdout
+        assert "model.safetensors: different" in ended.stdout
+        assert "config.json: equal" in ended.stdout
         assert "not the same bytes" in ended.stdout
 
     @pytest.mark.parametrize(

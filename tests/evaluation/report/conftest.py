@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from roundwise.checkpoint.hub import bundled_model
+from roundwise.system.hub import bundled_model
 from tests.helpers import Commands
 
 

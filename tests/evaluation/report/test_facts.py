@@ -5,7 +5,6 @@ import shutil
 import pytest
 
 import roundwise as rw
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.checkpoint.manifest import CurvePoint, Manifest
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
@@ -16,6 +15,7 @@ from roundwise.evaluation.report.facts import (
     make_cells,
     read_facts,
 )
+from roundwise.system.hub import bundled_model
 from tests.evaluation.report.samples import KINDS, facts, layer
 
 

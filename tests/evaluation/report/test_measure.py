@@ -3,10 +3,10 @@
 import pytest
 
 import roundwise as rw
-from roundwise.checkpoint.hub import bundled_model
 from roundwise.errors import CheckpointError
 from roundwise.evaluation.compare import Protocol
 from roundwise.evaluation.report.measure import evaluate, generate_answers, greedy_answer
+from roundwise.system.hub import bundled_model
 
 
 def test_the_command_measures_and_lets_both_models_answer(finished_run, commands):

@@ -130,9 +130,9 @@ def evaluation_tokens(
     """
     from roundwise.calibration.sources import read_text
     from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, special_tokens
-    from roundwise.checkpoint.hub import local_folder
     from roundwise.checkpoint.reader import Checkpoint
     from roundwise.model.tokenizer import load_tokenizer
+    from roundwise.system.hub import local_folder
 
     if text is None:
         return [], NO_SPECIAL_TOKENS
@@ -144,9 +144,9 @@ def evaluation_tokens(
 
 def fitting_window(model: str, window: int) -> int:
     """Returns `window`, or the longest text that the model takes if that is less."""
-    from roundwise.checkpoint.hub import local_folder
     from roundwise.checkpoint.reader import Checkpoint
     from roundwise.model.build import context_length, load_config
+    from roundwise.system.hub import local_folder
 
     config = load_config(Checkpoint(local_folder(model)))
     return min(window, context_length(config) or window)

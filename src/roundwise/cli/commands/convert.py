@@ -31,10 +31,10 @@ def command(
     compressed-tensors (pack-quantized) is the format of llm-compressor.
     dense is a plain checkpoint of the dequantized weights, for tools that read nothing else.
     """
-    from roundwise.checkpoint.hub import local_folder
     from roundwise.checkpoint.reader import Checkpoint
     from roundwise.convert import convert
     from roundwise.inference.load import parse_dtype
+    from roundwise.system.hub import local_folder
 
     dense_dtype = parse_dtype(dtype)
     source = local_folder(checkpoint)

@@ -58,8 +58,8 @@ def command(
     import torch
 
     from roundwise.calibration.sources import read_text
-    from roundwise.checkpoint.hub import bundled_model
     from roundwise.inference.load import load
+    from roundwise.system.hub import bundled_model
 
     source = bundled_model()
     base, tokenizer = load(source, dtype=torch.float32)

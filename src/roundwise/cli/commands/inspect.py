@@ -97,10 +97,10 @@ def summarize(name: str) -> CheckpointSummary:
         name: folder, or id on the Hugging Face hub.
     """
     from roundwise.checkpoint.gptq_format import SUFFIXES
-    from roundwise.checkpoint.hub import local_folder
     from roundwise.checkpoint.quantization_config import is_packed, read_quantization_config
     from roundwise.checkpoint.quantized_layers import find_layers
     from roundwise.checkpoint.reader import Checkpoint
+    from roundwise.system.hub import local_folder
 
     checkpoint = Checkpoint(local_folder(name))
     config = read_quantization_config(checkpoint) if is_packed(checkpoint.tensors) else None

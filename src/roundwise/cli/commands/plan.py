@@ -34,10 +34,10 @@ def command(
 
     Reads only config.json and the headers of the weights. Exit code 1: a run would be refused.
     """
-    from roundwise.checkpoint.hub import local_folder
     from roundwise.model.rotate import open_for_run
     from roundwise.plan.plan import plan
     from roundwise.system.device import parse_device
+    from roundwise.system.hub import local_folder
     from roundwise.system.memory import parse_size
 
     # Unchecked: that would read all weights, and the plan needs only names and shapes.

@@ -134,11 +134,11 @@ def command(
     """Serve a model over HTTP with OpenAI's API; by default, only to this machine."""
     import torch
 
-    from roundwise.checkpoint.hub import local_folder
     from roundwise.checkpoint.reader import Checkpoint
     from roundwise.errors import ConfigError
     from roundwise.inference.load import parse_dtype
     from roundwise.inference.serving import launch, vllm
+    from roundwise.system.hub import local_folder
 
     parse_dtype(dtype)  # refuses unknown names before anything is loaded
     _check_api_key(api_key)

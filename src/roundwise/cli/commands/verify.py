@@ -21,8 +21,8 @@ def command(
 
     Exit code 1: a check failed.
     """
-    from roundwise.checkpoint.hub import local_folder
     from roundwise.checkpoint.reader import Checkpoint
+    from roundwise.system.hub import local_folder
     from roundwise.verify import audit
 
     source = Checkpoint(local_folder(against)) if against else None

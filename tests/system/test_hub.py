@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from roundwise.checkpoint import hub
-from roundwise.checkpoint.hub import bundled_model, local_folder
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
+from roundwise.system import hub
+from roundwise.system.hub import bundled_model, local_folder
 
 
 def test_the_bundled_model_is_complete() -> None:
