@@ -111,8 +111,8 @@ def test_held_out_text_is_the_last_tenth():
 
 def record(tool, method, seed, kl, **more):
     key = {
-        "tool": tool, "method": method, "bits": 3, "sym": True, "seed": seed, "settings": {},
-        "model": "m", "text": "t", "tokens": 512, "windows": [128, 512],
+        "tool": tool, "method": method, "bits": 3, "group_size": 128, "sym": True, "seed": seed,
+        "settings": {}, "model": "m", "text": "t", "tokens": 512, "windows": [128, 512],
     }  # fmt: skip
     found = {
         "perplexity": 30.0 + kl, "base_perplexity": 30.0, "kl": kl, "top1": 0.9, "cpu_seconds": 1.0,
@@ -161,7 +161,7 @@ def test_ingredients_have_a_table_of_their_own():
 
 
 def test_secondary_methods_run_with_one_seed():
-    selected = list(jobs(["roundwise", "autoround"], [3], [True], [0, 1, 2], True, ""))
+    selected = list(jobs(["roundwise", "autoround"], [(3, 128, True)], [0, 1, 2], ABLATION, ""))
     seeds = {}
     for job in selected:
         seeds.setdefault(job.row, []).append(job.seed)

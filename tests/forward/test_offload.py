@@ -14,6 +14,7 @@ from torch import nn
 
 import roundwise as rw
 from roundwise.calibration.windows import Batch
+from roundwise.checkpoint.reader import SINGLE_FILE
 from roundwise.errors import StorageError
 from roundwise.forward import offload
 from roundwise.forward.batch import ENTER, PausedBatch, pause
@@ -73,8 +74,7 @@ def test_an_encoder_decoder_model(tmp_path, transfers):
         tmp_path / "model", tmp_path / "offloaded", max_memory=TOO_SMALL, **options
     )
     assert transfers["written"] > 0
-    name = "model-00001-of-00005.safetensors"
-    assert contents(plain.output)[name] == contents(offloaded.output)[name]
+    assert contents(plain.output)[SINGLE_FILE] == contents(offloaded.output)[SINGLE_FILE]
 
 
 def test_a_stopped_run_that_offloads_resumes(tmp_path, transfers):
@@ -84,8 +84,7 @@ def test_a_stopped_run_that_offloads_resumes(tmp_path, transfers):
     with pytest.raises(Stop):
         quantize(tmp_path / "model", tmp_path / "out", progress=stop_after(1), **options)
     resumed = quantize(tmp_path / "model", tmp_path / "out", **options)
-    name = "model-00002-of-00003.safetensors"
-    assert contents(whole.output)[name] == contents(resumed.output)[name]
+    assert contents(whole.output)[SINGLE_FILE] == contents(resumed.output)[SINGLE_FILE]
 
 
 class Pausing(nn.Module):

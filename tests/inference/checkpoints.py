@@ -25,7 +25,7 @@ def rewritten(source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]
     """A copy of a checkpoint as one file, its tensors changed."""
     shutil.copytree(source, out)
     tensors = tensors_of(out)
-    for file in [*out.glob("*.safetensors"), out / "model.safetensors.index.json"]:
+    for file in [*out.glob("*.safetensors"), *out.glob("*.index.json")]:
         file.unlink()
     change(tensors)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})

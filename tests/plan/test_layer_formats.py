@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import roundwise as rw
-from roundwise.checkpoint.gptq_format import quantized_layers
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.layer_formats import (

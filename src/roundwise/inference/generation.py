@@ -85,20 +85,18 @@ def generate(
     """
     if not ids or sampling.max_new_tokens < 1:
         raise ConfigError("generation needs a prompt of at least one token and max_new_tokens >= 1")
-    answer = Answer(model, tokenizer, ids, sampling, on_text, on_logprobs, cancelled)
     inputs = torch.tensor([ids], device=model.device)
     # generation_config.json, the config and the model's code can make transformers raise any error.
-    with (
-        foreign_errors(f"{type(model).__name__} cannot generate with the settings of its files"),
-        pinned_config(model, sampling.max_new_tokens, _padding(model, tokenizer)) as config,
-    ):
-        model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_ChooseToken(answer)]),
-            stopping_criteria=StoppingCriteriaList([_AddToken(answer)]),
-        )
+    with foreign_errors(f"{type(model).__name__} cannot generate with the settings of its files"):
+        answer = Answer(model, tokenizer, ids, sampling, on_text, on_logprobs, cancelled)
+        with pinned_config(model, sampling.max_new_tokens, _padding(model, tokenizer)) as config:
+            model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_ChooseToken(answer)]),
+                stopping_criteria=StoppingCriteriaList([_AddToken(answer)]),
+            )
     return answer.result()
 
 

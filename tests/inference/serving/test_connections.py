@@ -187,6 +187,8 @@ def test_limits_fit_the_file_descriptors(
 
 def test_too_few_file_descriptors_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
+    # A limit that was lowered by mistake would stay for all tests that follow.
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: pytest.fail("the limit was changed"))
     monkeypatch.setattr("psutil.Process.num_fds", lambda _: 20, raising=False)
     with pytest.raises(ConfigError, match=r"only 40 file descriptors are allowed.*ulimit -n"):
         connection_limits()

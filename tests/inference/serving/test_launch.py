@@ -49,14 +49,14 @@ def test_vllm_serves(checkpoint: dict[str, Any], gpu: bool) -> None:
 @pytest.mark.parametrize(
     ("checkpoint", "reason"),
     [
-        (config(bits=3), "no kernel for 3 bits"),
-        (config(bits=2), "no kernel for 2 bits"),
-        (config(bits=8), "no kernel for 8 bits on CPUs"),
+        (config(bits=3), "its kernels take 4 bits, not 3"),
+        (config(bits=2), "its kernels take 4 bits, not 2"),
+        (config(bits=8), "its kernels take 4 bits, not 8"),
         (config(sym=False), "asymmetric"),
         (config(desc_act=True), "act-order"),
         (config(group_size=16), "no kernel for groups of 16"),
         (config(group_size=256), "no kernel for groups of 256"),
-        (config(dynamic={"+:.*q_proj": {"bits": 3}}), "no kernel for 3 bits"),
+        (config(dynamic={"+:.*q_proj": {"bits": 3}}), "its kernels take 4 bits, not 3"),
     ],
 )
 def test_vllm_refuses(checkpoint: dict[str, Any], reason: str) -> None:

@@ -108,8 +108,9 @@ def connection_limits() -> tuple[int, int]:
     process = psutil.Process()
     used = process.num_fds() + SPARE_DESCRIPTORS
     wanted = MAX_CONNECTIONS + used + BURSTS * BACKLOG
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else max(soft, min(wanted, hard))
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        soft = most
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     free = wanted if soft == resource.RLIM_INFINITY else soft - used
     burst = min(BACKLOG, free // 8)
