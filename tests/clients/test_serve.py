@@ -134,6 +134,6 @@ def test_what_vllm_refuses_goes_to_transformers(ours: Quantize, tmp_path: Path) 
         openai.OpenAI(base_url=said["url"], api_key="none", max_retries=0) as client,
     ):
         assert said["backend"] == "transformers"
-        assert said["reason"].startswith("not vLLM: it has no kernel for 3 bits")
+        assert said["reason"].startswith("not vLLM: its kernels take 4 bits, not 3")
         answer = client.completions.create(model="tiny", prompt=PROMPTS[0], max_tokens=4)
         assert answer.usage is not None
