@@ -16,8 +16,8 @@ from roundwise.run.api import Progress
 from tests.helpers import Stop
 
 PACKAGE = Path(rw.__file__).parent
-#: Most files that solving one group may enter, from one layer's record to the next (20 wanted).
-MOST = 22
+#: Most files that solving one group of layers may enter, from one layer's record to the next.
+MOST = 20
 
 
 #: Layers of the second block, each of another group.

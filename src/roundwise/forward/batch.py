@@ -15,6 +15,8 @@ from roundwise.calibration.windows import Batch
 from roundwise.errors import CheckpointError
 from roundwise.forward.expert_tokens import RoutedBatch
 from roundwise.forward.input_groups import ReferenceActivations
+from roundwise.model.blocks import Block
+from roundwise.model.foreign_errors import raise_foreign
 from roundwise.system.distributed import Ranks
 
 #: Tokens that are compared at a time in `depth_error`.
@@ -145,6 +147,27 @@ def hidden(output: Any) -> torch.Tensor:
     states = output[0] if isinstance(output, tuple) else output
     assert isinstance(states, torch.Tensor)  # `block_output` has checked it
     return states
+
+
+def run_block(
+    block: Block, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Runs a block's own forward; returns what `block_output` does, or an output head's logits.
+
+    Args:
+        block: the block.
+        original: its forward.
+        args, kwargs: its arguments.
+
+    Raises:
+        CheckpointError: its forward fails, or returns no hidden states.
+    """
+    try:
+        output = original(*args, **kwargs)
+    except Exception as error:
+        name = f"block {block.name} ({type(block.module).__name__})"
+        raise_foreign(error, f"{name} fails on calibration text")
+    return output if block.is_head else block_output(block.name, block.module, output)
 
 
 def block_output(name: str, block: object, output: Any) -> Any:

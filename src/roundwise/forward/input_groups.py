@@ -169,7 +169,8 @@ class InputGroup:
 
     def drop_unmatched_drift(self, ranks: Ranks) -> None:
         """Drops the drift if, on any rank, the two models sent different tokens to the group."""
-        if not any(ranks.all_reduce_max(int(self.sees_other_tokens))):
+        mine = self.sees_other_tokens
+        if not (mine if ranks.is_single else any(ranks.all_reduce_max(int(mine)))):
             return
         self.fallback = self.fallback or OTHER_TOKENS
         for part in (self, self.held):

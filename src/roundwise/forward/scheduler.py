@@ -34,9 +34,9 @@ from roundwise.forward.batch import (
     WeightSwap,
     at_experts,
     at_group,
-    block_output,
     hidden,
     pause,
+    run_block,
 )
 from roundwise.forward.expert_tokens import ExpertCalibration
 from roundwise.forward.hooks import CalibrationHooks, OutsideModel
@@ -318,10 +318,7 @@ class ForwardScheduler:
         """A block's forward with the stops around it."""
 
         def compute(*args: Any, **kwargs: Any) -> Any:
-            what = f"block {block.name} ({type(block.module).__name__}) fails on calibration text"
-            with foreign_errors(what):
-                output = original(*args, **kwargs)
-            return output if block.is_head else block_output(block.name, block.module, output)
+            return run_block(block, original, args, kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             batch, tried = self._current(), False

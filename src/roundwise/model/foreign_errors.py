@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 
@@ -25,10 +26,18 @@ def foreign_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RoundwiseError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
-        if "allocate memory" in str(error) or (isinstance(error, OSError) and error.errno):
-            raise
-        reason = first_line(error)
-        raise CheckpointError(f"{what}: {reason or type(error).__name__}") from error
+        raise_foreign(error, what)
+
+
+def raise_foreign(error: Exception, what: str) -> NoReturn:
+    """Raises an error as `foreign_errors` does, for code that runs too often for a context manager."""
+    passed_on = (
+        isinstance(error, RoundwiseError | MemoryError | torch.OutOfMemoryError)
+        or (isinstance(error, OSError) and error.errno)
+        or "allocate memory" in str(error)
+    )
+    if passed_on:
+        raise error
+    reason = first_line(error)
+    raise CheckpointError(f"{what}: {reason or type(error).__name__}") from error
