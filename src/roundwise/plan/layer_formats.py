@@ -86,12 +86,13 @@ def format_problems(shapes: list[LayerShape], config: QuantizeConfig) -> list[st
     """
     undivided: dict[int, list[LayerShape]] = defaultdict(list)
     unfilled: dict[int, list[LayerShape]] = defaultdict(list)
-    for shape, settings in _quantized(shapes, config):
+    quantized = [*_quantized(shapes, config)]
+    for shape, settings in quantized:
         if not group_size_divides(shape.in_features, settings.group_size):
             undivided[settings.group_size].append(shape)
         elif not fills_words(shape.out_features, shape.in_features, settings.bits):
             unfilled[settings.bits].append(shape)
-    total = sum(1 for _ in _quantized(shapes, config))
+    total = len(quantized)
     sentences = [
         f"group_size={size} does not divide the input channels of {_count(layers, total)}: use "
         f"{_other_size(layers, total, shapes, config)}"
