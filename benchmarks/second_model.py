@@ -13,7 +13,6 @@ used for training and calibration, the last tenth is held out.
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib.metadata
 import random
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from peers.prose import docstrings
 from peers.texts import split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -33,22 +33,19 @@ SHORTEST = 200  # characters; shorter docstrings are rarely prose
 WINDOW, BATCH, VOCABULARY = 256, 8, 2048
 
 
-def docstrings(package: str) -> Iterator[str]:
+def package_docstrings(package: str) -> Iterator[str]:
     """Yields the docstrings of a package's modules, classes and functions, in file order."""
     folder = Path(str(importlib.metadata.distribution(package).locate_file(package)))
     for file in sorted(folder.rglob("*.py")):
-        try:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield ast.get_docstring(node) or ""
+        yield from docstrings(file)
 
 
 def collect() -> str:
     """Returns all documents without duplicates, shuffled with a fixed seed."""
-    documents = [*topics.values(), *(text for name in PACKAGES for text in docstrings(name))]
+    documents = [
+        *topics.values(),
+        *(text for name in PACKAGES for text in package_docstrings(name)),
+    ]
     documents = list(dict.fromkeys(text for text in documents if len(text) >= SHORTEST))
     random.Random(0).shuffle(documents)
     return "\n\n".join(documents) + "\n"

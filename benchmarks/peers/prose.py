@@ -26,13 +26,13 @@ def write_prose(folder: Path) -> tuple[Path, Path]:
     seen: set[str] = set()
     for name, file in _files():
         held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == HELD_OUT_DIGIT
-        for docstring in _docstrings(file):
+        for docstring in filter(_is_prose, docstrings(file)):
             if docstring not in seen:  # generated code repeats some
                 seen.add(docstring)
                 parts[held_out].append(docstring)
     paths = folder / "calibration.txt", folder / "held-out.txt"
-    for path, docstrings in zip(paths, parts, strict=True):
-        path.write_text("\n\n".join(docstrings) + "\n", encoding="utf-8")
+    for path, part in zip(paths, parts, strict=True):
+        path.write_text("\n\n".join(part) + "\n", encoding="utf-8")
     return paths
 
 
@@ -47,19 +47,18 @@ def _files() -> Iterator[tuple[str, Path]]:
                 yield f"{root.name}/{inside}", file
 
 
-def _docstrings(file: Path) -> Iterator[str]:
-    """Yields the docstrings of a source file that are long enough and are mostly words."""
+def docstrings(file: Path) -> Iterator[str]:
+    """Yields the docstrings of a source file, of its module first; none if it is not valid Python."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring and len(docstring) >= SHORTEST and _is_prose(docstring):
-                yield docstring
+            yield ast.get_docstring(node) or ""
 
 
 def _is_prose(text: str) -> bool:
-    """Returns True for text of letters and spaces mostly, not tables, signatures or code."""
-    return sum(c.isalpha() or c in " ,." for c in text) >= 0.9 * len(text)
+    """Returns True for long text of letters and spaces mostly, not tables, signatures or code."""
+    letters = sum(c.isalpha() or c in " ,." for c in text)
+    return len(text) >= SHORTEST and letters >= 0.9 * len(text)

@@ -87,8 +87,8 @@ class Writing:
         return getattr(self.file, name)
 
 
-def quantize(model: Path, out: Path) -> rw.QuantizeResult:
-    return rw.quantize(model, out, QUICK, windows(), samples=4, seq_len=32)
+def quantize(model: Path, out: Path, **options: Any) -> rw.QuantizeResult:
+    return rw.quantize(model, out, QUICK, windows(), samples=4, seq_len=32, **options)
 
 
 @pytest.mark.slow
@@ -131,12 +131,12 @@ def test_each_file_operation_of_a_restart_of_an_unfinished_run_fails_once(
     quantize(llama, tmp_path / "whole")
     whole, begun = contents(tmp_path / "whole"), tmp_path / "begun"
     with pytest.raises(Stop):
-        rw.quantize(llama, begun, QUICK, windows(), samples=4, seq_len=32, progress=stop_after(8))
+        quantize(llama, begun, progress=stop_after(8))
     for number in range(1, 100):
         out = Path(shutil.copytree(begun, tmp_path / f"{number}"))
         faults.arm(number, errno.EIO)
         with suppress(RoundwiseError):  # none if it was a no-op, such as mkdir
-            rw.quantize(llama, out, QUICK, windows(), samples=4, seq_len=32, restart=True)
+            quantize(llama, out, restart=True)
         failed = faults.log[number - 1]
         faults.arm(-1)
         quantize(llama, out)
@@ -155,7 +155,7 @@ def test_each_file_operation_of_a_restart_fails_once(
     whole, out = contents(tmp_path / "whole"), tmp_path / "out"
 
     def restart() -> None:
-        rw.quantize(llama, out, QUICK, windows(), samples=4, seq_len=32, restart=True)
+        quantize(llama, out, restart=True)
 
     quantize(llama, out)
     faults.arm(-1)
