@@ -78,6 +78,7 @@ class TestFolders:
 
     def test_nested_ones(self, folder: Path, tmp_path: Path) -> None:
         add(folder, "assets/a/b/c.txt", "assets/.hidden", "assets/.cache/x.txt")
+        add(folder, "__pycache__/train.cpython-311.pyc", "assets/__pycache__/x.pyc")
         assert found(folder) == (["assets/a/b/c.txt"], [])
         (tmp_path / "out").mkdir()
         assert "assets/a/b/c.txt" in copy_side_files(Checkpoint(folder), tmp_path / "out")

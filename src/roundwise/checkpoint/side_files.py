@@ -27,6 +27,8 @@ WEIGHTS = (
 ADAPTER = "adapter_config.json"
 #: sentence-transformers: a list of modules, each in the folder that `path` names.
 MODULES = "modules.json"
+#: Folder of compiled Python files, which Python writes beside a training script, for example.
+CACHE = "__pycache__"
 #: Most files that a folder may have to be carried over.
 MAX_FOLDER_FILES = 1000
 
@@ -45,7 +47,8 @@ class SideFiles:
 def find_side_files(folder: Path, weights: list[Path]) -> SideFiles:
     """Returns the files beside the weights of a checkpoint.
 
-    Hidden files and what earlier runs of roundwise wrote are neither carried over nor named.
+    Hidden files, compiled Python files and what earlier runs of roundwise wrote are neither carried over
+    nor named.
 
     Args:
         folder: the folder of the checkpoint.
@@ -60,7 +63,7 @@ def find_side_files(folder: Path, weights: list[Path]) -> SideFiles:
     modules = _module_folders(folder)
     for path in sorted(folder.iterdir()):
         name = path.name
-        if name.startswith(".") or name in (*OWN_FILES, *REWRITTEN) or path in weights:
+        if _is_hidden(name) or name in (*OWN_FILES, *REWRITTEN) or path in weights:
             continue
         if path.is_dir():
             files = None if path.is_symlink() else _files_below(path)
@@ -91,11 +94,16 @@ def _files_below(folder: Path) -> list[Path] | None:
     """Returns the files of a folder and its folders, without hidden ones; None: there are too many."""
     files: list[Path] = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(parent) / name for name in sorted(names) if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        files += [Path(parent) / name for name in sorted(names) if not _is_hidden(name)]
         if len(files) > MAX_FOLDER_FILES:
             return None
     return [file for file in files if file.is_file()]
+
+
+def _is_hidden(name: str) -> bool:
+    """Tells whether a file or folder is none of the model's."""
+    return name.startswith(".") or name == CACHE
 
 
 def _module_folders(folder: Path) -> set[str]:
