@@ -8,14 +8,13 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from roundwise.checkpoint.quantized_layers import QuantizedLayer
 from roundwise.checkpoint.reader import DTYPES
 from roundwise.errors import CheckpointError
 from roundwise.inference.quant_linear import QuantLinear
 from roundwise.model.blocks import check_quantized_head, weight_of
+from roundwise.model.conversions import Conversions
 from roundwise.model.moe import (
     PROJECTION_ROLES,
     LinearExperts,
@@ -80,9 +79,7 @@ class _NameResolver:
     """Finds the module of a layer whose name in the files can be outdated or lack the model's prefix."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.prefix = model, f"{model.base_model_prefix}."
-        transforms = get_model_conversion_mapping(model)
-        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.model, self.conversions = model, Conversions(model)
 
     def resolve(self, name: str) -> tuple[str, tuple[int, str] | None]:
         """Finds the module of a layer.
@@ -97,16 +94,15 @@ class _NameResolver:
         Raises:
             CheckpointError: the model has no such layer.
         """
-        renamed = rename_source_key(f"{name}.weight", self.renamings, [])[0].removesuffix(".weight")
-        for candidate in (renamed, name):
-            for full in (candidate, self.prefix + candidate, candidate.removeprefix(self.prefix)):
-                module = self._module(full)
-                if module is not None and hasattr(module, "weight"):
-                    return full, None
-                parts = parse_expert_name(full)
-                experts = self._module(parts[0]) if parts else None
-                if parts and experts is not None and is_fused_experts(experts):
-                    return parts
+        for tensor in self.conversions.candidates(f"{name}.weight"):
+            full = tensor.removesuffix(".weight")
+            module = self._module(full)
+            if module is not None and hasattr(module, "weight"):
+                return full, None
+            parts = parse_expert_name(full)
+            experts = self._module(parts[0]) if parts else None
+            if parts and experts is not None and is_fused_experts(experts):
+                return parts
         raise CheckpointError(f"the files have {name}.qweight, but the model has no such layer")
 
     def _module(self, name: str) -> nn.Module | None:

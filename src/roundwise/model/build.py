@@ -112,20 +112,32 @@ def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
     with foreign_errors(what), torch.device("meta"):
         model = cls._from_config(config, dtype=dtype)
     check_computed_buffers(model)
-    computed = {name for name, _ in model.named_non_persistent_buffers()}
-    uninitialized = {""}
-    for name, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and f"{name}.{key}".lstrip(".") in computed:
-                module._buffers[key] = torch.empty_like(buffer, device="cpu")
-                parts = name.split(".")
-                uninitialized |= {".".join(parts[:end]) for end in range(len(parts) + 1)}
+    initialize_tensors(model, {name for name, _ in model.named_non_persistent_buffers()})
+    return model.eval()
+
+
+def initialize_tensors(model: transformers.PreTrainedModel, names: set[str]) -> None:
+    """Computes parameters and buffers that are not in the files, as transformers initializes them.
+
+    Args:
+        model: a model whose other parameters are on the meta device.
+        names: full names of the tensors.
+    """
+    uninitialized = {""} if names else set()
+    for path, module in model.named_modules():
+        for tensors in (module._buffers, module._parameters):
+            for key, tensor in tensors.items():
+                if tensor is not None and f"{path}.{key}".lstrip(".") in names:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[key] = nn.Parameter(empty, False) if is_parameter else empty
+                    parts = path.split(".")
+                    uninitialized |= {".".join(parts[:end]) for end in range(len(parts) + 1)}
     # transformers fills computed buffers when it initialises their module or one of its parents, so only
     # these are marked as uninitialised.
-    for name, module in model.named_modules():
-        module._is_hf_initialized = name not in uninitialized
+    for path, module in model.named_modules():
+        module._is_hf_initialized = path not in uninitialized
     model.initialize_weights()
-    return model.eval()
 
 
 def forward_kwargs(

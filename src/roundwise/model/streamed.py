@@ -19,14 +19,14 @@ from torch import nn
 from roundwise.checkpoint.reader import Checkpoint, TensorInfo
 from roundwise.checkpoint.untrusted import limit_module_count, parse_model_dtype
 from roundwise.model.blocks import Block, find_blocks, head_block, is_tied, untie, untied_checkpoint
-from roundwise.model.build import build, load_config
+from roundwise.model.build import build, initialize_tensors, load_config
+from roundwise.model.conversions import converted_checkpoint, map_tensor_names, stored_tensors
 from roundwise.model.dequantized_view import dequantized_checkpoint
 from roundwise.model.expert_weights import (
     ExpertLayout,
     install_linear_experts,
     replace_fused_experts,
 )
-from roundwise.model.tensor_names import map_tensor_names
 from roundwise.system.device import HOST, keep_embedding_on_host
 
 
@@ -100,8 +100,11 @@ class StreamedModel:
                 or current.device.type != "meta"
                 or key not in self.checkpoint_name_of
             ):
-                if name in owner._buffers and current is not None and not current.is_meta:
-                    owner._buffers[name] = current.to(device)  # computed, not in the checkpoint
+                if current is not None and not current.is_meta:  # computed, not in the checkpoint
+                    if name in owner._buffers:
+                        owner._buffers[name] = current.to(device)
+                    else:
+                        owner._parameters[name] = nn.Parameter(current.to(device), False)
                 continue
             info = self.checkpoint.tensors[self.checkpoint_name_of[key]]
             value, view = info.memory_mapped(aligned=aligned and device == HOST)
@@ -195,6 +198,7 @@ def open_streamed_model(
     dtype = dtype or _model_dtype(config, checkpoint)
     with limit_module_count(len(checkpoint.tensors)):
         model = build(config, dtype)
+    checkpoint = converted_checkpoint(model, checkpoint)
     checkpoint, expert_layout = install_linear_experts(model, checkpoint)
     checkpoint_name_of = map_tensor_names(model, checkpoint)
     if lm_head:
@@ -204,6 +208,8 @@ def open_streamed_model(
             model = build(config, dtype)
             replace_fused_experts(model, expert_layout)
         checkpoint = untied_checkpoint(checkpoint, model, checkpoint_name_of)
+    if computed := {*stored_tensors(model)} - {*checkpoint_name_of}:
+        initialize_tensors(model, computed)
     blocks = find_blocks(model)
     if lm_head:
         blocks.append(head_block(model))

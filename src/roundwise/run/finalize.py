@@ -57,15 +57,17 @@ def packed_block(
         streamed.checkpoint_name_of[f"{name}.weight"].removesuffix(".weight"): name
         for name in packed
     }
+    block = {name: scaled.get(name, info) for name, info in streamed.block_tensors(index).items()}
+    others = unquantized_tensors(block, {*stems})
     tensors: dict[str, Any] = {}
-    for tensor, info in streamed.block_tensors(index).items():
+    for tensor in block:
         stem, _, kind = tensor.rpartition(".")
         if stem in stems and kind == "weight":
             parts = packed[stems[stem]].items()
             tensors |= {f"{stem}.{suffix}": part for suffix, part in parts}
-        else:
-            tensors |= unquantized_tensors({tensor: scaled.get(tensor, info)}, {*stems})
-    return tensors
+        elif tensor in others:
+            tensors[tensor] = others[tensor]
+    return tensors | others
 
 
 def plan_shards(streamed: StreamedModel, done: list[BlockRecord]) -> list[Shard]:

@@ -10,8 +10,8 @@ import transformers
 
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
+from roundwise.model.conversions import map_tensor_names
 from roundwise.model.streamed import open_streamed_model
-from roundwise.model.tensor_names import map_tensor_names
 from tests.helpers import ARCHITECTURES, LLAMA, random_model
 
 
