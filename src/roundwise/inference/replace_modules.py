@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,12 +18,12 @@ from roundwise.model.blocks import check_quantized_head, weight_of
 from roundwise.model.conversions import Conversions
 from roundwise.model.moe import (
     PROJECTION_ROLES,
-    LinearExperts,
     expert_count,
     expert_roles,
     is_fused_experts,
     parse_expert_name,
     projection_shape,
+    separate_experts,
 )
 
 
@@ -58,7 +59,10 @@ def replace_linears(model: PreTrainedModel, layers: Iterable[QuantizedLayer]) ->
     for target, members in experts.items():
         fused = model.get_submodule(target)
         _check_experts(target, fused, members)
-        model.set_submodule(target, LinearExperts(fused, {**members}))
+        model.set_submodule(target, separate_experts(fused, {**members}))
+        # Some classes initialize the experts' fused weights from the module around them.
+        parent: Any = model.get_submodule(target.rpartition(".")[0])
+        parent._is_hf_initialized = True
 
 
 def _check_experts(name: str, fused: nn.Module, layers: dict[tuple[int, str], QuantLinear]) -> None:

@@ -78,13 +78,45 @@ def _named_classes(config: Any) -> Iterator[type[transformers.PreTrainedModel]]:
             yield named
 
 
+def text_config(config: Any) -> Any:
+    """Returns the part of a transformers config that is about the language model."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # there are several, such as an encoder's and a decoder's
+        return config.get_text_config(decoder=True)
+
+
+def config_size(model: Any, name: str) -> int | None:
+    """Returns a size from the config of a model's text part; None: it has none, or one per layer.
+
+    Args:
+        model: a model.
+        name: such as hidden_size; transformers knows other spellings of it.
+    """
+    try:
+        value = getattr(text_config(model.config), name, None)
+    except RuntimeError:  # transformers raises it if layers differ
+        return None
+    return int(value) if isinstance(value, int) else None
+
+
+def embedding_shape(model: Any) -> tuple[int, int]:
+    """Returns (vocabulary, hidden size) of a model; 0: neither its config nor its embedding has it."""
+    try:
+        weight = model.get_input_embeddings().weight
+        rows, width = (int(size) for size in weight.shape)
+    except (AttributeError, NotImplementedError, ValueError):  # such as hashed characters
+        rows = width = 0
+    return config_size(model, "vocab_size") or rows, config_size(model, "hidden_size") or width
+
+
 def context_length(model: Any) -> int | None:
     """Returns the maximum number of tokens of a model's input; None if its config sets no limit.
 
     Args:
         model: a model; or transformers' config of it, whose limit may be a few tokens too large.
     """
-    config = getattr(model, "config", model).get_text_config()
+    config = text_config(getattr(model, "config", model))
     limit = int(getattr(config, "max_position_embeddings", None) or 0)
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         # RoBERTa and its kin count positions from the one after padding.

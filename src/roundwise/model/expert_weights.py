@@ -2,7 +2,7 @@
 
 Most families store one matrix per expert and projection. Some store what transformers computes with: one
 tensor for all experts with gate and up in one, sometimes transposed or interleaved.
-`install_linear_experts` detects which, puts `LinearExperts` into the model and splits fused tensors into
+`install_linear_experts` detects which, puts separate layers into the model and splits fused tensors into
 `ExpertSlice`s.
 """
 
@@ -27,8 +27,10 @@ from roundwise.model.moe import (
     expert_count,
     expert_roles,
     is_fused_experts,
+    is_transposed,
     parse_expert_name,
     projection_shape,
+    separate_experts,
 )
 
 #: Path of each module of experts -> names of its projections.
@@ -109,7 +111,7 @@ def unquantized_tensors(tensors: Mapping[str, Any], quantized: set[str]) -> dict
 def install_linear_experts(
     model: PreTrainedModel, checkpoint: Checkpoint
 ) -> tuple[Checkpoint, ExpertLayout]:
-    """Puts `LinearExperts` into a model for every module of experts that the checkpoint stores.
+    """Puts separate layers into a model for every module of experts that the checkpoint stores.
 
     Args:
         model: a model on the meta device; it is changed.
@@ -148,7 +150,7 @@ def install_linear_experts(
 
 
 def replace_fused_experts(model: nn.Module, layout: ExpertLayout) -> None:
-    """Replaces modules of fused experts by `LinearExperts` whose layers are on the meta device.
+    """Replaces modules of fused experts by separate layers on the meta device.
 
     Args:
         model: a model on the meta device; it is changed.
@@ -165,7 +167,7 @@ def replace_fused_experts(model: nn.Module, layout: ExpertLayout) -> None:
                     columns, rows, bias=getattr(original, "has_bias", False),
                     device="meta", dtype=dtype,
                 )  # fmt: skip
-        model.set_submodule(path, LinearExperts(original, layers).train(original.training))
+        model.set_submodule(path, separate_experts(original, layers).train(original.training))
 
 
 def router_linears(block: nn.Module) -> dict[str, str]:
@@ -245,7 +247,7 @@ def fused_expert_tensors(
             fused_tensors.append(
                 FusedExpertTensor(
                     f"{path}.{parameter}", members,
-                    transposed=getattr(module, "is_transposed", False) and not is_bias,
+                    transposed=is_transposed(module) and not is_bias,
                 )
             )  # fmt: skip
     return fused_tensors
@@ -310,7 +312,7 @@ def _slice_experts(
         yield key, whole
         return
     expected = tuple(fused.get_parameter(parameter).shape)
-    transposed = bool(getattr(fused, "is_transposed", False)) and len(expected) == 3
+    transposed = is_transposed(fused) and len(expected) == 3
     if whole.shape != expected:
         if whole.shape != (expected[0], *reversed(expected[1:])):
             raise CheckpointError(
