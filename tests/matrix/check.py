@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -65,9 +66,9 @@ def run(name: str, folder: Path) -> Row:
         return Row(name, notes=(reason,))
     try:
         streamed = open_streamed_model(source)
+        planned = plan(streamed, CONFIG, samples=SAMPLES, seq_len=LENGTH)
     except ConfigError as error:
         return Row(name, notes=(str(error),))
-    planned = plan(streamed, CONFIG, samples=SAMPLES, seq_len=LENGTH)
     layers = [module for module in planned.modules if module.bits]
     row = Row(name, len(layers), _share(streamed, planned), tuple(_notes(streamed, planned)))
     config, notes = CONFIG, row.notes
@@ -77,7 +78,7 @@ def run(name: str, folder: Path) -> Row:
     except VerificationError:
         raise
     except RoundwiseError as error:
-        reason = str(error).removesuffix(": use --method rtn").replace(str(source), "the folder")
+        reason = str(error).removesuffix(": use --method rtn")
         notes, config = (*notes, f"with calibration: {reason}"), CONFIG.merged({"method": "rtn"})
         shutil.rmtree(out, ignore_errors=True)
         result = rw.quantize(source, out, config)
@@ -97,43 +98,48 @@ def save(name: str, folder: Path) -> str | None:
     """Saves a small model of a class.
 
     Returns:
-        Why transformers cannot make or read one; None: it can.
+        Why there is none that transformers makes, writes and reads; None: there is one.
     """
     if find(name) is None:
         return "needs a package that is not installed"
     try:
         model = tiny_model(name)
     except ImportError as error:
-        return f"needs {str(error).split(' requires the ')[-1].split(' library')[0]}, not installed"
-    model.save_pretrained(folder)
-    try:
-        _, info = type(model).from_pretrained(folder, output_loading_info=True)
+        return f"needs {_package(error)}, which is not installed"
     except Exception as error:  # whatever it is, it is not ours
-        return f"transformers cannot read its own files: {str(error).splitlines()[0]}"
+        return f"no small model can be made of its config's defaults: {_last_line(error)}"
+    try:
+        model.save_pretrained(folder)
+        _, info = type(model).from_pretrained(folder, output_loading_info=True)
+    except Exception as error:
+        return f"transformers cannot read its own files: {_last_line(error)}"
     missing = sorted(info["missing_keys"])
     return f"transformers misses {missing[0]} in its own files" if missing else None
 
 
+def _package(error: ImportError) -> str:
+    return str(error).split(" requires the ")[-1].split(" library")[0]
+
+
+def _last_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:150]}"
+
+
+def _matrices(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The matrices of a language model that are in lists of modules and are no embeddings."""
+    roots = tuple(f"{root}." if root else "" for root in _search_roots(model))
+    towers = tuple(f"{tower}." for tower in _towers(model))
+    others = [m for m in model.modules() if isinstance(m, torch.nn.Embedding | torch.nn.Conv1d)]
+    kept = {id(weight) for module in others for weight in module.parameters()}
+    for path, weight in model.named_parameters():
+        in_list = re.search(r"\.\d+\.", f".{path}") and path.startswith(roots)
+        if weight.ndim > 1 and in_list and id(weight) not in kept and not path.startswith(towers):
+            yield path, weight
+
+
 def _share(streamed: StreamedModel, planned: Plan) -> float:
-    """The quantized share of all matrices of the language model but embeddings and the head."""
-    model = streamed.model
-    roots = [f"{root}." if root else "" for root in _search_roots(model)]
-    head = model.get_output_embeddings()
-    kept = {
-        id(w)
-        for m in model.modules()
-        if m is head or isinstance(m, torch.nn.Embedding)
-        for w in m.parameters()
-    }
-    total = sum(
-        weight.numel()
-        for path, weight in model.named_parameters()
-        if weight.ndim > 1
-        and id(weight) not in kept
-        and path.startswith(tuple(roots))
-        and not path.startswith(tuple(f"{tower}." for tower in _towers(model)))
-    )
-    return sum(m.shape[0] * m.shape[1] for m in planned.modules if m.bits) / total
+    total = sum(weight.numel() for _, weight in _matrices(streamed.model))
+    return sum(m.shape[0] * m.shape[1] for m in planned.modules if m.bits) / max(1, total)
 
 
 def _notes(streamed: StreamedModel, planned: Plan) -> Iterator[str]:
@@ -141,12 +147,24 @@ def _notes(streamed: StreamedModel, planned: Plan) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for module in planned.modules:
         if not module.bits and module.reason:
-            reasons.setdefault(module.reason, []).append(module.name.rpartition(".")[2])
+            reasons.setdefault(module.reason, []).append(module.name)
     for reason, names in reasons.items():
-        yield f"`{'`, `'.join(dict.fromkeys(names))}`: {reason}"
-    for block in streamed.blocks[:1]:
-        if any(weight.ndim == 3 and "expert" in n for n, weight in block.module.named_parameters()):
-            yield "experts: their class computes them in a way of its own"
+        yield f"{_listed(names)}: {reason}"
+    seen = {f"{module.name}.weight" for module in planned.modules}
+    paths = [path for path, _ in _matrices(streamed.model) if path not in seen]
+    blocks = tuple(f"{b.name}." for b in [*streamed.blocks, *streamed.skipped_blocks])
+    inside = [path for path in paths if path.startswith(blocks)]
+    outside = [path.removesuffix(".weight") for path in paths if not path.startswith(blocks)]
+    if inside:
+        yield f"{_listed(inside)}: not the weight of a linear layer"
+    if outside:
+        yield f"{_listed(outside)}: outside of the blocks"
+
+
+def _listed(paths: list[str]) -> str:
+    names = list(dict.fromkeys(p.removesuffix(".weight").rpartition(".")[2] for p in paths))
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"`{'`, `'.join(names[:6])}`{more}"
 
 
 @torch.no_grad()

@@ -71,6 +71,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "falcon_h1": {"mamba_d_head": 16},
     "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},

@@ -60,9 +60,22 @@ def replace_linears(model: PreTrainedModel, layers: Iterable[QuantizedLayer]) ->
         fused = model.get_submodule(target)
         _check_experts(target, fused, members)
         model.set_submodule(target, separate_experts(fused, {**members}))
-        # Some classes initialize the experts' fused weights from the module around them.
-        parent: Any = model.get_submodule(target.rpartition(".")[0])
-        parent._is_hf_initialized = True
+    _mark_initialized(model)
+
+
+def _mark_initialized(model: nn.Module) -> None:
+    """Tells transformers not to initialize modules around quantized layers.
+
+    Some classes initialize the weights of layers below them, which are not there. Modules with buffers
+    that are computed instead of stored are not marked.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            path = name.split(".")
+            for end in range(len(path)):
+                parent: Any = model.get_submodule(".".join(path[:end]))
+                if not parent._non_persistent_buffers_set:
+                    parent._is_hf_initialized = True
 
 
 def _check_experts(name: str, fused: nn.Module, layers: dict[tuple[int, str], QuantLinear]) -> None:

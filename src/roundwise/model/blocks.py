@@ -73,8 +73,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """
     blocks = []
     for stack, root in enumerate(_search_roots(model)):
-        name = _largest_module_list(model, root)
-        if name is not None:
+        for name in _module_lists(model, root):
             modules = model.get_submodule(name)
             assert isinstance(modules, nn.ModuleList)
             blocks += [_make_block(*named, stack) for named in _flat_list(name, modules)]
@@ -143,19 +142,25 @@ def _search_roots(model: nn.Module) -> list[str]:
     return text_models[:1] or [""]
 
 
-def _largest_module_list(model: nn.Module, root: str) -> str | None:
-    """Returns the name of the outermost ModuleList below `root` with most linear weights."""
-    best, best_size = None, 0
+def _module_lists(model: nn.Module, root: str) -> list[str]:
+    """Returns the name of the outermost ModuleList below `root` with most linear weights.
+
+    Others of the same length whose modules are of the same classes (HRM has two) are returned too.
+    """
+    sizes: dict[str, int] = {}
+    kinds: dict[str, list[type]] = {}
     towers = tuple(f"{name}." for name in _towers(model))
     outermost: set[str] = set()
     for name, module in model.get_submodule(root).named_modules(prefix=root):
         nested = any(name.startswith(f"{outer}.") for outer in outermost)
         if isinstance(module, nn.ModuleList) and not nested and not name.startswith(towers):
             outermost.add(name)
-            size = sum(linear.weight.numel() for _, linear in _named_linears(module))
-            if size > best_size:
-                best, best_size = name, size
-    return best
+            kinds[name] = [type(child) for child in module]
+            sizes[name] = sum(linear.weight.numel() for _, linear in _named_linears(module))
+    best = max(sizes, key=sizes.__getitem__, default=None)
+    if best is None or not sizes[best]:
+        return []
+    return [name for name in sizes if name == best or kinds[name] == kinds[best]]
 
 
 def _towers(model: nn.Module) -> list[str]:
@@ -165,9 +170,15 @@ def _towers(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel)
-        and "input_ids" not in inspect.signature(module.forward).parameters
+        if isinstance(module, PreTrainedModel) and not _takes_text(module)
     ]
+
+
+def _takes_text(model: PreTrainedModel) -> bool:
+    """Tells whether the forward of a part of a model may take tokens."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    passes_on = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return passes_on or any(p.name == "input_ids" for p in parameters)
 
 
 def _make_block(name: str, module: nn.Module, stack: int) -> Block:
