@@ -107,12 +107,12 @@ def save(name: str, folder: Path) -> str | None:
     except ImportError as error:
         return f"needs {_package(error)}, which is not installed"
     except Exception as error:  # whatever it is, it is not ours
-        return f"no small model can be made of its config's defaults: {_last_line(error)}"
+        return f"no small model can be made of its config's defaults: {last_line(error)}"
     try:
         model.save_pretrained(folder)
         _, info = type(model).from_pretrained(folder, output_loading_info=True)
     except Exception as error:
-        return f"transformers cannot read its own files: {_last_line(error)}"
+        return f"transformers cannot read its own files: {last_line(error)}"
     missing = sorted(info["missing_keys"])
     return f"transformers misses {missing[0]} in its own files" if missing else None
 
@@ -121,8 +121,10 @@ def _package(error: ImportError) -> str:
     return str(error).split(" requires the ")[-1].split(" library")[0]
 
 
-def _last_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:150]}"
+def last_line(error: Exception) -> str:
+    """Class and last line of an error."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *(line.strip()[:150] for line in lines[-1:])])
 
 
 def _matrices(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -170,12 +172,18 @@ def _listed(paths: list[str]) -> str:
 @torch.no_grad()
 def _compare(out: Path, dense: Path) -> None:
     """Compares the outputs of a quantized checkpoint with those of its dequantized weights."""
-    try:  # weights are decoded in float64; kernels for float32 are less exact
-        tolerance, (got, expected) = 1e-4, [_output(path, torch.float64) for path in (out, dense)]
-    except RuntimeError:  # the class computes parts in float32
-        tolerance, (got, expected) = 1e-3, [_output(path, torch.float32) for path in (out, dense)]
-    assert torch.isfinite(expected).all()
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    # In float64 weights are decoded; kernels for float32 are less exact. Some classes know only float32.
+    for dtype, tolerance in ((torch.float64, 1e-4), (torch.float32, 1e-3)):
+        try:
+            got, expected = (_output(path, dtype) for path in (out, dense))
+        except RuntimeError:
+            if dtype == torch.float32:
+                raise
+            continue
+        if bool(torch.isfinite(expected).all()):
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+            return
+    raise AssertionError("the output of the model is not finite")
 
 
 def _output(folder: Path, dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.matrix.check import Row, run
+from tests.matrix.check import Row, last_line, run
 from tests.matrix.tiny import class_names
 
 #: Begins the note of a class that does not do what it should.
@@ -59,13 +59,16 @@ def run_in_folder(name: str) -> Row:
         try:
             return run(name, Path(folder))
         except Exception as error:  # the test of the class fails, the table says so
-            return Row(name, notes=(f"{FAILS}: {str(error).strip().splitlines()[0][:150]}",))
+            return Row(name, notes=(f"{FAILS}: {last_line(error)}",))
 
 
 def main(page: Path, processes: int) -> None:
     """Writes the table between the marks of a page."""
     with ProcessPoolExecutor(processes) as pool:
-        rows = list(pool.map(run_in_folder, class_names()))
+        rows = []
+        for row in pool.map(run_in_folder, class_names()):
+            print(line(row), file=sys.stderr, flush=True)
+            rows.append(row)
     head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     tail = rest.partition(END)[2]
     table = "\n".join(lines(rows))

@@ -210,6 +210,12 @@ class TestSizes:
         assert text_config(config) is config.decoder
 
 
+def test_parameters_that_a_class_makes_on_the_cpu_are_on_the_meta_device() -> None:
+    config = tiny_model("XLNetModel").config
+    config.architectures = ["XLNetModel"]
+    assert all(weight.is_meta for weight in build(config, torch.float32).parameters())
+
+
 def test_tensors_that_are_never_stored_are_computed() -> None:
     config = tiny_model("MarianMTModel").config
     config.architectures = ["MarianMTModel"]

@@ -143,6 +143,12 @@ def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
     what = f"transformers cannot build the {kind} of config.json"
     with foreign_errors(what), torch.device("meta"):
         model = cls._from_config(config, dtype=dtype)
+    for module in model.modules():
+        for key, weight in module._parameters.items():
+            if (
+                weight is not None and not weight.is_meta
+            ):  # XLNet makes some regardless of the device
+                module._parameters[key] = nn.Parameter(weight.to("meta"), requires_grad=False)
     check_computed_buffers(model)
     initialize_tensors(model, {name for name, _ in model.named_non_persistent_buffers()})
     return model.eval()
