@@ -43,6 +43,10 @@ DEPENDENT_DEFAULTS = frozenset(
 OVERRIDABLE = ("bits", "group_size", "sym", "desc_act")
 
 
+#: One of this many calibration batches is held out while the correction for earlier layers is fitted.
+HELD_OUT_EVERY = 8
+
+
 class CalibrationConfig(Settings):
     """Settings for turning calibration text into batches of token windows. Immutable."""
 
@@ -53,7 +57,9 @@ class CalibrationConfig(Settings):
         2048, description="Tokens per calibration window."
     )
     batch_size: Annotated[int, Panel.CALIBRATION] = Field(
-        8, description="Calibration windows per forward pass."
+        8,
+        description="Calibration windows per forward pass; fewer if there would be less than 8 batches, "
+        "of which the default recipe holds one out.",
     )
     seed: Annotated[int, Panel.CALIBRATION] = Field(
         0, description="Random seed for choosing calibration windows."
@@ -123,10 +129,8 @@ class QuantizeConfig(Settings):
         "then most sensitive column first); group_aware (sorted inside each group, groups by their "
         "most sensitive column). All three leave g_idx trivial.",
     )
-    damp_percent: Annotated[float | Literal["auto"], Panel.RECIPE] = Field(
-        0.01,
-        description="Damping: fraction of mean(diag H) that is added to diag H; auto: for each layer "
-        "input, the candidate with the lowest loss on held-out calibration tokens.",
+    damp_percent: Annotated[float, Panel.RECIPE] = Field(
+        0.01, description="Damping: fraction of mean(diag H) that is added to diag H."
     )
     method: Annotated[Method, Panel.RECIPE] = Field(
         "gptq",
@@ -258,11 +262,11 @@ class QuantizeConfig(Settings):
     @classmethod
     def _damp_percent(cls, value: Any) -> Any:
         try:
-            if value == "auto" or 0.0 <= float(value) <= 10.0:
-                return value
+            if 0.0 <= float(value) <= 10.0:
+                return float(value)
         except (TypeError, ValueError):
             pass
-        raise ValueError("must be auto, or a number from 0 to 10")
+        raise ValueError("must be a number from 0 to 10")
 
     @field_validator("dynamic")
     @classmethod
@@ -328,6 +332,17 @@ class QuantizeConfig(Settings):
         """True if the original model must be run next to the quantized one."""
         each = [self, *(self.merged(changes) for changes in self.dynamic.values() if changes)]
         return self.method == "gptq" and any(config.alpha > 0 or config.beta > 0 for config in each)
+
+    def windows_per_batch(self, samples: int, batch_size: int) -> int:
+        """Returns the calibration windows of a batch, so that one of eight batches can be held out.
+
+        Args:
+            samples: number of windows.
+            batch_size: windows per batch that are asked for: at most so many.
+        """
+        if not self.needs_reference:
+            return batch_size
+        return max(1, min(batch_size, samples // HELD_OUT_EVERY))
 
     def columns_per_group(self, in_features: int) -> int:
         """Number of input channels that share a grid."""

@@ -12,14 +12,12 @@ import transformers
 
 import roundwise as rw
 from roundwise.checkpoint.manifest import LayerRecord, widths
-from roundwise.core.drift import Drift, Moments
-from roundwise.errors import CheckpointError, NumericalError, SingularError
+from roundwise.errors import CheckpointError, NumericalError
 from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import weight_of
 from roundwise.model.streamed import StreamedModel, open_streamed_model
-from roundwise.run.block_solver import BlockSolver, GroupStatistics
+from roundwise.run.block_solver import BlockSolver
 from roundwise.run.finalize import packed_block
-from roundwise.run.held_out_damping import Damping
 from roundwise.system.distributed import Ranks
 from tests.conftest import QUICK
 from tests.helpers import windows
@@ -66,7 +64,7 @@ def test_a_group_is_solved_replaced_packed_and_recorded(streamed: StreamedModel)
     assert record.relative_error == pytest.approx(expected.relative_error)
     assert (record.bits, record.group_size, record.tokens) == (4, 32, 200)
     assert (record.fallback, record.gradients) == (None, 0)
-    assert "damp_losses" not in record and "prescale" not in record
+    assert "confirmed_drift" not in record and "prescale" not in record
     assert solver.packed[record.name].keys() == {"qweight", "qzeros", "scales", "g_idx"}
 
 
@@ -108,42 +106,6 @@ def test_gradients_weigh_outputs(streamed: StreamedModel) -> None:
         codes.append(each.packed[name]["qweight"])
     assert (solver.layers[0].gradients, plain.layers[0].gradients) == (20, 0)
     assert not torch.equal(*codes)
-
-
-class TestGroupStatistics:
-    def statistics(self, damping: Damping | None = None) -> GroupStatistics:
-        x = torch.randn(100, 16)
-        return GroupStatistics(Moments(x.T @ x / 100, Drift(torch.randn(16, 16)), 100), damping)
-
-    def test_without_tokens(self) -> None:
-        statistics = GroupStatistics(None)
-        assert statistics.tokens == 0
-        with pytest.raises(SingularError, match="no calibration token reached this layer"):
-            _ = statistics.H
-        assert statistics.take_target_shift(torch.ones(4, 16), QUICK, None, last=True) is None
-
-    def test_the_factor_is_computed_once_for_equal_settings(self) -> None:
-        statistics = self.statistics()
-        first = statistics.prepared(QUICK)
-        assert statistics.prepared(QUICK.merged({"bits": 8})) is first
-        assert statistics.prepared(QUICK.merged({"damp_percent": 0.1})) is not first
-
-    def test_chosen_damping_replaces_auto(self) -> None:
-        prepared = self.statistics(Damping(0.1)).prepared(QUICK.merged({"damp_percent": "auto"}))
-        assert prepared.factor.damp_percent == 0.1
-
-    def test_the_drift_is_dropped_after_the_last_linear(self) -> None:
-        statistics = self.statistics()
-        assert statistics.moments is not None
-        W, config = torch.randn(4, 16), rw.QuantizeConfig(group_size=16)
-        drift = statistics.moments.drift.input
-        expected = config.alpha * W @ drift
-        rows = statistics.take_target_shift(W[1:3], config, slice(1, 3), last=False)
-        torch.testing.assert_close(rows, expected[1:3])
-        torch.testing.assert_close(
-            statistics.take_target_shift(W, config, None, last=True), expected
-        )
-        assert statistics.moments.drift.input is None
 
 
 def record(name: str, bits: int, group_size: int) -> LayerRecord:

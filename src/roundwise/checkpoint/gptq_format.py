@@ -139,14 +139,12 @@ def quantization_config(
         "lm_head": config.lm_head,
         "checkpoint_format": config.format,
         "true_sequential": true_sequential,
-        # Readers expect a number here, so "auto" goes under meta.
-        **({"damp_percent": config.damp_percent} if config.damp_percent != "auto" else {}),
+        "damp_percent": config.damp_percent,
         **({"dynamic": dynamic} if dynamic else {}),
         "meta": {
             "quantizer": [f"roundwise:{__version__}"],
             "method": config.method,
             "order": config.order,
-            **({"damp_percent": "auto"} if config.damp_percent == "auto" else {}),
             **({"prescale": "awq"} if config.prescales else {}),
             **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
         },

@@ -39,6 +39,11 @@ class Drift:
     in the original model, and X Wᵀ is subtracted at the end as W H (`subtract_output`).
     """
 
+    @property
+    def is_empty(self) -> bool:
+        """True if there is nothing to correct."""
+        return self.input is None and self.residual is None
+
     def subtract_output(self, W: torch.Tensor, H: torch.Tensor, ratio: float) -> None:
         """Subtracts ratio · W H from `residual` in place, which turns X̃ Wᵀ in it into (X̃ - X) Wᵀ.
 

@@ -7,8 +7,8 @@ its file. Of several ranks, each solves its share of the rows, which are indepen
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,82 +18,19 @@ from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.config import QuantizeConfig
 from roundwise.core.activation_scales import round_searched
 from roundwise.core.backends.dispatch import choose_backend
-from roundwise.core.drift import Drift, Moments
+from roundwise.core.drift import Moments
 from roundwise.core.hessian import Hessian
 from roundwise.core.quantized_weight import QuantizedWeight
-from roundwise.core.solver import PreparedHessian, prepare_hessian, round_to_nearest, solve
+from roundwise.core.solver import round_to_nearest, solve
 from roundwise.errors import NumericalError, SingularError
 from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import Block, set_weight, weight_of
-from roundwise.run.held_out_damping import Damping, choose_damping
+from roundwise.run.group_statistics import GroupStatistics, group_statistics
 from roundwise.run.prescale import NormScaling, Prescaler
 from roundwise.system.device import HOST
 from roundwise.system.distributed import Ranks
 from roundwise.system.memory import reuse_small_blocks
 from roundwise.system.timer import timer
-
-
-@dataclass(frozen=True)
-class GroupStatistics:
-    """Statistics that the linears of a group are solved with: moments of their input, and damping."""
-
-    moments: Moments | None
-    """None: no calibration token reached the group."""
-    damping: Damping | None = None
-    """None: the settings say it."""
-    _factors: dict[tuple[Any, ...], PreparedHessian] = field(default_factory=dict)
-
-    @property
-    def tokens(self) -> int:
-        """Calibration tokens in the moments."""
-        return self.moments.tokens if self.moments is not None else 0
-
-    @property
-    def H(self) -> torch.Tensor:  # noqa: N802
-        """The Hessian [in, in].
-
-        Raises:
-            SingularError: there is none.
-        """
-        if self.moments is None:
-            raise SingularError("no calibration token reached this layer")
-        return self.moments.H
-
-    def prepared(self, settings: QuantizeConfig) -> PreparedHessian:
-        """Order and factor of the Hessian, computed once for linears with the same settings.
-
-        Raises:
-            SingularError: see `prepare_hessian`, or there is no Hessian.
-        """
-        H = self.H
-        if self.damping is not None:
-            settings = self.damping.settle(settings)
-        key = (settings.group_size, settings.desc_act, settings.order, settings.damp_percent)
-        if key not in self._factors:
-            self._factors.clear()  # a factor is as large as H: one at a time
-            with timer.phase("factor"):
-                self._factors[key] = prepare_hessian(H, settings)
-        return self._factors[key]
-
-    def take_target_shift(
-        self, W: torch.Tensor, settings: QuantizeConfig, rows: slice | None, *, last: bool
-    ) -> torch.Tensor | None:
-        """Returns the shift of the target that makes up for earlier layers, [out, in]; None: no shift.
-
-        Args:
-            W: weight, or some rows of it.
-            settings: its `alpha` and `beta` count.
-            rows: the rows of the whole weight that W has; None: all.
-            last: the drift is dropped: a moment may be as large as H, whose factor is still to come.
-        """
-        if self.moments is None:
-            return None
-        with timer.phase("drift"):
-            drift = self.moments.drift if rows is None else self.moments.drift.rows(rows)
-            Y = drift.take_target_shift(W, settings.alpha, settings.beta)
-        if last:
-            self.moments.drift = Drift()
-        return Y
 
 
 class BlockSolver:
@@ -143,15 +80,9 @@ class BlockSolver:
                 self._maps[name].madvise(mmap.MADV_DONTNEED)
         moments = group.take_moments()
         held = group.held.take_moments() if group.held is not None else None
-        if moments is None:
-            moments, held = held, None
         scaling = self._prescale(group, moments, held)
-        weights = self._weights(group, scaling)
-        damping = None
-        if self.config.damp_percent == "auto":
-            with timer.phase("choose"):
-                damping = choose_damping([*weights], moments, held)
-        statistics, left = GroupStatistics(moments, damping), len(group.names)
+        statistics = group_statistics(self._weights(group, scaling), moments, held)
+        left = len(group.names)
         for name in group.names:
             settings = self._settings[name]
             left -= 1
@@ -180,8 +111,8 @@ class BlockSolver:
             self.packed[name] = {suffix: tensor.to(HOST) for suffix, tensor in tensors}
         # Fields that only some settings have: those that are not set are not written.
         optional: dict[str, Any] = {}
-        if statistics.damping is not None:
-            optional |= statistics.damping.record(settings)
+        if name in statistics.confirmed:
+            optional["confirmed_drift"] = statistics.confirmed[name]
         if scaling is not None:
             optional["prescale"] = scaling.record(name)
         record = LayerRecord(
@@ -235,13 +166,15 @@ class BlockSolver:
 
     def _weights(
         self, group: InputGroup, scaling: NormScaling | None
-    ) -> Iterator[tuple[torch.Tensor, QuantizeConfig]]:
+    ) -> dict[str, tuple[torch.Tensor, QuantizeConfig]]:
         """The weights of a group that are quantized, and their settings."""
+        weights = {}
         for name in group.names:
             settings = self._settings[name]
             if settings is not None:
                 W = weight_of(self.block.linears[name])
-                yield W if scaling is None else scaling.apply(W), settings
+                weights[name] = W if scaling is None else scaling.apply(W), settings
+        return weights
 
     def _quantize(
         self, name: str, W: torch.Tensor, statistics: GroupStatistics, settings: QuantizeConfig,
@@ -255,18 +188,18 @@ class BlockSolver:
         try:
             if self.ranks.is_single or B is not None:
                 # Rows that are coupled by B are shared inside the solver, part by part.
-                return self._quantize_rows(W, statistics, settings, None, B, last=last)
+                return self._quantize_rows(name, W, statistics, settings, None, B, last=last)
             mine = self.ranks.row_range(len(W))
             count = mine.stop - mine.start
             # A rank that has no rows of a small weight solves the first one, and drops it.
             rows = mine if count else slice(0, 1)
-            q = self._quantize_rows(W[rows], statistics, settings, rows, None, last=last)
+            q = self._quantize_rows(name, W[rows], statistics, settings, rows, None, last=last)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
         return _gather_rows(q, count, len(W), self.ranks)
 
     def _quantize_rows(
-        self, W: torch.Tensor, statistics: GroupStatistics, settings: QuantizeConfig,
+        self, name: str, W: torch.Tensor, statistics: GroupStatistics, settings: QuantizeConfig,
         rows: slice | None, B: torch.Tensor | None, *, last: bool,
     ) -> QuantizedWeight:  # fmt: skip
         """Quantizes some rows; rounds them to nearest, with the reason, where they cannot be solved."""
@@ -275,7 +208,7 @@ class BlockSolver:
         try:
             if settings.method == "awq":
                 return round_searched(W, statistics.H, settings)
-            shift = statistics.take_target_shift(W, settings, rows, last=last)
+            shift = statistics.take_target_shift(name, W, settings, rows, last=last)
             B = None if B is None else B.to(W.device)
             return solve(
                 W, statistics.prepared(settings), settings, target_shift=shift, outputs=B,

@@ -31,7 +31,6 @@ from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_
 from roundwise.plan.memory import MemoryPlan, plan_memory
 from roundwise.run.bit_allocation import allocate_bits
 from roundwise.run.environment import numeric_environment
-from roundwise.run.held_out_damping import held_out_batches
 from roundwise.run.prescale import Prescaler
 from roundwise.run.strict import check_run, memory_issues
 from roundwise.system.activity import announce
@@ -140,7 +139,6 @@ def prepare(
     announce("reading the calibration text")
     loaded = _calibration(streamed, config, calibration, windows, ranks)
     _check_ranks(ranks, streamed, loaded)
-    held_out_batches(config, len(loaded.batches) if loaded else 0)  # refuses one batch
     if loaded is not None and config.target_bpw is not None:
         announce("choosing the bits of every layer")
         earlier = None if options.restart else Path(out)
@@ -291,7 +289,10 @@ def _calibration(
     tokenizer = None
     if isinstance(source, str) or any(isinstance(item, str) for item in source):
         tokenizer = load_tokenizer(streamed.checkpoint)
-    fitting = windows.model_copy(update={"seq_len": min(windows.seq_len, limit)})
+    batch_size = config.windows_per_batch(windows.samples, windows.batch_size)
+    fitting = windows.model_copy(
+        update={"seq_len": min(windows.seq_len, limit), "batch_size": batch_size}
+    )
 
     def generate(count: int) -> list[list[int]]:
         wanted = fitting.model_copy(update={"samples": count})
