@@ -246,7 +246,7 @@ def test_when_it_stops_running_answers_end_and_waiting_requests_fail(
 )
 def test_families(name: str, folder_of: Callable[[str], Path], loaded: tuple[Any, Any]) -> None:
     if name == "gpt_neox" and transformers.__version__.startswith("5.24."):
-        pytest.skip("transformers 5.24 passes its cache one argument too few for GPT-NeoX: needs another")
+        pytest.skip("needs another transformers: 5.24 gives its cache too few arguments here")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder_of(name)).eval()
     tokenizer = loaded[1]
     before = model.config._attn_implementation
