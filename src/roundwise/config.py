@@ -43,10 +43,6 @@ DEPENDENT_DEFAULTS = frozenset(
 OVERRIDABLE = ("bits", "group_size", "sym", "desc_act")
 
 
-#: One of this many calibration batches is held out while the correction for earlier layers is fitted.
-HELD_OUT_EVERY = 8
-
-
 class CalibrationConfig(Settings):
     """Settings for turning calibration text into batches of token windows. Immutable."""
 
@@ -332,17 +328,6 @@ class QuantizeConfig(Settings):
         """True if the original model must be run next to the quantized one."""
         each = [self, *(self.merged(changes) for changes in self.dynamic.values() if changes)]
         return self.method == "gptq" and any(config.alpha > 0 or config.beta > 0 for config in each)
-
-    def windows_per_batch(self, samples: int, batch_size: int) -> int:
-        """Returns the calibration windows of a batch, so that one of eight batches can be held out.
-
-        Args:
-            samples: number of windows.
-            batch_size: windows per batch that are asked for: at most so many.
-        """
-        if not self.needs_reference:
-            return batch_size
-        return max(1, min(batch_size, samples // HELD_OUT_EVERY))
 
     def columns_per_group(self, in_features: int) -> int:
         """Number of input channels that share a grid."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from roundwise.core.drift import ROWS, Drift, Moments, corrected_target
+from roundwise.core.drift import ROWS, Drift, Moments, confirmed_part, corrected_target
 from roundwise.core.hessian import CrossMoment, Hessian
 from roundwise.core.linalg import factor
 from tests.core.oracle import damped
@@ -114,3 +114,74 @@ def test_divided_moments_are_those_of_divided_inputs() -> None:
     torch.testing.assert_close(divided.H, expected.H)
     torch.testing.assert_close(divided.drift.input, expected.drift.input)
     torch.testing.assert_close(divided.drift.residual, original[:, :10].T @ (X / s) / len(X))
+
+
+class TestConfirmedPart:
+    """The part of a correction that is right for tokens to which it was not fitted."""
+
+    def tokens(self, count: int, seed: int, effect: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs X [tokens, 64], and X̃ = X A + noise: `effect` of what was lost can be told from X."""
+        mix = torch.randn(64, 64, generator=torch.Generator().manual_seed(9)) / 8
+        generator = torch.Generator().manual_seed(seed)
+        X = torch.randn(count, 64, generator=generator)
+        return X, X + effect * X @ mix + torch.randn(count, 64, generator=generator)
+
+    def weight(self) -> torch.Tensor:
+        return torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
+
+    def part(self, fit: Moments, held: Moments) -> float | None:
+        perm = torch.arange(64)
+        F = factor(fit.H, perm, 0.01)
+        return confirmed_part(self.weight(), slice(None), fit, held, perm, F, 1.0, 1.0)
+
+    @pytest.mark.parametrize("count", [200, 1000, 5000])
+    def test_it_is_the_best_part_on_the_held_out_tokens(self, count: int) -> None:
+        (X, original), (held, held_original) = (
+            self.tokens(count, 0, 0.3),
+            self.tokens(count, 1, 0.3),
+        )
+        fit, W = moments(X, original), self.weight()
+        # Computed from the tokens themselves, not from moments.
+        H = fit.H + 0.01 * fit.H.diagonal().mean() * torch.eye(64)
+        D = W @ ((original - X).T @ X / count) @ torch.linalg.inv(H)
+        lost = (held_original - held) @ W.T
+        candidates = [i / 1000 for i in range(1001)]
+        losses = [float((s * held @ D.T - lost).square().sum()) for s in candidates]
+        best = candidates[losses.index(min(losses))]
+        # Fitted to twice as many tokens there is half the noise.
+        expected = 1 / (1 + (1 / best - 1) / 2)
+        assert self.part(fit, moments(held, held_original)) == pytest.approx(expected, abs=0.002)
+
+    def test_noise_alone_is_not_confirmed_and_more_tokens_confirm_more(self) -> None:
+        held = moments(*self.tokens(20_000, 1, 0.0))
+        assert self.part(moments(*self.tokens(200, 0, 0.0)), held) == pytest.approx(0.0, abs=0.05)
+        held = moments(*self.tokens(500, 1, 0.3))
+        few, some, many = (
+            self.part(moments(*self.tokens(n, 0, 0.3)), held) for n in (100, 500, 5000)
+        )
+        assert few is not None and some is not None and many is not None
+        assert few < some < many < 1.0 and few < 0.5 and many > 0.85
+
+    def test_the_opposite_on_held_out_tokens_leaves_nothing(self) -> None:
+        fit, held = moments(*self.tokens(500, 0, 0.5)), moments(*self.tokens(500, 1, -0.5))
+        assert self.part(fit, held) == 0.0
+
+    def test_without_drift_there_is_nothing_to_confirm(self) -> None:
+        X = self.tokens(100, 0, 0.0)[0]
+        assert self.part(Moments(X.T @ X, Drift(), 100), Moments(X.T @ X, Drift(), 100)) is None
+
+    def test_the_moments_are_not_changed(self) -> None:
+        def made() -> list[Moments]:
+            parts = [moments(*self.tokens(200, seed, 0.3)) for seed in (0, 1)]
+            for each in parts:
+                each.drift.residual = torch.full((48, 64), 0.1)
+            return parts
+
+        fit, held = made()
+        first = self.part(fit, held)
+        for each, before in zip((fit, held), made(), strict=True):
+            assert torch.equal(each.H, before.H)
+            assert torch.equal(each.drift.input, before.drift.input)  # type: ignore[arg-type]
+            assert each.drift.residual is not None
+            assert torch.equal(each.drift.residual, before.drift.residual)  # type: ignore[arg-type]
+        assert self.part(fit, held) == first

@@ -81,7 +81,7 @@ def together(
     too_small = {
         **cases[0],
         "out": str(scratch / "no"),
-        "options": {**cases[0]["options"], "batch_size": 8},
+        "options": {**cases[0]["options"], "samples": 1},
     }
     (scratch / "cases.json").write_text(json.dumps([*cases, half, too_small]))
     script = Path(__file__).with_name("ranks_script.py")

@@ -10,6 +10,15 @@ with another target,
 writes into the residual stream can also correct the drift of the stream from R̃ to R: Y gains
 β · (R̃ - R)ᵀX/n. In both cases the target shift Y = (wanted output - present output)ᵀX/n is all that the
 solver needs to know.
+
+This is a regression of the lost output Z on X. With few tokens for the width of X it also fits noise,
+and costs on other text. On tokens that D = Y Ĥ⁻¹ is not fitted to, the loss of a part s of it is
+
+    ||s X Dᵀ - Z||² / n = s² tr(D H Dᵀ) - 2 s tr(D Yᵀ) + const
+
+with the moments H and Y of those tokens; it is least at s = tr(D Yᵀ) / tr(D H Dᵀ), cut to 0 … 1. That is
+e / (e + v) for a true effect e and noise v, and v falls as 1/n. The shift that is used in the end is
+fitted to all tokens, m instead of n: its best part is e / (e + v n/m) = 1 / (1 + (1/s - 1) n/m).
 """
 
 from __future__ import annotations
@@ -133,6 +142,42 @@ def corrected_target(
         rows.copy_(part)
         rows[:, perm] += correction.T
     return Y
+
+
+def confirmed_part(
+    W: torch.Tensor,
+    rows: slice,
+    fit: Moments,
+    held: Moments,
+    perm: torch.Tensor,
+    F: Factor,
+    alpha: float,
+    beta: float,
+) -> float | None:
+    """Returns the part s of the target shift, 0 to 1, that is best for tokens that it is not fitted to.
+
+    Args:
+        W: some rows [rows, in] of a weight, any float dtype.
+        rows: which rows these are.
+        fit: moments of the tokens that the shift is fitted to; not changed.
+        held: moments of the held-out tokens; not changed.
+        perm, F: processing order and factor of the Hessian of `fit`.
+        alpha, beta: as for `Drift.take_target_shift`.
+
+    Returns:
+        None: there is nothing to correct.
+    """
+    W = W.to(torch.float32)
+    Y, held_Y = (part.drift.rows(rows).take_target_shift(W, alpha, beta) for part in (fit, held))
+    if Y is None or held_Y is None:
+        return None
+    D = corrected_target(W, Y, perm, F).to(torch.float32) - W
+    confirmed = float((D * held_Y.to(torch.float32)).sum())
+    size = float(((D @ held.H.to(torch.float32)) * D).sum())
+    if confirmed <= 0 or size <= 0:
+        return 0.0
+    noise = max(0.0, size / confirmed - 1) * fit.tokens / (fit.tokens + held.tokens)
+    return 1 / (1 + noise)
 
 
 def _row_parts(Y: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from roundwise.calibration.held_out import windows_per_batch
 from roundwise.checkpoint import engines
 from roundwise.checkpoint.engines import ServedLayer, conflicting_packed_modules
 from roundwise.checkpoint.gptq_format import shape_problem
@@ -126,7 +127,7 @@ def plan(
         if config.target_bpw and not config.is_overridden(module.name)
     }
     warnings += _warnings(streamed, config, modules, part, undecided)
-    batch = config.windows_per_batch(samples, batch_size) * seq_len
+    batch = windows_per_batch(config, samples, batch_size) * seq_len
     memory = plan_memory(streamed, config, tokens=tokens, batch=batch, mode=mode, budget=budget)
     if not memory.fits:
         warnings.append(over_budget_message(memory))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from roundwise.calibration.held_out import held_out_batches
 from roundwise.checkpoint.manifest import (
     BlockRecord,
     LayerRecord,
@@ -29,7 +30,6 @@ from roundwise.forward.scheduler import ForwardScheduler
 from roundwise.run.block_solver import BlockSolver
 from roundwise.run.environment import torch_threads
 from roundwise.run.finalize import finalize, packed_block
-from roundwise.run.group_statistics import held_out_batches
 from roundwise.run.journal import Journal, block_file
 from roundwise.run.prepare import RunPlan
 from roundwise.run.resume import Checkpointer, broadcast_record

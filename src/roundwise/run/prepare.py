@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from roundwise.calibration.dataset import Calibration, load_calibration
+from roundwise.calibration.held_out import windows_per_batch
 from roundwise.calibration.self_generated import generate_windows
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
@@ -289,7 +290,7 @@ def _calibration(
     tokenizer = None
     if isinstance(source, str) or any(isinstance(item, str) for item in source):
         tokenizer = load_tokenizer(streamed.checkpoint)
-    batch_size = config.windows_per_batch(windows.samples, windows.batch_size)
+    batch_size = windows_per_batch(config, windows.samples, windows.batch_size)
     fitting = windows.model_copy(
         update={"seq_len": min(windows.seq_len, limit), "batch_size": batch_size}
     )

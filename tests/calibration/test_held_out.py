@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import roundwise as rw
-from roundwise.core.drift import Drift, Moments
-from roundwise.errors import SingularError
+from roundwise.calibration.held_out import held_out_batches, windows_per_batch
 from roundwise.forward.input_groups import InputGroup
 from roundwise.model.streamed import open_streamed_model
-from roundwise.run.group_statistics import GroupStatistics, group_statistics, held_out_batches
 from tests.conftest import BEST, QUICK
 from tests.helpers import Stop, batches, contents, run_blocks, stop_after, windows
 
@@ -37,9 +34,9 @@ def test_every_eighth_batch_is_held_out(count: int, numbers: set[int]) -> None:
     [(128, 8, 8), (64, 8, 8), (63, 8, 7), (16, 8, 2), (9, 8, 1), (3, 8, 1), (1000, 4, 4)],
 )
 def test_batches_are_small_enough_for_eight(samples: int, batch_size: int, expected: int) -> None:
-    assert BEST.windows_per_batch(samples, batch_size) == expected
+    assert windows_per_batch(BEST, samples, batch_size) == expected
     textbook = rw.QuantizeConfig(recipe="textbook")
-    assert textbook.windows_per_batch(samples, batch_size) == batch_size
+    assert windows_per_batch(textbook, samples, batch_size) == batch_size
 
 
 @pytest.mark.parametrize("mode", ["true_sequential", "block"])
@@ -98,52 +95,3 @@ def test_dampings_that_are_refused(value: Any) -> None:
         rw.errors.ConfigError, match=r"damp_percent=.*must be a number from 0 to 10"
     ):
         rw.QuantizeConfig(damp_percent=value)
-
-
-class TestGroupStatistics:
-    def moments(self, seed: int = 0, tokens: int = 100) -> Moments:
-        generator = torch.Generator().manual_seed(seed)
-        X = torch.randn(tokens, 16, generator=generator)
-        other = X + 0.6 * X.roll(1, dims=1) + 1.5 * torch.randn(tokens, 16, generator=generator)
-        return Moments(X.T @ X / tokens, Drift((other - X).T @ X / tokens), tokens)
-
-    def test_without_tokens(self) -> None:
-        statistics = group_statistics({}, None, None)
-        assert statistics.tokens == 0
-        with pytest.raises(SingularError, match="no calibration token reached this layer"):
-            _ = statistics.H
-        W = torch.ones(4, 16)
-        assert statistics.take_target_shift("q", W, QUICK, None, last=True) is None
-
-    def test_the_factor_is_computed_once_for_equal_settings(self) -> None:
-        statistics = GroupStatistics(self.moments())
-        first = statistics.prepared(QUICK)
-        assert statistics.prepared(QUICK.merged({"bits": 8})) is first
-        assert statistics.prepared(QUICK.merged({"damp_percent": 0.1})) is not first
-
-    def test_a_part_of_the_correction_of_all_tokens_is_used(self) -> None:
-        W, config = torch.randn(4, 16), rw.QuantizeConfig(group_size=16)
-        fit, held = self.moments(0, 300), self.moments(1, 100)
-        statistics = group_statistics({"q": (W, config)}, fit, held)
-        part = statistics.confirmed["q"]
-        assert 0.5 < part < 1
-        assert statistics.tokens == 400
-        both = 0.75 * self.moments(0, 300).H + 0.25 * self.moments(1, 100).H
-        torch.testing.assert_close(statistics.H, both)
-        drift = [self.moments(*each).drift.input for each in ((0, 300), (1, 100))]
-        assert drift[0] is not None and drift[1] is not None
-        expected = part * config.alpha * W @ (0.75 * drift[0] + 0.25 * drift[1])
-        rows = statistics.take_target_shift("q", W[1:3], config, slice(1, 3), last=False)
-        torch.testing.assert_close(rows, expected[1:3])
-        shift = statistics.take_target_shift("q", W, config, None, last=True)
-        torch.testing.assert_close(shift, expected)
-        assert statistics.moments is not None and statistics.moments.drift.is_empty
-
-    @pytest.mark.parametrize("held", [False, True])
-    def test_without_held_out_tokens_nothing_is_corrected(self, held: bool) -> None:
-        W, config = torch.randn(4, 16), rw.QuantizeConfig(group_size=16)
-        parts = (None, self.moments()) if held else (self.moments(), None)
-        statistics = group_statistics({"q": (W, config)}, *parts)
-        assert statistics.confirmed == {"q": 0.0} and statistics.tokens == 100
-        shift = statistics.take_target_shift("q", W, config, None, last=True)
-        assert shift is not None and not shift.any()
