@@ -5,6 +5,7 @@ Importing transformers or PEFT takes seconds, so `import roundwise` only adds im
 
     transformers.quantizers.auto    the quantizer for `quant_method: gptq` is ours (hf_quantizer.py), and
                                     so is the reader of its config (hf_config.py)
+    transformers.configuration_utils  configs in quantize_config.json are found (hf_config.py)
     peft.tuners.lora.model          LoRA adapters accept QuantLinear layers (peft_patch.py)
 
 A module that is imported already is patched at once.
@@ -21,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 TRANSFORMERS_MODULE = "transformers.quantizers.auto"
+CONFIG_MODULE = "transformers.configuration_utils"
 PEFT_MODULE = "peft.tuners.lora.model"
 
 #: A function that patches a module after its import.
@@ -33,6 +35,7 @@ def register() -> None:
     Takes effect now for modules that are imported, otherwise at their import. May be called again.
     """
     _patch_after_import(TRANSFORMERS_MODULE, _register_quantizer)
+    _patch_after_import(CONFIG_MODULE, _read_old_files)
     _patch_after_import(PEFT_MODULE, _patch_peft)
 
 
@@ -41,6 +44,12 @@ def _register_quantizer(module: ModuleType) -> None:
 
     module.AUTO_QUANTIZER_MAPPING["gptq"] = _make_quantizer
     hf_config.patch_config_loading(module)
+
+
+def _read_old_files(module: ModuleType) -> None:
+    from roundwise.inference import hf_config
+
+    hf_config.read_old_files(module.PreTrainedConfig)
 
 
 def _make_quantizer(*args: Any, **kwargs: Any) -> Any:
