@@ -27,7 +27,8 @@ from roundwise.cli.options import (
     WindowOption,
     split_names,
 )
-from roundwise.cli.progress import print_json, print_note, stdout, steps
+from roundwise.cli.output import print_json, print_note
+from roundwise.system.console import stdout, steps
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import print_json, print_line, print_note
+from roundwise.cli.output import print_json, print_line, print_note
 from roundwise.system.memory import format_size
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from roundwise.cli.options import SOURCE, JsonOption, settings_as_options
-from roundwise.cli.progress import Reporter, print_json, print_line, steps
+from roundwise.cli.output import print_json, print_line
 from roundwise.cli.results import print_result, write_run_report
 from roundwise.config import CalibrationConfig, QuantizeConfig, RunConfig
 from roundwise.errors import ConfigError
@@ -65,10 +65,10 @@ def command(
     from roundwise.run.api import quantize
     from roundwise.system.distributed import join_process_group
 
-    with join_process_group() as ranks, steps("quantizing", shown=ranks.is_first) as shown:
+    with join_process_group() as ranks:
         result = quantize(
             model, folder, config, calibration, **windows.model_dump(), **run.model_dump(),
-            progress=Reporter(shown),
+            progress=ranks.is_first,
         )  # fmt: skip
     if not ranks.is_first:
         return
@@ -126,11 +126,10 @@ def _repeat_run(
     """
     from roundwise.run.reproduce import reproduce
 
-    with steps("quantizing") as shown:
-        repeated = reproduce(
-            manifest, out, model=model, calibration=calibration, max_memory=run.max_memory,
-            restart=run.restart, strict=run.strict, progress=Reporter(shown),
-        )  # fmt: skip
+    repeated = reproduce(
+        manifest, out, model=model, calibration=calibration, max_memory=run.max_memory,
+        restart=run.restart, strict=run.strict, progress=True,
+    )  # fmt: skip
     if as_json:
         print_json(repeated.as_dict())
     else:

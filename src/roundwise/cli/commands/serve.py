@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from roundwise.cli.options import ChatTemplateOption, DtypeOption, JsonOption, ModelArgument
-from roundwise.cli.progress import console, print_json, print_note
+from roundwise.cli.output import print_json, print_note
+from roundwise.system.console import console
 
 if TYPE_CHECKING:
     from roundwise.inference.serving.engines.engine import Engine
