@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from roundwise.core.drift import ROWS, Drift, Moments, confirmed_part, corrected_target
+from roundwise.core.drift import (
+    RIDGES,
+    ROWS,
+    Drift,
+    Moments,
+    SampledRows,
+    confirm,
+    corrected_target,
+)
 from roundwise.core.hessian import CrossMoment, Hessian
 from roundwise.core.linalg import factor
 from tests.core.oracle import damped
@@ -129,10 +137,11 @@ class TestConfirmedPart:
     def weight(self) -> torch.Tensor:
         return torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
 
+    def confirm(self, fit: Moments, held: Moments) -> tuple[float, dict[str, float]]:
+        return confirm({"q": SampledRows(self.weight(), slice(None), 1.0, 1.0)}, fit, held)
+
     def part(self, fit: Moments, held: Moments) -> float | None:
-        perm = torch.arange(64)
-        F = factor(fit.H, perm, 0.01)
-        return confirmed_part(self.weight(), slice(None), fit, held, perm, F, 1.0, 1.0)
+        return self.confirm(fit, held)[1].get("q")
 
     @pytest.mark.parametrize("count", [200, 1000, 5000])
     def test_it_is_the_best_part_on_the_held_out_tokens(self, count: int) -> None:
@@ -142,25 +151,57 @@ class TestConfirmedPart:
         )
         fit, W = moments(X, original), self.weight()
         # Computed from the tokens themselves, not from moments.
-        H = fit.H + 0.01 * fit.H.diagonal().mean() * torch.eye(64)
-        D = W @ ((original - X).T @ X / count) @ torch.linalg.inv(H)
         lost = (held_original - held) @ W.T
-        candidates = [i / 1000 for i in range(1001)]
-        losses = [float((s * held @ D.T - lost).square().sum()) for s in candidates]
-        best = candidates[losses.index(min(losses))]
+        losses = {}
+        for ridge in RIDGES:
+            H = fit.H + ridge * fit.H.diagonal().mean() * torch.eye(64)
+            D = W @ ((original - X).T @ X / count) @ torch.linalg.inv(H)
+            for s in (i / 1000 for i in range(1, 1001)):
+                losses[ridge, s] = float((s * held @ D.T - lost).square().sum())
+        ridge, best = min(losses, key=losses.__getitem__)
         # Fitted to twice as many tokens there is half the noise.
         expected = 1 / (1 + (1 / best - 1) / 2)
-        assert self.part(fit, moments(held, held_original)) == pytest.approx(expected, abs=0.002)
+        found, parts = self.confirm(fit, moments(held, held_original))
+        assert found == ridge
+        assert parts["q"] == pytest.approx(expected, abs=0.002)
+
+    def test_few_tokens_ask_for_a_larger_ridge(self) -> None:
+        # Inputs near few directions: only in these can something be told from few tokens.
+        basis = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
+
+        def drawn(count: int, seed: int) -> Moments:
+            generator = torch.Generator().manual_seed(seed)
+            X = torch.randn(count, 4, generator=generator) @ basis
+            X += 0.1 * torch.randn(count, 64, generator=generator)
+            noise = torch.randn(count, 64, generator=generator)
+            return moments(X, X + 0.3 * X.roll(1, dims=1) + noise)
+
+        few, many = (self.confirm(drawn(n, 0), drawn(2000, 1)) for n in (80, 50_000))
+        assert few[0] > many[0] == RIDGES[0]
+
+    def test_shrunk_moments_give_the_correction_with_the_ridge(self) -> None:
+        X, original = self.tokens(300, 0, 0.3)
+        fit, mean = moments(X, original), float((X.T @ X / 300).diagonal().mean())
+        fit.drift.residual = torch.randn(700, 64, generator=torch.Generator().manual_seed(5))
+        eye = torch.eye(64)
+        expected = [
+            Y @ torch.linalg.inv(fit.H + 0.5 * mean * eye)
+            for Y in (fit.drift.input, fit.drift.residual)
+        ]
+        fit.drift.shrink(factor(fit.H, torch.arange(64), 0.5), (0.5 - 0.01) * mean)
+        for Y, D in zip((fit.drift.input, fit.drift.residual), expected, strict=True):
+            assert Y is not None
+            torch.testing.assert_close(
+                Y @ torch.linalg.inv(fit.H + 0.01 * mean * eye), D, rtol=1e-3, atol=1e-4
+            )
 
     def test_noise_alone_is_not_confirmed_and_more_tokens_confirm_more(self) -> None:
         held = moments(*self.tokens(20_000, 1, 0.0))
         assert self.part(moments(*self.tokens(200, 0, 0.0)), held) == pytest.approx(0.0, abs=0.05)
         held = moments(*self.tokens(500, 1, 0.3))
-        few, some, many = (
-            self.part(moments(*self.tokens(n, 0, 0.3)), held) for n in (100, 500, 5000)
-        )
-        assert few is not None and some is not None and many is not None
-        assert few < some < many < 1.0 and few < 0.5 and many > 0.85
+        few, many = (self.part(moments(*self.tokens(n, 0, 0.3)), held) for n in (100, 5000))
+        assert few is not None and many is not None
+        assert few < 0.8 < many
 
     def test_the_opposite_on_held_out_tokens_leaves_nothing(self) -> None:
         fit, held = moments(*self.tokens(500, 0, 0.5)), moments(*self.tokens(500, 1, -0.5))

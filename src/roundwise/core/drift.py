@@ -12,7 +12,9 @@ writes into the residual stream can also correct the drift of the stream from R�
 solver needs to know.
 
 This is a regression of the lost output Z on X. With few tokens for the width of X it also fits noise,
-and costs on other text. On tokens that D = Y Ĥ⁻¹ is not fitted to, the loss of a part s of it is
+and costs on other text. So a part of the tokens is held out, and says with which ridge λ it is to be
+fitted, D = Y (H + λ)⁻¹, and how far it is to be trusted: on tokens that D is not fitted to, the loss of
+a part s of it is
 
     ||s X Dᵀ - Z||² / n = s² tr(D H Dᵀ) - 2 s tr(D Yᵀ) + const
 
@@ -23,15 +25,17 @@ fitted to all tokens, m instead of n: its best part is e / (e + v n/m) = 1 / (1 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from roundwise.core.linalg import Factor, add_matmul, permuted_columns
+from roundwise.core.linalg import Factor, add_matmul, factor, permuted_columns
 
 #: Rows of a weight converted at a time.
 ROWS = 512
+#: Ridges λ of the regression, in parts of mean(diag H), that held-out tokens choose from.
+RIDGES = (0.01, 0.1, 1.0)
 
 
 @dataclass
@@ -64,6 +68,19 @@ class Drift:
         if self.residual is not None:
             for rows, part in _row_parts(self.residual, W):
                 add_matmul(rows, part.to(H.dtype), H, -ratio)
+
+    def shrink(self, F: Factor, by: float) -> None:
+        """Turns the moments Y into those whose correction Y (H + μ)⁻¹ is Y (H + λ)⁻¹, in place.
+
+        That is Y (H + λ)⁻¹ (H + μ) = Y - (λ - μ) Y (H + λ)⁻¹.
+
+        Args:
+            F: factor of H + λ, columns in natural order.
+            by: λ - μ.
+        """
+        for moment in (self.input, self.residual):
+            for rows in torch.split(moment, ROWS) if moment is not None else ():
+                rows.sub_(F.solve(rows.T.contiguous()).T, alpha=by)
 
     def rows(self, rows: slice) -> Drift:
         """Returns the drift for some rows of the weight; `residual` is a copy, `input` is shared."""
@@ -144,40 +161,68 @@ def corrected_target(
     return Y
 
 
-def confirmed_part(
-    W: torch.Tensor,
-    rows: slice,
-    fit: Moments,
-    held: Moments,
-    perm: torch.Tensor,
-    F: Factor,
-    alpha: float,
-    beta: float,
-) -> float | None:
-    """Returns the part s of the target shift, 0 to 1, that is best for tokens that it is not fitted to.
+@dataclass(frozen=True)
+class SampledRows:
+    """Rows of a weight that stand for all when its correction is judged, and its strengths."""
+
+    W: torch.Tensor
+    """[rows, in], any float dtype."""
+    rows: slice
+    """Which rows of the weight these are."""
+    alpha: float
+    beta: float
+
+
+def confirm(
+    weights: Mapping[str, SampledRows], fit: Moments, held: Moments
+) -> tuple[float, dict[str, float]]:
+    """Returns the ridge, and the part s of each weight's correction, that are best on other tokens.
 
     Args:
-        W: some rows [rows, in] of a weight, any float dtype.
-        rows: which rows these are.
-        fit: moments of the tokens that the shift is fitted to; not changed.
+        weights: name -> rows of a weight; all read the same input.
+        fit: moments of the tokens that the correction is fitted to; not changed.
         held: moments of the held-out tokens; not changed.
-        perm, F: processing order and factor of the Hessian of `fit`.
-        alpha, beta: as for `Drift.take_target_shift`.
 
     Returns:
-        None: there is nothing to correct.
+        One of `RIDGES`; name -> s, 0 to 1, for the weights that have something to correct.
+
+    Raises:
+        SingularError: H of `fit` is zero, or no damping makes it definite.
     """
-    W = W.to(torch.float32)
-    Y, held_Y = (part.drift.rows(rows).take_target_shift(W, alpha, beta) for part in (fit, held))
+    best_gain, best = -1.0, (RIDGES[0], dict[str, float]())
+    for ridge in RIDGES:
+        F = factor(fit.H, torch.arange(len(fit.H), device=fit.H.device), ridge)
+        found = {name: _confirmed(sample, fit, held, F) for name, sample in weights.items()}
+        gain = sum(each[0] for each in found.values() if each is not None)
+        if gain > best_gain:
+            best_gain = gain
+            best = ridge, {name: each[1] for name, each in found.items() if each is not None}
+    return best
+
+
+def _confirmed(
+    sample: SampledRows, fit: Moments, held: Moments, F: Factor
+) -> tuple[float, float] | None:
+    """Returns the loss that a correction takes away, as a part of the output's energy, and its part s.
+
+    None: there is nothing to correct.
+    """
+    W = sample.W.to(torch.float32)
+    Y, held_Y = (
+        part.drift.rows(sample.rows).take_target_shift(W, sample.alpha, sample.beta)
+        for part in (fit, held)
+    )
     if Y is None or held_Y is None:
         return None
-    D = corrected_target(W, Y, perm, F).to(torch.float32) - W
-    confirmed = float((D * held_Y.to(torch.float32)).sum())
-    size = float(((D @ held.H.to(torch.float32)) * D).sum())
+    H = held.H.to(torch.float32)
+    D = F.solve(Y.to(torch.float32).T.contiguous()).T
+    confirmed, size = float((D * held_Y).sum()), float(((D @ H) * D).sum())
     if confirmed <= 0 or size <= 0:
-        return 0.0
-    noise = max(0.0, size / confirmed - 1) * fit.tokens / (fit.tokens + held.tokens)
-    return 1 / (1 + noise)
+        return 0.0, 0.0
+    energy = float(((W @ H) * W).sum()) or 1.0
+    part = min(1.0, confirmed / size)
+    noise = (1 / part - 1) * fit.tokens / (fit.tokens + held.tokens)
+    return (2 * part * confirmed - part**2 * size) / energy, 1 / (1 + noise)
 
 
 def _row_parts(Y: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

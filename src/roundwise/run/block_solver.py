@@ -18,8 +18,9 @@ from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.config import QuantizeConfig
 from roundwise.core.activation_scales import round_searched
 from roundwise.core.backends.dispatch import choose_backend
-from roundwise.core.drift import Drift, Moments, confirmed_part
+from roundwise.core.drift import Drift, Moments, SampledRows, confirm
 from roundwise.core.hessian import Hessian
+from roundwise.core.linalg import factor
 from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.core.solver import (
     PreparedHessian,
@@ -113,7 +114,7 @@ def group_statistics(
     fit: Moments | None,
     held: Moments | None,
 ) -> GroupStatistics:
-    """Returns the statistics over all tokens, with the part of each correction that is confirmed.
+    """Returns the statistics over all tokens, with corrections as far as they are confirmed.
 
     A correction is not used where no held-out token reached the group.
 
@@ -126,27 +127,20 @@ def group_statistics(
         moments = fit if fit is not None else held
         corrected = moments is not None and not moments.drift.is_empty
         return GroupStatistics(moments, dict.fromkeys(weights, 0.0) if corrected else {})
-    fitted, confirmed = GroupStatistics(fit), dict[str, float]()
-    for name, (W, settings) in weights.items():
+    samples = {
+        name: SampledRows(W[sample_rows(W)], sample_rows(W), settings.alpha, settings.beta)
+        for name, (W, settings) in weights.items()
+    }
+    with timer.phase("drift"):
         try:
-            prepared = fitted.prepared(settings)
+            ridge, confirmed = confirm(samples, fit, held)
         except SingularError:  # the solver fails too, and reports it
-            continue
-        with timer.phase("drift"):
-            rows = sample_rows(W)
-            part = confirmed_part(
-                W[rows],
-                rows,
-                fit,
-                held,
-                prepared.order.perm,
-                prepared.factor,
-                settings.alpha,
-                settings.beta,
-            )
-        if part is not None:
-            confirmed[name] = part
-    fit.join(held)
+            ridge, confirmed = 0.0, {}
+        fit.join(held)
+        damping = next((settings.damp_percent for _, settings in weights.values()), ridge)
+        if confirmed and ridge != damping:
+            F = factor(fit.H, torch.arange(len(fit.H), device=fit.H.device), ridge)
+            fit.drift.shrink(F, (ridge - damping) * float(fit.H.diagonal().mean()))
     return GroupStatistics(fit, confirmed)
 
 
