@@ -159,7 +159,8 @@ def _write_report(
     ]  # fmt: skip
     evaluation = Evaluation(
         f"{len(ids):,} held-out tokens of Python's standard library, windows of {WINDOW}",
-        models, verdict((models[0].perplexity, models[1].perplexity), []),
+        models,
+        str(verdict((models[0].perplexity, models[1].perplexity), models[1].kl_divergence, [])),
     )  # fmt: skip
     quantized, _ = load(folder, dtype=torch.float32)
     continuations = [
