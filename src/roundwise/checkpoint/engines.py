@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from roundwise.checkpoint.compressed_tensors import WIDTHS
 from roundwise.config import QuantizeConfig
 
 #: vLLM's fused layers -> the layers that each is made of.
@@ -203,11 +202,7 @@ def _refusal(name: str, layer: ServedLayer) -> str | None:
     engine = ENGINES[name]
     reason = engine.readings[0].refusal(layer)
     if reason is not None:
-        others = [
-            other.how
-            for other in engine.readings[1:]
-            if other.refusal(layer) is None and (other.how != CONVERTED or layer.bits in WIDTHS)
-        ]
+        others = [other.how for other in engine.readings[1:] if other.refusal(layer) is None]
         return f"{reason}; it takes them {' or '.join(others)}" if others else reason
     if engine.device:
         return _fusing_refusal(layer, gpu=engine.device == "gpu")

@@ -34,16 +34,12 @@ def fills_words(out_features: int, in_features: int, bits: int) -> bool:
     return in_features % block == 0 and out_features % block == 0
 
 
-def shape_problem(out_features: int, in_features: int, config: QuantizeConfig) -> str | None:
-    """Returns why the format cannot store a weight with these settings; None: it can."""
-    if not group_size_divides(in_features, config.group_size):
-        return f"group_size={config.group_size} does not divide {in_features} input channels"
-    if not fills_words(out_features, in_features, config.bits):
-        return (
-            f"{config.bits}-bit codes are stored in multiples of {codes_per_block(config.bits)}, "
-            f"which {out_features} x {in_features} is not"
-        )
-    return None
+def words_problem(out_features: int, in_features: int, bits: int) -> str:
+    """Returns the sentence about a weight whose codes do not fill whole words."""
+    return (
+        f"{bits}-bit codes are stored in multiples of {codes_per_block(bits)}, "
+        f"which {out_features} x {in_features} is not"
+    )
 
 
 def packed_bytes(rows: int, columns: int, config: QuantizeConfig) -> int:
@@ -142,14 +138,23 @@ def quantization_config(
         # Readers expect a number here, so "auto" goes under meta.
         **({"damp_percent": config.damp_percent} if config.damp_percent != "auto" else {}),
         **({"dynamic": dynamic} if dynamic else {}),
-        "meta": {
-            "quantizer": [f"roundwise:{__version__}"],
-            "method": config.method,
-            "order": config.order,
-            **({"damp_percent": "auto"} if config.damp_percent == "auto" else {}),
-            **({"prescale": "awq"} if config.prescales else {}),
-            **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
-        },
+        "meta": run_meta(config),
+    }
+
+
+def run_meta(config: QuantizeConfig) -> dict[str, Any]:
+    """Returns what a quantization config says of the run that made the checkpoint.
+
+    Args:
+        config: settings of the run.
+    """
+    return {
+        "quantizer": [f"roundwise:{__version__}"],
+        "method": config.method,
+        "order": config.order,
+        **({"damp_percent": "auto"} if config.damp_percent == "auto" else {}),
+        **({"prescale": "awq"} if config.prescales else {}),
+        **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
     }
 
 
@@ -168,7 +173,7 @@ def _skip_rules(names: Iterable[str], quantized: Iterable[str]) -> dict[str, dic
         else re.sub(r"\d+", r"\\d+", re.escape(name))
         for name in names
     ]
-    return {f"-:.*{pattern}": {} for pattern in dict.fromkeys(patterns)}
+    return {f"-:.*{pattern}$": {} for pattern in dict.fromkeys(patterns)}
 
 
 def _without_numbers(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from roundwise.checkpoint import engines
 from roundwise.checkpoint.engines import ServedLayer, conflicting_packed_modules
-from roundwise.checkpoint.gptq_format import shape_problem
+from roundwise.checkpoint.formats import shape_problem
 from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import ConfigError
 from roundwise.forward.expert_tokens import check_experts
