@@ -45,7 +45,7 @@ from roundwise.errors import CheckpointError, ConfigError, OutputError
 from roundwise.model.blocks import HEADS, check_quantized_head, quantized_head
 from roundwise.model.build import build, config_dtype, load_config
 from roundwise.model.expert_weights import FusedExpertTensor, fused_expert_tensors
-from roundwise.model.tensor_names import dense_layers
+from roundwise.model.tensor_names import dense_layers, ignored_modules
 
 Target = Literal["gptq", "gptq_v2", "compressed-tensors", "dense"]
 TARGETS: tuple[Target, ...] = ("gptq", "gptq_v2", "compressed-tensors", "dense")
@@ -187,8 +187,9 @@ def _to_compressed_tensors(
         return _encode_layer(layers[name], encoder, compressed_tensors.suffixes(sym=sym))
 
     settings = compressed_tensors.quantization_config(
-        schemes, dense_layers(model, checkpoint.tensors, layers), head=quantized_head(layers)
-    )
+        schemes, dense_layers(model, checkpoint.tensors, layers),
+        ignored=_ignored_modules(model, checkpoint, layers), head=quantized_head(layers),
+    )  # fmt: skip
     return list(_replace_layers(checkpoint, layers, convert_layer)), settings
 
 
@@ -216,8 +217,17 @@ def _to_gptq(
     unquantized = [
         name for name in dense_layers(model, checkpoint.tensors, layers) if name not in HEADS
     ]
-    settings = config_from_settings(found, to, unquantized, lm_head=head is not None)
+    settings = config_from_settings(
+        found, to, unquantized, ignored=_ignored_modules(model, checkpoint, layers),
+        lm_head=head is not None,
+    )  # fmt: skip
     return list(_replace_layers(checkpoint, layers, convert_layer)), settings
+
+
+def _ignored_modules(model: PreTrainedModel, checkpoint: Checkpoint, layers: Layers) -> list[str]:
+    """Returns the modules that only the files have, such as draft layers."""
+    packed = [f"{name}.{suffix}" for name, layer in layers.items() for suffix in layer.tensors]
+    return ignored_modules(model, checkpoint.tensors, packed)
 
 
 def _with_half_scales(layer: QuantizedLayer) -> QuantizedWeight:

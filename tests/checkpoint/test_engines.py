@@ -1,5 +1,6 @@
 """Engines refuse what they do not support; fused layers and tensor parallelism."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from roundwise.checkpoint.engines import (
     ServedLayer,
     conflicting_packed_modules,
     expert_naming,
+    ignore_patterns,
     packed_modules,
     served_by,
     tensor_parallel_degrees,
@@ -106,3 +108,13 @@ def test_naming_of_experts():
 def test_tensor_parallelism_needs_whole_groups_and_heads(heads, kv_heads, down, group, degrees):
     linears = [(4096, 4096, group), (1024, 4096, group), (down, 4096, group), (4096, down, group)]
     assert tensor_parallel_degrees(linears, hidden=4096, heads=heads, kv_heads=kv_heads) == degrees
+
+
+def test_patterns_of_ignored_modules_match_no_quantized_layer():
+    quantized = ["model.layers.1.up", "decoder.layers.2.up"]
+    assert ignore_patterns(["model.layers.61", "mtp", "model.vision"], quantized) == {
+        "model.layers.61": r".*layers\.61\..*", "mtp": ".*mtp.*", "model.vision": r".*vision\..*",
+    }  # fmt: skip
+    narrow = ignore_patterns(["model.layers.2"], quantized)["model.layers.2"]
+    assert re.match(narrow, "model.layers.2.up") and re.match(narrow, "model.layers.2")
+    assert not any(re.match(narrow, name) for name in (*quantized, "model.layers.21.up"))

@@ -51,11 +51,12 @@ def test_layers_have_their_names_in_the_model_and_in_the_files() -> None:
     )
     names = {"a.up": "x.a.up", "b.up": "b.up", "a.skipped": "a.skipped"}
     settings = quantization_config(
-        config, true_sequential=True, linears=names, skipped=["a.odd"], outside=["head"], head=None
-    )
+        config, true_sequential=True, linears=names, skipped=["a.odd"],
+        outside=["head", "mtp.fc"], ignored=["mtp"], head=None,
+    )  # fmt: skip
     groups = {
         group["weights"]["num_bits"]: group["targets"]
         for group in settings["config_groups"].values()
     }
     assert groups == {4: ["a.up", "x.a.up"], 8: ["b.up"]}
-    assert settings["ignore"] == ["a.odd", "a.skipped", "head"]
+    assert settings["ignore"] == ["a.odd", "a.skipped", "head", "re:.*mtp.*"]

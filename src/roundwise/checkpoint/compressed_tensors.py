@@ -29,6 +29,7 @@ from roundwise.checkpoint.config_values import (
     whole_number,
     word,
 )
+from roundwise.checkpoint.engines import ignore_patterns
 from roundwise.core.quantized_weight import WIDTHS, QuantizedWeight, codes_per_block, pack, unpack
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.version import __version__
@@ -259,6 +260,7 @@ def quantization_config(
     schemes: dict[str, Scheme],
     unquantized: Iterable[str],
     *,
+    ignored: Iterable[str] = (),
     head: str | None = None,
     meta: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -266,11 +268,15 @@ def quantization_config(
 
     Args:
         schemes: scheme of each quantized layer, by name.
-        unquantized: names of linear layers that are not quantized, and patterns behind `re:`.
+        unquantized: names of linear layers that are not quantized.
+        ignored: names of modules that only the files have, such as draft layers.
         head: name of the output head, if it is quantized: vLLM does not count it as a linear layer.
         meta: how the checkpoint was made; readers keep or ignore it.
     """
     distinct = [scheme for scheme, _ in Counter(schemes.values()).most_common()]
+    modules = ignore_patterns(ignored, schemes)
+    inside = tuple(f"{module}." for module in modules)
+    dense = {name for name in unquantized if name not in modules and not name.startswith(inside)}
     everything = ["Linear", head] if head in schemes else ["Linear"]
     groups = {
         f"group_{index}": {
@@ -289,7 +295,7 @@ def quantization_config(
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": sorted(unquantized),
+        "ignore": sorted(dense | {f"re:{pattern}" for pattern in modules.values()}),
         "kv_cache_scheme": None,
         "meta": meta or {"quantizer": [f"roundwise:{__version__}"]},
     }

@@ -71,6 +71,27 @@ def packed_rules(config: QuantizeConfig, names: Iterable[str]) -> dict[str, dict
     }
 
 
+def ignore_patterns(ignored: Iterable[str], quantized: Iterable[str]) -> dict[str, str]:
+    """Returns patterns for modules that only the files have, such as draft layers (MTP), by module.
+
+    Engines build such layers under names of their own, such as `model.layers.61.mtp_block.…`, and look
+    for rules like `.*layers\\.61\\..*` or, in vLLM, for `mtp` in a rule.
+
+    Args:
+        ignored: names of the modules.
+        quantized: names of the quantized layers; no pattern matches one.
+    """
+    names = [*quantized]
+    patterns = {}
+    for module in ignored:
+        parts = module.split(".")
+        end = ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+        wide = ".*mtp.*" if "mtp" in module else rf".*{re.escape(end)}\..*"
+        hits = any(re.match(wide, name) for name in names)
+        patterns[module] = rf"(?:.*\.)?{re.escape(module)}(?:\..*)?$" if hits else wide
+    return patterns
+
+
 def conflicting_packed_modules(config: QuantizeConfig, names: Iterable[str]) -> list[str]:
     """Returns the fused names whose members have different settings.
 

@@ -110,6 +110,7 @@ def quantization_config(
     linears: Mapping[str, str],
     skipped: Iterable[str],
     outside: Iterable[str],
+    ignored: Iterable[str],
     head: str | None,
 ) -> dict[str, Any]:
     """Returns the `quantization_config` of config.json that engines read.
@@ -121,13 +122,15 @@ def quantization_config(
             -> name in the files.
         skipped: names of linear layers beside them that are never quantized, whatever the settings say.
         outside: names of all other layers with a matrix, in the model and in the files.
+        ignored: names of modules that only the files have, such as draft layers.
         head: name of the output head.
     """
     skipped = [*skipped]
     if config.format != COMPRESSED_TENSORS:
         return gptq_format.quantization_config(
-            config, true_sequential=true_sequential, skipped=skipped, linears=linears
-        )
+            config, true_sequential=true_sequential, skipped=skipped, linears=linears,
+            ignored=ignored,
+        )  # fmt: skip
     schemes, unquantized = dict[str, Scheme](), {*skipped, *outside}
     for name, stored in linears.items():
         settings = config.for_module(name)
@@ -136,4 +139,6 @@ def quantization_config(
         else:
             schemes |= dict.fromkeys((name, stored), scheme_of(settings))
     meta = gptq_format.run_meta(config)
-    return compressed_tensors.quantization_config(schemes, unquantized, head=head, meta=meta)
+    return compressed_tensors.quantization_config(
+        schemes, unquantized, ignored=ignored, head=head, meta=meta
+    )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.engines import packed_rules, with_packed_names
+from roundwise.checkpoint.engines import ignore_patterns, packed_rules, with_packed_names
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import QuantizedWeight, codes_per_block, pack, unpack
 from roundwise.version import __version__
@@ -110,6 +110,7 @@ def quantization_config(
     true_sequential: bool,
     skipped: Iterable[str] = (),
     linears: Iterable[str] = (),
+    ignored: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Returns the `quantization_config` of config.json that vLLM, transformers and others read.
 
@@ -118,10 +119,15 @@ def quantization_config(
         true_sequential: the run was in true_sequential mode.
         skipped: names of linear layers that are never quantized, whatever the settings say.
         linears: names of all other linear layers.
+        ignored: names of modules that only the files have, such as draft layers.
     """
     linears = [*linears]
     quantized = [name for name in linears if config.for_module(name) is not None]
-    dynamic = {**_skip_rules(skipped, quantized), **packed_rules(config, linears)}
+    dynamic = {
+        **_ignore_rules(ignored, quantized),
+        **_skip_rules(skipped, quantized),
+        **packed_rules(config, linears),
+    }
     for pattern, changes in config.dynamic.items():
         # Readers match dynamic patterns from the start of the name; ours may match anywhere in it.
         anchored = f".*(?:{pattern})"
@@ -176,6 +182,11 @@ def _skip_rules(names: Iterable[str], quantized: Iterable[str]) -> dict[str, dic
     return {f"-:.*{pattern}$": {} for pattern in dict.fromkeys(patterns)}
 
 
+def _ignore_rules(ignored: Iterable[str], quantized: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns `dynamic` rules that skip modules that only the files have."""
+    return {f"-:{pattern}": {} for pattern in ignore_patterns(ignored, quantized).values()}
+
+
 def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "0", name)
 
@@ -208,6 +219,7 @@ def config_from_settings(
     checkpoint_format: str,
     unquantized: Iterable[str],
     *,
+    ignored: Iterable[str] = (),
     lm_head: bool,
 ) -> dict[str, Any]:
     """Returns the `quantization_config` of a checkpoint of which only the weights are known.
@@ -218,6 +230,7 @@ def config_from_settings(
         layers: settings of each quantized layer, by name.
         checkpoint_format: gptq or gptq_v2.
         unquantized: names of linear layers that are not quantized.
+        ignored: names of modules that only the files have, such as draft layers.
         lm_head: the output head is quantized.
     """
     names_by_settings: dict[LayerSettings, list[str]] = {}
@@ -226,7 +239,10 @@ def config_from_settings(
     (default, _), *others = sorted(
         names_by_settings.items(), key=lambda item: len(item[1]), reverse=True
     )
-    dynamic = _skip_rules(unquantized, layers)
+    modules = ignore_patterns(ignored, layers)
+    inside = tuple(f"{module}." for module in modules)
+    dense = [name for name in unquantized if name not in modules and not name.startswith(inside)]
+    dynamic = _ignore_rules(modules, layers) | _skip_rules(dense, layers)
     for settings, names in others:
         pattern = "|".join(map(re.escape, with_packed_names(names)))
         dynamic[f"+:(?:{pattern})$"] = asdict(settings)

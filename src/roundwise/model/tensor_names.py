@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 import transformers
@@ -103,3 +103,35 @@ def dense_layers(
         return not any(alias in quantized for alias in (*aliases, name.rpartition(".")[0]))
 
     return [name for name in names if is_dense(name)]
+
+
+def ignored_modules(
+    model: nn.Module, tensors: Mapping[str, TensorInfo], used: Iterable[str]
+) -> list[str]:
+    """Returns the outermost modules with matrices that the files have and the model does not.
+
+    Draft layers (MTP) are such: transformers' classes leave them out. They are carried over as they are.
+
+    Args:
+        model: the model.
+        tensors: tensors of its files by name.
+        used: names of the tensors that the model takes.
+    """
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    taken = {*used}
+    known = {
+        name[:end]
+        for stem in [*(name for name, _ in model.named_modules()), *taken]
+        for name in (stem, stem.removeprefix(base))
+        for end in [*(i for i, letter in enumerate(name) if letter == "."), len(name)]
+    }
+    ignored: dict[str, None] = {}
+    for name, info in tensors.items():
+        if name in taken or len(info.shape) < 2:
+            continue
+        parts = name.removesuffix(".weight").split(".")
+        starts = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        module = next((start for start in starts if start not in known), None)
+        if module is not None:
+            ignored[module] = None
+    return [*ignored]

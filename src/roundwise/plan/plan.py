@@ -111,7 +111,7 @@ def plan(
     text_config = streamed.model.config.get_text_config()
     limit = context_length(streamed.model) or seq_len
     config, group_note = fit_group_size(layer_shapes(streamed.blocks), config)
-    warnings = [*streamed.warnings, *([group_note] if group_note else [])]
+    warnings = [*streamed.warnings, *streamed.ignored_note(), *([group_note] if group_note else [])]
     if seq_len > limit:
         seq_len = limit
         warnings.append(f"seq_len is {limit}, the longest text the model takes")

@@ -251,6 +251,7 @@ def _quantization_config(plan: RunPlan) -> dict[str, Any]:
         linears=file_names,
         skipped=[name for block in every_block for name in block.skipped_linears],
         outside=dense_layers(streamed.model, streamed.checkpoint.tensors, quantized),
+        ignored=streamed.ignored_modules(),
         head=next((block.name for block in streamed.blocks if block.is_head), None),
     )  # fmt: skip
 

@@ -47,13 +47,13 @@ def test_every_command_takes_compressed_tensors(text_model, text, tmp_path, comm
     )  # fmt: skip
     assert figures.code == 0, figures.stderr
     # The baseline is rounded to nearest with the settings of the first: it is the first again.
-    comparisons = [only["kl_divergence"] for only in figures.json["comparisons"]]
-    assert comparisons == [comparisons[0]] * len(comparisons) and comparisons[0] > 0
+    distances = [model["kl_divergence"] for model in figures.json["models"]]
+    assert len(distances) == 3 and distances == [distances[0]] * 3 and distances[0] > 0
     answers = [
         commands.run("generate", out, "import", "--max-new-tokens", "8", "--json").json
         for out in (packed, v2)
     ]
     assert answers[0]["text"] == answers[1]["text"]
-    again = commands.run("quantize", packed, tmp_path / "again", "--method", "rtn", "--json")
+    again = commands.run("quantize", packed, tmp_path / "again", "--method", "rtn")
     assert again.code == 0
-    assert "is quantized already, to 3 and 8 bits" in again.stderr
+    assert "to 3 and 8 bits" in " ".join(again.stdout.split())
