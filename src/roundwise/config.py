@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from roundwise.settings import Flags, Panel, Settings
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Order = Literal["natural", "static", "group_aware"]
 Method = Literal["gptq", "rtn", "awq"]
 Prescale = Literal["none", "awq"]
@@ -102,7 +102,7 @@ class QuantizeConfig(Settings):
     2022 (arXiv 2210.17323); act-order and static groups come with its reference implementation.
     """
 
-    bits: Annotated[Bits, Panel.FORMAT] = Field(4, description="Bits per weight: 2, 3, 4 or 8.")
+    bits: Annotated[Bits, Panel.FORMAT] = Field(4, description="Bits per weight: 2 to 8.")
     group_size: Annotated[int, Panel.FORMAT] = Field(
         128,
         description="Input channels that share a scale and a zero point; -1: all of them; not given: "

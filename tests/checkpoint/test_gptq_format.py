@@ -41,7 +41,7 @@ def code(words: torch.Tensor, index: int, bits: int) -> int:
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
     sym=st.booleans(),
     version=st.sampled_from(["gptq", "gptq_v2"]),
     group_size=st.sampled_from([-1, 16, 32]),
@@ -58,7 +58,7 @@ def test_encode_and_decode_are_inverse(seed: int, **options: Any) -> None:
     assert torch.equal(back.dequantize(), q.dequantize())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_the_bits_are_where_the_format_says(bits: int, version: str) -> None:
     config = rw.QuantizeConfig(bits=bits, group_size=32, sym=False, format=version)
@@ -179,7 +179,7 @@ def test_settings_are_inferred_from_a_weight(settings: LayerSettings) -> None:
     assert settings_from_weight(q) == settings
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_packed_bytes_are_those_of_the_tensors(bits: int, group_size: int) -> None:
     config = rw.QuantizeConfig(bits=bits, group_size=group_size)

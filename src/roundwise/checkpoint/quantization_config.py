@@ -334,7 +334,7 @@ def _parse_rule(rule: str, changes: Any, raw: Mapping[str, Any]) -> tuple[str, L
 def _layer_config(settings: Mapping[str, Any]) -> LayerConfig:
     bits, group_size = whole_number(settings, "bits"), whole_number(settings, "group_size")
     if bits is not None and bits not in WIDTHS:
-        raise unknown_value("bits", settings["bits"], "2, 3, 4 or 8")
+        raise unknown_value("bits", settings["bits"], "2, 3, 4, 5, 6, 7 or 8")
     if group_size is not None and group_size != -1 and group_size < 1:
         raise unknown_value(
             "group_size", settings["group_size"], "-1 or a number of input channels"

@@ -28,7 +28,7 @@ class QuantLinear(nn.Module):
 
     Args:
         in_features, out_features: numbers of channels.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         groups: number of groups along the input channels.
         group_size: input channels per group, the last group may have fewer; None: groups are equal.
         bias: True if the layer has a bias.
