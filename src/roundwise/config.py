@@ -14,11 +14,11 @@ from pydantic import Field, field_validator, model_validator
 
 from roundwise.settings import Flags, Panel, Settings
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Order = Literal["natural", "static", "group_aware"]
 Method = Literal["gptq", "rtn", "awq"]
 Prescale = Literal["none", "awq"]
-Format = Literal["gptq", "gptq_v2"]
+Format = Literal["gptq", "gptq_v2", "compressed-tensors"]
 Experts = Literal["routed", "all"]
 Mode = Literal["true_sequential", "block"]
 
@@ -104,7 +104,7 @@ class QuantizeConfig(Settings):
     2022 (arXiv 2210.17323); act-order and static groups come with its reference implementation.
     """
 
-    bits: Annotated[Bits, Panel.FORMAT] = Field(4, description="Bits per weight: 2, 3, 4 or 8.")
+    bits: Annotated[Bits, Panel.FORMAT] = Field(4, description="Bits per weight: 2 to 8.")
     group_size: Annotated[int, Panel.FORMAT] = Field(
         128,
         description="Input channels that share a scale and a zero point; -1: all of them; not given: "
@@ -140,8 +140,8 @@ class QuantizeConfig(Settings):
     )
     format: Annotated[Format, Panel.FORMAT] = Field(
         "gptq",
-        description="How zero points are stored: gptq (v1, minus one; default with --sym) or gptq_v2 "
-        "(unchanged; default with --asym).",
+        description="File format: gptq (v1, zero points stored minus one; default with --sym), gptq_v2 "
+        "(zero points unchanged; default with --asym) or compressed-tensors (pack-quantized).",
     )
     recipe: Annotated[Recipe, Panel.RECIPE] = Field(
         "best",
@@ -288,19 +288,17 @@ class QuantizeConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _target_needs_activations(self) -> QuantizeConfig:
+    def _settings_go_together(self) -> QuantizeConfig:
+        if self.format == "compressed-tensors" and self.desc_act:
+            raise ValueError(
+                "desc_act=True cannot be stored in compressed-tensors, whose readers have dropped "
+                "act-order: use desc_act=False (--order keeps most of its gain) or format=gptq"
+            )
+        needs = "needs activations, which rtn does not use: use method="
         if self.method == "rtn" and self.target_bpw is not None:
-            raise ValueError(
-                "target_bpw needs activations, which rtn does not use: use method=gptq"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _prescale_needs_activations(self) -> QuantizeConfig:
+            raise ValueError(f"target_bpw {needs}gptq")
         if self.method == "rtn" and self.prescale != "none":
-            raise ValueError(
-                "prescale=awq needs activations, which rtn does not use: use method=awq"
-            )
+            raise ValueError(f"prescale=awq {needs}awq")
         return self
 
     @property

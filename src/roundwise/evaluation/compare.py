@@ -336,9 +336,5 @@ def round_to_nearest_like(
         ConfigError: roundwise cannot write these settings.
     """
     settings = read_quantization_config(Checkpoint(local_folder(like)))
-    stated = {
-        name: value
-        for name, value in asdict(settings.default).items()
-        if name != "desc_act" and value is not None
-    }
+    stated = {name: value for name, value in settings.default.known().items() if name != "desc_act"}
     quantize(base, out, QuantizeConfig(method="rtn", dynamic=settings.overrides(), **stated))

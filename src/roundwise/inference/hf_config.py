@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers.utils.quantization_config as hf
 
+from roundwise.checkpoint.compressed_tensors import METHOD, is_supported
 from roundwise.checkpoint.quantization_config import (
     OLD_FILE,
     is_packed,
@@ -43,13 +44,50 @@ class GPTQConfig(hf.GPTQConfig):  # type: ignore[misc]  # untyped there
         return {**self.settings}
 
 
+class PackedConfig(hf.QuantizationConfigMixin):  # type: ignore[misc]  # untyped there
+    """Config of a compressed-tensors checkpoint of packed integers that is loaded.
+
+    Args:
+        settings: a quantization config, as JSON.
+
+    Raises:
+        CheckpointError: the config is damaged.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = parse_quantization_config(settings, "the checkpoint").as_json()
+        self.quant_method = hf.QuantizationMethod.COMPRESSED_TENSORS
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the config as JSON, for config.json."""
+        return {**self.settings}
+
+
+def _packed_or_other(other: Any) -> type:
+    """Returns a stand-in for transformers' class `other`, which makes `PackedConfig`s where it can."""
+
+    class CompressedTensorsConfig(other):  # type: ignore[misc]
+        makes_packed_configs = True
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            raw = config_dict.get("quantization_config", config_dict)
+            kind = PackedConfig if is_supported(raw) else other
+            return kind.from_dict(raw, **kwargs)
+
+    return CompressedTensorsConfig
+
+
 def patch_config_loading(module: Any) -> None:
-    """Makes transformers use `GPTQConfig` for all configs in the GPTQ format; may be called again.
+    """Makes transformers use our configs for the formats that we load; may be called again.
 
     Args:
         module: `transformers.quantizers.auto`.
     """
-    module.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
+    configs = module.AUTO_QUANTIZATION_CONFIG_MAPPING
+    configs["gptq"] = GPTQConfig
+    if not getattr(configs[METHOD], "makes_packed_configs", False):
+        configs[METHOD] = _packed_or_other(configs[METHOD])
     if getattr(module.AutoQuantizationConfig.from_dict, "is_ours", False):
         return
     from_dict = module.AutoQuantizationConfig.from_dict

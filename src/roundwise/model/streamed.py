@@ -26,7 +26,7 @@ from roundwise.model.expert_weights import (
     install_linear_experts,
     replace_fused_experts,
 )
-from roundwise.model.tensor_names import map_tensor_names
+from roundwise.model.tensor_names import ignored_modules, map_tensor_names
 from roundwise.system.device import HOST, keep_embedding_on_host
 
 
@@ -70,6 +70,21 @@ class StreamedModel:
     def other_tensors(self) -> dict[str, TensorInfo]:
         """Returns the tensors of the checkpoint that belong to no block, by name."""
         return {n: info for n, info in self.checkpoint.tensors.items() if n not in self._block_of}
+
+    def ignored_modules(self) -> list[str]:
+        """Returns the modules that only the files have, such as draft layers (MTP)."""
+        used = self.checkpoint_name_of.values()
+        return ignored_modules(self.model, self.checkpoint.tensors, used)
+
+    def ignored_note(self) -> list[str]:
+        """Returns a line that names the modules that only the files have; empty if there are none."""
+        names = self.ignored_modules()
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        line = (
+            f"{', '.join(names[:3])}{more} stay dense: transformers leaves them out (draft layers?); "
+            "the config says so to engines"
+        )
+        return [line] if names else []
 
     def skip_blocks(self, blocks: list[Block]) -> None:
         """Moves blocks to `skipped_blocks`; they are handled like modules outside the blocks then."""

@@ -23,7 +23,7 @@ import torch
 
 from roundwise.calibration.dataset import Calibration
 from roundwise.checkpoint.engines import with_packed_names
-from roundwise.checkpoint.gptq_format import packed_bytes, shape_problem
+from roundwise.checkpoint.formats import packed_bytes, shape_problem
 from roundwise.checkpoint.manifest import read_manifest
 from roundwise.config import QuantizeConfig
 from roundwise.core.solver import PreparedHessian, prepare_hessian, round_to_nearest, solve

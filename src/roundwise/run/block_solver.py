@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.gptq_format import encode
+from roundwise.checkpoint.formats import encode
 from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.config import QuantizeConfig
 from roundwise.core.activation_scales import round_searched

@@ -133,7 +133,7 @@ def prepare(
     announce("opening the model")
     streamed, calls = _open(model, config, device)
     config, group_note = fit_group_size(layer_shapes(streamed.blocks), config)
-    notes = [*streamed.warnings, *([group_note] if group_note else [])]
+    notes = [*streamed.warnings, *streamed.ignored_note(), *([group_note] if group_note else [])]
     skipped = _check(streamed, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)

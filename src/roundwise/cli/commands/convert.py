@@ -28,7 +28,7 @@ def command(
     """Write a GPTQ or compressed-tensors checkpoint in another format: exactly the same numbers.
 
     gptq and gptq_v2 differ in how zero points are stored.
-    compressed-tensors (pack-quantized) is the format of llm-compressor.
+    compressed-tensors (pack-quantized) is the format of llm-compressor and vLLM.
     dense is a plain checkpoint of the dequantized weights, for tools that read nothing else.
     """
     from roundwise.checkpoint.reader import Checkpoint

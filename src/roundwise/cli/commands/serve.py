@@ -157,9 +157,11 @@ def command(
                 f"--{next(iter(limits.given())).replace('_', '-')} is for the transformers backend: "
                 "use --backend transformers, or vLLM's own arguments after --"
             )
+        gpu = torch.cuda.is_available()
+        quantization, _ = vllm.quantization_option(checkpoint.config, dtype=dtype, gpu=gpu)
         options = vllm.VllmOptions(
             name, host, port, dtype, max_model_len, tensor_parallel, chat_template,
-            tuple(extra or ()),
+            tuple(extra or ()), quantization,
         )  # fmt: skip
         endpoint.announce("vllm", reason, port)
         if api_key:

@@ -11,7 +11,6 @@ from math import log10
 from pathlib import Path
 from statistics import median
 
-from roundwise.checkpoint.gptq_format import SUFFIXES
 from roundwise.checkpoint.manifest import (
     LayerRecord,
     Manifest,
@@ -20,6 +19,7 @@ from roundwise.checkpoint.manifest import (
     read_run,
     widths,
 )
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
 from roundwise.run.strict import layer_issues
@@ -223,16 +223,16 @@ def find_outliers(cells: list[Cell]) -> list[LayerRecord]:
 
 
 def _sizes_by_purpose(checkpoint: Checkpoint) -> dict[str, int]:
-    stems = {
-        name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")
+    purpose_of = {
+        f"{layer.name}.{suffix}": "codes"
+        if suffix == layer.layout.codes
+        else "scales, zero points, g_idx"
+        for layer in quantized_layers(checkpoint)
+        for suffix in layer.tensors
     }
     sizes = {"codes": 0, "scales, zero points, g_idx": 0, "embeddings and heads": 0, "other": 0}
     for name, info in checkpoint.tensors.items():
-        stem, _, suffix = name.rpartition(".")
-        if stem in stems and suffix in SUFFIXES:
-            purpose = "codes" if suffix == "qweight" else "scales, zero points, g_idx"
-        else:
-            is_table = len(info.shape) == 2 and re.search(r"emb|wte|head|shared", name)
-            purpose = "embeddings and heads" if is_table else "other"
+        is_table = len(info.shape) == 2 and re.search(r"emb|wte|head|shared", name)
+        purpose = purpose_of.get(name, "embeddings and heads" if is_table else "other")
         sizes[purpose] += info.nbytes
     return sizes

@@ -47,7 +47,7 @@ def choose_backend(
     if backend == "transformers":
         return None, "requested"
     command = vllm.find_command()
-    reason = vllm.unsupported_reason(config, dtype=dtype, gpu=gpu)
+    _, reason = vllm.quantization_option(config, dtype=dtype, gpu=gpu)
     if command is not None and reason is None:
         return command, (
             "requested" if backend == "vllm" else "it is installed and serves this checkpoint"
