@@ -10,7 +10,7 @@ import torch
 import roundwise as rw
 from tests.evaluation.own_tasks import WARNINGS, write_tasks
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'roundwise[eval]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
 pytestmark = WARNINGS
 
 
