@@ -93,11 +93,11 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"bits": 5}, "bits=5 is not supported: use 2, 3, 4 or 8"),
+            ({"bits": 9}, "bits=9 is not supported: use 2, 3, 4, 5, 6, 7 or 8"),
             ({"group_size": 12}, "group_size=12: must be -1"),
             ({"group_size": 0}, "group_size=0: must be -1"),
-            ({"damp_percent": "much"}, "damp_percent='much': must be auto, or a number"),
-            ({"damp_percent": 11}, "damp_percent=11: must be auto, or a number from 0 to 10"),
+            ({"damp_percent": "much"}, "damp_percent='much': must be a number"),
+            ({"damp_percent": 11}, "damp_percent=11: must be a number from 0 to 10"),
             ({"order": "best"}, "order='best' is not supported: use 'natural', 'static' or"),
             ({"alpha": 2}, "alpha=2"),
             ({"target_bpw": 0}, "target_bpw=0"),
@@ -106,8 +106,8 @@ class TestRefused:
             ({"method": "rtn", "prescale": "awq"}, "prescale=awq needs activations, .*: use method=awq"),
             ({"dynamic": {"(": None}}, r"'\(' is not a regular expression"),
             ({"dynamic": {"q": {"alpha": 1}}}, "'q' changes alpha; an override may change bits"),
-            ({"dynamic": {"q": {"bits": 7}}}, "bits=7 is not supported"),
-            ({"bits": 5, "group_size": 12}, "bits=5 .*; group_size=12"),
+            ({"dynamic": {"q": {"bits": 1}}}, "bits=1 is not supported"),
+            ({"bits": 9, "group_size": 12}, "bits=9 .*; group_size=12"),
         ],
     )  # fmt: skip
     def test_in_one_sentence(self, settings: dict[str, Any], message: str) -> None:
@@ -156,4 +156,5 @@ def test_groups(group_size: int, columns: int, size: int, groups: int) -> None:
 
 
 def test_codes() -> None:
-    assert [QuantizeConfig(bits=bits).maxq for bits in (2, 3, 4, 8)] == [3, 7, 15, 255]
+    largest = [QuantizeConfig(bits=bits).maxq for bits in (2, 3, 4, 5, 6, 7, 8)]
+    assert largest == [3, 7, 15, 31, 63, 127, 255]

@@ -23,7 +23,7 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
     return {layer.name: layer.read().dequantize() for layer in quantized_layers(checkpoint)}
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("sym", [True, False])
 def test_v1_to_v2_and_back_is_exact(bits, sym, quantized, tmp_path):
     source = quantized("llama", bits=bits, sym=sym, format="gptq", recipe="textbook")

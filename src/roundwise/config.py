@@ -14,11 +14,11 @@ from pydantic import Field, field_validator, model_validator
 
 from roundwise.settings import Flags, Panel, Settings
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Order = Literal["natural", "static", "group_aware"]
 Method = Literal["gptq", "rtn", "awq"]
 Prescale = Literal["none", "awq"]
-Format = Literal["gptq", "gptq_v2"]
+Format = Literal["gptq", "gptq_v2", "compressed-tensors"]
 Experts = Literal["routed", "all"]
 Mode = Literal["true_sequential", "block"]
 
@@ -53,7 +53,9 @@ class CalibrationConfig(Settings):
         2048, description="Tokens per calibration window."
     )
     batch_size: Annotated[int, Panel.CALIBRATION] = Field(
-        8, description="Calibration windows per forward pass."
+        8,
+        description="Calibration windows per forward pass; fewer if there would be less than 8 batches, "
+        "of which the default recipe holds one out.",
     )
     seed: Annotated[int, Panel.CALIBRATION] = Field(
         0, description="Random seed for choosing calibration windows."
@@ -102,7 +104,7 @@ class QuantizeConfig(Settings):
     2022 (arXiv 2210.17323); act-order and static groups come with its reference implementation.
     """
 
-    bits: Annotated[Bits, Panel.FORMAT] = Field(4, description="Bits per weight: 2, 3, 4 or 8.")
+    bits: Annotated[Bits, Panel.FORMAT] = Field(4, description="Bits per weight: 2 to 8.")
     group_size: Annotated[int, Panel.FORMAT] = Field(
         128,
         description="Input channels that share a scale and a zero point; -1: all of them; not given: "
@@ -123,10 +125,8 @@ class QuantizeConfig(Settings):
         "then most sensitive column first); group_aware (sorted inside each group, groups by their "
         "most sensitive column). All three leave g_idx trivial.",
     )
-    damp_percent: Annotated[float | Literal["auto"], Panel.RECIPE] = Field(
-        0.01,
-        description="Damping: fraction of mean(diag H) that is added to diag H; auto: for each layer "
-        "input, the candidate with the lowest loss on held-out calibration tokens.",
+    damp_percent: Annotated[float, Panel.RECIPE] = Field(
+        0.01, description="Damping: fraction of mean(diag H) that is added to diag H."
     )
     method: Annotated[Method, Panel.RECIPE] = Field(
         "gptq",
@@ -140,8 +140,8 @@ class QuantizeConfig(Settings):
     )
     format: Annotated[Format, Panel.FORMAT] = Field(
         "gptq",
-        description="How zero points are stored: gptq (v1, minus one; default with --sym) or gptq_v2 "
-        "(unchanged; default with --asym).",
+        description="File format: gptq (v1, zero points stored minus one; default with --sym), gptq_v2 "
+        "(zero points unchanged; default with --asym) or compressed-tensors (pack-quantized).",
     )
     recipe: Annotated[Recipe, Panel.RECIPE] = Field(
         "best",
@@ -258,11 +258,11 @@ class QuantizeConfig(Settings):
     @classmethod
     def _damp_percent(cls, value: Any) -> Any:
         try:
-            if value == "auto" or 0.0 <= float(value) <= 10.0:
-                return value
+            if 0.0 <= float(value) <= 10.0:
+                return float(value)
         except (TypeError, ValueError):
             pass
-        raise ValueError("must be auto, or a number from 0 to 10")
+        raise ValueError("must be a number from 0 to 10")
 
     @field_validator("dynamic")
     @classmethod
@@ -288,19 +288,17 @@ class QuantizeConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _target_needs_activations(self) -> QuantizeConfig:
+    def _settings_go_together(self) -> QuantizeConfig:
+        if self.format == "compressed-tensors" and self.desc_act:
+            raise ValueError(
+                "desc_act=True cannot be stored in compressed-tensors, whose readers have dropped "
+                "act-order: use desc_act=False (--order keeps most of its gain) or format=gptq"
+            )
+        needs = "needs activations, which rtn does not use: use method="
         if self.method == "rtn" and self.target_bpw is not None:
-            raise ValueError(
-                "target_bpw needs activations, which rtn does not use: use method=gptq"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _prescale_needs_activations(self) -> QuantizeConfig:
+            raise ValueError(f"target_bpw {needs}gptq")
         if self.method == "rtn" and self.prescale != "none":
-            raise ValueError(
-                "prescale=awq needs activations, which rtn does not use: use method=awq"
-            )
+            raise ValueError(f"prescale=awq {needs}awq")
         return self
 
     @property

@@ -5,47 +5,54 @@ Sources are GPTQ checkpoints (v1 or v2) and compressed-tensors ones; targets are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from roundwise.checkpoint import compressed_tensors
+from roundwise.checkpoint.formats import COMPRESSED_TENSORS, shape_problem
 from roundwise.checkpoint.gptq_format import (
     SUFFIXES,
     LayerSettings,
     config_from_settings,
     encode,
     settings_from_weight,
-    shape_problem,
 )
-from roundwise.checkpoint.quantization_config import without_quantization_config
-from roundwise.checkpoint.quantized_checkpoint import (
-    LazyTensor,
-    QuantizedCheckpoint,
-    copied_tensor,
-    open_quantized,
+from roundwise.checkpoint.quantization_config import (
+    read_quantization_config,
+    without_quantization_config,
 )
+from roundwise.checkpoint.quantized_layers import QuantizedLayer, find_layers
 from roundwise.checkpoint.reader import Checkpoint, TensorInfo
 from roundwise.checkpoint.sharding import divide_into_shards, write_index
 from roundwise.checkpoint.untrusted import limit_module_count
-from roundwise.checkpoint.writer import copy_side_files, write_json, write_safetensors
+from roundwise.checkpoint.writer import (
+    LazyTensor,
+    copied_tensor,
+    copy_side_files,
+    write_json,
+    write_safetensors,
+)
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import QuantizedWeight, pack
-from roundwise.errors import ConfigError, OutputError
-from roundwise.model.blocks import check_quantized_head
+from roundwise.errors import CheckpointError, ConfigError, OutputError
+from roundwise.model.blocks import HEADS, check_quantized_head, quantized_head
 from roundwise.model.build import build, config_dtype, load_config
+from roundwise.model.conversions import dense_layers, ignored_modules
 from roundwise.model.expert_weights import FusedExpertTensor, fused_expert_tensors
 
 Target = Literal["gptq", "gptq_v2", "compressed-tensors", "dense"]
 TARGETS: tuple[Target, ...] = ("gptq", "gptq_v2", "compressed-tensors", "dense")
 #: Returns a layer's tensors in the target format, by suffix.
 Encoder = Callable[[QuantizedWeight], dict[str, torch.Tensor]]
+#: Quantized layers by name.
+Layers = dict[str, QuantizedLayer]
 #: Approximate bytes of a shard of the result; fewer than a run's, because a shard is whole in memory.
 SHARD_BYTES = 1 << 30
 
@@ -76,20 +83,23 @@ def convert(source: Path, out: Path, to: Target, *, dtype: torch.dtype | None = 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is not empty: choose an empty or new folder")
     checkpoint = Checkpoint(source)
-    quantized = open_quantized(checkpoint)
-    check_quantized_head(lambda: load_config(checkpoint), quantized.layers)
+    stated = read_quantization_config(checkpoint)
+    layers = {layer.name: layer for layer in find_layers(checkpoint.tensors, stated)}
+    if not layers:
+        raise CheckpointError(f"{source} has no quantized layers")
+    check_quantized_head(lambda: load_config(checkpoint), layers)
     settings: dict[str, Any] | None = None
     if to == "dense":
         dtype = dtype or config_dtype(checkpoint.config) or torch.float16
-        tensors = list(_to_dense(checkpoint, quantized, dtype))
+        tensors = list(_to_dense(checkpoint, layers, dtype))
     elif to == "compressed-tensors":
-        tensors, settings = _to_compressed_tensors(checkpoint, quantized)
-    elif quantized.config is not None:
-        version = quantized.config.checkpoint_format
-        tensors = list(_rewrite_zero_points(checkpoint, quantized, to, unchanged=version == to))
-        settings = quantized.config.as_json(to)
+        tensors, settings = _to_compressed_tensors(checkpoint, layers)
+    elif stated.checkpoint_format != COMPRESSED_TENSORS:
+        unchanged = stated.checkpoint_format == to
+        tensors = list(_rewrite_zero_points(checkpoint, layers, to, unchanged=unchanged))
+        settings = stated.as_json(to)
     else:
-        tensors, settings = _to_gptq(checkpoint, quantized, to)
+        tensors, settings = _to_gptq(checkpoint, layers, to)
     out.mkdir(parents=True, exist_ok=True)
     _write_shards(out, tensors)
     copy_side_files(checkpoint, out)
@@ -113,89 +123,126 @@ def _conv1d_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if isinstance(module, Conv1D))
 
 
-def _unquantized_linears(model: PreTrainedModel, quantized: QuantizedCheckpoint) -> list[str]:
-    """Returns the names of linear layers that are not quantized.
+def _replace_layers(
+    checkpoint: Checkpoint, layers: Layers, convert_layer: Callable[[str], Iterable[LazyTensor]]
+) -> Iterator[LazyTensor]:
+    """Yields all tensors of a checkpoint, with those of the quantized layers replaced.
 
-    The files may have a layer's name without the prefix of the base model.
+    Args:
+        checkpoint: the checkpoint.
+        layers: its quantized layers.
+        convert_layer: returns the new tensors of a layer, from its name; called once per layer.
     """
-    base = f"{model.base_model_prefix}."
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not {name, name.removeprefix(base)} & {*quantized.layers}
-    ]
+    layer_of = {
+        f"{name}.{suffix}": name for name, layer in layers.items() for suffix in layer.tensors
+    }
+    converted = set()
+    for name, info in checkpoint.tensors.items():
+        if name not in layer_of:
+            yield copied_tensor(name, info)
+        elif layer_of[name] not in converted:
+            converted.add(layer_of[name])
+            yield from convert_layer(layer_of[name])
 
 
 def _encode_layer(
-    quantized: QuantizedCheckpoint, name: str, encoder: Encoder, suffixes: Sequence[str]
+    layer: QuantizedLayer, encoder: Encoder, suffixes: Sequence[str]
 ) -> Iterator[LazyTensor]:
     """Yields a layer's tensors in the target format; the first one computed computes them all.
 
     Args:
-        quantized: the source.
-        name: name of the layer.
+        layer: the layer.
         encoder: returns the layer's tensors by suffix.
         suffixes: the suffixes.
     """
-    nbytes = sum(info.nbytes for info in quantized.layers[name].tensors.values())
+    nbytes = sum(info.nbytes for info in layer.tensors.values())
     encoded: dict[str, torch.Tensor] = {}
 
     def compute(suffix: str) -> torch.Tensor:
         if not encoded:
-            encoded.update(encoder(quantized.read(name)))
+            encoded.update(encoder(layer.read()))
         return encoded.pop(suffix)
 
     for suffix in suffixes:
-        yield LazyTensor(f"{name}.{suffix}", nbytes // len(suffixes), partial(compute, suffix))
+        yield LazyTensor(
+            f"{layer.name}.{suffix}", nbytes // len(suffixes), partial(compute, suffix)
+        )
 
 
 def _to_compressed_tensors(
-    checkpoint: Checkpoint, quantized: QuantizedCheckpoint
+    checkpoint: Checkpoint, layers: Layers
 ) -> tuple[list[LazyTensor], dict[str, Any]]:
     """Returns the tensors of a compressed-tensors checkpoint and its quantization_config."""
     model = _build_model(checkpoint)
     conv1d_names = _conv1d_names(model)
     schemes: dict[str, compressed_tensors.Scheme] = {}
-    for name in quantized.layers:
+    for name, layer in layers.items():
         if any(path.endswith(name) for path in conv1d_names):
             raise ConfigError(f"{name} is a Conv1D, which compressed-tensors does not support")
-        schemes[name] = compressed_tensors.scheme_from_weight(name, quantized.read(name))
+        schemes[name] = compressed_tensors.scheme_from_weight(name, layer.read())
 
     def convert_layer(name: str) -> Iterator[LazyTensor]:
         sym = schemes[name].sym
         encoder = partial(compressed_tensors.encode, sym=sym)
-        return _encode_layer(quantized, name, encoder, compressed_tensors.suffixes(sym=sym))
+        return _encode_layer(layers[name], encoder, compressed_tensors.suffixes(sym=sym))
 
     settings = compressed_tensors.quantization_config(
-        schemes, _unquantized_linears(model, quantized)
-    )
-    return list(quantized.replace_layers(checkpoint, convert_layer)), settings
+        schemes, dense_layers(model, checkpoint.tensors, layers),
+        ignored=_ignored_modules(model, checkpoint, layers), head=quantized_head(layers),
+    )  # fmt: skip
+    return list(_replace_layers(checkpoint, layers, convert_layer)), settings
 
 
 def _to_gptq(
-    checkpoint: Checkpoint, quantized: QuantizedCheckpoint, to: Literal["gptq", "gptq_v2"]
+    checkpoint: Checkpoint, layers: Layers, to: Literal["gptq", "gptq_v2"]
 ) -> tuple[list[LazyTensor], dict[str, Any]]:
     """Returns tensors and quantization_config of a GPTQ checkpoint from a compressed-tensors one."""
-    layers: dict[str, LayerSettings] = {}
-    for name in quantized.layers:
-        q = quantized.read(name)
-        layers[name] = settings_from_weight(q)
-        config = QuantizeConfig(bits=q.bits, group_size=layers[name].group_size)
-        problem = shape_problem(*quantized.shape(name), config)
+    found: dict[str, LayerSettings] = {}
+    for name, layer in layers.items():
+        q = _with_half_scales(layer)
+        found[name] = settings_from_weight(q)
+        config = QuantizeConfig(bits=q.bits, group_size=found[name].group_size)
+        problem = shape_problem(layer.out_features, layer.in_features, config)
         if problem:
             raise ConfigError(f"{name}: {problem}")
         _check_zero_points(name, q, to)
 
     def convert_layer(name: str) -> Iterator[LazyTensor]:
-        config = QuantizeConfig(bits=layers[name].bits, format=to)
-        return _encode_layer(quantized, name, partial(encode, config=config), SUFFIXES)
+        config = QuantizeConfig(bits=found[name].bits, format=to)
+        return _encode_layer(
+            layers[name], lambda _: encode(_with_half_scales(layers[name]), config), SUFFIXES
+        )
 
-    model = _build_model(checkpoint)
-    head = "lm_head"
-    unquantized = [name for name in _unquantized_linears(model, quantized) if name != head]
-    settings = config_from_settings(layers, to, unquantized, lm_head=head in quantized.layers)
-    return list(quantized.replace_layers(checkpoint, convert_layer)), settings
+    model, head = _build_model(checkpoint), quantized_head(layers)
+    unquantized = [
+        name for name in dense_layers(model, checkpoint.tensors, layers) if name not in HEADS
+    ]
+    settings = config_from_settings(
+        found, to, unquantized, ignored=_ignored_modules(model, checkpoint, layers),
+        lm_head=head is not None,
+    )  # fmt: skip
+    return list(_replace_layers(checkpoint, layers, convert_layer)), settings
+
+
+def _ignored_modules(model: PreTrainedModel, checkpoint: Checkpoint, layers: Layers) -> list[str]:
+    """Returns the modules that only the files have, such as draft layers."""
+    packed = [f"{name}.{suffix}" for name, layer in layers.items() for suffix in layer.tensors]
+    return ignored_modules(model, checkpoint.tensors, packed)
+
+
+def _with_half_scales(layer: QuantizedLayer) -> QuantizedWeight:
+    """Returns the layer's weight with scales as float16, the type of the GPTQ format.
+
+    Raises:
+        ConfigError: float16 cannot represent the scales exactly.
+    """
+    q = layer.read()
+    scales = q.scales.to(torch.float16)
+    if not torch.equal(scales.to(torch.float32), q.scales.to(torch.float32)):
+        raise ConfigError(
+            f"{layer.name} has scales that float16, the type of the GPTQ format, cannot hold exactly"
+        )
+    return replace(q, scales=scales)
 
 
 def _check_zero_points(name: str, q: QuantizedWeight, to: str) -> None:
@@ -207,16 +254,14 @@ def _check_zero_points(name: str, q: QuantizedWeight, to: str) -> None:
         )
 
 
-def _to_dense(
-    checkpoint: Checkpoint, quantized: QuantizedCheckpoint, dtype: torch.dtype
-) -> Iterator[LazyTensor]:
+def _to_dense(checkpoint: Checkpoint, layers: Layers, dtype: torch.dtype) -> Iterator[LazyTensor]:
     """Yields the tensors of a dense checkpoint: weights in place of codes, all others unchanged.
 
     Experts are fused again if transformers reads them only fused.
     """
     model = _build_model(checkpoint)
-    tensors = {t.name: t for t in _dequantize_layers(model, checkpoint, quantized, dtype)}
-    for fused in fused_expert_tensors(model, quantized.layers):
+    tensors = {t.name: t for t in _dequantize_layers(model, checkpoint, layers, dtype)}
+    for fused in fused_expert_tensors(model, layers):
         members = {name: tensors.pop(name) for names in fused.members for name in names}
         nbytes = sum(member.nbytes for member in members.values())
         tensors[fused.name] = LazyTensor(fused.name, nbytes, partial(_fuse, fused, members))
@@ -231,45 +276,46 @@ def _fuse(fused: FusedExpertTensor, members: dict[str, LazyTensor]) -> torch.Ten
 def _dequantize_layers(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
-    quantized: QuantizedCheckpoint,
+    layers: Layers,
     dtype: torch.dtype,
 ) -> Iterator[LazyTensor]:
     """Yields the checkpoint's tensors with a dequantized weight per layer; experts stay separate."""
     conv1d_names = _conv1d_names(model)
 
     def convert_layer(name: str) -> Iterator[LazyTensor]:
-        rows, columns = quantized.shape(name)
+        layer = layers[name]
 
         def dequantize() -> torch.Tensor:
-            W = quantized.read(name).dequantize(dtype)
+            W = layer.read().dequantize(dtype)
             return W.T.contiguous() if any(path.endswith(name) for path in conv1d_names) else W
 
-        yield LazyTensor(f"{name}.weight", rows * columns * dtype.itemsize, dequantize)
+        nbytes = layer.out_features * layer.in_features * dtype.itemsize
+        yield LazyTensor(f"{name}.weight", nbytes, dequantize)
 
-    return quantized.replace_layers(checkpoint, convert_layer)
+    return _replace_layers(checkpoint, layers, convert_layer)
 
 
 def _rewrite_zero_points(
-    checkpoint: Checkpoint, quantized: QuantizedCheckpoint, to: str, *, unchanged: bool
+    checkpoint: Checkpoint, layers: Layers, to: str, *, unchanged: bool
 ) -> Iterator[LazyTensor]:
     """Yields the tensors of a GPTQ checkpoint with zero points as version `to` stores them.
 
     Args:
         checkpoint: the checkpoint.
-        quantized: its quantized layers; each one is read, so that no damaged one is copied.
+        layers: its quantized layers; each one is read, so that no damaged one is copied.
         to: gptq or gptq_v2.
         unchanged: zero points are stored in this way already.
     """
     for name, info in checkpoint.tensors.items():
         layer_name, _, suffix = name.rpartition(".")
-        if layer_name not in quantized.layers or suffix != "qzeros":
+        if layer_name not in layers or suffix != "qzeros":
             yield copied_tensor(name, info)
             continue
 
         def compute(
             layer_name: str = layer_name, info: TensorInfo = info
         ) -> torch.Tensor | TensorInfo:
-            q = quantized.read(layer_name)
+            q = layers[layer_name].read()
             if unchanged:
                 return info
             _check_zero_points(layer_name, q, to)

@@ -12,12 +12,12 @@ import torch
 
 from roundwise.checkpoint.manifest import LayerRecord, Manifest, read_manifest
 from roundwise.checkpoint.quantization_config import read_quantization_config
-from roundwise.checkpoint.quantized_layers import quantized_layers
+from roundwise.checkpoint.quantized_layers import find_layers, quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.checkpoint.side_files import changed_files
 from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.errors import RoundwiseError, VerificationError
-from roundwise.model.blocks import check_quantized_head
+from roundwise.model.blocks import check_quantized_head, quantized_head
 from roundwise.model.build import load_config
 from roundwise.model.dequantized_view import dequantized_checkpoint
 from roundwise.model.expert_weights import unquantized_tensors
@@ -89,14 +89,14 @@ def audit(
             checkpoint = Checkpoint(folder, config_file=config_file)
             if against is not None:
                 config = read_quantization_config(checkpoint)
+                layers = {layer.name for layer in find_layers(checkpoint.tensors, config)}
                 against = unfused_checkpoint(
-                    dequantized_checkpoint(against)[0],
-                    {layer.name for layer in quantized_layers(checkpoint)},
-                    lm_head=config.lm_head,
-                )
+                    dequantized_checkpoint(against)[0], layers,
+                    lm_head=quantized_head(layers) is not None,
+                )  # fmt: skip
                 against = apply_recorded_rotation(against, config.raw)
-                layers = manifest.layers if manifest else []
-                against = apply_recorded_scales(against, checkpoint, layers)
+                records = manifest.layers if manifest else []
+                against = apply_recorded_scales(against, checkpoint, records)
             _check_layers(report, checkpoint, against, manifest)
             if against is not None:
                 _check_rest(report, checkpoint, against)

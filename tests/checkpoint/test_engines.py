@@ -1,14 +1,17 @@
 """Engines refuse what they do not support; fused layers and tensor parallelism."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 import roundwise as rw
 from roundwise.checkpoint.engines import (
+    ENGINES,
     ServedLayer,
     conflicting_packed_modules,
     expert_naming,
+    ignore_patterns,
     packed_modules,
     served_by,
     tensor_parallel_degrees,
@@ -28,44 +31,84 @@ def refusing(**changes) -> set[str]:
     [
         ({}, set()),
         ({"bits": 8}, {"vLLM, CPU", "ExLlamaV2"}),
-        ({"bits": 3}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang", "ExLlamaV2"}),
-        ({"sym": False, "format": "gptq_v2"}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
-        ({"sym": False}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang", "GPTQModel"}),
-        ({"desc_act": True}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
-        ({"group_size": 16}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
+        ({"bits": 3}, {"vLLM, CPU", "vLLM, GPU", "SGLang", "ExLlamaV2"}),
+        ({"sym": False, "format": "gptq_v2"}, {"vLLM, CPU", "vLLM, GPU", "SGLang"}),
+        ({"sym": False}, {"vLLM, CPU", "vLLM, GPU", "SGLang", "GPTQModel"}),
+        ({"desc_act": True}, {"vLLM, CPU", "vLLM, GPU", "SGLang"}),
+        ({"group_size": 16}, {"vLLM, CPU", "vLLM, GPU", "SGLang"}),
         ({"expert_naming": "gate_proj"}, {"vLLM, CPU"}),
         ({"expert_naming": "w1"}, {"vLLM, CPU", "GPTQModel"}),
-        ({"expert_naming": "fused"}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
-        ({"expert_naming": "mixed"}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
-        ({"conflicting_module": "a.qkv_proj"}, {"vLLM, CPU", "vLLM, GPU (Marlin)", "SGLang"}),
+        ({"expert_naming": "fused"}, {"vLLM, CPU", "vLLM, GPU", "SGLang"}),
+        ({"expert_naming": "mixed"}, {"vLLM, CPU", "vLLM, GPU", "SGLang"}),
+        ({"conflicting_module": "a.qkv_proj"}, {"vLLM, CPU", "vLLM, GPU", "SGLang"}),
     ],
 )
 def test_unsupported_settings_are_refused(changes, engines):
     assert refusing(**changes) == engines
 
 
-@pytest.mark.parametrize(
-    ("changes", "engine", "way"),
-    [
-        ({"bits": 3}, "vLLM, GPU (Marlin)", "; it takes them with --quantization humming"),
-        ({"bits": 2}, "vLLM, GPU (Marlin)",
-         "humming or after `roundwise convert --to compressed-tensors`"),
-        ({"sym": False}, "vLLM, GPU (Marlin)", "humming or after `roundwise convert"),
-        ({"sym": False}, "vLLM, CPU", "; it takes them after `roundwise convert"),
-        ({"sym": False}, "SGLang", "humming or after `roundwise convert"),
-        ({"bits": 2}, "SGLang", "; it takes them with --quantization humming"),
-    ],
-)  # fmt: skip
-def test_the_way_in_which_an_engine_takes_it_after_all(changes, engine, way):
-    assert way in served_by([replace(COMMON, **changes)])[engine]
+#: What a user must do; "": nothing.
+WAYS = {
+    "": "", "H": "with --quantization humming", "C": "as --format compressed-tensors",
+    "G": "as --format gptq",
+}  # fmt: skip
+#: Settings -> for vLLM on a CPU, vLLM on a GPU, SGLang, ExLlamaV2, GPTQModel and transformers with
+#: roundwise: yes; no; or the letters of the ways in which they take it after all.
+TRUTH = [
+    ({}, "yes yes yes yes yes yes"),
+    ({"group_size": 32}, "yes yes yes yes yes yes"),
+    ({"group_size": -1}, "yes yes yes yes yes yes"),
+    ({"group_size": 16}, "C HC H yes yes yes"),
+    ({"group_size": 256}, "C HC H yes yes yes"),
+    ({"format": "gptq_v2"}, "yes yes yes yes yes yes"),
+    ({"bits": 2}, "no HC H no yes yes"),
+    ({"bits": 3}, "no HC H no yes yes"),
+    ({"bits": 8}, "no yes yes no yes yes"),
+    ({"bits": 3, "group_size": 16}, "no HC H no yes yes"),
+    ({"sym": False}, "C HC HC yes no yes"),
+    ({"sym": False, "format": "gptq_v2"}, "C HC HC yes yes yes"),
+    ({"sym": False, "bits": 2, "format": "gptq_v2"}, "no HC H no yes yes"),
+    ({"sym": False, "bits": 8, "format": "gptq_v2"}, "no HC HC no yes yes"),
+    ({"desc_act": True}, "no no no yes yes yes"),
+    ({"desc_act": True, "bits": 3}, "no no no no yes yes"),
+    ({"desc_act": True, "group_size": -1}, "yes yes yes yes yes yes"),
+    ({"is_head": True}, "yes yes yes yes yes yes"),
+    ({"is_head": True, "bits": 3}, "no C no no yes yes"),
+    ({"is_conv1d": True, "bits": 3}, "no H H no yes yes"),
+    ({"format": "compressed-tensors"}, "yes yes yes G G yes"),
+    ({"format": "compressed-tensors", "bits": 2}, "no yes GH no G yes"),
+    ({"format": "compressed-tensors", "bits": 3}, "no yes GH no G yes"),
+    ({"format": "compressed-tensors", "bits": 8}, "no yes yes no G yes"),
+    ({"format": "compressed-tensors", "sym": False}, "yes yes yes G G yes"),
+    ({"format": "compressed-tensors", "sym": False, "bits": 3}, "no yes GH no G yes"),
+    ({"format": "compressed-tensors", "group_size": 16}, "yes yes GH G G yes"),
+    ({"expert_naming": "gate_proj", "bits": 3}, "no HC H no yes yes"),
+    ({"expert_naming": "w1"}, "no yes yes yes no yes"),
+    ({"expert_naming": "fused"}, "no no no yes yes yes"),
+    ({"expert_naming": "mixed", "format": "compressed-tensors"}, "no no no G G yes"),
+    ({"conflicting_module": "a.qkv_proj"}, "no no no yes yes yes"),
+]
 
 
-@pytest.mark.parametrize(
-    ("changes", "engine"),
-    [({"bits": 8}, "vLLM, CPU"), ({"desc_act": True}, "vLLM, GPU (Marlin)"), ({"bits": 3}, "ExLlamaV2")],
-)  # fmt: skip
-def test_what_no_way_helps(changes, engine):
-    assert "it takes them" not in served_by([replace(COMMON, **changes)])[engine]
+@pytest.mark.parametrize(("changes", "expected"), TRUTH, ids=[str(row[0]) for row in TRUTH])
+def test_which_engine_takes_which_settings_in_which_way(changes, expected):
+    answers = served_by([replace(COMMON, **changes)])
+    assert [*answers] == [*ENGINES] and len(TRUTH) >= 30
+    for (engine, reason), known in zip(answers.items(), expected.split(), strict=True):
+        ways = reason.partition("; it takes them ")[2] if reason else None
+        if known in ("yes", "no"):
+            assert ways == (None if known == "yes" else ""), (engine, reason)
+        else:
+            # "GH" is one way: another format and an option.
+            groups = ["GH"] if known == "GH" else [*known]
+            expected_ways = [" ".join(WAYS[letter] for letter in group) for group in groups]
+            assert ways == " or ".join(expected_ways), (engine, reason)
+
+
+def test_a_way_must_help_all_layers():
+    both = [replace(COMMON, bits=3), replace(COMMON, sym=False, bits=8)]
+    assert served_by(both)["SGLang"].endswith("; it takes them with --quantization humming")
+    assert "it takes them" not in served_by([*both, replace(COMMON, desc_act=True)])["SGLang"]
 
 
 def test_one_refused_layer_refuses_the_model():
@@ -91,6 +134,7 @@ def test_naming_of_experts():
     assert expert_naming("w3", fused=False) == "w1"
     assert expert_naming("up_proj", fused=False) == "gate_proj"
     assert expert_naming("up_proj", fused=True) == "fused"
+    assert expert_naming("up_proj", fused=True, family="qwen3_5_moe_text") == "gate_proj"
 
 
 @pytest.mark.parametrize(
@@ -106,3 +150,13 @@ def test_naming_of_experts():
 def test_tensor_parallelism_needs_whole_groups_and_heads(heads, kv_heads, down, group, degrees):
     linears = [(4096, 4096, group), (1024, 4096, group), (down, 4096, group), (4096, down, group)]
     assert tensor_parallel_degrees(linears, hidden=4096, heads=heads, kv_heads=kv_heads) == degrees
+
+
+def test_patterns_of_ignored_modules_match_no_quantized_layer():
+    quantized = ["model.layers.1.up", "decoder.layers.2.up"]
+    assert ignore_patterns(["model.layers.61", "mtp", "model.vision"], quantized) == {
+        "model.layers.61": r".*layers\.61\..*", "mtp": ".*mtp.*", "model.vision": r".*vision\..*",
+    }  # fmt: skip
+    narrow = ignore_patterns(["model.layers.2"], quantized)["model.layers.2"]
+    assert re.match(narrow, "model.layers.2.up") and re.match(narrow, "model.layers.2")
+    assert not any(re.match(narrow, name) for name in (*quantized, "model.layers.21.up"))

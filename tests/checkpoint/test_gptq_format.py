@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import roundwise as rw
+from roundwise.checkpoint.formats import shape_problem
 from roundwise.checkpoint.gptq_format import (
     LayerSettings,
     config_from_settings,
@@ -20,7 +21,6 @@ from roundwise.checkpoint.gptq_format import (
     packed_bytes,
     quantization_config,
     settings_from_weight,
-    shape_problem,
 )
 
 OUT, IN = 32, 96
@@ -41,7 +41,7 @@ def code(words: torch.Tensor, index: int, bits: int) -> int:
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
     sym=st.booleans(),
     version=st.sampled_from(["gptq", "gptq_v2"]),
     group_size=st.sampled_from([-1, 16, 32]),
@@ -58,7 +58,7 @@ def test_encode_and_decode_are_inverse(seed: int, **options: Any) -> None:
     assert torch.equal(back.dequantize(), q.dequantize())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_the_bits_are_where_the_format_says(bits: int, version: str) -> None:
     config = rw.QuantizeConfig(bits=bits, group_size=32, sym=False, format=version)
@@ -124,7 +124,7 @@ def test_a_layer_is_skipped_in_every_block_unless_another_block_quantizes_it() -
     config = rw.QuantizeConfig()
     skipped, linears = ["0.gate", "1.gate", "0.fc"], ["1.fc", "0.up", "1.up"]
     written = quantization_config(config, true_sequential=True, skipped=skipped, linears=linears)
-    assert written["dynamic"] == {r"-:.*\d+\.gate": {}, r"-:.*0\.fc": {}}
+    assert written["dynamic"] == {r"-:.*\d+\.gate$": {}, r"-:.*0\.fc$": {}}
     assert not any(re.match(rule[2:], name) for rule in written["dynamic"] for name in linears)
 
 
@@ -179,7 +179,7 @@ def test_settings_are_inferred_from_a_weight(settings: LayerSettings) -> None:
     assert settings_from_weight(q) == settings
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_packed_bytes_are_those_of_the_tensors(bits: int, group_size: int) -> None:
     config = rw.QuantizeConfig(bits=bits, group_size=group_size)
@@ -198,6 +198,6 @@ def test_the_most_common_settings_are_the_default() -> None:
     assert {key: config[key] for key in asdict(usual)} == asdict(usual)
     assert (config["checkpoint_format"], config["lm_head"]) == ("gptq_v2", False)
     assert config["dynamic"] == {
-        r"-:.*\d+\.fc": {},
+        r"-:.*\d+\.fc$": {},
         r"+:(?:0\.q_proj|0\.k_proj|0\.v_proj|0\.qkv_proj)$": asdict(wide),
     }

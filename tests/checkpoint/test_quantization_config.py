@@ -126,7 +126,7 @@ def test_the_config_of_the_text_part_counts(llama: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"bits": 5}, "bits='5': it must be 2, 3, 4 or 8"),
+        ({"bits": 9}, "bits='9': it must be 2, 3, 4, 5, 6, 7 or 8"),
         ({"bits": "four"}, "bits='four': it must be a whole number"),
         ({"bits": 4.5}, "bits='4.5'"),
         ({"bits": True}, "bits='True'"),

@@ -275,7 +275,7 @@ def test_layers_with_other_settings_than_the_default(llama: Path, tmp_path: Path
     assert (layers["model.layers.1.mlp.down_proj"].bits, len(layers)) == (4, 14)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("v1", [True, False])
 @pytest.mark.parametrize("sym", [True, False])
 def test_a_layer_reads_what_was_packed_by_hand(

@@ -12,10 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from roundwise.checkpoint import writer
-from roundwise.checkpoint.reader import DTYPES, read_header
+from roundwise.checkpoint.reader import DTYPES, Checkpoint, read_header
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import (
+    LazyTensor,
     atomic_write,
+    copied_tensor,
     copy_file,
     partial_path,
     write_json,
@@ -153,3 +155,14 @@ def test_temporary_names_fit_and_differ(length: int, tmp_path: Path) -> None:
     for path in partial:
         assert path.parent == tmp_path and path.name.endswith(".partial")
         assert len(path.name.encode()) <= 255
+
+
+def test_a_lazy_tensor_is_made_when_it_is_read(llama: Path) -> None:
+    made = []
+    lazy = LazyTensor("a", 8, lambda: made.append(1) or torch.arange(2))
+    assert not made
+    assert lazy.read().tolist() == [0, 1]
+    name, info = next(iter(Checkpoint(llama).tensors.items()))
+    copied = copied_tensor(name, info)
+    assert copied.nbytes == info.nbytes
+    assert torch.equal(copied.read(), info.read())

@@ -113,7 +113,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "options",
         [
-            ["--bits", 5], ["--nonsense"], ["--calibration", "nothing.txt"], ["--max-memory", "much"],
+            ["--bits", 9], ["--nonsense"], ["--calibration", "nothing.txt"], ["--max-memory", "much"],
             ["--strict", "--skip", "no_such_layer"], ["--strict", "--max-memory", "1kB"],
             ["--strict", "--samples", 100_000],
         ],

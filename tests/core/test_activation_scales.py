@@ -108,7 +108,7 @@ class TestRoundSearched:
     """Rounding to nearest on searched grids."""
 
     @pytest.mark.parametrize("sym", [True, False])
-    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
     def test_each_weight_goes_to_the_nearest_point(self, bits: int, sym: bool) -> None:
         W, H = layer()
         config = QuantizeConfig(bits=bits, group_size=32, sym=sym)

@@ -18,7 +18,7 @@ from roundwise.core.solver import grid_spec
 from roundwise.errors import NumericalError
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("min_zero", [0, 1])
 @pytest.mark.parametrize("shift", [-1.0, 0.0, 1.0])

@@ -10,7 +10,7 @@ from roundwise.core.grid_search import SHRINK, best_grids, candidates, score_gri
 
 SPECS = [
     GridSpec(bits, sym, min_zero, flip_sign, "pivot", 4)
-    for bits in (2, 3, 4, 8)
+    for bits in (2, 3, 4, 5, 6, 7, 8)
     for sym, min_zero, flip_sign in (
         (True, 0, True), (True, 0, False), (False, 0, True), (False, 1, True),
     )
@@ -69,7 +69,7 @@ def test_candidates_are_grids_that_a_file_can_hold(spec: GridSpec) -> None:
         assert int(grids.zero.max()) <= spec.maxq
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("sym", [True, False])
 def test_no_worse_than_the_range_of_the_weights(bits: int, sym: bool) -> None:
     W, D = group()

@@ -24,7 +24,7 @@ def weighed(E: torch.Tensor, H: torch.Tensor, B: torch.Tensor) -> float:
     return float(((B @ E) * (E @ H)).sum())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize(
     "settings", [{}, {"sym": False}, {"desc_act": True}, {"recipe": "textbook"}]
 )

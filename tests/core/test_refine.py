@@ -36,7 +36,7 @@ def losses(q: QuantizedWeight, T: torch.Tensor, H: torch.Tensor) -> torch.Tensor
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(1, 20), groups=st.integers(1, 4), bits=st.sampled_from([2, 3, 4, 8]),
+    rows=st.integers(1, 20), groups=st.integers(1, 4), bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
     sym=st.booleans(), desc_act=st.booleans(), recipe=st.sampled_from(["best", "textbook"]),
     seed=st.integers(0, 10**6),
 )  # fmt: skip

@@ -47,7 +47,7 @@ def assert_codes_of_the_oracle(W: torch.Tensor, H: torch.Tensor, config: Quantiz
     assert ours <= 1.001 * theirs
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("group_size", [16, 64, 192])
 def test_the_textbook_recipe_is_the_published_algorithm(bits: int, group_size: int) -> None:
     """Bit for bit, on a layer without rounding ties."""
@@ -57,7 +57,7 @@ def test_the_textbook_recipe_is_the_published_algorithm(bits: int, group_size: i
     assert torch.equal(q.dequantize(torch.float64), Q)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 @pytest.mark.parametrize("order", ["natural", "static", "group_aware", "desc_act"])
@@ -74,7 +74,7 @@ def test_codes_equal_the_oracle(bits: int, sym: bool, group_size: int, order: st
     seed=st.integers(0, 10**6),
     rows=st.integers(1, 9),
     width=st.integers(1, 6).map(lambda n: 24 * n),
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
     sym=st.booleans(),
     group_size=st.sampled_from([8, 16, 24, 64, -1]),
     order=st.sampled_from(["natural", "static", "group_aware"]),
@@ -267,7 +267,7 @@ def checked(q: QuantizedWeight) -> QuantizedWeight:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 1000), bits=st.sampled_from([2, 3, 4, 8]), sym=st.booleans(),
+    seed=st.integers(0, 1000), bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]), sym=st.booleans(),
     group=st.sampled_from([16, 32, -1]), width=st.sampled_from([32, 64, 96]), rows=st.integers(1, 40),
 )  # fmt: skip
 def test_the_default_recipe_never_loses_more_than_rounding(seed, bits, sym, group, width, rows):
@@ -280,7 +280,7 @@ def test_the_default_recipe_never_loses_more_than_rounding(seed, bits, sym, grou
 
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 1000), bits=st.sampled_from([2, 3, 4, 8]),
+    seed=st.integers(0, 1000), bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
     settings=st.sampled_from(
         [
             {"sym": False}, {"grid": "minmax"}, {"recipe": "textbook"},

@@ -21,7 +21,7 @@ from roundwise.inference.quant_linear import QuantLinear
 from tests.helpers import assign, edited_json, tensors_of
 from tests.inference.checkpoints import logits, rewritten
 
-WIDTHS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+WIDTHS = pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 
 
 def dense_logits(source: Path, checkpoint: Path, version: str) -> torch.Tensor:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import roundwise as rw
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.checkpoint.transformed_view import ComputedInfo
 from roundwise.checkpoint.writer import write_safetensors
+from roundwise.convert import convert
 from roundwise.errors import CheckpointError
 from roundwise.model.build import build, load_config
-from roundwise.model.conversions import converted_checkpoint, map_tensor_names
+from roundwise.model.conversions import converted_checkpoint, dense_layers, map_tensor_names
 from roundwise.model.streamed import open_streamed_model
+from roundwise.verify import audit
 from tests.helpers import ARCHITECTURES, LLAMA, random_model, raw, tensors_of
 from tests.matrix.tiny import find, tiny_model
 
@@ -153,3 +159,87 @@ def test_a_shape_that_differs_from_the_config(copy_of: Callable[[str], Path]) ->
     (folder / "config.json").write_text(config.replace('"vocab_size": 128', '"vocab_size": 96'))
     with pytest.raises(CheckpointError, match=r"has shape \[128, 64\].*requires \[96, 64\]"):
         open_streamed_model(folder).load_outside_blocks()
+
+
+def test_layers_with_a_dense_matrix(folder_of: Callable[[str], Path]) -> None:
+    streamed = open_streamed_model(folder_of("mixtral"))
+    quantized = {name for block in streamed.blocks for name in block.linears}
+    stored = {
+        streamed.checkpoint_name_of[f"{name}.weight"][: -len(".weight")] for name in quantized
+    }
+    names = dense_layers(streamed.model, streamed.checkpoint.tensors, quantized | stored)
+    routers = [
+        f"model.layers.{i}.{name}.gate" for i in (0, 1) for name in ("mlp", "block_sparse_moe")
+    ]
+    assert sorted(names) == sorted(["lm_head", *routers])
+    assert "lm_head" not in dense_layers(streamed.model, {}, {"lm_head"})
+
+
+class TestLayersThatOnlyTheFilesHave:
+    """Draft layers (MTP) and the like are kept as they are, and the config says that they are dense."""
+
+    #: Family -> (tensors added to its files, their modules, names that engines look up).
+    CASES: ClassVar[dict[str, tuple[str, list[str], list[str]]]] = {
+        # DeepSeek, GLM: one more layer than the config counts.
+        "deepseek_v3": (
+            "model.layers.2.", ["model.layers.2"],
+            ["model.layers.2.mtp_block.self_attn.o_proj", "model.layers.2.eh_proj"],
+        ),
+        # Qwen3-Next and others: a module of its own.
+        "qwen3": ("mtp.layers.0.", ["mtp"], ["mtp.layers.0.self_attn.q_proj", "model.mtp.fc"]),
+        # Files without the prefix of the base model.
+        "llama": ("draft_head.0.", ["draft_head"], ["draft_head.0.mlp.up_proj"]),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("file_format", ["gptq", "compressed-tensors"])
+    @pytest.mark.parametrize("name", CASES)
+    def test_they_are_declared(
+        self, name: str, file_format: Any, copy_of: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        prefix, modules, engine_names = self.CASES[name]
+        model = copy_of(name)
+        tensors = load_file(model / "model.safetensors")
+        for key in [key for key in tensors if key.startswith("model.layers.1.")]:
+            tensors[prefix + key.removeprefix("model.layers.1.")] = tensors[key].clone()
+        tensors[f"{prefix}eh_proj.weight"] = torch.randn(64, 128)
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+        streamed = open_streamed_model(model)
+        assert streamed.ignored_modules() == modules
+        config = rw.QuantizeConfig(method="rtn", group_size=32, format=file_format)
+        result = rw.quantize(model, tmp_path / "out", config)
+        assert any(line.startswith(f"{modules[0]} stay dense") for line in result.warnings)
+        assert not audit(tmp_path / "out", against=Checkpoint(model)).failures
+        rw.load(tmp_path / "out")
+        other = "compressed-tensors" if file_format == "gptq" else "gptq"
+        convert(tmp_path / "out", tmp_path / "other", other)
+        rw.load(tmp_path / "other")
+        drafts = [key for key in tensors if key.startswith(prefix)]
+        linears = [n for block in streamed.blocks for n in block.linears]
+        for folder in (tmp_path / "out", tmp_path / "other"):
+            stored = tensors_of(folder)
+            assert all(raw(stored[key]) == raw(tensors[key]) for key in drafts)
+            dense = [*engine_names, *(key.removesuffix(".weight") for key in drafts)]
+            assert all(self.is_skipped(folder, key) for key in dense)
+            assert not any(self.is_skipped(folder, key) for key in linears)
+
+    def is_skipped(self, folder: Path, layer: str) -> bool:
+        """As vLLM decides: patterns match from the start of a name."""
+        settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+        if "ignore" in settings:
+            patterns = [
+                x[3:] if x.startswith("re:") else re.escape(x) + "$" for x in settings["ignore"]
+            ]
+        else:
+            patterns = [x[2:] for x in settings.get("dynamic", {}) if x.startswith("-:")]
+        return any(re.match(pattern, layer) for pattern in patterns)
+
+    def test_a_rotation_leaves_them_behind(
+        self, copy_of: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        model = copy_of("llama")
+        tensors = load_file(model / "model.safetensors")
+        tensors["mtp.fc.weight"] = torch.randn(64, 128)
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+        config = rw.QuantizeConfig(method="rtn", group_size=32, rotate=True)
+        result = rw.quantize(model, tmp_path / "out", config)
+        assert any("mtp is not rotated" in line for line in result.not_as_asked)

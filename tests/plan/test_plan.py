@@ -204,7 +204,7 @@ def test_the_command(commands, text_model):
 def test_layers_that_vllm_fuses_must_agree(override, split, text_model):
     config = rw.QuantizeConfig(group_size=32, dynamic=override)
     planned = plan(open_streamed_model(text_model), config, samples=4, seq_len=32)
-    for engine in ("vLLM, CPU", "vLLM, GPU (Marlin)"):
+    for engine in ("vLLM, CPU", "vLLM, GPU"):
         reason = planned.served_by[engine]
         if split is None or (engine == "vLLM, CPU" and "q_proj" in override):
             assert (reason is None) == (split is None)  # 8 bits are the first reason there
@@ -224,13 +224,13 @@ def test_the_size_of_a_target_equals_that_of_the_run(tiny, tmp_path):
     assert planned.bits_per_weight == pytest.approx(3.5)
     assert planned.phases["survey"] > 0
     assert "42 layers are chosen when the run begins" in " ".join(planned.warnings)
-    reason = planned.served_by["vLLM, GPU (Marlin)"]
+    reason = planned.served_by["vLLM, GPU"]
     assert reason is not None
     assert reason.startswith("its kernels take 4, 8 bits, not 2; it takes them with --quant")
     wide = plan(
         open_streamed_model(tiny), config.merged({"target_widths": (4, 8), "target_bpw": 5.0})
     )
-    assert wide.served_by["vLLM, GPU (Marlin)"] is None
+    assert wide.served_by["vLLM, GPU"] is None
 
 
 def test_json_values_of_a_layer(llama):

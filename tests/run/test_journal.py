@@ -42,7 +42,7 @@ def record(block: int, activations: SavedActivations | None = None) -> BlockReco
     return BlockRecord(
         block=block, sha256="0", nbytes=1, activations=activations,
         layers=[], experts={}, seconds={"solve": 1.5}, name="layers.0",
-        depth_error=None, saturation=None,
+        depth_error=None,
     )  # fmt: skip
 
 

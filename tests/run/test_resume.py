@@ -173,8 +173,11 @@ def test_every_architecture_resumes_from_its_saved_activations(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_rounding_to_nearest_resumes_too(llama: Path, tmp_path: Path) -> None:
-    config = QUICK.merged({"method": "rtn"})
+@pytest.mark.parametrize("changes", [{}, {"format": "compressed-tensors", "sym": False}])
+def test_rounding_to_nearest_resumes_too(
+    changes: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
+    config = QUICK.merged({"method": "rtn", **changes})
     quantize(llama, tmp_path / "whole", config=config, calibration=None)
     with pytest.raises(Stop):
         quantize(

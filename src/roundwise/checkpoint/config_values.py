@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import regex
@@ -14,6 +15,21 @@ ALIASES = {"quant_method": "method", "checkpoint_format": "format"}
 #: Seconds that a pattern may take on one name.
 PATTERN_SECONDS = 1.0
 TRUE, FALSE = ("true", "1"), ("false", "0")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Settings of a layer according to the config; None: the config does not say."""
+
+    bits: int | None
+    group_size: int | None
+    """Input channels per group; -1: one group for all."""
+    sym: bool | None
+    desc_act: bool | None
+
+    def known(self) -> dict[str, Any]:
+        """Returns the settings that the config says, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def whole_number(settings: Mapping[str, Any], key: str) -> int | None:

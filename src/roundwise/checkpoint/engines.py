@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from roundwise.checkpoint.compressed_tensors import WIDTHS
 from roundwise.config import QuantizeConfig
+from roundwise.core.quantized_weight import WIDTHS
 
 #: vLLM's fused layers -> the layers that each is made of.
 PACKED_MODULES_MAPPING = {
@@ -25,6 +25,9 @@ PACKED_MODULES_MAPPING = {
 #: Degrees of tensor parallelism that `tensor_parallel_degrees` tries.
 TENSOR_PARALLEL_DEGREES = (1, 2, 4, 8, 16, 32)
 
+#: Families whose original files have fused experts, and whose publishers' own GPTQ files, with one layer
+#: per expert, are read by vLLM.
+READ_ONE_BY_ONE = ("qwen3_5_moe", "gemma4")
 #: How a checkpoint names experts: w1, w2 and w3; gate_proj, up_proj and down_proj; all experts fused in
 #: one tensor; or experts of one layer with different settings.
 ExpertNaming = Literal["w1", "gate_proj", "fused", "mixed"]
@@ -72,6 +75,27 @@ def packed_rules(config: QuantizeConfig, names: Iterable[str]) -> dict[str, dict
     }
 
 
+def ignore_patterns(ignored: Iterable[str], quantized: Iterable[str]) -> dict[str, str]:
+    """Returns patterns for modules that only the files have, such as draft layers (MTP), by module.
+
+    Engines build such layers under names of their own, such as `model.layers.61.mtp_block.…`, and look
+    for rules like `.*layers\\.61\\..*` or, in vLLM, for `mtp` in a rule.
+
+    Args:
+        ignored: names of the modules.
+        quantized: names of the quantized layers; no pattern matches one.
+    """
+    names = [*quantized]
+    patterns = {}
+    for module in ignored:
+        parts = module.split(".")
+        end = ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+        wide = ".*mtp.*" if "mtp" in module else rf".*{re.escape(end)}\..*"
+        hits = any(re.match(wide, name) for name in names)
+        patterns[module] = rf"(?:.*\.)?{re.escape(module)}(?:\..*)?$" if hits else wide
+    return patterns
+
+
 def conflicting_packed_modules(config: QuantizeConfig, names: Iterable[str]) -> list[str]:
     """Returns the fused names whose members have different settings.
 
@@ -95,45 +119,64 @@ class ServedLayer:
     sym: bool = True
     desc_act: bool = False
     format: str = "gptq"
-    """gptq or gptq_v2."""
+    """gptq, gptq_v2 or compressed-tensors."""
     expert_naming: ExpertNaming | None = None
     """Naming of the experts in the checkpoint, if the layer belongs to one."""
     conflicting_module: str | None = None
     """Name of a fused layer that this layer belongs to and whose members have different settings."""
+    is_head: bool = False
+    is_conv1d: bool = False
 
 
 @dataclass(frozen=True)
 class Reading:
     """One way in which an engine reads quantized files, and what it takes in that way."""
 
-    how: str
-    """Empty: a GPTQ file as it is; else what to do for it."""
     bits: frozenset[int]
     asymmetric: bool
     group_sizes: frozenset[int] | None
     """None: all."""
+    compressed_tensors: bool = False
+    """True: files in the compressed-tensors format; False: GPTQ files."""
+    option: str = ""
+    """Option that the engine needs for it."""
     act_order: bool = False
+    head: bool = True
+    """A quantized output head is read."""
     seen: bool = False
     """True: tests/clients runs it; False: read from the engine's source code."""
 
-    def refusal(self, layer: ServedLayer) -> str | None:
-        """Returns why a layer cannot be read in this way; None if it can."""
+    def takes_format(self, layer: ServedLayer) -> bool:
+        """Tells whether a layer is in the format of this reading."""
+        return self.compressed_tensors == (layer.format == "compressed-tensors")
+
+    def refusal(self, layer: ServedLayer) -> str | None:  # one for each reason
+        """Returns why a layer cannot be read in this way, once it is in the format; None: it can."""
         if layer.bits not in self.bits:
             known = ", ".join(map(str, sorted(self.bits)))
             return f"its kernels take {known} bits, not {layer.bits}"
         if not layer.sym and not self.asymmetric:
             return "it takes symmetric weights only, these are asymmetric"
-        if layer.desc_act and not self.act_order:
+        # One group for all channels is the same group in any order.
+        if layer.desc_act and layer.group_size != -1 and not self.act_order:
             return "it takes no act-order files (desc_act)"
         if self.group_sizes is not None and layer.group_size not in self.group_sizes:
             sizes = ", ".join(str(size) for size in sorted(self.group_sizes) if size > 0)
             return f"it has no kernel for groups of {layer.group_size} ({sizes} or -1)"
-        return None
+        if layer.is_conv1d and self.compressed_tensors:
+            return "Conv1D layers cannot be stored as compressed-tensors"
+        return "it reads no quantized output head" if layer.is_head and not self.head else None
+
+    def way(self, layer: ServedLayer) -> str:
+        """Returns what a user must do so that a layer is read in this way."""
+        other = "compressed-tensors" if self.compressed_tensors else "gptq"
+        as_format = "" if self.takes_format(layer) else f"as --format {other}"
+        return " ".join(part for part in (as_format, self.option and f"with {self.option}") if part)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An inference engine and the ways in which it reads quantized files; the first is the usual one."""
+    """An inference engine and the ways in which it reads quantized files; the usual one comes first."""
 
     version: str
     """Version that the table was checked with."""
@@ -141,78 +184,86 @@ class Engine:
     device: str = ""
 
 
-HUMMING, CONVERTED = (
-    "with --quantization humming",
-    "after `roundwise convert --to compressed-tensors`",
-)
+HUMMING = "--quantization humming"
 _COMMON_GROUPS = frozenset((-1, 32, 64, 128))
 _ALL_BITS = frozenset(range(2, 9))
-#: GPUs from SM75 on; the output head is not read quantized.
-_HUMMING = Reading(HUMMING, frozenset(range(1, 9)), True, None)
+_OURS = frozenset(WIDTHS)
+#: GPUs from SM75 on.
+_HUMMING = Reading(frozenset(range(1, 9)), True, None, option=HUMMING, head=False)
+_GPTQ_MARLIN = Reading(frozenset([4, 8]), False, _COMMON_GROUPS)
+VLLM_CPU, VLLM_GPU = "vLLM, CPU", "vLLM, GPU"
 
 #: Engine -> what it reads. Versions of November 2026; rows that are not `seen` are from its source code.
 ENGINES: dict[str, Engine] = {
-    "vLLM, CPU": Engine(
+    VLLM_CPU: Engine(
         "0.32.0",
         (
-            Reading("", frozenset([4]), False, _COMMON_GROUPS, seen=True),
-            Reading(CONVERTED, frozenset([4]), True, _COMMON_GROUPS),
+            Reading(frozenset([4]), False, _COMMON_GROUPS, seen=True),
+            Reading(frozenset([4]), True, None, compressed_tensors=True, seen=True),
         ),
         "cpu",
     ),
-    "vLLM, GPU (Marlin)": Engine(
+    VLLM_GPU: Engine(
         "0.33",
-        (
-            Reading("", frozenset([4, 8]), False, _COMMON_GROUPS),
-            _HUMMING,
-            Reading(CONVERTED, _ALL_BITS, True, _COMMON_GROUPS),
-        ),
+        (_GPTQ_MARLIN, _HUMMING, Reading(_ALL_BITS, True, None, compressed_tensors=True)),
         "gpu",
     ),
     "SGLang": Engine(
         "0.5.23",
         (
-            Reading("", frozenset([4, 8]), False, _COMMON_GROUPS),
+            _GPTQ_MARLIN,
             _HUMMING,
-            Reading(CONVERTED, frozenset([4, 8]), True, _COMMON_GROUPS),
+            Reading(frozenset([4, 8]), True, _COMMON_GROUPS, compressed_tensors=True),
         ),
         "gpu",
     ),
-    "ExLlamaV2": Engine("0.3.2", (Reading("", frozenset([4]), True, None, act_order=True),)),
+    "ExLlamaV2": Engine("0.3.2", (Reading(frozenset([4]), True, None, act_order=True),)),
     "GPTQModel": Engine(
-        "7.7.0", (Reading("", frozenset([2, 3, 4, 8]), True, None, act_order=True, seen=True),)
+        "7.7.0", (Reading(frozenset([2, 3, 4, 8]), True, None, act_order=True, seen=True),)
     ),
     "transformers with roundwise": Engine(
-        "5.23", (Reading("", frozenset([2, 3, 4, 8]), True, None, act_order=True, seen=True),)
+        "5.23",
+        (
+            Reading(_OURS, True, None, act_order=True, seen=True),
+            Reading(_OURS, True, None, compressed_tensors=True, act_order=True, seen=True),
+        ),
     ),
 }
 
 
-def vllm_refusal(layer: ServedLayer, *, gpu: bool) -> str | None:
-    """Returns why vLLM refuses a layer of a GPTQ file; None if it serves it.
+def choose_option(name: str, layers: Iterable[ServedLayer]) -> tuple[str, str | None]:
+    """Chooses how an engine reads a checkpoint in the format that it has.
 
     Args:
-        layer: settings of the layer.
-        gpu: vLLM runs on a GPU.
+        name: name of the engine in `ENGINES`.
+        layers: settings of its layers.
+
+    Returns:
+        The option that the engine needs, or an empty text; and why it does not serve the checkpoint.
     """
-    return _refusal("vLLM, GPU (Marlin)" if gpu else "vLLM, CPU", layer)
+    distinct, first = list(dict.fromkeys(layers)), None
+    for reading in ENGINES[name].readings:
+        if all(map(reading.takes_format, distinct)):
+            reason = _refusal_of_all(name, reading, distinct)
+            if reason is None:
+                return reading.option, None
+            first = first or reason
+    return "", first or _WRONG_FORMAT
 
 
-def _refusal(name: str, layer: ServedLayer) -> str | None:
-    """Returns why an engine refuses a layer of a GPTQ file, and how it takes it after all."""
-    engine = ENGINES[name]
-    reason = engine.readings[0].refusal(layer)
-    if reason is not None:
-        others = [
-            other.how
-            for other in engine.readings[1:]
-            if other.refusal(layer) is None and (other.how != CONVERTED or layer.bits in WIDTHS)
-        ]
-        return f"{reason}; it takes them {' or '.join(others)}" if others else reason
-    if engine.device:
-        return _fusing_refusal(layer, gpu=engine.device == "gpu")
-    if name == "GPTQModel":
-        return _gptqmodel_refusal(layer)
+_WRONG_FORMAT = "it does not read files in this format"
+
+
+def _refusal_of_all(name: str, reading: Reading, layers: list[ServedLayer]) -> str | None:
+    """Returns why an engine cannot read one of some layers in a way; None: it can read all."""
+    for layer in layers:
+        reason = reading.refusal(layer)
+        if reason is None and ENGINES[name].device:
+            reason = _fusing_refusal(layer, gpu=ENGINES[name].device == "gpu")
+        if reason is None and name == "GPTQModel":
+            reason = _gptqmodel_refusal(layer)
+        if reason is not None:
+            return reason
     return None
 
 
@@ -239,25 +290,41 @@ def _gptqmodel_refusal(layer: ServedLayer) -> str | None:
     return None
 
 
-def expert_naming(projection: str, *, fused: bool) -> ExpertNaming:
+def expert_naming(projection: str, *, fused: bool, family: str = "") -> ExpertNaming:
     """Returns how files name the experts that a projection belongs to.
 
     Args:
         projection: its name, such as w1 or gate_proj.
         fused: the files of the original model hold all experts in one tensor.
+        family: `model_type` of the model.
     """
-    if fused:
+    if fused and not family.startswith(READ_ONE_BY_ONE):
         return "fused"
     return "w1" if projection in ("w1", "w2", "w3") else "gate_proj"
 
 
 def served_by(layers: Iterable[ServedLayer]) -> dict[str, str | None]:
-    """Returns for each engine why it does not serve a checkpoint with these layers; None if it does."""
+    """Returns for each engine why it does not serve a checkpoint with these layers; None if it does.
+
+    The reason ends with the ways in which the engine takes the same layers after all: with an option, or
+    in another format.
+    """
     distinct = list(dict.fromkeys(layers))
-    return {
-        name: next((reason for layer in distinct if (reason := _refusal(name, layer))), None)
-        for name in ENGINES
-    }
+    return {name: _refusal_and_ways(name, distinct) for name in ENGINES}
+
+
+def _refusal_and_ways(name: str, layers: list[ServedLayer]) -> str | None:
+    ways, reason = list[str](), _WRONG_FORMAT
+    for reading in ENGINES[name].readings:
+        refusal = _refusal_of_all(name, reading, layers)
+        way = reading.way(layers[0]) if layers else ""
+        if refusal is None and not way:
+            return None
+        if refusal is None:
+            ways.append(way)
+        elif not way:
+            reason = refusal
+    return f"{reason}; it takes them {' or '.join(ways)}" if ways else reason
 
 
 def tensor_parallel_degrees(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.engines import packed_rules, with_packed_names
+from roundwise.checkpoint.engines import ignore_patterns, packed_rules, with_packed_names
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import QuantizedWeight, codes_per_block, pack, unpack
 from roundwise.version import __version__
@@ -34,16 +34,12 @@ def fills_words(out_features: int, in_features: int, bits: int) -> bool:
     return in_features % block == 0 and out_features % block == 0
 
 
-def shape_problem(out_features: int, in_features: int, config: QuantizeConfig) -> str | None:
-    """Returns why the format cannot store a weight with these settings; None: it can."""
-    if not group_size_divides(in_features, config.group_size):
-        return f"group_size={config.group_size} does not divide {in_features} input channels"
-    if not fills_words(out_features, in_features, config.bits):
-        return (
-            f"{config.bits}-bit codes are stored in multiples of {codes_per_block(config.bits)}, "
-            f"which {out_features} x {in_features} is not"
-        )
-    return None
+def words_problem(out_features: int, in_features: int, bits: int) -> str:
+    """Returns the sentence about a weight whose codes do not fill whole words."""
+    return (
+        f"{bits}-bit codes are stored in multiples of {codes_per_block(bits)}, "
+        f"which {out_features} x {in_features} is not"
+    )
 
 
 def packed_bytes(rows: int, columns: int, config: QuantizeConfig) -> int:
@@ -114,6 +110,7 @@ def quantization_config(
     true_sequential: bool,
     skipped: Iterable[str] = (),
     linears: Iterable[str] = (),
+    ignored: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Returns the `quantization_config` of config.json that vLLM, transformers and others read.
 
@@ -122,10 +119,15 @@ def quantization_config(
         true_sequential: the run was in true_sequential mode.
         skipped: names of linear layers that are never quantized, whatever the settings say.
         linears: names of all other linear layers.
+        ignored: names of modules that only the files have, such as draft layers.
     """
     linears = [*linears]
     quantized = [name for name in linears if config.for_module(name) is not None]
-    dynamic = {**_skip_rules(skipped, quantized), **packed_rules(config, linears)}
+    dynamic = {
+        **_ignore_rules(ignored, quantized),
+        **_skip_rules(skipped, quantized),
+        **packed_rules(config, linears),
+    }
     for pattern, changes in config.dynamic.items():
         # Readers match dynamic patterns from the start of the name; ours may match anywhere in it.
         anchored = f".*(?:{pattern})"
@@ -139,17 +141,24 @@ def quantization_config(
         "lm_head": config.lm_head,
         "checkpoint_format": config.format,
         "true_sequential": true_sequential,
-        # Readers expect a number here, so "auto" goes under meta.
-        **({"damp_percent": config.damp_percent} if config.damp_percent != "auto" else {}),
+        "damp_percent": config.damp_percent,
         **({"dynamic": dynamic} if dynamic else {}),
-        "meta": {
-            "quantizer": [f"roundwise:{__version__}"],
-            "method": config.method,
-            "order": config.order,
-            **({"damp_percent": "auto"} if config.damp_percent == "auto" else {}),
-            **({"prescale": "awq"} if config.prescales else {}),
-            **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
-        },
+        "meta": run_meta(config),
+    }
+
+
+def run_meta(config: QuantizeConfig) -> dict[str, Any]:
+    """Returns what a quantization config says of the run that made the checkpoint.
+
+    Args:
+        config: settings of the run.
+    """
+    return {
+        "quantizer": [f"roundwise:{__version__}"],
+        "method": config.method,
+        "order": config.order,
+        **({"prescale": "awq"} if config.prescales else {}),
+        **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
     }
 
 
@@ -168,7 +177,12 @@ def _skip_rules(names: Iterable[str], quantized: Iterable[str]) -> dict[str, dic
         else re.sub(r"\d+", r"\\d+", re.escape(name))
         for name in names
     ]
-    return {f"-:.*{pattern}": {} for pattern in dict.fromkeys(patterns)}
+    return {f"-:.*{pattern}$": {} for pattern in dict.fromkeys(patterns)}
+
+
+def _ignore_rules(ignored: Iterable[str], quantized: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns `dynamic` rules that skip modules that only the files have."""
+    return {f"-:{pattern}": {} for pattern in ignore_patterns(ignored, quantized).values()}
 
 
 def _without_numbers(name: str) -> str:
@@ -203,6 +217,7 @@ def config_from_settings(
     checkpoint_format: str,
     unquantized: Iterable[str],
     *,
+    ignored: Iterable[str] = (),
     lm_head: bool,
 ) -> dict[str, Any]:
     """Returns the `quantization_config` of a checkpoint of which only the weights are known.
@@ -213,6 +228,7 @@ def config_from_settings(
         layers: settings of each quantized layer, by name.
         checkpoint_format: gptq or gptq_v2.
         unquantized: names of linear layers that are not quantized.
+        ignored: names of modules that only the files have, such as draft layers.
         lm_head: the output head is quantized.
     """
     names_by_settings: dict[LayerSettings, list[str]] = {}
@@ -221,7 +237,10 @@ def config_from_settings(
     (default, _), *others = sorted(
         names_by_settings.items(), key=lambda item: len(item[1]), reverse=True
     )
-    dynamic = _skip_rules(unquantized, layers)
+    modules = ignore_patterns(ignored, layers)
+    inside = tuple(f"{module}." for module in modules)
+    dense = [name for name in unquantized if name not in modules and not name.startswith(inside)]
+    dynamic = _ignore_rules(modules, layers) | _skip_rules(dense, layers)
     for settings, names in others:
         pattern = "|".join(map(re.escape, with_packed_names(names)))
         dynamic[f"+:(?:{pattern})$"] = asdict(settings)

@@ -1,4 +1,4 @@
-"""Reads the quantization config of a GPTQ checkpoint, whichever tool wrote it and wherever it is.
+"""Reads the quantization config of a checkpoint, whichever tool wrote it and wherever it is.
 
 Tools use several names and spellings for the same setting: `format` and `checkpoint_format`, `method`
 and `quant_method`, numbers as strings, capitals. Everything that reads a checkpoint gets one record with
@@ -8,12 +8,15 @@ carried along unread. Values that change how tensors are read and that are not k
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from roundwise.checkpoint import compressed_tensors
 from roundwise.checkpoint.config_values import (
     ALIASES,
+    LayerConfig,
     check_pattern,
     flag,
     matches,
@@ -27,13 +30,14 @@ from roundwise.config import OVERRIDABLE
 from roundwise.core.quantized_weight import WIDTHS
 from roundwise.errors import CheckpointError, quoted
 
-Format = Literal["gptq", "gptq_v2"]
+GptqVersion = Literal["gptq", "gptq_v2"]
+Format = Literal["gptq", "gptq_v2", "compressed-tensors"]
 
 #: Files of older tools that hold the settings if config.json does not.
 OLD_FILE = "quantize_config.json"
 #: Names of AutoRound for itself, and its names of the layouts that are GPTQ's.
 AUTO_ROUND = ("auto-round", "auto_round", "autoround", "intel/auto-round")
-AUTO_ROUND_FORMATS: dict[str, Format] = {
+AUTO_ROUND_FORMATS: dict[str, GptqVersion] = {
     "auto_round:auto_gptq": "gptq",
     "auto_round:gptq": "gptq",
     "auto_gptq": "gptq",
@@ -47,36 +51,28 @@ MARLIN_ADVICE = (
 
 
 @dataclass(frozen=True)
-class LayerConfig:
-    """Settings of a layer according to the config; None: the config does not say."""
-
-    bits: int | None
-    group_size: int | None
-    """Input channels per group; -1: one group for all."""
-    sym: bool | None
-    desc_act: bool | None
-
-
-@dataclass(frozen=True)
 class QuantizationConfig:
-    """The quantization config of a GPTQ checkpoint."""
+    """The quantization config of a checkpoint in the GPTQ or the compressed-tensors format."""
 
     checkpoint_format: Format
-    """gptq: zero points are stored minus one; gptq_v2: unchanged."""
+    """gptq: zero points are stored minus one; gptq_v2: unchanged; compressed-tensors."""
     default: LayerConfig
     rules: tuple[tuple[str, LayerConfig | None], ...]
     """(pattern, settings) in order, the first that matches from the start of a name wins; None: layers
     that match are not quantized."""
-    lm_head: bool
     raw: dict[str, Any]
     """The config as JSON under the usual names and spellings, with all other entries unchanged."""
+    names: Mapping[str, LayerConfig | None] = field(default_factory=dict)
+    """Settings of layers that are named without a pattern, which come before all rules."""
 
-    def as_json(self, checkpoint_format: Format | None = None) -> dict[str, Any]:
+    def as_json(self, checkpoint_format: GptqVersion | None = None) -> dict[str, Any]:
         """Returns the config as every reader understands it.
 
         Args:
             checkpoint_format: format of the tensors it is written for; None: unchanged.
         """
+        if self.checkpoint_format == compressed_tensors.METHOD:
+            return {**self.raw}
         return {**self.raw, "checkpoint_format": checkpoint_format or self.checkpoint_format}
 
     def overrides(self) -> dict[str, dict[str, Any] | None]:
@@ -93,7 +89,20 @@ class QuantizationConfig:
             pattern = pattern[5:-1] if ours else f"^(?:{pattern})"
             known = {key: changes[key] for key in OVERRIDABLE if key in (changes or {})}
             rules[pattern] = None if rule.startswith("-:") else known
-        return rules
+        return rules | self._overrides_of_names()
+
+    def _overrides_of_names(self) -> dict[str, dict[str, Any] | None]:
+        """Returns overrides for the layers and patterns of a compressed-tensors config."""
+        patterns: dict[LayerConfig | None, list[str]] = {}
+        for name, settings in self.names.items():
+            patterns.setdefault(settings, []).append(rf"(?:^|\.){re.escape(name)}$")
+        if self.checkpoint_format == compressed_tensors.METHOD:
+            for pattern, settings in self.rules:
+                patterns.setdefault(settings, []).append(f"^(?:{pattern})")
+        return {
+            "|".join(parts): None if settings is None else settings.known()
+            for settings, parts in patterns.items()
+        }
 
     def for_layer(self, name: str) -> list[LayerConfig | None]:
         """Returns the settings that the config may mean for a layer; None: it is not quantized.
@@ -108,6 +117,10 @@ class QuantizationConfig:
         Raises:
             CheckpointError: a pattern takes too long.
         """
+        if self.names:
+            named = next((alias for alias in _aliases(name) if alias in self.names), None)
+            if named is not None:
+                return [self.names[named]]
         rules = [self._rule_for(alias) for alias in _aliases(name)] if self.rules else []
         if rules and rules[0] is not None:
             return [rules[0][1]]
@@ -161,9 +174,10 @@ def without_quantization_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_packed(tensors: Mapping[str, object]) -> bool:
-    """Tells whether some tensors hold packed codes, in the GPTQ or in Marlin's layout."""
+    """Tells whether some tensors hold packed codes: GPTQ, compressed-tensors or Marlin's layout."""
     return any(
-        name.endswith(".qweight") or (name.endswith(".B") and f"{name[:-1]}s" in tensors)
+        name.endswith((".qweight", f".{compressed_tensors.PACKED}"))
+        or (name.endswith(".B") and f"{name[:-1]}s" in tensors)
         for name in tensors
     )
 
@@ -188,10 +202,11 @@ def _auto_round_packing(raw: Mapping[str, Any]) -> str:
 
 
 def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
-    """Returns the quantization config of a GPTQ checkpoint.
+    """Returns the quantization config of a checkpoint in the GPTQ or the compressed-tensors format.
 
     Raises:
         CheckpointError: the checkpoint is not quantized or in another format, or a value is not known.
+        ConfigError: it is in another format of compressed-tensors.
     """
     raw = raw_quantization_config(checkpoint)
     if raw is None:
@@ -212,13 +227,18 @@ def parse_quantization_config(raw: Mapping[str, Any], folder: str) -> Quantizati
 
     Raises:
         CheckpointError: the format is another one, or a value is not known.
+        ConfigError: it is another format of compressed-tensors.
     """
     method = quantization_method(raw)
+    if method == compressed_tensors.METHOD:
+        targets = compressed_tensors.parse_targets(raw, folder)
+        return QuantizationConfig(
+            "compressed-tensors", targets.default, targets.rules, {**raw}, targets.names
+        )
     if method != "gptq":
-        convertible = method == "compressed-tensors"
-        hint = ": run `roundwise convert --to gptq` first" if convertible else ""
         raise CheckpointError(
-            f"{folder} is quantized with {quoted(method)[1:-1]}, not in the GPTQ format{hint}"
+            f"{folder} is quantized with {quoted(method)[1:-1]}, not in the GPTQ format or "
+            "compressed-tensors"
         )
     checkpoint_format = _checkpoint_format(raw, folder)
     pack_dtype = word(raw, "pack_dtype", "int32").removeprefix("torch.")
@@ -230,7 +250,6 @@ def parse_quantization_config(raw: Mapping[str, Any], folder: str) -> Quantizati
     _check_activations(raw, folder)
     dynamic = {**_auto_round_rules(raw), **_dynamic(raw)}
     default = _layer_config(raw)
-    lm_head = bool(flag(raw, "lm_head"))
     other = {*ALIASES, *ALIASES.values(), "packing_format", "extra_config", "dynamic"}
     known = {
         "bits": default.bits, "group_size": default.group_size, "sym": default.sym,
@@ -240,15 +259,15 @@ def parse_quantization_config(raw: Mapping[str, Any], folder: str) -> Quantizati
         "quant_method": "gptq",
         **{key: value for key, value in raw.items() if key not in other},
         **{key: value for key, value in known.items() if value is not None},
-        **({"lm_head": lm_head} if "lm_head" in raw else {}),
+        **({"lm_head": bool(flag(raw, "lm_head"))} if "lm_head" in raw else {}),
         "checkpoint_format": checkpoint_format,
         **({"dynamic": dynamic} if dynamic else {}),
     }
     rules = tuple(_parse_rule(pattern, changes, raw) for pattern, changes in dynamic.items())
-    return QuantizationConfig(checkpoint_format, default, rules, lm_head, canonical)
+    return QuantizationConfig(checkpoint_format, default, rules, canonical)
 
 
-def _checkpoint_format(raw: Mapping[str, Any], folder: str) -> Format:
+def _checkpoint_format(raw: Mapping[str, Any], folder: str) -> GptqVersion:
     """Returns how zero points are stored."""
     auto_round = word(raw, "quant_method", "gptq") in AUTO_ROUND
     default = AUTO_ROUND_FORMATS[_auto_round_packing(raw)] if auto_round else "gptq"
@@ -260,7 +279,7 @@ def _checkpoint_format(raw: Mapping[str, Any], folder: str) -> Format:
             f"{folder} has tensors in the format {quoted(stated)} (checkpoint_format): only gptq and "
             "gptq_v2 are supported"
         )
-    return cast(Format, stated)
+    return cast(GptqVersion, stated)
 
 
 def _check_activations(raw: Mapping[str, Any], folder: str) -> None:
@@ -315,7 +334,7 @@ def _parse_rule(rule: str, changes: Any, raw: Mapping[str, Any]) -> tuple[str, L
 def _layer_config(settings: Mapping[str, Any]) -> LayerConfig:
     bits, group_size = whole_number(settings, "bits"), whole_number(settings, "group_size")
     if bits is not None and bits not in WIDTHS:
-        raise unknown_value("bits", settings["bits"], "2, 3, 4 or 8")
+        raise unknown_value("bits", settings["bits"], "2, 3, 4, 5, 6, 7 or 8")
     if group_size is not None and group_size != -1 and group_size < 1:
         raise unknown_value(
             "group_size", settings["group_size"], "-1 or a number of input channels"

@@ -1,4 +1,4 @@
-"""The quantized layers of a GPTQ checkpoint, held against its config and each other.
+"""The quantized layers of a checkpoint in either format, held against its config and each other.
 
 Everything that reads packed codes finds its layers here, so that no reader takes tensors that contradict
 the config or each other: `quantized_layers` compares the headers (types, shapes, widths, groups),
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from roundwise.checkpoint.gptq_format import SUFFIXES, decode, decode_zeros
+from roundwise.checkpoint import compressed_tensors, gptq_format
+from roundwise.checkpoint.config_values import LayerConfig
+from roundwise.checkpoint.formats import GPTQ, PACK_QUANTIZED, Layout, layout_of
 from roundwise.checkpoint.quantization_config import (
     MARLIN_ADVICE,
     Format,
-    LayerConfig,
     QuantizationConfig,
     read_quantization_config,
 )
@@ -24,12 +25,6 @@ from roundwise.checkpoint.reader import Checkpoint, TensorInfo
 from roundwise.core.quantized_weight import WIDTHS, QuantizedWeight, codes_per_block
 from roundwise.errors import CheckpointError
 
-#: Types of the tensors, as safetensors codes.
-TYPES = {
-    "qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32"),
-    "g_idx": ("I32", "I64"), "bias": ("F16", "BF16", "F32"),
-}  # fmt: skip
-REQUIRED = ("qweight", "qzeros", "scales")
 #: Suffix of the codes in Marlin's layout; scales are in `s`.
 MARLIN = ("B", "s")
 
@@ -52,9 +47,15 @@ class QuantizedLayer:
     out_features: int
 
     @property
+    def layout(self) -> Layout:
+        """Names and types of the layer's tensors."""
+        return layout_of(self.checkpoint_format)
+
+    @property
     def groups(self) -> int:
         """Number of groups."""
-        return self.tensors["scales"].shape[0]
+        shape = self.tensors[self.layout.scales].shape
+        return shape[0] if self.layout is GPTQ else shape[1]
 
     def read(self) -> QuantizedWeight:
         """Returns the layer's codes, scales and zero points.
@@ -63,12 +64,15 @@ class QuantizedLayer:
             CheckpointError: as for `check`.
         """
         self.check()
-        tensors = {
-            suffix: self.tensors[suffix].read() for suffix in SUFFIXES if suffix in self.tensors
-        }
-        return decode(
+        tensors = {suffix: info.read() for suffix, info in self.tensors.items()}
+        if self.checkpoint_format == "compressed-tensors":
+            shape = (self.out_features, self.in_features)
+            return compressed_tensors.decode(
+                tensors, bits=self.bits, group_size=self.group_size, shape=shape
+            )
+        return gptq_format.decode(
             tensors, self.checkpoint_format, bits=self.bits, group_size=self.group_size
-        )  # fmt: skip
+        )
 
     def check(self) -> None:
         """Checks the layer's scales, zero points and groups; reads no codes.
@@ -77,15 +81,22 @@ class QuantizedLayer:
             CheckpointError: a scale is zero or not finite, a zero point is not in the middle although
                 the config says sym, or groups do not fit the layer or the config.
         """
-        if "g_idx" in self.tensors:
-            _check_groups(self, self.tensors["g_idx"].read())
-        qzeros = self.tensors["qzeros"].read()
-        zeros = decode_zeros(qzeros, self.checkpoint_format, self.bits)
-        _check_values(self, self.tensors["scales"].read(), zeros)
+        if self.layout.g_idx in self.tensors:
+            _check_groups(self, self.tensors[self.layout.g_idx].read())
+        _check_values(self, self.tensors[self.layout.scales].read(), self._zeros())
+
+    def _zeros(self) -> torch.Tensor:
+        info = self.tensors.get(self.layout.zeros)
+        words = info.read() if info is not None else None
+        if self.checkpoint_format == "compressed-tensors":
+            shape = (self.out_features, self.groups)
+            return compressed_tensors.decode_zeros(words, self.bits, shape)
+        assert words is not None  # it is required
+        return gptq_format.decode_zeros(words, self.checkpoint_format, self.bits)
 
 
 def quantized_layers(checkpoint: Checkpoint) -> list[QuantizedLayer]:
-    """Returns all quantized layers of a GPTQ checkpoint; reads headers only.
+    """Returns all quantized layers of a checkpoint; reads headers and shapes only.
 
     Raises:
         CheckpointError: the config cannot be read, or tensors contradict it or each other.
@@ -96,7 +107,7 @@ def quantized_layers(checkpoint: Checkpoint) -> list[QuantizedLayer]:
 def find_layers(
     tensors: Mapping[str, TensorInfo], config: QuantizationConfig
 ) -> list[QuantizedLayer]:
-    """Returns all quantized layers among some tensors, found by their qweight; reads headers only.
+    """Returns all quantized layers among some tensors, found by their codes; reads headers and shapes.
 
     Args:
         tensors: all tensors of a checkpoint by name.
@@ -109,17 +120,59 @@ def find_layers(
         name, _, suffix = tensor.rpartition(".")
         if suffix == MARLIN[0] and f"{name}.{MARLIN[1]}" in tensors:
             raise CheckpointError(f"{name} {MARLIN_ADVICE}")
-    names = [t.removesuffix(".qweight") for t in tensors if t.endswith(".qweight")]
+    suffix = f".{layout_of(config.checkpoint_format).codes}"
+    names = [tensor.removesuffix(suffix) for tensor in tensors if tensor.endswith(suffix)]
     return [_layer(name, tensors, config) for name in names]
 
 
 def _layer(
     name: str, tensors: Mapping[str, TensorInfo], config: QuantizationConfig
 ) -> QuantizedLayer:
+    layout = layout_of(config.checkpoint_format)
+    parts = _parts(name, tensors, layout)
+    shapes = {suffix: info.shape for suffix, info in parts.items()}
+    settings = config.for_layer(name)
+    if layout is GPTQ:
+        bits, in_features, out_features = _sizes(name, shapes)
+        groups = shapes["scales"][0]
+    else:
+        stated_bits = next((each.bits for each in settings if each is not None), None)
+        bits, in_features, out_features = _packed_sizes(name, parts, stated_bits)
+        groups = shapes[compressed_tensors.SCALE][1]
+    _check_shapes(name, shapes, {layout.g_idx: (in_features,), "bias": (out_features,)})
+    failures = []
+    for stated in settings:
+        failure = _contradiction(stated, bits, in_features, groups)
+        if failure is None and stated is not None:
+            size = _group_size(name, stated, in_features, groups, parts, layout)
+            has_bias = parts.pop("bias", None) is not None
+            layer = QuantizedLayer(
+                name, parts, has_bias, stated, config.checkpoint_format, bits, size, in_features,
+                out_features,
+            )  # fmt: skip
+            if layout is PACK_QUANTIZED and stated.sym is False and layout.zeros not in parts:
+                raise CheckpointError(
+                    f"{name} has no {layout.zeros}, but the config says symmetric=false"
+                )
+            return layer
+        failures.append(failure)
+    raise CheckpointError(
+        f"{name} {failures[0]}: the quantization config belongs to other files, or was changed"
+    )
+
+
+def _parts(name: str, tensors: Mapping[str, TensorInfo], layout: Layout) -> dict[str, TensorInfo]:
+    """Returns the tensors of a layer by suffix, with its bias.
+
+    Raises:
+        CheckpointError: one is missing, is of another type, or there is a dense weight too.
+    """
     parts = {
-        suffix: tensors[f"{name}.{suffix}"] for suffix in TYPES if f"{name}.{suffix}" in tensors
+        suffix: tensors[f"{name}.{suffix}"]
+        for suffix in layout.types
+        if f"{name}.{suffix}" in tensors
     }
-    missing = {*REQUIRED} - set(parts)
+    missing = {*layout.required} - set(parts)
     if missing:
         raise CheckpointError(f"{name} lacks {', '.join(sorted(missing))}")
     if f"{name}.weight" in tensors:
@@ -127,37 +180,22 @@ def _layer(
             f"{name} has both packed codes and a weight: remove the one that is wrong"
         )
     for suffix, info in parts.items():
-        if info.dtype not in TYPES[suffix]:
+        if info.dtype not in layout.types[suffix]:
             raise CheckpointError(
-                f"{name}.{suffix} is {info.dtype}, but must be {' or '.join(TYPES[suffix])}"
+                f"{name}.{suffix} is {info.dtype}, but must be {' or '.join(layout.types[suffix])}"
             )
-    bits, in_features, out_features = _sizes(name, {k: info.shape for k, info in parts.items()})
-    groups = parts["scales"].shape[0]
-    failures = []
-    for stated in config.for_layer(name):
-        failure = _contradiction(stated, bits, in_features, groups)
-        if failure is None and stated is not None:
-            size = _group_size(name, stated, in_features, groups, parts.get("g_idx"))
-            packed = {suffix: info for suffix, info in parts.items() if suffix in SUFFIXES}
-            return QuantizedLayer(
-                name, packed, "bias" in parts, stated, config.checkpoint_format, bits, size,
-                in_features, out_features,
-            )  # fmt: skip
-        failures.append(failure)
-    raise CheckpointError(
-        f"{name} {failures[0]}: the quantization config belongs to other files, or was changed"
-    )
+    return parts
 
 
 def _sizes(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int]:
-    """Returns width of the codes, input channels and output channels.
+    """Returns width of the codes, input channels and output channels of a GPTQ layer.
 
     Raises:
         CheckpointError: the shapes contradict each other.
     """
-    if any(len(shapes[suffix]) != 2 or 0 in shapes[suffix] for suffix in REQUIRED):
+    if any(len(shapes[suffix]) != 2 or 0 in shapes[suffix] for suffix in GPTQ.required):
         raise CheckpointError(f"{name}: qweight, qzeros and scales must be matrices")
-    (words, rows), (groups, zero_words), (scale_rows, columns) = (shapes[s] for s in REQUIRED)
+    (words, rows), (groups, zero_words), (scale_rows, columns) = (shapes[s] for s in GPTQ.required)
     bits, remainder = divmod(zero_words * 32, columns)
     if remainder or bits not in WIDTHS or groups != scale_rows:
         raise _mismatch(name, "qzeros", "scales", shapes)
@@ -167,13 +205,51 @@ def _sizes(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int
     per_block = codes_per_block(bits)
     if words * 32 % bits or in_features % per_block or columns % per_block or groups > in_features:
         raise _mismatch(name, "qweight", "qzeros", shapes)
-    for suffix, expected in (("g_idx", (in_features,)), ("bias", (columns,))):
-        if suffix in shapes and shapes[suffix] != expected:
+    return bits, in_features, columns
+
+
+def _packed_sizes(
+    name: str, parts: dict[str, TensorInfo], stated_bits: int | None
+) -> tuple[int, int, int]:
+    """Returns width of the codes, input channels and output channels of a compressed-tensors layer.
+
+    Raises:
+        CheckpointError: the shapes contradict each other.
+    """
+    shapes = {suffix: info.shape for suffix, info in parts.items()}
+    packed, scale, shape = PACK_QUANTIZED.required
+    if shapes[shape] != (2,):
+        raise CheckpointError(f"{name}.{shape} does not hold two numbers")
+    if any(len(shapes[suffix]) != 2 or 0 in shapes[suffix] for suffix in (packed, scale)):
+        raise CheckpointError(f"{name}: {packed} and {scale} must be matrices")
+    rows, columns = (int(size) for size in parts[shape].read())
+    if not shapes[packed][0] == shapes[scale][0] == rows:
+        raise CheckpointError(
+            f"{name}: {packed} {list(shapes[packed])}, {scale} {list(shapes[scale])} and {shape} "
+            f"{[rows, columns]} do not fit together"
+        )
+    bits = compressed_tensors.width_of(shapes[packed][1], columns, stated_bits)
+    if bits is None or shapes[scale][1] > columns:
+        known = ", ".join(map(str, WIDTHS))
+        raise CheckpointError(
+            f"{name}: {packed} {list(shapes[packed])} does not fit {columns} codes of {known} bits "
+            "(compressed-tensors before 0.18 packed odd widths in another way)"
+        )
+    zeros = (compressed_tensors.packed_words(rows, bits), shapes[scale][1])
+    _check_shapes(name, shapes, {PACK_QUANTIZED.zeros: zeros})
+    return bits, columns, rows
+
+
+def _check_shapes(
+    name: str, shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> None:
+    """Checks the shapes of those tensors that follow from the others."""
+    for suffix, shape in expected.items():
+        if suffix in shapes and shapes[suffix] != shape:
             raise CheckpointError(
                 f"{name}.{suffix} has shape {[*shapes[suffix]]}, but the other tensors of the layer "
-                f"require {[*expected]}"
+                f"require {[*shape]}"
             )
-    return bits, in_features, columns
 
 
 def _mismatch(
@@ -202,8 +278,9 @@ def _contradiction(
 
 
 def _group_size(
-    name: str, stated: LayerConfig, in_features: int, groups: int, g_idx: TensorInfo | None
-) -> int:
+    name: str, stated: LayerConfig, in_features: int, groups: int, parts: dict[str, TensorInfo],
+    layout: Layout,
+) -> int:  # fmt: skip
     """Returns the input channels per group.
 
     Raises:
@@ -213,11 +290,13 @@ def _group_size(
         return in_features
     if stated.group_size is not None:
         return stated.group_size
-    if g_idx is None:
-        raise CheckpointError(
-            f"{name} has {groups} groups and no g_idx, and the config has no group_size: add it"
-        )
-    return int(torch.bincount(g_idx.read().long().clamp(min=0)).max())
+    if layout.g_idx in parts:
+        return int(torch.bincount(parts[layout.g_idx].read().long().clamp(min=0)).max())
+    if layout is PACK_QUANTIZED:  # its groups are all of one size
+        return -(-in_features // groups)
+    raise CheckpointError(
+        f"{name} has {groups} groups and no g_idx, and the config has no group_size: add it"
+    )
 
 
 def _check_groups(layer: QuantizedLayer, g_idx: torch.Tensor) -> None:
@@ -251,6 +330,10 @@ def _check_values(layer: QuantizedLayer, scales: torch.Tensor, zeros: torch.Tens
     middle = 2 ** (layer.bits - 1)
     if not layer.config.sym or bool((zeros == middle).all()):
         return
+    if layer.layout is PACK_QUANTIZED:
+        raise CheckpointError(
+            f"{layer.name} has zero points beside the middle, but the config says symmetric=true"
+        )
     other, offset = ("gptq_v2", 1) if layer.checkpoint_format == "gptq" else ("gptq", -1)
     is_other = bool((zeros == middle + offset).all())
     fix = f"checkpoint_format to {other}" if is_other else "sym to false"

@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +26,27 @@ from roundwise.errors import StorageError
 PARTIAL = ".partial"
 #: Bytes of the longest file name that file systems take.
 MAX_NAME = 255
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of the result that is computed only when its shard is written."""
+
+    name: str
+    nbytes: int
+    """Approximate size, for dividing tensors into shards."""
+    compute: Callable[[], torch.Tensor | TensorInfo]
+    """Returns the tensor, or the location of one that is copied byte for byte."""
+
+    def read(self) -> torch.Tensor:
+        """Computes the tensor, or reads it from its file."""
+        tensor = self.compute()
+        return tensor.read() if isinstance(tensor, TensorInfo) else tensor
+
+
+def copied_tensor(name: str, info: TensorInfo) -> LazyTensor:
+    """Returns the lazy tensor that is copied byte for byte from its file."""
+    return LazyTensor(name, info.nbytes, lambda: info)
 
 
 def write_safetensors(

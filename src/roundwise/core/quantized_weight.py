@@ -8,11 +8,13 @@ i·bits … i·bits + bits - 1.
             word 1:  1 low bit of code 21 · code 20 ···· code 11 · high bit of code 10
             word 2:  code 31 ···· code 22 · 2 high bits of code 21
 
-2, 4 and 8 bits divide a word, so they never straddle; 32 codes of 3 bits fill three words.
+2, 4 and 8 bits divide a word, so they never straddle. 32 codes of 3, 5 or 7 bits fill as many words, and
+16 codes of 6 bits fill three.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,7 @@ from roundwise.core.backends import cpp
 from roundwise.errors import ConfigError
 
 #: Bits of a code that are supported.
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 #: Rows dequantized at a time: the float32 temporaries stay small.
 ROWS = 512
 
@@ -34,7 +36,7 @@ def codes_per_block(bits: int) -> int:
     """
     if bits not in WIDTHS:
         raise ConfigError(f"bits={bits} is not supported: use one of {WIDTHS}")
-    return 32 if bits == 3 else 32 // bits
+    return 32 // math.gcd(32, bits)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -42,7 +44,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         codes: [n, m], integers 0 … 2^bits - 1.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
 
     Raises:
         ConfigError: n is not a multiple of `codes_per_block(bits)`, or a code is out of range.
@@ -107,7 +109,7 @@ class QuantizedWeight:
     g_idx: torch.Tensor
     """int32 [in]: the group of each input channel."""
     bits: int
-    """Width of a code: 2, 3, 4 or 8."""
+    """Width of a code: 2 to 8."""
     relative_error: float | None = None
     """||(W - Q)X||² / ||WX||² on the calibration inputs; None if there was no Hessian."""
     weight_error: float = 0.0

@@ -30,7 +30,14 @@ from roundwise.errors import CalibrationError, CheckpointError, RunError
 from roundwise.evaluation.divergence import divergence
 from roundwise.evaluation.perplexity import perplexity
 from roundwise.evaluation.tasks import evaluate_tasks
-from roundwise.evaluation.verdict import TaskChange, degradation, task_changes, verdict
+from roundwise.evaluation.verdict import (
+    TaskChange,
+    Verdict,
+    advice,
+    degradation,
+    task_changes,
+    verdict,
+)
 from roundwise.inference.load import load, require_tokenizer
 from roundwise.model.build import context_length, text_config
 from roundwise.run.api import quantize
@@ -109,10 +116,13 @@ class Comparison:
     speed: Pair[SpeedSummary] | None
     warnings: list[str]
 
+    advice: str | None
+    """What to try next if it lost too much; None: it is not a GPTQ checkpoint."""
+
     @property
-    def verdict(self) -> str:
-        """safe, acceptable, investigate, or failed."""
-        return verdict(self.perplexity, self.tasks)
+    def verdict(self) -> Verdict:
+        """safe, acceptable, investigate, or failed, and why."""
+        return verdict(self.perplexity, self.kl_divergence, self.tasks)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the JSON of `compare --json`."""
@@ -132,7 +142,9 @@ class Comparison:
             ],
             "speed": speed,
             "degradation_percent": degradation(self.perplexity, self.tasks),
-            "verdict": self.verdict,
+            "verdict": self.verdict.name,
+            "reasons": [*self.verdict.reasons],
+            "advice": self.advice if self.verdict.lost_too_much else None,
             "warnings": self.warnings,
         }
 
@@ -250,7 +262,15 @@ def _compare_pair(
         tasks=task_changes(base.tasks, own.tasks),
         speed=Pair(base.speed, own.speed) if base.speed and own.speed else None,
         warnings=_contamination_warnings(loaded.name, protocol.ids),
+        advice=_advice(loaded.name),
     )
+
+
+def _advice(model: str | os.PathLike[str]) -> str | None:
+    """Returns what to try next, by the settings of most layers; None: it is not a GPTQ checkpoint."""
+    settings = Checkpoint(local_folder(model)).config.get("quantization_config") or {}
+    bits, group_size = settings.get("bits"), settings.get("group_size", -1)
+    return advice(bits, group_size) if isinstance(bits, int) else None
 
 
 def _measure_speed(folder: Path, model: Any, protocol: Protocol) -> SpeedSummary:
@@ -316,9 +336,5 @@ def round_to_nearest_like(
         ConfigError: roundwise cannot write these settings.
     """
     settings = read_quantization_config(Checkpoint(local_folder(like)))
-    stated = {
-        name: value
-        for name, value in asdict(settings.default).items()
-        if name != "desc_act" and value is not None
-    }
+    stated = {name: value for name, value in settings.default.known().items() if name != "desc_act"}
     quantize(base, out, QuantizeConfig(method="rtn", dynamic=settings.overrides(), **stated))

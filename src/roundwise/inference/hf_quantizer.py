@@ -1,8 +1,8 @@
-"""Quantizer plug-in for transformers: `from_pretrained` builds QuantLinear layers for GPTQ checkpoints.
+"""Quantizer plug-in for transformers: `from_pretrained` builds QuantLinear layers for packed weights.
 
-transformers' own quantizer for the format needs two other packages (optimum and gptqmodel);
-import_hooks.py registers ours in its place. Which layers are quantized, and how wide their codes are, is
-read from the tensors in the files, not from the config.
+transformers' own quantizer for GPTQ needs two other packages (optimum and gptqmodel), that for
+compressed-tensors decodes the weights; import_hooks.py registers ours in their place. Which layers are
+quantized, and how wide their codes are, is read from the tensors in the files, not from the config.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from roundwise.inference.replace_modules import replace_linears
 
 
 class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
-    """Loads `quant_method: gptq` without optimum or gptqmodel.
+    """Loads `quant_method` gptq and compressed-tensors (pack-quantized) without other packages.
 
     It only loads checkpoints; `roundwise.quantize` makes them.
     """
@@ -38,7 +38,9 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
     ) -> PreTrainedModel:
         files = kwargs.get("checkpoint_files")
         if not files:
-            raise CheckpointError("a GPTQ checkpoint can only be loaded from safetensors files")
+            raise CheckpointError(
+                "a quantized checkpoint can only be loaded from safetensors files"
+            )
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             tensors |= read_header(Path(file))
@@ -55,13 +57,14 @@ class RoundwiseHfQuantizer(HfQuantizer):  # type: ignore[misc]  # untyped there
     ) -> PreTrainedModel:
         mapped = MappedFiles()
         for module in model.modules():
-            if not isinstance(module, QuantLinear) or module.qweight.device.type == "meta":
+            if not isinstance(module, QuantLinear) or module.file_codes.device.type == "meta":
                 continue  # on the meta device: offloaded to disk, loaded for each forward
-            if module.g_idx is not None:
-                module.g_idx = module.g_idx.to(torch.int32)
-            file_tensors = [module.qweight, module.qzeros, module.scales]
+            *tensors, g_idx = module.FILE_TENSORS
+            if getattr(module, g_idx) is not None:
+                setattr(module, g_idx, getattr(module, g_idx).to(torch.int32))
+            stored = [getattr(module, name) for name in tensors]
             module.prepare()
-            mapped.release(file_tensors)
+            mapped.release([tensor for tensor in stored if tensor is not None])
         use_mmap_embeddings(model, mapped)
         use_streamed_linears(model)
         use_grouped_attention(model)

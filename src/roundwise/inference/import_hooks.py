@@ -3,8 +3,11 @@
 Importing transformers or PEFT takes seconds, so `import roundwise` only adds import hooks: an entry in
 `sys.meta_path` for each module that needs a change. The hook patches the module when it is imported:
 
-    transformers.quantizers.auto    the quantizer for `quant_method: gptq` is ours (hf_quantizer.py), and
-                                    so is the reader of its config (hf_config.py)
+    transformers.quantizers.auto    the quantizer of gptq and compressed-tensors is ours
+                                    (hf_quantizer.py), and so is the reader of their configs
+                                    (hf_config.py)
+    transformers.configuration_utils
+                                    settings in quantize_config.json are found (hf_config.py)
     peft.tuners.lora.model          LoRA adapters accept QuantLinear layers (peft_patch.py)
 
 A module that is imported already is patched at once.
@@ -21,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 TRANSFORMERS_MODULE = "transformers.quantizers.auto"
+CONFIG_MODULE = "transformers.configuration_utils"
 PEFT_MODULE = "peft.tuners.lora.model"
 
 #: A function that patches a module after its import.
@@ -28,26 +32,52 @@ Patch = Callable[[ModuleType], None]
 
 
 def register() -> None:
-    """Makes transformers load GPTQ checkpoints with our quantizer, and PEFT accept QuantLinear.
+    """Makes transformers load packed checkpoints with our quantizer, and PEFT accept QuantLinear.
 
     Takes effect now for modules that are imported, otherwise at their import. May be called again.
     """
     _patch_after_import(TRANSFORMERS_MODULE, _register_quantizer)
+    _patch_after_import(CONFIG_MODULE, _read_old_files)
     _patch_after_import(PEFT_MODULE, _patch_peft)
 
 
 def _register_quantizer(module: ModuleType) -> None:
     from roundwise.inference import hf_config
 
-    module.AUTO_QUANTIZER_MAPPING["gptq"] = _make_quantizer
+    quantizers = module.AUTO_QUANTIZER_MAPPING
+    for method in ("gptq", "compressed-tensors"):
+        if not isinstance(quantizers[method], QuantizerFactory):
+            quantizers[method] = QuantizerFactory(quantizers[method])
     hf_config.patch_config_loading(module)
 
 
-def _make_quantizer(*args: Any, **kwargs: Any) -> Any:
-    """Creates the quantizer: stands in for the class, whose import takes seconds."""
-    from roundwise.inference.hf_quantizer import RoundwiseHfQuantizer
+def _read_old_files(module: ModuleType) -> None:
+    from roundwise.inference import hf_config
 
-    return RoundwiseHfQuantizer(*args, **kwargs)
+    hf_config.read_old_files(module.PreTrainedConfig)
+
+
+class QuantizerFactory:
+    """Creates the quantizer of a config: stands in for the class, whose import takes seconds.
+
+    Args:
+        other: transformers' own class, for configs that are not ours.
+    """
+
+    def __init__(self, other: Any) -> None:
+        self.other = other
+
+    def __call__(self, config: Any, **settings: Any) -> Any:
+        """Returns our quantizer, or that of transformers."""
+        from transformers.utils.quantization_config import CompressedTensorsConfig
+
+        from roundwise.inference.hf_quantizer import RoundwiseHfQuantizer
+
+        is_other = isinstance(config, CompressedTensorsConfig)  # ours is a `PackedConfig`
+        return (self.other if is_other else RoundwiseHfQuantizer)(config, **settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.other, name)
 
 
 def _patch_peft(module: ModuleType) -> None:

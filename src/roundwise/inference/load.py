@@ -36,7 +36,7 @@ def load(
 
     Args:
         model: folder, or id on the Hugging Face hub. Quantized in the GPTQ format (v1 or v2, by
-            roundwise, GPTQModel or AutoGPTQ, 2, 3, 4 or 8 bit), or not quantized.
+            roundwise, GPTQModel or AutoGPTQ) or compressed-tensors, 2 to 8 bit, or not quantized.
         dtype: dtype of activations and of unquantized weights; "auto" is the checkpoint's own.
         device: device to put the model on.
 

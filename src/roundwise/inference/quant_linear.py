@@ -8,7 +8,7 @@ the file.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,21 +19,22 @@ from roundwise.inference.kernels.dispatch import choose_kernel
 
 #: Dtypes of x that kernels support; others are multiplied with the dequantized weight.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: Buffers that a kernel takes over.
-PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
 class QuantLinear(nn.Module):
     """y = x Qᵀ + bias with Q = scales · (codes - zeros), all [out, in].
 
+    `PackedLinear` has the buffers of compressed-tensors instead.
+
     Args:
         in_features, out_features: numbers of channels.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         groups: number of groups along the input channels.
         group_size: input channels per group, the last group may have fewer; None: groups are equal.
         bias: True if the layer has a bias.
         stored_g_idx: True if the file has a g_idx, the group of each input channel; False if groups
             are consecutive channels.
+        stored_zeros: False if the file has no zero points, because all are in the middle.
         zero_offset: 1 if the file stores zero points minus one (v1), else 0.
         dtype: dtype of the bias.
 
@@ -54,6 +55,7 @@ class QuantLinear(nn.Module):
         group_size: int | None = None,
         bias: bool,
         stored_g_idx: bool = True,
+        stored_zeros: bool = True,
         zero_offset: int = 1,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,24 +65,68 @@ class QuantLinear(nn.Module):
         self.dtype = dtype or torch.get_default_dtype()
         self.bits, self.groups, self.zero_offset = bits, groups, zero_offset
         self.group_size = group_size or -(-in_features // groups)
-        words = in_features * bits // 32
-        self.qweight: torch.Tensor
-        self.register_buffer("qweight", torch.zeros(words, out_features, dtype=torch.int32))
-        self.qzeros: torch.Tensor
-        self.register_buffer(
-            "qzeros", torch.zeros(groups, out_features * bits // 32, dtype=torch.int32)
-        )
-        self.scales: torch.Tensor
-        self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
-        self.g_idx: torch.Tensor | None
-        g_idx = torch.zeros(in_features, dtype=torch.int32) if stored_g_idx else None
-        self.register_buffer("g_idx", g_idx)
+        self.stored_g_idx, self.stored_zeros = stored_g_idx, stored_zeros
+        self.in_padding = self.out_padding = 0
+        self._register_file_tensors()
         self.has_bias = bias  # a plain attribute: looking a buffer up takes as long as adding it
         self.bias: torch.Tensor | None
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
         self.kernel: Kernel | None = None
         self.device: torch.device | None = None
         """Device of the kernel."""
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor | None
+    #: Buffers that a kernel takes over; the first one holds the codes.
+    FILE_TENSORS: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+
+    def _register_file_tensors(self) -> None:
+        """Creates the buffers that have the names and shapes of the tensors in the file."""
+        words = self.in_features * self.bits // 32
+        zero_words = self.out_features * self.bits // 32
+        self._register_packed("qweight", words, self.out_features)
+        self._register_packed("qzeros", self.groups, zero_words)
+        scales = torch.zeros(self.groups, self.out_features, dtype=torch.float16)
+        self.register_buffer("scales", scales)
+        self._register_g_idx("g_idx")
+
+    def _register_packed(self, name: str, *shape: int) -> None:
+        self.register_buffer(name, torch.zeros(*shape, dtype=torch.int32))
+
+    def _register_g_idx(self, name: str) -> None:
+        channels = torch.zeros(self.in_features, dtype=torch.int32)
+        self.register_buffer(name, channels if self.stored_g_idx else None)
+
+    def _from_file(self) -> PackedWeight:
+        """Returns the weight in the file's buffers."""
+        return PackedWeight(
+            self.qweight, self.qzeros, self.scales, self._channel_groups(self.g_idx), self.bits,
+            self.zero_offset,
+        )  # fmt: skip
+
+    def _to_file(self, weight: PackedWeight) -> dict[str, torch.Tensor | None]:
+        """Returns the file's buffers of a weight: the inverse of `_from_file`."""
+        return {
+            "qweight": weight.qweight, "qzeros": weight.qzeros, "scales": weight.scales,
+            "g_idx": weight.g_idx if self.stored_g_idx else None,
+        }  # fmt: skip
+
+    def _channel_groups(self, g_idx: torch.Tensor | None) -> torch.Tensor | None:
+        """Returns the group of each channel that a kernel is told; None: groups are of equal size."""
+        if g_idx is not None or self.group_size == -(-self.in_features // self.groups):
+            return g_idx
+        # A kernel takes groups without g_idx to be equal; here the last one is smaller.
+        device = self.file_codes.device
+        channels = torch.arange(self.in_features, dtype=torch.int32, device=device)
+        return channels // self.group_size
+
+    @property
+    def file_codes(self) -> torch.Tensor:
+        """The buffer with the codes."""
+        codes: torch.Tensor = getattr(self, self.FILE_TENSORS[0])
+        return codes
 
     @property
     def weight(self) -> torch.Tensor:
@@ -89,23 +135,16 @@ class QuantLinear(nn.Module):
         Some models initialize `layer.weight` by name when they are loaded; the attribute
         `_is_hf_initialized` makes transformers skip it.
         """
-        device = self.device if self.kernel is not None else self.qweight.device
+        device = self.device if self.kernel is not None else self.file_codes.device
         placeholder = torch.empty(0, dtype=self.dtype, device=device)
         placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
         return placeholder
 
     def packed(self) -> PackedWeight:
-        """Returns the quantized weight in the layout of the file."""
+        """Returns the quantized weight in the layout of the GPTQ file format."""
         if self.kernel is not None:
             return self.kernel.packed()
-        g_idx = self.g_idx
-        if g_idx is None and self.group_size != -(-self.in_features // self.groups):
-            # A kernel takes groups without g_idx to be equal; here the last one is smaller.
-            channels = torch.arange(self.in_features, dtype=torch.int32, device=self.qweight.device)
-            g_idx = channels // self.group_size
-        return PackedWeight(
-            self.qweight, self.qzeros, self.scales, g_idx, self.bits, self.zero_offset
-        )
+        return self._from_file()
 
     def prepare(self, kernel: str | None = None) -> Kernel:
         """Hands the weight to a kernel and drops the buffers, so that one copy remains.
@@ -121,7 +160,7 @@ class QuantLinear(nn.Module):
         chosen = choose_kernel(weight, kernel)
         if self.kernel is None or type(self.kernel) is not chosen:
             self.kernel = chosen(weight)
-        for name in PACKED:
+        for name in self.FILE_TENSORS:
             setattr(self, name, None)
         return self.kernel
 
@@ -136,12 +175,12 @@ class QuantLinear(nn.Module):
         """Takes the weight back from the kernel: the buffers have the layout of the file again."""
         if self.kernel is not None:
             weight, self.kernel = self.kernel.packed(), None
-            for name in PACKED:
-                setattr(self, name, getattr(weight, name))
+            for name, tensor in self._to_file(weight).items():
+                setattr(self, name, tensor)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Returns Qᵀ [in, out], the transpose of a linear's weight: codes are stored in this order."""
-        return self.packed().dequantize(dtype)
+        return self.packed().dequantize(dtype)[: self.in_features, : self.out_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiplies x [..., in] with the weight and adds the bias.
@@ -149,17 +188,21 @@ class QuantLinear(nn.Module):
         Returns:
             [..., out], in the dtype of x.
         """
-        kernel = self.kernel or self._kernel_for_forward()
-        if x.dtype not in KERNEL_DTYPES:
-            y = x @ self.dequantize(x.dtype)
-        elif x.requires_grad and torch.is_grad_enabled():
-            y = _KernelFunction.apply(x, kernel)  # type: ignore[no-untyped-call]
-        else:
-            y = kernel(x)
+        y = self._multiply(x) if x.dtype in KERNEL_DTYPES else x @ self.dequantize(x.dtype)
         if self.has_bias:
             assert self.bias is not None
             y = y + self.bias.to(y.dtype)
         return y
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        kernel = self.kernel or self._kernel_for_forward()
+        if self.in_padding:
+            x = nn.functional.pad(x, (0, self.in_padding))
+        if x.requires_grad and torch.is_grad_enabled():
+            y: torch.Tensor = _KernelFunction.apply(x, kernel)  # type: ignore[no-untyped-call]
+        else:
+            y = kernel(x)
+        return y[..., : self.out_features] if self.out_padding else y
 
     def extra_repr(self) -> str:
         """Returns the sizes and the kernel, for print(model)."""
@@ -178,9 +221,7 @@ class QuantLinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kernel is not None:
-            weight = self.kernel.packed()
-            for name in PACKED:
-                tensor = getattr(weight, name)
+            for name, tensor in self._to_file(self.kernel.packed()).items():
                 if tensor is not None:
                     destination[prefix + name] = tensor
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from roundwise.checkpoint.formats import GPTQ
 from roundwise.checkpoint.quantized_layers import QuantizedLayer
 from roundwise.checkpoint.reader import DTYPES
 from roundwise.errors import CheckpointError
+from roundwise.inference.packed_linear import PackedLinear
 from roundwise.inference.quant_linear import QuantLinear
 from roundwise.model.blocks import check_quantized_head, weight_of
 from roundwise.model.conversions import Conversions
@@ -35,7 +37,7 @@ def replace_linears(model: PreTrainedModel, layers: Iterable[QuantizedLayer]) ->
         layers: the quantized layers of the files.
 
     Raises:
-        CheckpointError: a qweight that belongs to no layer, or whose shape does not fit it, or a
+        CheckpointError: codes that belong to no layer, or whose shape does not fit it, or a
             block of which only some experts are quantized.
     """
     layers = list(layers)
@@ -120,7 +122,9 @@ class _NameResolver:
             experts = self._module(parts[0]) if parts else None
             if parts and experts is not None and is_fused_experts(experts):
                 return parts
-        raise CheckpointError(f"the files have {name}.qweight, but the model has no such layer")
+        raise CheckpointError(
+            f"the files have packed codes of {name}, but the model has no such layer"
+        )
 
     def _module(self, name: str) -> nn.Module | None:
         try:
@@ -144,21 +148,26 @@ def _make_layer(
         CheckpointError: the files have another shape.
     """
     if (quantized.out_features, quantized.in_features) != shape:
+        codes = quantized.layout.codes
         raise CheckpointError(
-            f"{quantized.name}.qweight {[*quantized.tensors['qweight'].shape]} does not fit a layer "
-            f"with {shape[1]} input and {shape[0]} output channels"
+            f"{quantized.name}.{codes} {[*quantized.tensors[codes].shape]} does not fit a layer with "
+            f"{shape[1]} input and {shape[0]} output channels"
         )
+    kind = QuantLinear if quantized.layout is GPTQ else PackedLinear
     with torch.device("meta"):
-        layer = QuantLinear(
+        layer = kind(
             quantized.in_features,
             quantized.out_features,
             bits=quantized.bits,
             groups=quantized.groups,
             group_size=quantized.group_size,
             bias=quantized.has_bias,
-            stored_g_idx="g_idx" in quantized.tensors,
+            stored_g_idx=quantized.layout.g_idx in quantized.tensors,
+            stored_zeros=quantized.layout.zeros in quantized.tensors,
             zero_offset=1 if quantized.checkpoint_format == "gptq" else 0,
             dtype=dtype,
         )
-        layer.scales = layer.scales.to(DTYPES[quantized.tensors["scales"].dtype])
+        scales = quantized.layout.scales
+        stored_dtype = DTYPES[quantized.tensors[scales].dtype]
+        setattr(layer, scales, getattr(layer, scales).to(stored_dtype))
     return layer

@@ -285,6 +285,11 @@ def is_tied(config: Any) -> bool:
     return bool(getattr(config, TIED, False) or getattr(text_config(config), TIED, False))
 
 
+def quantized_head(layers: Iterable[str]) -> str | None:
+    """Returns the name of the output head among quantized layers; None: it is not among them."""
+    return next((name for name in layers if name.rpartition(".")[2] in HEADS), None)
+
+
 def check_quantized_head(config: Callable[[], Any], layers: Iterable[str]) -> None:
     """Refuses a quantized output head in a model whose config ties the head to the embedding.
 
@@ -297,7 +302,7 @@ def check_quantized_head(config: Callable[[], Any], layers: Iterable[str]) -> No
     Raises:
         CheckpointError: the head is among them, and tied.
     """
-    head = next((name for name in layers if name.rpartition(".")[2] in HEADS), None)
+    head = quantized_head(layers)
     if head is not None and is_tied(config()):
         raise CheckpointError(
             f"the output head is quantized ({head}), but the config ties it to the embedding: set "

@@ -8,7 +8,7 @@ is computed from its `origins` when it is read. `map_tensor_names` then finds ea
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -226,13 +226,9 @@ def _converted(group: Conversion) -> dict[str, TensorInfo]:
 
 
 def _name_in_files(conversions: Conversions, key: str, first: str, name: str) -> str:
-    """Returns a name in the files for a converted tensor, in the style of its source if possible.
+    """Returns a name in the files for the converted tensor `name`, in the style of its source `key`.
 
-    Args:
-        conversions: transformers' conversions.
-        key: name of the source.
-        first: name in the model of the first tensor that is made of it.
-        name: name in the model of the tensor.
+    `first` is the first tensor made of it; without such a name, the name in the model is returned.
     """
     renamed = conversions.converted_name(key)
     patterns = conversions.converter_of[conversions.place(key)[1] or ""].target_patterns
@@ -293,3 +289,72 @@ def _check_missing(model: PreTrainedModel, checkpoint: Checkpoint, names: list[s
             f"{checkpoint.folder} lacks {', '.join(missing[:3])}{more}, which "
             f"{type(model).__name__} of transformers {transformers.__version__} needs"
         )
+
+
+def dense_layers(
+    model: nn.Module, tensors: Mapping[str, TensorInfo], quantized: Container[str]
+) -> list[str]:
+    """Returns the names of layers with a matrix that is not quantized; no embeddings.
+
+    Engines build linear layers for them, routers too, and must be told that they are dense. They have
+    their names in the model and, if those differ, their names in the files. Layers that only the files
+    have are among them, such as draft layers.
+
+    Args:
+        model: the model.
+        tensors: tensors of its files by name.
+        quantized: names of the quantized layers, with or without the prefix of the base model.
+    """
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = dict(model.named_modules())
+    names = dict.fromkeys(
+        name
+        for name, module in modules.items()
+        if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim > 1
+    )
+    names |= dict.fromkeys(
+        name.removesuffix(".weight")
+        for name, info in tensors.items()
+        if name.endswith(".weight") and len(info.shape) > 1
+    )
+
+    def is_dense(name: str) -> bool:
+        aliases = (name, base + name, name.removeprefix(base))
+        if any(isinstance(modules.get(alias), nn.Embedding) for alias in aliases):
+            return False
+        # A quantized head is inside an OutputHead of its name.
+        return not any(alias in quantized for alias in (*aliases, name.rpartition(".")[0]))
+
+    return [name for name in names if is_dense(name)]
+
+
+def ignored_modules(
+    model: nn.Module, tensors: Mapping[str, TensorInfo], used: Iterable[str]
+) -> list[str]:
+    """Returns the outermost modules with matrices that the files have and the model does not.
+
+    Draft layers (MTP) are such: transformers' classes leave them out. They are carried over as they are.
+
+    Args:
+        model: the model.
+        tensors: tensors of its files by name.
+        used: names of the tensors that the model takes.
+    """
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    taken = {*used}
+    known = {
+        name[:end]
+        for stem in [*(name for name, _ in model.named_modules()), *taken]
+        for name in (stem, stem.removeprefix(base))
+        for end in [*(i for i, letter in enumerate(name) if letter == "."), len(name)]
+    }
+    ignored: dict[str, None] = {}
+    for name, info in tensors.items():
+        if name in taken or len(info.shape) < 2:
+            continue
+        parts = name.removesuffix(".weight").split(".")
+        starts = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        module = next((start for start in starts if start not in known), None)
+        if module is not None:
+            ignored[module] = None
+    return [*ignored]

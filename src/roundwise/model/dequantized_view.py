@@ -1,7 +1,7 @@
 """A view of a quantized checkpoint that dequantizes weights while they are read.
 
-It supports FP8 with a scale per block (DeepSeek-V3 and others) and the GPTQ format. One weight is in
-memory at a time; layers that a run skips are written dequantized.
+It supports FP8 with a scale per block (DeepSeek-V3 and others), GPTQ and compressed-tensors. One
+weight is in memory at a time; layers that a run skips are written dequantized.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from roundwise.checkpoint.gptq_format import SUFFIXES
+from roundwise.checkpoint import compressed_tensors
 from roundwise.checkpoint.quantization_config import (
     is_packed,
     quantization_method,
@@ -51,10 +51,10 @@ def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str
     if method == "fp8":
         tensors = _from_fp8(checkpoint, settings)
         warnings = []
-    elif method == "gptq":
+    elif method in ("gptq", compressed_tensors.METHOD):
         layers = quantized_layers(checkpoint)
         check_quantized_head(lambda: load_config(checkpoint), [layer.name for layer in layers])
-        tensors = _from_gptq(checkpoint, layers)
+        tensors = _from_packed(checkpoint, layers)
         widths = sorted({layer.bits for layer in layers})
         warnings = [
             f"{checkpoint.folder} is quantized already, to {' and '.join(map(str, widths))} bits: its "
@@ -119,8 +119,8 @@ def _dequantize_blocks(
     return compute
 
 
-def _from_gptq(checkpoint: Checkpoint, quantized: list[QuantizedLayer]) -> dict[str, TensorInfo]:
-    """Returns the tensors of a GPTQ checkpoint with each layer's weight in place of its codes."""
+def _from_packed(checkpoint: Checkpoint, quantized: list[QuantizedLayer]) -> dict[str, TensorInfo]:
+    """Returns the tensors of a checkpoint with each layer's weight in place of its packed codes."""
     model = build(load_config(checkpoint), torch.float32)
     conv1d_names = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     dtype = config_dtype(checkpoint.config) or torch.float16
@@ -128,10 +128,10 @@ def _from_gptq(checkpoint: Checkpoint, quantized: list[QuantizedLayer]) -> dict[
     tensors: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         stem, _, suffix = name.rpartition(".")
-        if stem not in layers or suffix not in SUFFIXES:
+        layer = layers.get(stem)
+        if layer is None or suffix not in layer.tensors:
             tensors[name] = info
-        elif suffix == "qweight":
-            layer = layers[stem]
+        elif suffix == layer.layout.codes:
             is_conv1d = any(path.endswith(stem) for path in conv1d_names)
 
             def compute(layer: QuantizedLayer = layer, is_conv1d: bool = is_conv1d) -> torch.Tensor:

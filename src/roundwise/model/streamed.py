@@ -21,7 +21,12 @@ from roundwise.checkpoint.reader import Checkpoint, TensorInfo
 from roundwise.checkpoint.untrusted import limit_module_count, parse_model_dtype
 from roundwise.model.blocks import Block, find_blocks, head_block, is_tied, untie, untied_checkpoint
 from roundwise.model.build import build, initialize_tensors, load_config, text_config
-from roundwise.model.conversions import converted_checkpoint, map_tensor_names, stored_tensors
+from roundwise.model.conversions import (
+    converted_checkpoint,
+    ignored_modules,
+    map_tensor_names,
+    stored_tensors,
+)
 from roundwise.model.dequantized_view import dequantized_checkpoint
 from roundwise.model.expert_weights import (
     ExpertLayout,
@@ -71,6 +76,21 @@ class StreamedModel:
     def other_tensors(self) -> dict[str, TensorInfo]:
         """Returns the tensors of the checkpoint that belong to no block, by name."""
         return {n: info for n, info in self.checkpoint.tensors.items() if n not in self._block_of}
+
+    def ignored_modules(self) -> list[str]:
+        """Returns the modules that only the files have, such as draft layers (MTP)."""
+        used = self.checkpoint_name_of.values()
+        return ignored_modules(self.model, self.checkpoint.tensors, used)
+
+    def ignored_note(self) -> list[str]:
+        """Returns a line that names the modules that only the files have; empty if there are none."""
+        names = self.ignored_modules()
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        line = (
+            f"{', '.join(names[:3])}{more} stay dense: transformers leaves them out (draft layers?); "
+            "the config says so to engines"
+        )
+        return [line] if names else []
 
     def skip_blocks(self, blocks: list[Block]) -> None:
         """Moves blocks to `skipped_blocks`; they are handled like modules outside the blocks then."""

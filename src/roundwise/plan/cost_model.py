@@ -178,12 +178,17 @@ def memory_bytes(
         parts["drift"] = 4 * sum(min(x.rows, x.columns) * x.columns for x in summed)
     parts["solver"] = 4 * workspace(shapes.device) * (REFINING if config.refine else SOLVING)
     parts["codes and weights of a layer"] = (2 + size + 4) * entries
+    solving = ("factor", "output weighting", "solver", "codes and weights of a layer")
+    if config.needs_reference:
+        # Sums over the batches that are held out, until a group is solved.
+        held = parts["hessian"] + parts["drift"]
+        during = 0 if offloaded else sum(parts.get(name, 0) for name in solving[1:])
+        parts["held-out sums"] = max(0, held - during)
     if keeps_freed:
         parts["allocator cache"] = int(sum(parts[name] * part for name, part in HOLES.items()))
     if offloaded:
         # A batch that runs and a layer that is solved are never in memory at the same time.
-        running = ("paused activations", "forward of a batch")
-        solving = ("factor", "output weighting", "solver", "codes and weights of a layer")
+        running = ("paused activations", "forward of a batch", "held-out sums")
         smaller = min(running, solving, key=lambda names: sum(parts.get(n, 0) for n in names))
         parts = {name: part for name, part in parts.items() if name not in smaller}
     return parts

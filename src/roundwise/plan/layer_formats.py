@@ -10,7 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from roundwise.checkpoint.gptq_format import fills_words, group_size_divides
+from transformers.pytorch_utils import Conv1D
+
+from roundwise.checkpoint.formats import COMPRESSED_TENSORS, fills_words
+from roundwise.checkpoint.gptq_format import group_size_divides
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import codes_per_block
 from roundwise.model.blocks import Block, weight_of
@@ -27,14 +30,16 @@ class LayerShape(NamedTuple):
     name: str
     out_features: int
     in_features: int
+    is_conv1d: bool = False
 
 
 def layer_shapes(blocks: Iterable[Block]) -> list[LayerShape]:
     """Returns the shapes of all linear layers of some blocks."""
     return [
-        LayerShape(name, *(int(size) for size in weight_of(linear).shape))
+        LayerShape(name, rows, columns, isinstance(linear, Conv1D))
         for block in blocks
         for name, linear in block.linears.items()
+        for rows, columns in [weight_of(linear).shape]
     ]
 
 
@@ -90,7 +95,7 @@ def format_problems(shapes: list[LayerShape], config: QuantizeConfig) -> list[st
     for shape, settings in quantized:
         if not group_size_divides(shape.in_features, settings.group_size):
             undivided[settings.group_size].append(shape)
-        elif not fills_words(shape.out_features, shape.in_features, settings.bits):
+        elif not fills_words(shape.out_features, shape.in_features, settings):
             unfilled[settings.bits].append(shape)
     total = len(quantized)
     sentences = [
@@ -103,6 +108,12 @@ def format_problems(shapes: list[LayerShape], config: QuantizeConfig) -> list[st
         f"{_count(layers, total)} are not: use {_pattern_option('--skip', layers)}"
         for bits, layers in unfilled.items()
     ]
+    conv1d = [shape for shape, _ in quantized if shape.is_conv1d]
+    if config.format == COMPRESSED_TENSORS and conv1d:
+        sentences.append(
+            f"{_count(conv1d, total)} are Conv1D, which compressed-tensors does not support: use "
+            "--format gptq"
+        )
     return sentences
 
 
@@ -116,7 +127,7 @@ def _quantized(
 
 
 def _count(layers: list[LayerShape], total: int) -> str:
-    name, rows, columns = layers[0]
+    name, rows, columns, _ = layers[0]
     return f"{len(layers)} of {total} layers (such as {name}, {rows} x {columns})"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.gptq_format import packed_bytes
+from roundwise.checkpoint.formats import packed_bytes
 from roundwise.checkpoint.sharding import divide_into_shards
 from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import OutputError

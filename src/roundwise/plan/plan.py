@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from transformers.pytorch_utils import Conv1D
+
+from roundwise.calibration.held_out import windows_per_batch
 from roundwise.checkpoint import engines
 from roundwise.checkpoint.engines import ServedLayer, conflicting_packed_modules
-from roundwise.checkpoint.gptq_format import shape_problem
+from roundwise.checkpoint.formats import shape_problem
 from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import ConfigError
 from roundwise.forward.expert_tokens import check_experts
@@ -111,7 +114,7 @@ def plan(
     """
     limit = context_length(streamed.model) or seq_len
     config, group_note = fit_group_size(layer_shapes(streamed.blocks), config)
-    warnings = [*streamed.warnings, *([group_note] if group_note else [])]
+    warnings = [*streamed.warnings, *streamed.ignored_note(), *([group_note] if group_note else [])]
     if seq_len > limit:
         seq_len = limit
         warnings.append(f"seq_len is {limit}, the longest text the model takes")
@@ -126,9 +129,8 @@ def plan(
         if config.target_bpw and not config.is_overridden(module.name)
     }
     warnings += _warnings(streamed, config, modules, part, undecided)
-    memory = plan_memory(
-        streamed, config, tokens=tokens, batch=batch_size * seq_len, mode=mode, budget=budget
-    )
+    batch = windows_per_batch(config, samples, batch_size) * seq_len
+    memory = plan_memory(streamed, config, tokens=tokens, batch=batch, mode=mode, budget=budget)
     if not memory.fits:
         warnings.append(over_budget_message(memory))
     after, stored = bytes_after(streamed, config, undecided)
@@ -237,13 +239,17 @@ def _served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[
                 continue
             layer = ServedLayer(
                 bits=settings.bits, group_size=settings.group_size, sym=settings.sym,
-                desc_act=settings.desc_act, format=settings.format,
+                desc_act=settings.desc_act, format=settings.format, is_head=block.is_head,
+                is_conv1d=isinstance(block.linears[name], Conv1D),
             )  # fmt: skip
             expert = parse_expert_name(name)
             if expert is not None:
                 expert_settings.setdefault(expert[0], set()).add(layer)
                 info = streamed.checkpoint.tensors[streamed.checkpoint_name_of[f"{name}.weight"]]
-                naming = engines.expert_naming(expert[1][1], fused=isinstance(info, ExpertSlice))
+                naming = engines.expert_naming(
+                    expert[1][1], fused=isinstance(info, ExpertSlice),
+                    family=str(streamed.model.config.model_type),
+                )  # fmt: skip
                 layer = replace(layer, expert_naming=naming)
             layers.append(layer)
             if config.target_bpw and not block.is_head and not config.is_overridden(name):

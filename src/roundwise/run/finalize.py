@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.gptq_format import SUFFIXES, quantization_config
+from roundwise.checkpoint.formats import COMPRESSED_TENSORS, SUFFIXES, quantization_config
 from roundwise.checkpoint.manifest import (
     MANIFEST,
     RUN,
@@ -24,11 +24,13 @@ from roundwise.checkpoint.manifest import (
     Shard,
     ShardRecord,
 )
+from roundwise.checkpoint.quantization_config import OLD_FILE
 from roundwise.checkpoint.reader import INDEX_FILE, TensorInfo, read_header
 from roundwise.checkpoint.sharding import divide_into_shards, write_index
 from roundwise.checkpoint.side_files import WORK
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import copy_side_files, sync_folder, write_json, write_safetensors
+from roundwise.model.conversions import dense_layers
 from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.streamed import StreamedModel
 from roundwise.run.environment import platform_info
@@ -220,22 +222,40 @@ def _draft(out: Path) -> Path:
 
 def _write_side_files(plan: RunPlan, out: Path, shards: list[str]) -> dict[str, str]:
     """Writes index, configs and the source's side files; file -> SHA-256."""
-    streamed, source = plan.streamed, plan.streamed.checkpoint
+    source = plan.streamed.checkpoint
     write_index(out, shards)
     copied = copy_side_files(source, out)
-    settings = quantization_config(
-        plan.config, true_sequential=plan.fingerprint.mode == "true_sequential",
-        skipped=[n for b in [*streamed.blocks, *streamed.skipped_blocks] for n in b.skipped_linears],
-        linears=[name for block in streamed.blocks for name in block.linears],
-    )  # fmt: skip
-    write_json(out / "quantize_config.json", settings)
+    settings = _quantization_config(plan)
+    names = [*copied]
+    if plan.config.format != COMPRESSED_TENSORS:  # its readers look into config.json only
+        write_json(out / OLD_FILE, settings)
+        names.insert(0, OLD_FILE)
     write_json(_draft(out), {**source.config, "quantization_config": settings})
-    names = ["quantize_config.json", *copied]
     if len(shards) > 1:
         names.insert(0, INDEX_FILE)
     return {name: file_digest(out / name) for name in names} | {
         "config.json": file_digest(_draft(out))
     }
+
+
+def _quantization_config(plan: RunPlan) -> dict[str, Any]:
+    """Returns the config that engines read."""
+    streamed = plan.streamed
+    linears = [name for block in streamed.blocks for name in block.linears]
+    file_names = {
+        name: streamed.checkpoint_name_of[f"{name}.weight"].removesuffix(".weight")
+        for name in linears
+    }
+    every_block = [*streamed.blocks, *streamed.skipped_blocks]
+    quantized = {*linears, *file_names.values()}
+    return quantization_config(
+        plan.config, true_sequential=plan.fingerprint.mode == "true_sequential",
+        linears=file_names,
+        skipped=[name for block in every_block for name in block.skipped_linears],
+        outside=dense_layers(streamed.model, streamed.checkpoint.tensors, quantized),
+        ignored=streamed.ignored_modules(),
+        head=next((block.name for block in streamed.blocks if block.is_head), None),
+    )  # fmt: skip
 
 
 def _bits_per_weight(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from roundwise.calibration.dataset import Calibration, load_calibration
+from roundwise.calibration.held_out import windows_per_batch
 from roundwise.calibration.self_generated import generate_windows
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
@@ -31,7 +32,6 @@ from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_
 from roundwise.plan.memory import MemoryPlan, plan_memory
 from roundwise.run.bit_allocation import allocate_bits
 from roundwise.run.environment import numeric_environment
-from roundwise.run.held_out_damping import held_out_batches
 from roundwise.run.prescale import Prescaler
 from roundwise.run.strict import check_run, memory_issues
 from roundwise.system.activity import announce
@@ -133,14 +133,13 @@ def prepare(
     announce("opening the model")
     streamed, calls = _open(model, config, device)
     config, group_note = fit_group_size(layer_shapes(streamed.blocks), config)
-    notes = [*streamed.warnings, *([group_note] if group_note else [])]
+    notes = [*streamed.warnings, *streamed.ignored_note(), *([group_note] if group_note else [])]
     skipped = _check(streamed, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     announce("reading the calibration text")
     loaded = _calibration(streamed, config, calibration, windows, ranks)
     _check_ranks(ranks, streamed, loaded)
-    held_out_batches(config, len(loaded.batches) if loaded else 0)  # refuses one batch
     if loaded is not None and config.target_bpw is not None:
         announce("choosing the bits of every layer")
         earlier = None if options.restart else Path(out)
@@ -291,7 +290,10 @@ def _calibration(
     tokenizer = None
     if isinstance(source, str) or any(isinstance(item, str) for item in source):
         tokenizer = load_tokenizer(streamed.checkpoint)
-    fitting = windows.model_copy(update={"seq_len": min(windows.seq_len, limit)})
+    batch_size = windows_per_batch(config, windows.samples, windows.batch_size)
+    fitting = windows.model_copy(
+        update={"seq_len": min(windows.seq_len, limit), "batch_size": batch_size}
+    )
 
     def generate(count: int) -> list[list[int]]:
         wanted = fitting.model_copy(update={"samples": count})

@@ -40,6 +40,7 @@ def check_run(streamed: StreamedModel, config: QuantizeConfig, calls: CallTrace)
         *_skipped_linears(streamed, config),
         *_repeated_calls(calls),
         *_other_weights(streamed, config),
+        *_unrotated(streamed, config),
         *_missing_backend(streamed.device),
     ]
 
@@ -71,10 +72,6 @@ def layer_issue(layer: LayerRecord) -> str | None:
         )  # fmt: skip
     if len(layer.damp_tried) > 1:
         return f"damping raised to {layer.damp_percent:g}: the Hessian was indefinite with less"
-    if "damp_losses" in layer and layer.damp_losses is None:
-        return (
-            f"damping {layer.damp_percent:g}: no held-out token reached the layer to choose it by"
-        )
     return None
 
 
@@ -190,6 +187,15 @@ def _matrices(block: Block) -> dict[str, int]:
         if weight.ndim > 1
         and name.removesuffix(".weight") not in {**block.linears, **block.skipped_linears}
     }
+
+
+def _unrotated(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:
+    """Draft layers, which a rotation leaves as they are."""
+    ignored = streamed.ignored_modules() if config.rotate else []
+    return [
+        f"{name} is not rotated with the model: if it is a draft layer, it no longer fits"
+        for name in ignored[:1]
+    ]
 
 
 def _missing_backend(device: torch.device) -> list[str]:

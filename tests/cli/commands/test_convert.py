@@ -26,3 +26,34 @@ def test_as_a_command(quantized, tmp_path, commands):
     ended = commands.run("convert", source, tmp_path / "v2", "--to", "gptq_v2", "--json")
     assert ended.code == 0, ended.stderr
     assert ended.json["bytes"] == Checkpoint(source).nbytes()
+
+
+def test_every_command_takes_compressed_tensors(text_model, text, tmp_path, commands):
+    options = ["--bits", "3", "--asym", "--method", "rtn", "--override", "up_proj=bits:8"]
+    packed, v2 = tmp_path / "packed", tmp_path / "v2"
+    for out, file_format in ((packed, "compressed-tensors"), (v2, "gptq_v2")):
+        line = ["quantize", text_model, out, *options, "--format", file_format, "--json"]
+        assert commands.run(*line).code == 0
+    found, other = (commands.run("inspect", out, "--json").json for out in (packed, v2))
+    assert found["quantization"]["quant_method"] == "compressed-tensors"
+    sizes = ("name", "bits", "group_size", "in_features", "out_features")
+    for one, two in zip(found["layers"], other["layers"], strict=True):
+        assert [one[key] for key in sizes] == [two[key] for key in sizes]
+    assert found["other_tensors"] == other["other_tensors"]
+    assert commands.run("verify", packed, "--against", text_model).code == 0
+    figures = commands.run(
+        "compare", text_model, packed, v2, "--text", text, "--max-tokens", "256", "--window", "64",
+        "--baseline", "rtn", "--no-speed", "--json",
+    )  # fmt: skip
+    assert figures.code == 0, figures.stderr
+    # The baseline is rounded to nearest with the settings of the first: it is the first again.
+    distances = [model["kl_divergence"] for model in figures.json["models"]]
+    assert len(distances) == 3 and distances == [distances[0]] * 3 and distances[0] > 0
+    answers = [
+        commands.run("generate", out, "import", "--max-new-tokens", "8", "--json").json
+        for out in (packed, v2)
+    ]
+    assert answers[0]["text"] == answers[1]["text"]
+    again = commands.run("quantize", packed, tmp_path / "again", "--method", "rtn")
+    assert again.code == 0
+    assert "to 3 and 8 bits" in " ".join(again.stdout.split())

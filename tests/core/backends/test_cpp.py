@@ -47,7 +47,7 @@ SETTINGS = [
 
 
 @needs_native
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("config", SETTINGS, ids=str)
 def test_codes_equal_those_of_torch(bits: int, sym: bool, config: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ def test_codes_equal_those_of_torch(bits: int, sym: bool, config: dict[str, Any]
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 40), groups=st.integers(1, 4), size=st.sampled_from([8, 24, 56]),
-    bits=st.sampled_from([2, 3, 4, 8]), sym=st.booleans(), keep=st.integers(1, 9),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]), sym=st.booleans(), keep=st.integers(1, 9),
     seed=st.integers(0, 10**6),
 )  # fmt: skip
 def test_any_shape(
@@ -101,7 +101,7 @@ def test_threads_do_not_matter() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("rows", [1, 16, 37])
 def test_packs_like_torch(bits: int, rows: int) -> None:
     codes = torch.randint(0, 2**bits, (3 * codes_per_block(bits), rows)).to(torch.uint8)

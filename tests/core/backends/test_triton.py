@@ -140,7 +140,7 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
 
 
 @needs_cuda
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("sym", [True, False])
 def test_large_weights_are_solved_as_well(bits: int, sym: bool, use_triton: Any) -> None:
     W, H = problem(1024, 2048)

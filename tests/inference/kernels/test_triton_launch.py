@@ -53,7 +53,7 @@ def test_compiles_into_one_graph() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_tilings_fit_small_devices(bits: int, size: int) -> None:
     small = DeviceLimits(
         processors=46, shared_memory=101376

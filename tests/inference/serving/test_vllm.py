@@ -49,21 +49,51 @@ def test_the_command_is_found_beside_python_or_on_the_path(
 
 def reason(settings: dict[str, object], dtype: str = "auto", gpu: bool = True) -> str | None:
     config = {"quantization_config": {"quant_method": "gptq", "bits": 4, **settings}}
-    return vllm.unsupported_reason(config, dtype=dtype, gpu=gpu)
+    return vllm.quantization_option(config, dtype=dtype, gpu=gpu)[1]
 
 
 def test_rules_of_all_layers_count() -> None:
     assert reason({}) is None
     assert reason({"dynamic": {"+:mlp": {"group_size": 64}, "-:head": {}}}) is None
-    assert "not 3" in str(reason({"dynamic": {"+:mlp": {"bits": 3}}}))
-    assert "asymmetric" in str(reason({"sym": False}))
+    assert "not 3" in str(reason({"dynamic": {"+:mlp": {"bits": 3}}}, gpu=False))
+    assert "asymmetric" in str(reason({"sym": False}, gpu=False))
+    assert "act-order" in str(reason({"desc_act": True}))
     assert "float16 or bfloat16" in str(reason({}, dtype="float32"))
 
 
 def test_other_formats_are_left_to_vllm() -> None:
     assert reason({"quant_method": "awq", "bits": 3}) is None
-    assert vllm.unsupported_reason({}, dtype="float32", gpu=False) is None
-    assert vllm.unsupported_reason({"quantization_config": None}, dtype="auto", gpu=False) is None
+    assert vllm.quantization_option({}, dtype="float32", gpu=False) == ("", None)
+    nothing = {"quantization_config": None}
+    assert vllm.quantization_option(nothing, dtype="auto", gpu=False) == ("", None)
+
+
+def test_humming_is_asked_for_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "supports_this_cpu", lambda: True)
+
+    def option(settings: dict[str, object], *, gpu: bool = True) -> str | None:
+        """The option; None: vLLM does not serve it."""
+        method = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+        config = {"quantization_config": {**method, **settings}}
+        found, reason = vllm.quantization_option(config, dtype="auto", gpu=gpu)
+        return found if reason is None else None
+
+    humming = "--quantization humming"
+    assert option({}) == option({"bits": 8}) == ""
+    assert option({"bits": 3}) == option({"sym": False}) == option({"group_size": 16}) == humming
+    assert option({"dynamic": {"+:mlp": {"bits": 2}}}) == humming
+    assert option({"bits": 3, "lm_head": True}) is None  # it does not read the head
+    assert option({"bits": 3}, gpu=False) is None
+    weights = {"num_bits": 3, "symmetric": False, "group_size": 128, "strategy": "group"}
+    packed = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }  # fmt: skip
+    assert option(packed) == "" and option(packed, gpu=False) is None
+    weights["num_bits"] = 4
+    assert option(packed, gpu=False) == ""
+    line = vllm.command_line(VLLM, Path("m"), vllm.VllmOptions("m", quantization=humming))
+    assert line[line.index("--quantization") + 1] == "humming"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import print_json, print_line, print_note
+from roundwise.cli.output import print_json, print_line, print_note
 from roundwise.system.memory import format_size
 
 
@@ -28,7 +28,7 @@ def command(
     """Write a GPTQ or compressed-tensors checkpoint in another format: exactly the same numbers.
 
     gptq and gptq_v2 differ in how zero points are stored.
-    compressed-tensors (pack-quantized) is the format of llm-compressor.
+    compressed-tensors (pack-quantized) is the format of llm-compressor and vLLM.
     dense is a plain checkpoint of the dequantized weights, for tools that read nothing else.
     """
     from roundwise.checkpoint.reader import Checkpoint

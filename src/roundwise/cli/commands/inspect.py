@@ -10,8 +10,9 @@ import typer
 from rich.table import Table
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import count_of, print_json, print_line, stdout, visible
+from roundwise.cli.output import print_json, print_line
 from roundwise.errors import MAX_QUOTED
+from roundwise.system.console import count_of, stdout, visible
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
@@ -96,7 +97,6 @@ def summarize(name: str) -> CheckpointSummary:
     Args:
         name: folder, or id on the Hugging Face hub.
     """
-    from roundwise.checkpoint.gptq_format import SUFFIXES
     from roundwise.checkpoint.quantization_config import is_packed, read_quantization_config
     from roundwise.checkpoint.quantized_layers import find_layers
     from roundwise.checkpoint.reader import Checkpoint
@@ -108,12 +108,8 @@ def summarize(name: str) -> CheckpointSummary:
     _check_head(checkpoint, found)
     layers = [_summarize_layer(layer) for layer in found]
     architectures = checkpoint.config.get("architectures")
-    stems = {layer.name for layer in layers}
-    others = [
-        info
-        for tensor, info in checkpoint.tensors.items()
-        if not (tensor.rpartition(".")[0] in stems and tensor.rpartition(".")[2] in SUFFIXES)
-    ]
+    packed = {f"{layer.name}.{suffix}" for layer in found for suffix in layer.tensors}
+    others = [info for tensor, info in checkpoint.tensors.items() if tensor not in packed]
     return CheckpointSummary(
         checkpoint=str(checkpoint.folder),
         architecture=(
@@ -142,7 +138,8 @@ def _summarize_layer(layer: QuantizedLayer) -> LayerSummary:
     import torch
 
     layer.check()
-    g_idx = layer.tensors["g_idx"].read() if "g_idx" in layer.tensors else None
+    stored_g_idx = layer.tensors.get(layer.layout.g_idx)
+    g_idx = stored_g_idx.read() if stored_g_idx is not None else None
     in_order = torch.arange(layer.in_features) // layer.group_size
     stored = sum(info.nbytes for info in layer.tensors.values())
     return LayerSummary(

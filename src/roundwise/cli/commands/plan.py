@@ -10,8 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from roundwise.cli.options import SOURCE, Expand, JsonOption, settings_as_options
-from roundwise.cli.progress import print_json, print_labelled, print_note, stdout
+from roundwise.cli.output import print_json, print_labelled, print_note
 from roundwise.config import CalibrationConfig, QuantizeConfig, RunConfig
+from roundwise.system.console import stdout
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:

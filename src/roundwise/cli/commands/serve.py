@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from roundwise.cli.options import ChatTemplateOption, DtypeOption, JsonOption, ModelArgument
-from roundwise.cli.progress import console, print_json, print_note
+from roundwise.cli.output import print_json, print_note
+from roundwise.system.console import console
 
 if TYPE_CHECKING:
     from roundwise.inference.serving.engines.engine import Engine
@@ -156,9 +157,11 @@ def command(
                 f"--{next(iter(limits.given())).replace('_', '-')} is for the transformers backend: "
                 "use --backend transformers, or vLLM's own arguments after --"
             )
+        gpu = torch.cuda.is_available()
+        quantization, _ = vllm.quantization_option(checkpoint.config, dtype=dtype, gpu=gpu)
         options = vllm.VllmOptions(
             name, host, port, dtype, max_model_len, tensor_parallel, chat_template,
-            tuple(extra or ()),
+            tuple(extra or ()), quantization,
         )  # fmt: skip
         endpoint.announce("vllm", reason, port)
         if api_key:
@@ -229,7 +232,7 @@ def _serve_with_transformers(
             read_chat_template(tokenizer, chat_template)
         if unused := unsupported_fields(loaded.generation_config):
             print_note(f"note: generation_config.json: {', '.join(unused)} not used")
-        longest = context_length(loaded.config)
+        longest = context_length(loaded)
         if context is not None and longest is not None and context > longest:
             raise ConfigError(f"--max-model-len {context}: the model was made for {longest} tokens")
         local, api_key = launch.is_local(sock), endpoint.api_key

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import count_of, print_json, print_line, print_note
+from roundwise.cli.output import print_json, print_line, print_note
+from roundwise.system.console import count_of
 
 
 def command(

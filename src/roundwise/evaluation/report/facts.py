@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from math import log, log10
+from math import log10
 from pathlib import Path
 from statistics import median
 
-from roundwise.checkpoint.gptq_format import SUFFIXES
 from roundwise.checkpoint.manifest import (
-    CurvePoint,
     LayerRecord,
     Manifest,
     RunRecord,
@@ -21,6 +19,7 @@ from roundwise.checkpoint.manifest import (
     read_run,
     widths,
 )
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
 from roundwise.run.strict import layer_issues
@@ -128,14 +127,11 @@ class Facts:
         return Path(given).name if Path(given).is_absolute() or given.startswith(".") else given
 
     @property
-    def gain_from_more_text(self) -> float | None:
-        """Fraction by which twice the calibration text would lower the error; None: unknown.
-
-        The median of all learning curves.
-        """
-        curves = [block.saturation for block in self.manifest.blocks if block.saturation]
-        gains = [gain for curve in curves if (gain := gain_of_doubling(curve.points)) is not None]
-        return median(gains) if gains else None
+    def confirmed_drift(self) -> float | None:
+        """Part of the correction for earlier layers that held-out text confirms, median of layers."""
+        parts = [layer.confirmed_drift for layer in self.manifest.layers]
+        known = [part for part in parts if part is not None]
+        return median(known) if known else None
 
     @property
     def outlier_names(self) -> set[str]:
@@ -226,38 +222,17 @@ def find_outliers(cells: list[Cell]) -> list[LayerRecord]:
     return sorted(outliers, key=lambda layer: -(layer.relative_error or 0.0))
 
 
-def gain_of_doubling(points: list[CurvePoint]) -> float | None:
-    """Returns the fraction by which the error falls when the number of tokens doubles.
-
-    Extrapolated from the last two points of a learning curve, as a power of the number of tokens:
-    1 - (e₂ / e₁)^(log 2 / log(n₂ / n₁)).
-
-    Args:
-        points: errors e by numbers of tokens n, in rising order.
-
-    Returns:
-        0 … 1, negative if the error rises; None if the points do not allow it.
-    """
-    if len(points) < 2:
-        return None
-    before, after = points[-2:]
-    if not before.relative_error or after.tokens <= before.tokens:
-        return None
-    ratio = after.relative_error / before.relative_error
-    return float(1 - ratio ** (log(2) / log(after.tokens / before.tokens)))
-
-
 def _sizes_by_purpose(checkpoint: Checkpoint) -> dict[str, int]:
-    stems = {
-        name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")
+    purpose_of = {
+        f"{layer.name}.{suffix}": "codes"
+        if suffix == layer.layout.codes
+        else "scales, zero points, g_idx"
+        for layer in quantized_layers(checkpoint)
+        for suffix in layer.tensors
     }
     sizes = {"codes": 0, "scales, zero points, g_idx": 0, "embeddings and heads": 0, "other": 0}
     for name, info in checkpoint.tensors.items():
-        stem, _, suffix = name.rpartition(".")
-        if stem in stems and suffix in SUFFIXES:
-            purpose = "codes" if suffix == "qweight" else "scales, zero points, g_idx"
-        else:
-            is_table = len(info.shape) == 2 and re.search(r"emb|wte|head|shared", name)
-            purpose = "embeddings and heads" if is_table else "other"
+        is_table = len(info.shape) == 2 and re.search(r"emb|wte|head|shared", name)
+        purpose = purpose_of.get(name, "embeddings and heads" if is_table else "other")
         sizes[purpose] += info.nbytes
     return sizes

@@ -21,7 +21,7 @@ class PackedWeight:
         qzeros: int32 [groups, out·bits/32], zero points packed along the output channels.
         scales: float16, bfloat16 or float32 [groups, out].
         g_idx: int32 [in], the group of each input channel; None: consecutive groups of equal size.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         zero_offset: 1 if zero points are stored minus one (v1), else 0.
     """
 
@@ -67,6 +67,11 @@ class PackedWeight:
         scales = self.scales.to(torch.float32)
         weight: torch.Tensor = codes.sub_(self.zeros()[groups]).mul_(scales[groups]).to(dtype)
         return weight
+
+
+def kernel_width(bits: int) -> int:
+    """Returns the width in which kernels keep codes: 5, 6 and 7 bits are widened to 8."""
+    return 8 if bits in (5, 6, 7) else bits
 
 
 class Kernel(Protocol):

@@ -7,8 +7,8 @@ Order of columns (`ColumnLayout`). Columns stay in the order of the file if ever
 neighbouring columns and fills whole words. Otherwise (act-order, odd group sizes) columns are sorted by
 group, and each group is padded to whole words with columns of code 0; the kernel reads x in that order.
 
-Words. An int32 word has the codes of neighbouring columns of one output channel, as in the file, except
-that 3-bit codes would straddle words. For them, 32 columns take three words:
+Words. An int32 word has the codes of neighbouring columns of one output channel, as in the file. Codes
+of 5, 6 and 7 bits are widened to 8. 3-bit codes would straddle words: 32 columns take three words:
 
     word 0   two low bits of columns 0 … 15, column i at bits 2i and 2i + 1
     word 1   two low bits of columns 16 … 31, likewise
@@ -31,7 +31,7 @@ import torch
 
 from roundwise.core.backends import cpp
 from roundwise.core.quantized_weight import codes_per_block, pack, unpack
-from roundwise.inference.kernels.base import PackedWeight
+from roundwise.inference.kernels.base import PackedWeight, kernel_width
 
 #: Output channels of a tile.
 TILE = 64
@@ -56,7 +56,7 @@ class ColumnLayout(NamedTuple):
 
 def column_layout(weight: PackedWeight) -> ColumnLayout:
     """Returns the order of columns that the kernel needs for a weight."""
-    block, groups = codes_per_block(weight.bits), weight.channel_groups()
+    block, groups = codes_per_block(kernel_width(weight.bits)), weight.channel_groups()
     sizes = torch.bincount(groups, minlength=weight.groups)
     is_file_order = bool((groups.diff() >= 0).all()) and not bool((sizes % block).any())
     file_columns = torch.arange(weight.in_features)
@@ -79,7 +79,7 @@ def activation_order(layout: ColumnLayout, bits: int) -> torch.Tensor:
 
     Args:
         layout: order of columns.
-        bits: 2, 3, 4 or 8.
+        bits: width of the codes in the kernel: 2, 3, 4 or 8.
 
     Returns:
         int32 [columns]: column of the file for each activation; `in_features` for padding.
@@ -98,13 +98,14 @@ def pack_tiles(weight: PackedWeight, layout: ColumnLayout) -> torch.Tensor:
     Returns:
         int32 [tiles, words, 64].
     """
-    if layout.is_file_order and weight.bits != 3:
+    width = kernel_width(weight.bits)
+    if layout.is_file_order and width == weight.bits != 3:
         return split_into_tiles(weight.qweight)
     codes = unpack(weight.qweight, weight.bits)
     if not layout.is_file_order:
         zero_row = codes.new_zeros(1, codes.shape[1])  # padding: row number in_features
         codes = torch.cat([codes, zero_row])[layout.file_columns]
-    return split_into_tiles(_pack_3_bits(codes) if weight.bits == 3 else pack(codes, weight.bits))
+    return split_into_tiles(_pack_3_bits(codes) if width == 3 else pack(codes, width))
 
 
 def unpack_tiles(
@@ -116,15 +117,15 @@ def unpack_tiles(
         tiles: int32 [tiles, words, 64].
         out_features: number of output channels; the rest of the last tile is padding.
         layout: order of columns.
-        bits: 2, 3, 4 or 8.
+        bits: width of the codes in the file.
 
     Returns:
         qweight, int32 [in·bits/32, out].
     """
-    words = join_tiles(tiles, out_features)
-    if layout.is_file_order and bits != 3:
+    words, width = join_tiles(tiles, out_features), kernel_width(bits)
+    if layout.is_file_order and width == bits != 3:
         return words
-    codes = _unpack_3_bits(words) if bits == 3 else unpack(words, bits)
+    codes = _unpack_3_bits(words) if width == 3 else unpack(words, width)
     if not layout.is_file_order:
         not_padding = layout.file_columns < layout.in_features
         in_file_order = torch.empty(layout.in_features, out_features, dtype=torch.uint8)
@@ -190,7 +191,7 @@ class NativeKernel:
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.g_idx, self.scales_dtype = weight.g_idx, weight.scales.dtype
         self.layout = column_layout(weight)
-        self.order = activation_order(self.layout, weight.bits)
+        self.order = activation_order(self.layout, kernel_width(weight.bits))
         self.codes = pack_tiles(weight, self.layout)
         scales = weight.scales
         # bfloat16 has a wider range than float16; float32 holds it exactly.
@@ -230,7 +231,7 @@ class NativeKernel:
 
     def operator_integers(self) -> tuple[int, ...]:
         """Returns the integer arguments of `torch.ops.roundwise.native_linear`."""
-        return self.bits, self.zero, self.in_features, self.out_features
+        return kernel_width(self.bits), self.zero, self.in_features, self.out_features
 
     def __getstate__(self) -> dict[str, Any]:
         # `_packed_linear` has the addresses of tensors, which are different ones in a copy.

@@ -2,8 +2,9 @@
 
 This module prepares a weight (`TritonKernel`); `triton_launch` launches the programs.
 
-Words of 2, 4 and 8 bits stay as in the file. 3-bit codes would straddle words, so each 32 codes of an
-output channel are stored in another layout, in three words as before (nibble j is bits 4j to 4j + 3):
+Words of 2, 4 and 8 bits stay as in the file; 5, 6 and 7 bits are widened to 8. 3-bit codes would
+straddle words, so each 32 codes of an output channel are stored in another layout, in three words as
+before (nibble j is bits 4j to 4j + 3):
 
     word 0   nibble j:   low bits of code 8 + j · low bits of code j
     word 1   nibble j:   low bits of code 24 + j · low bits of code 16 + j
@@ -23,10 +24,11 @@ from typing import ClassVar
 import torch
 
 from roundwise.core.quantized_weight import pack, unpack
-from roundwise.inference.kernels.base import PackedWeight
+from roundwise.inference.kernels.base import PackedWeight, kernel_width
 from roundwise.inference.kernels.triton_launch import (
     is_interpreted,
 )
+from roundwise.version import install_command
 
 
 class TritonKernel:
@@ -55,11 +57,14 @@ class TritonKernel:
             self.group_size, self.groups = 0, groups.to(torch.int32)
         elif not torch.equal(sorted_groups, groups):
             self.order = order.to(torch.int32)
-        #: int32 [in·bits/32, out]: the codes.
+        #: Width of the codes in `words`.
+        self.width = kernel_width(self.bits)
+        self.is_repacked = self.order is not None or self.bits == 3 or self.width != self.bits
+        #: int32 [in·width/32, out]: the codes.
         self.words = weight.qweight.contiguous()
-        if self.order is not None or self.bits == 3:
+        if self.is_repacked:
             codes = unpack(self.words, self.bits)
-            self.words = _pack_words(codes if self.order is None else codes[order], self.bits)
+            self.words = _pack_words(codes if self.order is None else codes[order], self.width)
         #: uint8 [groups, out]: zero points; None: all of them are `zero`.
         self.zeros: torch.Tensor | None = weight.zeros().to(torch.uint8).contiguous()
         self.zero = int(self.zeros[0, 0])
@@ -73,7 +78,7 @@ class TritonKernel:
         """Returns a reason if triton or a recent CUDA device is missing, and for huge weights."""
         device = weight.qweight.device
         if not _is_installed():
-            return "triton is not installed: pip install 'roundwise[triton]'"
+            return f"triton is not installed: {install_command('triton')}"
         if device.type == "cuda":
             if _compute_capability(device.index) < (8, 0):
                 return "it needs a GPU of compute capability 8.0 or newer"
@@ -87,15 +92,15 @@ class TritonKernel:
         """Multiplies x [..., in] with the weight; returns [..., out]."""
         y: torch.Tensor = torch.ops.roundwise.triton_linear(
             x, self.words, self.scales, self.zeros, self.order, self.groups,
-            self.bits, self.zero, self.group_size,
+            self.width, self.zero, self.group_size,
         )  # fmt: skip
         return y
 
     def packed(self) -> PackedWeight:
         """Returns the weight it was made from."""
         qweight = self.words
-        if self.order is not None or self.bits == 3:
-            codes = _unpack_words(self.words, self.bits)
+        if self.is_repacked:
+            codes = _unpack_words(self.words, self.width)
             if self.order is not None:
                 codes = codes[torch.argsort(self.order)]
             qweight = pack(codes, self.bits)

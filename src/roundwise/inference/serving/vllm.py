@@ -9,13 +9,20 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from roundwise.checkpoint import engines
+from roundwise.checkpoint.compressed_tensors import METHOD, is_supported
+from roundwise.checkpoint.config_values import flag
+from roundwise.checkpoint.quantization_config import (
+    QuantizationConfig,
+    parse_quantization_config,
+    quantization_method,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class VllmOptions:
     chat_template: Path | None = None
     extra: tuple[str, ...] = ()
     """More arguments for vLLM. They come last, so they override the others."""
+    quantization: str = ""
+    """Option for the format of the checkpoint; empty: vLLM reads it from config.json."""
 
 
 def find_command() -> Path | None:
@@ -45,41 +54,51 @@ def find_command() -> Path | None:
     return Path(path).resolve() if path else None
 
 
-def unsupported_reason(config: Mapping[str, Any], *, dtype: str, gpu: bool) -> str | None:
-    """Returns why vLLM does not serve a checkpoint; None if no reason is known.
+def quantization_option(
+    config: Mapping[str, Any], *, dtype: str, gpu: bool
+) -> tuple[str, str | None]:
+    """Tells whether vLLM serves a checkpoint, and how.
 
     Args:
         config: the checkpoint's config.json.
         dtype: dtype to compute in: auto, float32, float16 or bfloat16.
         gpu: True if vLLM will run on a GPU.
+
+    Returns:
+        The option that it needs, such as `--quantization humming`, or an empty text; and why vLLM does
+        not serve the checkpoint, None: no reason is known.
     """
-    settings = config.get("quantization_config")
-    if not isinstance(settings, Mapping):
-        return None
-    # Other formats than GPTQ are left to vLLM.
-    is_gptq = settings.get("quant_method") == "gptq"
-    reason = _gptq_refusal(settings, dtype, gpu) if is_gptq else None
+    raw = config.get("quantization_config")
+    if not isinstance(raw, Mapping):
+        return "", None
+    option, reason = "", None
+    is_gptq = raw.get("quant_method") == "gptq"
+    # Other formats are left to vLLM.
+    if is_gptq or (quantization_method(raw) == METHOD and is_supported(raw)):
+        layers = _served_layers(parse_quantization_config(raw, "the checkpoint"))
+        option, reason = engines.choose_option(
+            engines.VLLM_GPU if gpu else engines.VLLM_CPU, layers
+        )
+        if is_gptq and dtype == "float32":
+            reason = "it computes GPTQ layers in float16 or bfloat16, not in float32"
     if reason is None and not gpu and not supports_this_cpu():
-        return "its kernels for quantized layers on CPUs need AVX-512, which this processor lacks"
-    return reason
+        reason = "its kernels for quantized layers on CPUs need AVX-512, which this processor lacks"
+    return option, reason
 
 
-def _gptq_refusal(settings: Mapping[str, Any], dtype: str, gpu: bool) -> str | None:
-    """Returns why vLLM refuses these GPTQ settings on every processor; None if it accepts them."""
-    if dtype == "float32":
-        return "it computes GPTQ layers in float16 or bfloat16, not in float32"
-    rules = settings.get("dynamic") or {}
-    merged = [settings, *({**settings, **rule} for rule in rules.values() if rule)]
+def _served_layers(config: QuantizationConfig) -> list[engines.ServedLayer]:
+    """Returns the settings of layers that a quantization config names."""
+    every = [config.default, *config.names.values(), *(settings for _, settings in config.rules)]
+    head = flag(config.raw, "lm_head") or config.names.get("lm_head") is not None
     layers = [
         engines.ServedLayer(
-            bits=each.get("bits", 0), group_size=each.get("group_size", 128),
-            sym=each.get("sym", True), desc_act=each.get("desc_act", False),
+            bits=each.bits, group_size=each.group_size or 128, sym=each.sym is not False,
+            desc_act=bool(each.desc_act), format=config.checkpoint_format,
         )
-        for each in merged
+        for each in every
+        if each is not None and each.bits is not None
     ]  # fmt: skip
-    return next(
-        (reason for layer in layers if (reason := engines.vllm_refusal(layer, gpu=gpu))), None
-    )
+    return [*layers, *(replace(layer, is_head=True) for layer in layers[:1] if head)]
 
 
 def supports_this_cpu() -> bool:
@@ -94,8 +113,8 @@ def supports_this_cpu() -> bool:
 def command_line(command: Path, folder: Path, options: VllmOptions) -> list[str]:
     """Returns the command line that serves a folder.
 
-    It has no API key (pass it in the environment, as VLLM_API_KEY) and no `--quantization`: vLLM reads
-    the format from config.json and chooses its fastest kernel for it.
+    It has no API key (pass it in the environment, as VLLM_API_KEY) and `--quantization` only where
+    vLLM's own choice of a kernel would refuse the checkpoint.
 
     Args:
         command: path of the `vllm` command.
@@ -109,6 +128,7 @@ def command_line(command: Path, folder: Path, options: VllmOptions) -> list[str]
         "--port", str(options.port),
         "--dtype", options.dtype,
     ]  # fmt: skip
+    line += options.quantization.split()
     if options.tensor_parallel > 1:
         line += ["--tensor-parallel-size", str(options.tensor_parallel)]
     if options.context is not None:
