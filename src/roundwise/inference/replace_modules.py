@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -68,16 +67,14 @@ def replace_linears(model: PreTrainedModel, layers: Iterable[QuantizedLayer]) ->
 def _mark_initialized(model: nn.Module) -> None:
     """Tells transformers not to initialize modules around quantized layers.
 
-    Some classes initialize the weights of layers below them, which are not there. Modules with buffers
-    that are computed instead of stored are not marked.
+    Some classes initialize the weights of layers below them, which are not there. Modules are left that
+    compute buffers, or have some below them: transformers fills these from either.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            path = name.split(".")
-            for end in range(len(path)):
-                parent: Any = model.get_submodule(".".join(path[:end]))
-                if not parent._non_persistent_buffers_set:
-                    parent._is_hf_initialized = True
+    for module in model.modules():
+        below = [*module.modules()]
+        has_layers = any(isinstance(child, QuantLinear) for child in below)
+        if has_layers and not any(child._non_persistent_buffers_set for child in below):
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _check_experts(name: str, fused: nn.Module, layers: dict[tuple[int, str], QuantLinear]) -> None:

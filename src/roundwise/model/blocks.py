@@ -155,6 +155,8 @@ def _module_lists(model: nn.Module, root: str) -> list[str]:
         nested = any(name.startswith(f"{outer}.") for outer in outermost)
         if isinstance(module, nn.ModuleList) and not nested and not name.startswith(towers):
             outermost.add(name)
+            if all(isinstance(child, nn.Linear | Conv1D) for child in module):
+                continue  # several heads, or adapters
             kinds[name] = [type(child) for child in module]
             sizes[name] = sum(linear.weight.numel() for _, linear in _named_linears(module))
     best = max(sizes, key=sizes.__getitem__, default=None)
