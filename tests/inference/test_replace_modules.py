@@ -18,6 +18,7 @@ from roundwise.inference.quant_linear import QuantLinear
 from roundwise.model.moe import LinearExperts
 from tests.helpers import LLAMA, edited_json, random_model
 from tests.inference.checkpoints import LAYER, logits, rewritten
+from tests.matrix.tiny import tiny_model
 
 CONFIG = rw.QuantizeConfig(group_size=32)
 SMALL = {**LLAMA, "num_hidden_layers": 2}
@@ -201,3 +202,26 @@ def test_a_layer_that_the_model_does_not_have(
     folder = rewritten(quantized("llama"), tmp_path / "out", change)
     with pytest.raises(CheckpointError, match=r"layers\.9\.mlp\.down_proj.*no such layer"):
         rw.load(folder)
+
+
+RTN = rw.QuantizeConfig(method="rtn", group_size=32)
+
+
+def test_computed_buffers_around_quantized_layers_are_filled(tmp_path: Path) -> None:
+    """Falcon-H1's model fills the buffers of its layers, so it must still be initialized."""
+    plain = tiny_model("FalconH1ForCausalLM")
+    plain.save_pretrained(tmp_path / "model")
+    rw.quantize(tmp_path / "model", tmp_path / "out", RTN)
+    buffers = dict(rw.load(tmp_path / "out")[0].named_buffers())
+    computed = dict(plain.named_non_persistent_buffers())
+    assert any("mup_vector" in name for name in computed)
+    for name, expected in computed.items():
+        assert torch.equal(buffers[name], expected.to(buffers[name].dtype)), name
+
+
+@pytest.mark.parametrize("name", ["BltForCausalLM", "Qwen3OmniMoeThinkerForConditionalGeneration"])
+def test_classes_that_initialize_weights_of_layers_below_them(name: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path / "model")
+    rw.quantize(tmp_path / "model", tmp_path / "out", RTN)
+    model, _ = rw.load(tmp_path / "out")
+    assert any(isinstance(module, QuantLinear) for module in model.modules())
