@@ -44,8 +44,8 @@ from roundwise.core.quantized_weight import QuantizedWeight, pack
 from roundwise.errors import CheckpointError, ConfigError, OutputError
 from roundwise.model.blocks import HEADS, check_quantized_head, quantized_head
 from roundwise.model.build import build, config_dtype, load_config
+from roundwise.model.conversions import dense_layers, ignored_modules
 from roundwise.model.expert_weights import FusedExpertTensor, fused_expert_tensors
-from roundwise.model.tensor_names import dense_layers, ignored_modules
 from roundwise.system.activity import announce
 
 Target = Literal["gptq", "gptq_v2", "compressed-tensors", "dense"]

@@ -39,7 +39,7 @@ from roundwise.evaluation.verdict import (
     verdict,
 )
 from roundwise.inference.load import load, require_tokenizer
-from roundwise.model.build import context_length
+from roundwise.model.build import context_length, text_config
 from roundwise.run.api import quantize
 from roundwise.system.hub import local_folder
 
@@ -173,12 +173,12 @@ def compare(
     if not protocol.ids and not protocol.tasks:
         raise CalibrationError("nothing to compare on: give a text, tasks, or both")
     original = _load(base, protocol)
-    vocabulary = original.model.config.get_text_config().vocab_size
+    vocabulary = text_config(original.model.config).vocab_size
     base_measurements = _measure(original, protocol, progress)
     comparisons = []
     for name in quantized:
         loaded = _load(name, protocol)
-        if loaded.model.config.get_text_config().vocab_size != vocabulary:
+        if text_config(loaded.model.config).vocab_size != vocabulary:
             raise CheckpointError(f"{name} has another vocabulary than {base}")
         comparisons.append(_compare_pair(original, base_measurements, loaded, protocol, progress))
     return comparisons

@@ -17,6 +17,7 @@ from roundwise.core.linalg import matmul
 from roundwise.core.solver import workspace
 from roundwise.forward.output_gradients import tokens_at_a_time
 from roundwise.model.blocks import Block, weight_of
+from roundwise.model.build import config_size, embedding_shape
 from roundwise.model.moe import PROJECTION_ROLES
 from roundwise.model.streamed import StreamedModel
 from roundwise.system.device import HOST, synchronize
@@ -86,8 +87,8 @@ def block_shapes(streamed: StreamedModel, config: QuantizeConfig) -> list[BlockS
         sum(info.nbytes for info in streamed.block_tensors(index).values())
         for index in range(len(streamed.blocks))
     ]
-    text_config = streamed.model.config.get_text_config()
-    experts_per_token = getattr(text_config, "num_experts_per_tok", None)
+    hidden = embedding_shape(streamed.model)[1]
+    experts_per_token = config_size(streamed.model, "num_experts_per_tok")
     shapes = []
     for is_head in (False, True):
         indexes = [i for i, block in enumerate(streamed.blocks) if block.is_head is is_head]
@@ -98,7 +99,7 @@ def block_shapes(streamed: StreamedModel, config: QuantizeConfig) -> list[BlockS
         if linears:
             shapes.append(
                 BlockShapes(
-                    linears, inputs, sizes[largest], int(text_config.hidden_size),
+                    linears, inputs, sizes[largest], hidden,
                     streamed.dtype.itemsize, len(indexes), streamed.device,
                 )
             )  # fmt: skip

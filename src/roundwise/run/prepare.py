@@ -23,7 +23,7 @@ from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
 from roundwise.errors import CalibrationError, ConfigError, OutputError, quoted
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
-from roundwise.model.build import context_length, forward_kwargs
+from roundwise.model.build import context_length, embedding_shape, forward_kwargs
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
 from roundwise.model.rotate import open_for_run
 from roundwise.model.streamed import StreamedModel
@@ -302,7 +302,7 @@ def _calibration(
         )
 
     loaded = load_calibration(source, tokenizer, fitting, widest=widest, generate=generate)
-    _check_vocabulary(loaded, int(streamed.model.config.get_text_config().vocab_size))
+    _check_vocabulary(loaded, embedding_shape(streamed.model)[0])
     if windows.seq_len > limit:
         line = f"seq_len is {limit}, the longest text the model takes, not {windows.seq_len}"
         loaded = replace(loaded, not_as_asked=(*loaded.not_as_asked, line))
@@ -311,7 +311,7 @@ def _calibration(
 
 def _check_vocabulary(calibration: Calibration, vocabulary: int) -> None:
     ends = [int(end) for batch in calibration.batches for end in torch.aminmax(batch.input_ids)]
-    wrong = next((token for token in ends if not 0 <= token < vocabulary), None)
+    wrong = next((token for token in ends if not 0 <= token < (vocabulary or token + 1)), None)
     if wrong is not None:
         raise CalibrationError(
             f"calibration has token id {wrong}, but the model's vocabulary has {vocabulary} tokens: "

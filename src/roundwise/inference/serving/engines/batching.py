@@ -31,6 +31,7 @@ from roundwise.inference.sampling import Sampling, TokenLogprobs
 from roundwise.inference.serving.api_errors import stopping_error
 from roundwise.inference.serving.engines.engine import Item, Task, send_prompt
 from roundwise.inference.serving.responses import Piece
+from roundwise.model.build import text_config
 
 #: Tokens of keys and values that are stored together.
 PAGE = 64
@@ -75,7 +76,7 @@ class BatchedEngine:
         self._numbers = itertools.count()
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._attention = model.config._attn_implementation
-        vocabulary = model.config.get_text_config().vocab_size
+        vocabulary = text_config(model.config).vocab_size
         probe = [
             token % vocabulary
             for token in range(3, min(67, context - PROBE_SAMPLING.max_new_tokens))
@@ -288,7 +289,7 @@ def _page_count(model: Any, max_batch: int, context: int) -> int:
     Raises:
         ConfigError: the memory has no room for that.
     """
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     page_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * PAGE
