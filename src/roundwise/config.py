@@ -35,9 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 #: Settings whose default depends on another one, on `recipe` or `sym`, or on the model.
-DEPENDENT_DEFAULTS = frozenset(
-    {"format", "group_size", *(name for settings in RECIPES.values() for name in settings)}
-)
+DEPENDENT_DEFAULTS = frozenset({"format", "group_size", "target_widths"}.union(*RECIPES.values()))
 
 #: Settings that a per-module override may change; the keys are those of `quantization_config.dynamic`.
 OVERRIDABLE = ("bits", "group_size", "sym", "desc_act")
@@ -218,7 +216,8 @@ class QuantizeConfig(Settings):
     target_widths: Annotated[tuple[Bits, ...], Panel.FORMAT] = Field(
         (2, 3, 4, 8),
         min_length=1,
-        description="Widths that --target-bpw chooses from; vLLM serves 4,8.",
+        description="Widths that --target-bpw chooses from; default: 2,3,4,8, in compressed-tensors 5,6 "
+        "too (vLLM serves 4,8 from GPTQ files).",
     )
     rotate: Annotated[bool, Panel.RECIPE] = Field(
         False,
@@ -354,5 +353,7 @@ class QuantizeConfig(Settings):
 def _defaults(data: dict[str, Any]) -> dict[str, Any]:
     """Returns defaults that depend on other settings."""
     # GPTQModel reads asymmetric v1 files only if it wrote them itself, but v2 files of any tool.
-    file_format = {} if data.get("sym", True) else {"format": "gptq_v2"}
+    file_format: dict[str, Any] = {} if data.get("sym", True) else {"format": "gptq_v2"}
+    if data.get("format") == "compressed-tensors":  # GPTQModel has no 5 and 6 bits
+        file_format["target_widths"] = (2, 3, 4, 5, 6, 8)
     return {**file_format, **RECIPES.get(str(data.get("recipe", "best")), {})}
