@@ -65,6 +65,7 @@ class TestDefaults:
     def test_which_depend_on_others(self) -> None:
         usual = QuantizeConfig().model_dump()
         changed = [QuantizeConfig(recipe="textbook"), QuantizeConfig(sym=False)]
+        changed += [QuantizeConfig(format="compressed-tensors")]
         given = {"recipe", "sym"}
         differing = {
             name
@@ -103,7 +104,7 @@ class TestRefused:
             ({"target_bpw": 0}, "target_bpw=0"),
             ({"target_widths": ()}, r"target_widths=\(\)"),
             ({"method": "rtn", "target_bpw": 4}, "target_bpw needs activations, .*: use method=gptq"),
-            ({"method": "rtn", "prescale": "awq"}, "prescale=awq needs activations, .*: use method=awq"),
+            ({"method": "awq"}, "method='awq' is not supported: use 'gptq' or 'rtn'"),
             ({"dynamic": {"(": None}}, r"'\(' is not a regular expression"),
             ({"dynamic": {"q": {"alpha": 1}}}, "'q' changes alpha; an override may change bits"),
             ({"dynamic": {"q": {"bits": 1}}}, "bits=1 is not supported"),
@@ -153,6 +154,15 @@ def test_groups(group_size: int, columns: int, size: int, groups: int) -> None:
     config = QuantizeConfig(group_size=group_size)
     assert config.columns_per_group(columns) == size
     assert config.groups(columns) == groups
+
+
+def test_widths_to_choose_from_depend_on_the_format() -> None:
+    assert QuantizeConfig().target_widths == QuantizeConfig(sym=False).target_widths == (2, 3, 4, 8)
+    packed = QuantizeConfig(format="compressed-tensors")
+    assert packed.target_widths == (2, 3, 4, 5, 6, 8)
+    assert packed.merged({"bits": 3}).target_widths == packed.target_widths
+    given = QuantizeConfig(format="compressed-tensors", target_widths=(4,))
+    assert given.target_widths == (4,)
 
 
 def test_codes() -> None:

@@ -16,8 +16,7 @@ from roundwise.settings import Flags, Panel, Settings
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Order = Literal["natural", "static", "group_aware"]
-Method = Literal["gptq", "rtn", "awq"]
-Prescale = Literal["none", "awq"]
+Method = Literal["gptq", "rtn"]
 Format = Literal["gptq", "gptq_v2", "compressed-tensors"]
 Experts = Literal["routed", "all"]
 Mode = Literal["true_sequential", "block"]
@@ -35,9 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 #: Settings whose default depends on another one, on `recipe` or `sym`, or on the model.
-DEPENDENT_DEFAULTS = frozenset(
-    {"format", "group_size", *(name for settings in RECIPES.values() for name in settings)}
-)
+DEPENDENT_DEFAULTS = frozenset({"format", "group_size", "target_widths"}.union(*RECIPES.values()))
 
 #: Settings that a per-module override may change; the keys are those of `quantization_config.dynamic`.
 OVERRIDABLE = ("bits", "group_size", "sym", "desc_act")
@@ -130,13 +127,7 @@ class QuantizeConfig(Settings):
     )
     method: Annotated[Method, Panel.RECIPE] = Field(
         "gptq",
-        description="Quantization method: gptq; awq (activation-aware scales, then round to nearest on "
-        "searched grids); rtn (round to nearest, the baseline).",
-    )
-    prescale: Annotated[Prescale, Panel.RECIPE] = Field(
-        "none",
-        description="Scaling before quantizing: none; awq (input channels with large activations are "
-        "scaled up and the norm in front of them down; the model computes the same function).",
+        description="Quantization method: gptq, or rtn (round to nearest, the baseline).",
     )
     format: Annotated[Format, Panel.FORMAT] = Field(
         "gptq",
@@ -218,7 +209,8 @@ class QuantizeConfig(Settings):
     target_widths: Annotated[tuple[Bits, ...], Panel.FORMAT] = Field(
         (2, 3, 4, 8),
         min_length=1,
-        description="Widths that --target-bpw chooses from; vLLM serves 4,8.",
+        description="Widths that --target-bpw chooses from; default: 2,3,4,8, in compressed-tensors 5,6 "
+        "too (vLLM serves 4,8 from GPTQ files).",
     )
     rotate: Annotated[bool, Panel.RECIPE] = Field(
         False,
@@ -297,14 +289,7 @@ class QuantizeConfig(Settings):
         needs = "needs activations, which rtn does not use: use method="
         if self.method == "rtn" and self.target_bpw is not None:
             raise ValueError(f"target_bpw {needs}gptq")
-        if self.method == "rtn" and self.prescale != "none":
-            raise ValueError(f"prescale=awq {needs}awq")
         return self
-
-    @property
-    def prescales(self) -> bool:
-        """True if activation-aware scales are folded into norms before quantizing."""
-        return self.prescale == "awq" or self.method == "awq"
 
     @property
     def chooses_group_size(self) -> bool:
@@ -354,5 +339,7 @@ class QuantizeConfig(Settings):
 def _defaults(data: dict[str, Any]) -> dict[str, Any]:
     """Returns defaults that depend on other settings."""
     # GPTQModel reads asymmetric v1 files only if it wrote them itself, but v2 files of any tool.
-    file_format = {} if data.get("sym", True) else {"format": "gptq_v2"}
+    file_format: dict[str, Any] = {} if data.get("sym", True) else {"format": "gptq_v2"}
+    if data.get("format") == "compressed-tensors":  # GPTQModel has no 5 and 6 bits
+        file_format["target_widths"] = (2, 3, 4, 5, 6, 8)
     return {**file_format, **RECIPES.get(str(data.get("recipe", "best")), {})}

@@ -21,9 +21,9 @@ from roundwise.model.blocks import check_quantized_head, quantized_head
 from roundwise.model.build import load_config
 from roundwise.model.dequantized_view import dequantized_checkpoint
 from roundwise.model.expert_weights import unquantized_tensors
-from roundwise.model.norm_scaling import apply_recorded_scales
 from roundwise.model.rotate import apply_recorded_rotation
 from roundwise.model.streamed import unfused_checkpoint
+from roundwise.system.activity import announce
 
 #: Recorded and recomputed weight errors may differ by summation order only.
 TOLERANCE = 1e-3
@@ -95,8 +95,6 @@ def audit(
                     lm_head=quantized_head(layers) is not None,
                 )  # fmt: skip
                 against = apply_recorded_rotation(against, config.raw)
-                records = manifest.layers if manifest else []
-                against = apply_recorded_scales(against, checkpoint, records)
             _check_layers(report, checkpoint, against, manifest)
             if against is not None:
                 _check_rest(report, checkpoint, against)
@@ -116,7 +114,8 @@ def _check_layers(
     layers = quantized_layers(checkpoint)
     report.check("readable", None if layers else "no quantized layers")
     check_quantized_head(lambda: load_config(checkpoint), [layer.name for layer in layers])
-    for layer in layers:
+    for index, layer in enumerate(layers):
+        announce("checking layers", index, len(layers))
         try:
             q = layer.read()
         except RoundwiseError as error:

@@ -94,3 +94,22 @@ class TestSafeConsole:
     @pytest.mark.parametrize("text", ["[/]", "[/red] [bold]", "[red", "]", "a[0]"])
     def test_markup(self, text: str) -> None:
         self.shown(text)  # no MarkupError
+
+
+class TestEverywhere:
+    """Commands whose work takes seconds show a bar on a terminal, and nothing elsewhere."""
+
+    def test_on_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        terminal = Console(stderr=True, force_terminal=True, width=100, record=True)
+        monkeypatch.setattr(console, "console", terminal)
+        monkeypatch.delenv("TERM", raising=False)
+        with steps("verifying", lines=False) as shown:
+            announce("checking layers", 3, 12)
+            assert shown._bar is not None
+            (task,) = shown._bar.tasks
+            assert (task.description, task.percentage) == ("checking layers 3/12", 25.0)
+
+    def test_elsewhere(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with steps("verifying", lines=False):
+            announce("checking layers", 3, 12)
+        assert capsys.readouterr().err == ""

@@ -140,9 +140,15 @@ class Steps:
 
 
 @contextmanager
-def steps(title: str, *, shown: bool = True) -> Iterator[Steps]:
-    """Context manager: shows progress on stderr; without a bar if not `shown`, or not on a terminal."""
-    if not shown:
+def steps(title: str, *, shown: bool = True, lines: bool = True) -> Iterator[Steps]:
+    """Context manager: shows progress on stderr, as a bar on a terminal or in a notebook.
+
+    Args:
+        title: name of the work.
+        shown: False: shows nothing.
+        lines: elsewhere, each part of the work is a line; False: nothing is shown there.
+    """
+    if not (shown and (lines or console.is_terminal or console.is_jupyter)):
         yield Steps(None, title, speaks=False)
         return
     if not (console.is_terminal or console.is_jupyter) or os.environ.get("TERM") == "dumb":

@@ -17,7 +17,7 @@ from roundwise.cli.options import (
     ModelArgument,
 )
 from roundwise.cli.output import print_json, print_note
-from roundwise.system.console import console, visible
+from roundwise.system.console import console, steps, visible
 
 if TYPE_CHECKING:
     from roundwise.inference.generation import Generated
@@ -76,7 +76,8 @@ def command(
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty: give some text to continue")
-    loaded, tokenizer = load(model, dtype=parse_dtype(dtype), device=parse_device(device))
+    with steps(f"loading {model}", lines=False):
+        loaded, tokenizer = load(model, dtype=parse_dtype(dtype), device=parse_device(device))
     require_tokenizer(tokenizer, model)
     if unused := unsupported_fields(loaded.generation_config):
         print_note(f"note: generation_config.json: {', '.join(unused)} not used")
