@@ -41,7 +41,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     " damp 0.003": {"damp_percent": 0.003},
     " damp 0.03": {"damp_percent": 0.03},
     " damp 0.1": {"damp_percent": 0.1},
-    " damp auto": {"damp_percent": "auto"},
 }
 
 

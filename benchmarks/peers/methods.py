@@ -61,12 +61,10 @@ RISKS: dict[str, Settings] = {
     "best, no refinement": {"refine": 0},
     "best, rotated": {"rotate": True},
     "best, prescaled": {"prescale": "awq"},
-    "best, damping auto": {"damp_percent": "auto"},
     "best, damping 0.05": {"damp_percent": 0.05},
     "best, block mode": {"mode": "block"},
     "textbook, rotated": {"recipe": "textbook", "rotate": True},
     "textbook, prescaled": {"recipe": "textbook", "prescale": "awq"},
-    "textbook, damping auto": {"recipe": "textbook", "damp_percent": "auto"},
 }
 GPTAQ, FOEM = {"alpha": 0.25}, {"alpha": 0.0, "beta": 0.2}
 PEERS: dict[str, dict[str, Settings]] = {

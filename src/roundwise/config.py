@@ -51,7 +51,9 @@ class CalibrationConfig(Settings):
         2048, description="Tokens per calibration window."
     )
     batch_size: Annotated[int, Panel.CALIBRATION] = Field(
-        8, description="Calibration windows per forward pass."
+        8,
+        description="Calibration windows per forward pass; fewer if there would be less than 8 batches, "
+        "of which the default recipe holds one out.",
     )
     seed: Annotated[int, Panel.CALIBRATION] = Field(
         0, description="Random seed for choosing calibration windows."
@@ -121,10 +123,8 @@ class QuantizeConfig(Settings):
         "then most sensitive column first); group_aware (sorted inside each group, groups by their "
         "most sensitive column). All three leave g_idx trivial.",
     )
-    damp_percent: Annotated[float | Literal["auto"], Panel.RECIPE] = Field(
-        0.01,
-        description="Damping: fraction of mean(diag H) that is added to diag H; auto: for each layer "
-        "input, the candidate with the lowest loss on held-out calibration tokens.",
+    damp_percent: Annotated[float, Panel.RECIPE] = Field(
+        0.01, description="Damping: fraction of mean(diag H) that is added to diag H."
     )
     method: Annotated[Method, Panel.RECIPE] = Field(
         "gptq",
@@ -257,11 +257,11 @@ class QuantizeConfig(Settings):
     @classmethod
     def _damp_percent(cls, value: Any) -> Any:
         try:
-            if value == "auto" or 0.0 <= float(value) <= 10.0:
-                return value
+            if 0.0 <= float(value) <= 10.0:
+                return float(value)
         except (TypeError, ValueError):
             pass
-        raise ValueError("must be auto, or a number from 0 to 10")
+        raise ValueError("must be a number from 0 to 10")
 
     @field_validator("dynamic")
     @classmethod

@@ -44,8 +44,9 @@ from roundwise.core.quantized_weight import QuantizedWeight, pack
 from roundwise.errors import CheckpointError, ConfigError, OutputError
 from roundwise.model.blocks import HEADS, check_quantized_head, quantized_head
 from roundwise.model.build import build, config_dtype, load_config
+from roundwise.model.conversions import dense_layers, ignored_modules
 from roundwise.model.expert_weights import FusedExpertTensor, fused_expert_tensors
-from roundwise.model.tensor_names import dense_layers, ignored_modules
+from roundwise.system.activity import announce
 
 Target = Literal["gptq", "gptq_v2", "compressed-tensors", "dense"]
 TARGETS: tuple[Target, ...] = ("gptq", "gptq_v2", "compressed-tensors", "dense")
@@ -329,6 +330,9 @@ def _write_shards(out: Path, tensors: list[LazyTensor]) -> None:
     """Writes all tensors in shards of about `SHARD_BYTES`, and the index of several shards."""
     shards = divide_into_shards([tensor.nbytes for tensor in tensors], SHARD_BYTES)
     for file, parts in shards.items():
-        computed = {tensors[index].name: tensors[index].compute() for index in parts}
+        computed = {}
+        for index in parts:
+            announce("writing tensors", index, len(tensors))
+            computed[tensors[index].name] = tensors[index].compute()
         write_safetensors(out / file, computed)
     write_index(out, [*shards])

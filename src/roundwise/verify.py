@@ -24,6 +24,7 @@ from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.norm_scaling import apply_recorded_scales
 from roundwise.model.rotate import apply_recorded_rotation
 from roundwise.model.streamed import unfused_checkpoint
+from roundwise.system.activity import announce
 
 #: Recorded and recomputed weight errors may differ by summation order only.
 TOLERANCE = 1e-3
@@ -116,7 +117,8 @@ def _check_layers(
     layers = quantized_layers(checkpoint)
     report.check("readable", None if layers else "no quantized layers")
     check_quantized_head(lambda: load_config(checkpoint), [layer.name for layer in layers])
-    for layer in layers:
+    for index, layer in enumerate(layers):
+        announce("checking layers", index, len(layers))
         try:
             q = layer.read()
         except RoundwiseError as error:

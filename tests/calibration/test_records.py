@@ -92,7 +92,7 @@ def test_parquet_needs_the_package_datasets(
     file = tmp_path / "a.parquet"
     file.write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CalibrationError, match=r"pip install 'roundwise\[datasets\]'"):
+    with pytest.raises(CalibrationError, match=r"pip install '\.\[datasets\]'"):
         read_documents(str(file))
     module = types.ModuleType("datasets")
 

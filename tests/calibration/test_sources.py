@@ -149,7 +149,7 @@ class TestDataSets:
 
     def test_without_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(CalibrationError, match=r"pip install 'roundwise\[datasets\]'"):
+        with pytest.raises(CalibrationError, match=r"pip install '\.\[datasets\]'"):
             read_documents("wikitext2")
 
     def test_chats_in_a_column(self, datasets: Any) -> None:

@@ -38,7 +38,7 @@ def layer(**changes: Any) -> LayerRecord:
 
 def test_only_fields_that_were_set_are_written() -> None:
     assert layer().as_json() == LAYER
-    assert layer(damp_losses=None).as_json() == {**LAYER, "damp_losses": None}
+    assert layer(confirmed_drift=0.5).as_json() == {**LAYER, "confirmed_drift": 0.5}
     record = layer(prescale={
         "ratio": 0.5, "norm": "n.weight", "bias": None, "offset": 0.0, "weight": "q.weight", "axis": 1,
     })  # fmt: skip
@@ -46,12 +46,12 @@ def test_only_fields_that_were_set_are_written() -> None:
 
 
 def test_records_can_be_read_like_dicts() -> None:
-    record = layer(damp_losses=None)
+    record = layer(confirmed_drift=0.5)
     assert record["bits"] == record.bits == 4
-    assert dict(record) == {**LAYER, "damp_losses": None}
-    assert "damp_losses" in record and "prescale" not in record
+    assert dict(record) == {**LAYER, "confirmed_drift": 0.5}
+    assert "confirmed_drift" in record and "prescale" not in record
     assert record.get("prescale", "none") == "none"
-    assert record.get("damp_losses", "none") is None
+    assert record.get("confirmed_drift", "none") == 0.5
     with pytest.raises(KeyError, match="prescale"):
         record["prescale"]
 
@@ -104,9 +104,9 @@ def test_files_outside_of_the_folder_are_refused(name: str) -> None:
 def test_a_block_in_the_manifest_is_a_summary() -> None:
     block = BlockRecord(
         block=0, sha256="0", nbytes=1, activations=None, layers=[layer()], experts={}, seconds={},
-        name="layers.0", depth_error=0.5, saturation=None,
+        name="layers.0", depth_error=0.5,
     )  # fmt: skip
-    assert block.summary().as_json() == {"name": "layers.0", "depth_error": 0.5, "saturation": None}
+    assert block.summary().as_json() == {"name": "layers.0", "depth_error": 0.5}
 
 
 class TestFiles:

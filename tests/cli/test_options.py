@@ -134,8 +134,7 @@ class TestValues:
             given_to_config("--asym", "--format", "gptq", sym=False, format="gptq").format == "gptq"
         )
 
-    def test_a_number_or_a_word(self) -> None:
-        given_to_config("--damp-percent", "auto", damp_percent="auto")
+    def test_a_number(self) -> None:
         given_to_config("--damp-percent", "0.05", damp_percent=0.05)
         given_to_config("--damp-percent", "1", damp_percent=1)
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from roundwise.core.drift import ROWS, Drift, Moments, corrected_target
+from roundwise.core.drift import (
+    RIDGES,
+    ROWS,
+    Drift,
+    Moments,
+    SampledRows,
+    confirm,
+    corrected_target,
+)
 from roundwise.core.hessian import CrossMoment, Hessian
 from roundwise.core.linalg import factor
 from tests.core.oracle import damped
@@ -114,3 +122,107 @@ def test_divided_moments_are_those_of_divided_inputs() -> None:
     torch.testing.assert_close(divided.H, expected.H)
     torch.testing.assert_close(divided.drift.input, expected.drift.input)
     torch.testing.assert_close(divided.drift.residual, original[:, :10].T @ (X / s) / len(X))
+
+
+class TestConfirmedPart:
+    """The part of a correction that is right for tokens to which it was not fitted."""
+
+    def tokens(self, count: int, seed: int, effect: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs X [tokens, 64], and X̃ = X A + noise: `effect` of what was lost can be told from X."""
+        mix = torch.randn(64, 64, generator=torch.Generator().manual_seed(9)) / 8
+        generator = torch.Generator().manual_seed(seed)
+        X = torch.randn(count, 64, generator=generator)
+        return X, X + effect * X @ mix + torch.randn(count, 64, generator=generator)
+
+    def weight(self) -> torch.Tensor:
+        return torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
+
+    def confirm(self, fit: Moments, held: Moments) -> tuple[float, dict[str, float]]:
+        return confirm({"q": SampledRows(self.weight(), slice(None), 1.0, 1.0)}, fit, held)
+
+    def part(self, fit: Moments, held: Moments) -> float | None:
+        return self.confirm(fit, held)[1].get("q")
+
+    @pytest.mark.parametrize("count", [200, 1000, 5000])
+    def test_it_is_the_best_part_on_the_held_out_tokens(self, count: int) -> None:
+        (X, original), (held, held_original) = (
+            self.tokens(count, 0, 0.3),
+            self.tokens(count, 1, 0.3),
+        )
+        fit, W = moments(X, original), self.weight()
+        # Computed from the tokens themselves, not from moments.
+        lost = (held_original - held) @ W.T
+        losses = {}
+        for ridge in RIDGES:
+            H = fit.H + ridge * fit.H.diagonal().mean() * torch.eye(64)
+            D = W @ ((original - X).T @ X / count) @ torch.linalg.inv(H)
+            for s in (i / 1000 for i in range(1, 1001)):
+                losses[ridge, s] = float((s * held @ D.T - lost).square().sum())
+        ridge, best = min(losses, key=losses.__getitem__)
+        # Fitted to twice as many tokens there is half the noise.
+        expected = 1 / (1 + (1 / best - 1) / 2)
+        found, parts = self.confirm(fit, moments(held, held_original))
+        assert found == ridge
+        assert parts["q"] == pytest.approx(expected, abs=0.002)
+
+    def test_few_tokens_ask_for_a_larger_ridge(self) -> None:
+        # Inputs near few directions: only in these can something be told from few tokens.
+        basis = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
+
+        def drawn(count: int, seed: int) -> Moments:
+            generator = torch.Generator().manual_seed(seed)
+            X = torch.randn(count, 4, generator=generator) @ basis
+            X += 0.1 * torch.randn(count, 64, generator=generator)
+            noise = torch.randn(count, 64, generator=generator)
+            return moments(X, X + 0.3 * X.roll(1, dims=1) + noise)
+
+        few, many = (self.confirm(drawn(n, 0), drawn(2000, 1)) for n in (80, 50_000))
+        assert few[0] > many[0] == RIDGES[0]
+
+    def test_shrunk_moments_give_the_correction_with_the_ridge(self) -> None:
+        X, original = self.tokens(300, 0, 0.3)
+        fit, mean = moments(X, original), float((X.T @ X / 300).diagonal().mean())
+        fit.drift.residual = torch.randn(700, 64, generator=torch.Generator().manual_seed(5))
+        eye = torch.eye(64)
+        expected = [
+            Y @ torch.linalg.inv(fit.H + 0.5 * mean * eye)
+            for Y in (fit.drift.input, fit.drift.residual)
+        ]
+        fit.drift.shrink(factor(fit.H, torch.arange(64), 0.5), (0.5 - 0.01) * mean)
+        for Y, D in zip((fit.drift.input, fit.drift.residual), expected, strict=True):
+            assert Y is not None
+            torch.testing.assert_close(
+                Y @ torch.linalg.inv(fit.H + 0.01 * mean * eye), D, rtol=1e-3, atol=1e-4
+            )
+
+    def test_noise_alone_is_not_confirmed_and_more_tokens_confirm_more(self) -> None:
+        held = moments(*self.tokens(20_000, 1, 0.0))
+        assert self.part(moments(*self.tokens(200, 0, 0.0)), held) == pytest.approx(0.0, abs=0.05)
+        held = moments(*self.tokens(500, 1, 0.3))
+        few, many = (self.part(moments(*self.tokens(n, 0, 0.3)), held) for n in (100, 5000))
+        assert few is not None and many is not None
+        assert few < 0.8 < many
+
+    def test_the_opposite_on_held_out_tokens_leaves_nothing(self) -> None:
+        fit, held = moments(*self.tokens(500, 0, 0.5)), moments(*self.tokens(500, 1, -0.5))
+        assert self.part(fit, held) == 0.0
+
+    def test_without_drift_there_is_nothing_to_confirm(self) -> None:
+        X = self.tokens(100, 0, 0.0)[0]
+        assert self.part(Moments(X.T @ X, Drift(), 100), Moments(X.T @ X, Drift(), 100)) is None
+
+    def test_the_moments_are_not_changed(self) -> None:
+        def made() -> list[Moments]:
+            parts = [moments(*self.tokens(200, seed, 0.3)) for seed in (0, 1)]
+            for each in parts:
+                each.drift.residual = torch.full((48, 64), 0.1)
+            return parts
+
+        fit, held = made()
+        first = self.part(fit, held)
+        for each, before in zip((fit, held), made(), strict=True):
+            assert torch.equal(each.H, before.H)
+            assert torch.equal(each.drift.input, before.drift.input)  # type: ignore[arg-type]
+            assert each.drift.residual is not None
+            assert torch.equal(each.drift.residual, before.drift.residual)  # type: ignore[arg-type]
+        assert self.part(fit, held) == first

@@ -81,6 +81,7 @@ def test_the_json_of_a_comparison():
         name="q4", perplexity=Pair(10.0, 10.1), kl_divergence=0.01, top1_agreement=0.9,
         kl_by_position=[(0, 0.02), (4, 0.01)], bytes=Pair(16, 4),
         tasks=[TaskChange("arc", "acc", 0.5, 0.4)], speed=Pair(*speeds), warnings=["w"],
+        advice="try --bits 8",
     )  # fmt: skip
     result = json.loads(json.dumps(comparison.as_dict()))
     assert result["perplexity"] == {"base": 10.0, "quantized": 10.1}
@@ -95,7 +96,9 @@ def test_the_json_of_a_comparison():
         "peak_rss_bytes": 2**19, "load_seconds": 0.25,
     }  # fmt: skip
     assert result["degradation_percent"] == pytest.approx(20)
-    assert result["verdict"] == "investigate"
-    without = Comparison("q4", None, None, None, [], Pair(16, 4), comparison.tasks, None, [])
+    assert result["verdict"] == "failed"
+    assert result["reasons"] == ["tasks lost 10.0 points on average (limit 5)"]
+    assert result["advice"] == "try --bits 8"
+    without = Comparison("q4", None, None, None, [], Pair(16, 4), comparison.tasks, None, [], None)
     assert without.as_dict()["perplexity"] is None
     assert without.as_dict()["speed"] is None

@@ -10,7 +10,7 @@ import torch
 import roundwise as rw
 from tests.evaluation.own_tasks import WARNINGS, write_tasks
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'roundwise[eval]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
 pytestmark = WARNINGS
 
 
@@ -43,3 +43,25 @@ def test_a_quantized_checkpoint(tiny: Path, tmp_path: Path) -> None:
     assert harness.model.dtype == torch.float32
     assert harness.device == torch.device("cpu")
     assert harness.tokenizer.decode(harness.tok_encode("import os")) == "import os"
+
+
+def test_the_default_device_of_lm_eval_falls_back_to_the_cpu(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from roundwise.evaluation.lm_eval_model import RoundwiseLM
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    harness = RoundwiseLM(str(tiny), dtype="float32", device="cuda:0")
+    assert harness.device == torch.device("cpu")
+    assert "the CPU is used instead of device cuda:0" in caplog.text
+
+
+def test_the_harness_reads_it_with_its_own_class(tiny: Path, tmp_path: Path) -> None:
+    """What `python -m roundwise.evaluation.lm_eval_model --model hf` does."""
+    from lm_eval.models.huggingface import HFLM
+
+    from roundwise.inference.quant_linear import QuantLinear
+
+    rw.quantize(tiny, tmp_path / "out", rw.QuantizeConfig(method="rtn"))
+    harness = HFLM(pretrained=str(tmp_path / "out"), device="cpu", dtype="float32")
+    assert any(isinstance(module, QuantLinear) for module in harness.model.modules())

@@ -17,7 +17,7 @@ from roundwise.evaluation.tasks import TaskScores, evaluate_tasks, scores_of
 from tests.evaluation.own_tasks import QUESTIONS, TEXTS, WARNINGS, write_tasks
 from tests.helpers import Commands
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'roundwise[eval]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
 pytestmark = WARNINGS
 
 
@@ -139,7 +139,7 @@ def test_nothing_to_do(commands: Commands, tiny: Path) -> None:
 
 def test_without_lm_eval(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("roundwise.evaluation.tasks.find_spec", lambda _: None)
-    with warnings.catch_warnings(), pytest.raises(ConfigError, match=r"pip install 'roundwise\[ev"):
+    with warnings.catch_warnings(), pytest.raises(ConfigError, match=r"pip install '\.\[ev"):
         evaluate_tasks(*loaded, ["own_choice"])
 
 

@@ -66,13 +66,14 @@ def test_the_class_keeps_what_it_was_given() -> None:
 
 
 @pytest.mark.parametrize("first", ["roundwise", "transformers.modeling_utils"])
-def test_an_old_config_is_found(first: str, llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["AutoModelForCausalLM", "LlamaForCausalLM"])
+def test_an_old_config_is_found(first: str, kind: str, llama: Path, tmp_path: Path) -> None:
     """quantize_config.json alone: without our hook, transformers fills the layers at random."""
     write(llama, tmp_path / "a", PLAIN, where="quantize_config.json")
     second = "transformers" if first == "roundwise" else "roundwise"
     script = f"""
 import {first}, {second}, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "a")!r})
+model = transformers.{kind}.from_pretrained({str(tmp_path / "a")!r})
 print(type(model.model.layers[0].mlp.up_proj).__name__)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

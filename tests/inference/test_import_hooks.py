@@ -37,7 +37,7 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
 
 @pytest.mark.parametrize("order", [("peft", "roundwise"), ("roundwise", "peft")])
 def test_peft_is_patched(order: tuple[str, str]) -> None:
-    pytest.importorskip("peft", reason="peft is not installed: pip install 'roundwise[peft]'")
+    pytest.importorskip("peft", reason="peft is not installed: pip install '.[peft]'")
     run(f"""
 import sys
 import {order[0]}

@@ -14,7 +14,7 @@ import transformers
 import roundwise as rw
 from roundwise.inference.peft_patch import patch_peft
 
-peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'roundwise[peft]'")
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install '.[peft]'")
 
 # PEFT asks transformers by names that this deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")

@@ -43,7 +43,7 @@ from tests.helpers import (
     random_model,
     tensors_of,
 )
-from tests.matrix.families import FAMILIES
+from tests.matrix.tiny import tiny_model
 
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -66,7 +66,7 @@ def test_blocks_and_linears(name: str, folder_of: Callable[[str], Path]) -> None
 
 
 def test_an_encoder_and_a_decoder_are_two_stacks() -> None:
-    blocks = find_blocks(FAMILIES["T5"].make())
+    blocks = find_blocks(tiny_model("T5ForConditionalGeneration"))
     assert [(block.name, block.stack) for block in blocks] == [
         ("encoder.block.0", 0), ("encoder.block.1", 0),
         ("decoder.block.0", 1), ("decoder.block.1", 1),
@@ -74,8 +74,24 @@ def test_an_encoder_and_a_decoder_are_two_stacks() -> None:
 
 
 def test_vision_towers_are_not_searched() -> None:
-    blocks = find_blocks(FAMILIES["Gemma3"].make())
+    blocks = find_blocks(tiny_model("Gemma3ForConditionalGeneration"))
     assert all("language_model" in block.name for block in blocks)
+
+
+def test_a_tower_beside_a_text_model_is_not_searched() -> None:
+    blocks = find_blocks(tiny_model("GitForCausalLM"))  # its config has no part of its own for text
+    assert [block.name for block in blocks] == ["git.encoder.layer.0", "git.encoder.layer.1"]
+
+
+def test_lists_in_lists_are_searched() -> None:
+    names = [block.name for block in find_blocks(tiny_model("FunnelModel"))]
+    assert names[:2] == ["encoder.blocks.0.0", "encoder.blocks.0.1"]
+
+
+def test_lists_of_the_same_blocks_are_all_taken() -> None:
+    names = [block.name for block in find_blocks(tiny_model("HrmTextForCausalLM"))]
+    lists = ("model.L_module.layers", "model.H_module.layers")
+    assert names == [f"{name}.{index}" for name in lists for index in range(2)]
 
 
 def test_a_conv1d_is_seen_as_a_linear() -> None:

@@ -16,14 +16,18 @@ from roundwise.errors import CheckpointError, ConfigError
 from roundwise.model.build import (
     build,
     config_dtype,
+    config_size,
     context_length,
+    embedding_shape,
     forward_kwargs,
+    initialize_tensors,
     load_config,
     model_class,
+    text_config,
 )
 from roundwise.model.streamed import open_streamed_model
 from tests.helpers import ARCHITECTURES, LLAMA, edited_json
-from tests.matrix.families import FAMILIES
+from tests.matrix.tiny import tiny_model
 
 
 def test_the_config_of_a_quantized_checkpoint_is_that_of_a_dense_one(
@@ -108,13 +112,13 @@ def test_arguments_of_a_decoder_and_of_an_encoder_decoder() -> None:
     assert kwargs["use_cache"] is False
     assert kwargs["attention_mask"].tolist() == [[1, 1, 0]]
     assert "attention_mask" not in forward_kwargs(decoder, ids)
-    both = forward_kwargs(FAMILIES["T5"].make(), ids, mask)
+    both = forward_kwargs(tiny_model("T5ForConditionalGeneration"), ids, mask)
     assert both["decoder_input_ids"] is both["input_ids"] is ids
     assert both["decoder_attention_mask"] is both["attention_mask"]
 
 
 def test_a_model_that_does_not_take_text() -> None:
-    model = FAMILIES["Whisper"].make()
+    model = tiny_model("WhisperForConditionalGeneration")
     with pytest.raises(ConfigError, match="takes input_features instead of text"):
         forward_kwargs(model, torch.tensor([[5]]))
 
@@ -182,3 +186,46 @@ def test_settings_of_a_config(
         with pytest.raises(CheckpointError, match=says) as error:
             read(folder)
         assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+
+
+class TestSizes:
+    """Sizes that a config has, has for each layer, or has not."""
+
+    def test_a_plain_config(self) -> None:
+        model = tiny_model("LlamaForCausalLM")
+        assert config_size(model, "num_attention_heads") == 4
+        assert embedding_shape(model) == (128, 64)
+
+    def test_a_size_that_differs_between_layers(self) -> None:
+        model = tiny_model("EmbeddingGemma2TextModel")
+        assert config_size(model, "num_key_value_heads") is None
+        assert config_size(model, "hidden_size") == 64
+
+    def test_characters_without_a_vocabulary(self) -> None:
+        model = tiny_model("CanineModel")
+        assert embedding_shape(model) == (0, 64)
+
+    def test_several_text_configs(self) -> None:
+        config = tiny_model("MusicgenForConditionalGeneration").config
+        assert text_config(config) is config.decoder
+
+
+def test_parameters_that_a_class_makes_on_the_cpu_are_on_the_meta_device() -> None:
+    config = tiny_model("XLNetModel").config
+    config.architectures = ["XLNetModel"]
+    assert all(weight.is_meta for weight in build(config, torch.float32).parameters())
+
+
+def test_tensors_that_are_never_stored_are_computed() -> None:
+    config = tiny_model("MarianMTModel").config
+    config.architectures = ["MarianMTModel"]
+    model = build(config, torch.float32)
+    name = "model.encoder.embed_positions.weight"
+    assert model.get_parameter(name).is_meta
+    initialize_tensors(model, {name})
+    expected = tiny_model("MarianMTModel").get_parameter(name)
+    assert model.get_parameter(name).shape == expected.shape
+    assert not model.get_parameter(name).is_meta
+    position_1 = model.get_parameter(name)[1]
+    assert torch.allclose(position_1[0], torch.sin(torch.tensor(1.0)))
+    assert model.get_parameter("model.decoder.layers.0.fc1.weight").is_meta

@@ -14,13 +14,13 @@ import roundwise as rw
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears, trace_calls
 from roundwise.model.streamed import open_streamed_model
 from tests.helpers import ARCHITECTURES
-from tests.matrix.families import FAMILIES
+from tests.matrix.tiny import tiny_model
 
 CONFIG = rw.QuantizeConfig()
 
 
 def saved(folder: Path, family: str) -> Path:
-    FAMILIES[family].make().save_pretrained(folder)
+    tiny_model(family).save_pretrained(folder)
     return folder
 
 
@@ -40,6 +40,21 @@ def test_linears_that_read_one_input_have_the_same_first(
     assert all(p.device.type == "meta" for p in streamed.model.parameters())
 
 
+def test_linears_that_a_block_calls_twice_are_skipped(tmp_path: Path) -> None:
+    streamed = open_streamed_model(saved(tmp_path, "T5Gemma2ForConditionalGeneration"))
+    calls = drop_uncalled_linears(streamed, CONFIG)
+    # The decoder's attention reads its own states and the encoder's with the same layers.
+    twice = {
+        f"model.decoder.layers.{index}.self_attn.{name}_proj" for index in (0, 1) for name in "kv"
+    }
+    assert calls.repeated_in_block == twice
+    for block in streamed.blocks:
+        for name in twice & block.skipped_linears.keys():
+            assert "more than once" in block.skipped_linears[name]
+            assert name not in block.linears
+    assert twice <= {name for block in streamed.blocks for name in block.skipped_linears}
+
+
 @pytest.mark.parametrize(("experts", "inputs"), [("routed", 4), ("all", 1)])
 def test_experts_share_an_input_only_if_each_gets_all_tokens(
     experts: Any, inputs: int, folder_of: Callable[[str], Path]
@@ -53,7 +68,7 @@ def test_experts_share_an_input_only_if_each_gets_all_tokens(
 
 
 def test_a_weight_that_is_used_without_a_call_is_skipped(tmp_path: Path) -> None:
-    streamed = open_streamed_model(saved(tmp_path, "Mamba"))
+    streamed = open_streamed_model(saved(tmp_path, "MambaForCausalLM"))
     drop_uncalled_linears(streamed, CONFIG)
     for block in streamed.blocks:
         assert not any("dt_proj" in name for name in block.linears)
@@ -63,7 +78,7 @@ def test_a_weight_that_is_used_without_a_call_is_skipped(tmp_path: Path) -> None
 
 
 def test_blocks_that_text_does_not_reach_are_skipped(tmp_path: Path) -> None:
-    streamed = open_streamed_model(saved(tmp_path, "Mllama"))
+    streamed = open_streamed_model(saved(tmp_path, "MllamaForConditionalGeneration"))
     drop_uncalled_linears(streamed, CONFIG)
     (skipped,) = streamed.skipped_blocks
     assert ".layers.1" in skipped.name
@@ -75,7 +90,7 @@ def test_blocks_that_text_does_not_reach_are_skipped(tmp_path: Path) -> None:
 
 
 def test_layers_that_are_called_several_times(tmp_path: Path) -> None:
-    streamed = open_streamed_model(saved(tmp_path, "Albert"))
+    streamed = open_streamed_model(saved(tmp_path, "AlbertForMaskedLM"))
     calls = trace_calls(streamed, CONFIG)
     assert set(calls.repeated) == set(streamed.blocks[0].linears)
 

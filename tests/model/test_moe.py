@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from roundwise.model.moe import (
+    BatchedExperts,
     LinearExperts,
     ProjectionNames,
     dispatch_to_all,
@@ -21,6 +23,7 @@ from roundwise.model.moe import (
     is_fused_experts,
     parse_expert_name,
     projection_shape,
+    separate_experts,
 )
 from roundwise.model.streamed import open_streamed_model
 from tests.helpers import random_model, windows
@@ -41,6 +44,41 @@ NAMES = pytest.mark.parametrize("name", MIXTURES)
 )
 def test_names_of_an_experts_layer(name: str, parsed: Any) -> None:
     assert parse_expert_name(name) == parsed
+
+
+def test_experts_that_are_multiplied_all_at_once() -> None:
+    """Llama 4: the original forward is kept, its batched products call the experts' layers."""
+    config = transformers.Llama4TextConfig(
+        hidden_size=32, intermediate_size=48, num_local_experts=3
+    )
+    original = Llama4TextExperts(config)
+    generator = torch.Generator().manual_seed(0)
+    layers: dict[tuple[int, str], nn.Module] = {}
+    with torch.no_grad():
+        for weight in original.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    for expert in range(3):
+        gate, up = original.gate_up_proj[expert].T.chunk(2)
+        down = original.down_proj[expert].T
+        for name, W in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            layer = nn.Linear(W.shape[1], W.shape[0], bias=False)
+            layer.weight = nn.Parameter(W.contiguous())
+            layers[expert, name] = layer
+    assert is_fused_experts(original)
+    separate = separate_experts(original, layers)
+    assert isinstance(separate, BatchedExperts)
+    assert [*separate.state_dict()][:3] == [
+        f"0.{name}_proj.weight" for name in ("gate", "up", "down")
+    ]
+    x = torch.randn(3 * 5, 32, generator=generator)
+    torch.testing.assert_close(separate(x), original(x))
+    read: list[torch.Tensor] = []
+    for name in ("gate_proj", "up_proj"):
+        layers[1, name].register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    separate(x)
+    assert read[0] is read[1]  # so that both share a Hessian
+    with pytest.raises(TypeError, match="separate layers"):
+        torch.matmul(x, separate.down_proj)
 
 
 def test_projections_have_a_name_for_each_role() -> None:

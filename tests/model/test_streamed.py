@@ -18,6 +18,7 @@ from roundwise.checkpoint.reader import Checkpoint
 from roundwise.model.streamed import open_streamed_model, unfused_checkpoint
 from roundwise.system.hub import bundled_model
 from tests.helpers import ARCHITECTURES, LLAMA, random_model, tensors_of
+from tests.matrix.tiny import tiny_model
 
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -144,3 +145,25 @@ def test_a_block_is_read_before_it_is_needed(tmp_path: Path) -> None:
     assert before < 0.5
     assert in_memory(file)[pages].mean() >= 0.99
     streamed.prefetch(2)  # no such block: no-op
+
+
+def test_weights_that_blocks_share_are_skipped(tmp_path: Path) -> None:
+    tiny_model("ZambaForCausalLM").save_pretrained(tmp_path)
+    streamed = open_streamed_model(tmp_path)
+    skipped = [name for block in streamed.blocks for name in block.skipped_linears]
+    shared = [name for name in skipped if ".shared_transf." in name]
+    assert {name.split(".")[2] for name in shared} == {"1", "3"}
+    assert not any("shared_transf" in name for block in streamed.blocks for name in block.linears)
+    reasons = {
+        block.skipped_linears[name]
+        for block in streamed.blocks
+        for name in {*shared} & {*block.skipped_linears}
+    }
+    assert reasons == {"it shares its weight with a layer of another block"}
+
+
+def test_a_head_that_is_an_embedding_is_loaded(tmp_path: Path) -> None:
+    tiny_model("FSMTForConditionalGeneration").save_pretrained(tmp_path)
+    streamed = open_streamed_model(tmp_path)
+    streamed.load_outside_blocks()
+    assert not streamed.model.get_output_embeddings().weight.is_meta

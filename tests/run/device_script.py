@@ -51,7 +51,7 @@ QUICK = {"group_size": 32, "exchange": 2, "grid_candidates": 2}
 TEXTBOOK = {"recipe": "textbook", "group_size": 32}
 #: Model -> settings, and arguments of the run.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "llama": ({**QUICK, "damp_percent": "auto"}, {"mode": "true_sequential"}),
+    "llama": ({**QUICK, "damp_percent": 0.02}, {"mode": "true_sequential"}),
     "gpt2": ({**QUICK, "sym": False, "desc_act": True}, {"mode": "block"}),
     "tied": ({**TEXTBOOK, "lm_head": True, "prescale": "awq", "rotate": True}, {}),
     "qwen3_moe": (

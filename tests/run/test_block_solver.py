@@ -17,9 +17,8 @@ from roundwise.errors import CheckpointError, NumericalError, SingularError
 from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import weight_of
 from roundwise.model.streamed import StreamedModel, open_streamed_model
-from roundwise.run.block_solver import BlockSolver, GroupStatistics
+from roundwise.run.block_solver import BlockSolver, GroupStatistics, group_statistics
 from roundwise.run.finalize import packed_block
-from roundwise.run.held_out_damping import Damping
 from roundwise.system.distributed import Ranks
 from tests.conftest import QUICK
 from tests.helpers import windows
@@ -66,7 +65,7 @@ def test_a_group_is_solved_replaced_packed_and_recorded(streamed: StreamedModel)
     assert record.relative_error == pytest.approx(expected.relative_error)
     assert (record.bits, record.group_size, record.tokens) == (4, 32, 200)
     assert (record.fallback, record.gradients) == (None, 0)
-    assert "damp_losses" not in record and "prescale" not in record
+    assert "confirmed_drift" not in record and "prescale" not in record
     assert solver.packed[record.name].keys() == {"qweight", "qzeros", "scales", "g_idx"}
 
 
@@ -111,39 +110,52 @@ def test_gradients_weigh_outputs(streamed: StreamedModel) -> None:
 
 
 class TestGroupStatistics:
-    def statistics(self, damping: Damping | None = None) -> GroupStatistics:
-        x = torch.randn(100, 16)
-        return GroupStatistics(Moments(x.T @ x / 100, Drift(torch.randn(16, 16)), 100), damping)
+    def moments(self, seed: int = 0, tokens: int = 100) -> Moments:
+        generator = torch.Generator().manual_seed(seed)
+        X = torch.randn(tokens, 16, generator=generator)
+        other = X + 0.6 * X.roll(1, dims=1) + 1.5 * torch.randn(tokens, 16, generator=generator)
+        return Moments(X.T @ X / tokens, Drift((other - X).T @ X / tokens), tokens)
 
     def test_without_tokens(self) -> None:
-        statistics = GroupStatistics(None)
+        statistics = group_statistics({}, None, None)
         assert statistics.tokens == 0
         with pytest.raises(SingularError, match="no calibration token reached this layer"):
             _ = statistics.H
-        assert statistics.take_target_shift(torch.ones(4, 16), QUICK, None, last=True) is None
+        W = torch.ones(4, 16)
+        assert statistics.take_target_shift("q", W, QUICK, None, last=True) is None
 
     def test_the_factor_is_computed_once_for_equal_settings(self) -> None:
-        statistics = self.statistics()
+        statistics = GroupStatistics(self.moments())
         first = statistics.prepared(QUICK)
         assert statistics.prepared(QUICK.merged({"bits": 8})) is first
         assert statistics.prepared(QUICK.merged({"damp_percent": 0.1})) is not first
 
-    def test_chosen_damping_replaces_auto(self) -> None:
-        prepared = self.statistics(Damping(0.1)).prepared(QUICK.merged({"damp_percent": "auto"}))
-        assert prepared.factor.damp_percent == 0.1
-
-    def test_the_drift_is_dropped_after_the_last_linear(self) -> None:
-        statistics = self.statistics()
-        assert statistics.moments is not None
+    def test_a_part_of_the_correction_of_all_tokens_is_used(self) -> None:
         W, config = torch.randn(4, 16), rw.QuantizeConfig(group_size=16)
-        drift = statistics.moments.drift.input
-        expected = config.alpha * W @ drift
-        rows = statistics.take_target_shift(W[1:3], config, slice(1, 3), last=False)
+        fit, held = self.moments(0, 60), self.moments(1, 20)
+        statistics = group_statistics({"q": (W, config)}, fit, held)
+        part = statistics.confirmed["q"]
+        assert 0.2 < part < 1
+        assert statistics.tokens == 80
+        both = 0.75 * self.moments(0, 60).H + 0.25 * self.moments(1, 20).H
+        torch.testing.assert_close(statistics.H, both)
+        drift = [self.moments(*each).drift.input for each in ((0, 60), (1, 20))]
+        assert drift[0] is not None and drift[1] is not None
+        expected = part * config.alpha * W @ (0.75 * drift[0] + 0.25 * drift[1])
+        rows = statistics.take_target_shift("q", W[1:3], config, slice(1, 3), last=False)
         torch.testing.assert_close(rows, expected[1:3])
-        torch.testing.assert_close(
-            statistics.take_target_shift(W, config, None, last=True), expected
-        )
-        assert statistics.moments.drift.input is None
+        shift = statistics.take_target_shift("q", W, config, None, last=True)
+        torch.testing.assert_close(shift, expected)
+        assert statistics.moments is not None and statistics.moments.drift.is_empty
+
+    @pytest.mark.parametrize("held", [False, True])
+    def test_without_held_out_tokens_nothing_is_corrected(self, held: bool) -> None:
+        W, config = torch.randn(4, 16), rw.QuantizeConfig(group_size=16)
+        parts = (None, self.moments()) if held else (self.moments(), None)
+        statistics = group_statistics({"q": (W, config)}, *parts)
+        assert statistics.confirmed == {"q": 0.0} and statistics.tokens == 100
+        shift = statistics.take_target_shift("q", W, config, None, last=True)
+        assert shift is not None and not shift.any()
 
 
 def record(name: str, bits: int, group_size: int) -> LayerRecord:

@@ -29,7 +29,7 @@ from tests.helpers import (
     tensors_of,
     windows,
 )
-from tests.matrix.families import FAMILIES
+from tests.matrix.tiny import tiny_model
 
 CONFIG = rw.QuantizeConfig(group_size=32)
 MODES = pytest.mark.parametrize("mode", ["true_sequential", "block"])
@@ -47,14 +47,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def save(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            FAMILIES[name].make().save_pretrained(made[name])
+            tiny_model(name).save_pretrained(made[name])
         return made[name]
 
     return save
 
 
 @MODES
-@pytest.mark.parametrize("name", ["T5", "Bart", "Bert", "ModernBert", "Gemma3", "FalconH1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "T5ForConditionalGeneration",
+        "BartForConditionalGeneration",
+        "BertForMaskedLM",
+        "ModernBertForMaskedLM",
+        "Gemma3ForConditionalGeneration",
+        "FalconH1ForCausalLM",
+    ],
+)
 def test_hidden_states_equal_those_of_the_plain_model(
     name: str, mode: str, folder: Callable[[str], Path]
 ) -> None:
@@ -81,21 +91,23 @@ def test_an_encoder_decoder_run_resumes(
     mode: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     # The decoder also needs the outputs of the encoder.
-    quantize(folder("Bart"), tmp_path / "whole", mode=mode)
+    quantize(folder("BartForConditionalGeneration"), tmp_path / "whole", mode=mode)
     for count in range(9, 34, 4):
         out = tmp_path / f"stopped-{count}"
         with pytest.raises(Stop):
-            quantize(folder("Bart"), out, mode=mode, progress=stop_after(count))
-        quantize(folder("Bart"), out, mode=mode)
+            quantize(
+                folder("BartForConditionalGeneration"), out, mode=mode, progress=stop_after(count)
+            )
+        quantize(folder("BartForConditionalGeneration"), out, mode=mode)
         assert contents(out) == contents(tmp_path / "whole"), count
 
 
 def test_vision_towers_are_copied_byte_for_byte(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    result = quantize(folder("Gemma3"), tmp_path)
+    result = quantize(folder("Gemma3ForConditionalGeneration"), tmp_path)
     assert all("language_model" in layer["name"] for layer in result.layers)
-    before, after = tensors_of(folder("Gemma3")), tensors_of(tmp_path)
+    before, after = tensors_of(folder("Gemma3ForConditionalGeneration")), tensors_of(tmp_path)
     tower = [key for key in before if "vision" in key]
     assert len(tower) > 20
     assert all(raw(before[key]) == raw(after[key]) for key in tower)
@@ -104,7 +116,7 @@ def test_vision_towers_are_copied_byte_for_byte(
 def test_blocks_that_text_does_not_reach_are_skipped_and_reported(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    result = quantize(folder("Mllama"), tmp_path)
+    result = quantize(folder("MllamaForConditionalGeneration"), tmp_path)
     assert not any(".layers.1." in layer["name"] for layer in result.layers)
     assert any("the model does not call its block for text alone" in w for w in result.not_as_asked)
 
@@ -112,7 +124,7 @@ def test_blocks_that_text_does_not_reach_are_skipped_and_reported(
 def test_linears_whose_weight_is_read_without_a_call_are_skipped_and_reported(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    result = quantize(folder("Mamba"), tmp_path)
+    result = quantize(folder("MambaForCausalLM"), tmp_path)
     assert not any("dt_proj" in layer["name"] for layer in result.layers)
     assert any(
         "dt_proj and 1 more stay dense: the model never calls it" in w for w in result.not_as_asked
@@ -122,9 +134,11 @@ def test_linears_whose_weight_is_read_without_a_call_are_skipped_and_reported(
 def test_layers_that_are_called_several_times_are_reported(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    result = quantize(folder("Albert"), tmp_path)
+    result = quantize(folder("AlbertForMaskedLM"), tmp_path)
     assert any("called several times in a forward" in warning for warning in result.not_as_asked)
-    assert not any("called several" in w for w in quantize(folder("Bert"), tmp_path / "b").warnings)
+    assert not any(
+        "called several" in w for w in quantize(folder("BertForMaskedLM"), tmp_path / "b").warnings
+    )
 
 
 class TestUnusualForwards:

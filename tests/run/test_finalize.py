@@ -31,7 +31,7 @@ def test_seconds_add_up_over_blocks() -> None:
     done = [
         BlockRecord(
             block=index, sha256="", nbytes=0, activations=None, layers=[], experts={},
-            seconds=seconds, name="", depth_error=None, saturation=None,
+            seconds=seconds, name="", depth_error=None,
         )
         for index, seconds in enumerate([{"solve": 1.0, "read": 2.0}, {"solve": 3.0}])
     ]  # fmt: skip

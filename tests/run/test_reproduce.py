@@ -24,7 +24,7 @@ from roundwise.run.reproduce import Reproduction, reproduce
 from tests.helpers import contents, edited_json, windows
 
 SETTINGS: dict[str, Any] = {
-    "bits": 3, "group_size": 32, "sym": False, "desc_act": True, "damp_percent": "auto", "refine": 2,
+    "bits": 3, "group_size": 32, "sym": False, "desc_act": True, "damp_percent": 0.02, "refine": 2,
     "dynamic": {"layers.0.*k_proj": None, "down_proj": {"bits": 8}},
 }  # fmt: skip
 

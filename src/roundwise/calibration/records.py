@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from roundwise.errors import CalibrationError, first_line
+from roundwise.version import install_command
 
 #: Suffixes of files with one record per line, and of files of records in other forms.
 JSON_LINES = (".jsonl", ".ndjson")
@@ -166,7 +167,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
         from datasets import load_dataset
     except ImportError:
         raise CalibrationError(
-            f"{path} is a Parquet file: pip install 'roundwise[datasets]' to read it, or give a .jsonl "
+            f"{path} is a Parquet file: {install_command('datasets')} to read it, or give a .jsonl "
             "file"
         ) from None
     try:

@@ -17,7 +17,7 @@ from roundwise.checkpoint.quantization_config import raw_quantization_config
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import CalibrationConfig
 from roundwise.errors import CalibrationError
-from roundwise.model.build import load_config, model_class
+from roundwise.model.build import embedding_shape, load_config, model_class
 from roundwise.system.device import HOST
 from roundwise.system.half_matmul import cpu_half_matmul
 from roundwise.system.memory import available_memory
@@ -53,7 +53,7 @@ def generate_windows(
     model = _load_model(checkpoint, model_config, device)
     begin = _first_tokens(tokenizer, config)
     generator = random.Random(config.seed)
-    vocabulary = int(model_config.get_text_config().vocab_size)
+    vocabulary = embedding_shape(model)[0]
     windows: list[list[int]] = []
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):

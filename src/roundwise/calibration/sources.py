@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from roundwise.calibration.records import RECORDS, Document, is_json, parse_chat, read_records
 from roundwise.errors import CalibrationError, first_line
+from roundwise.version import install_command
 
 
 class NamedSet(NamedTuple):
@@ -180,7 +181,7 @@ def _read_named(source: str, *, held_out: bool) -> list[Document]:
         from datasets import load_dataset
     except ImportError:
         raise CalibrationError(
-            f"{source} is a Hugging Face data set: pip install 'roundwise[datasets]' to read it, "
+            f"{source} is a Hugging Face data set: {install_command('datasets')} to read it, "
             "or give a text file"
         ) from None
     load: Callable[..., Any] = load_dataset

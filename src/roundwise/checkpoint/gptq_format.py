@@ -141,8 +141,7 @@ def quantization_config(
         "lm_head": config.lm_head,
         "checkpoint_format": config.format,
         "true_sequential": true_sequential,
-        # Readers expect a number here, so "auto" goes under meta.
-        **({"damp_percent": config.damp_percent} if config.damp_percent != "auto" else {}),
+        "damp_percent": config.damp_percent,
         **({"dynamic": dynamic} if dynamic else {}),
         "meta": run_meta(config),
     }
@@ -158,7 +157,6 @@ def run_meta(config: QuantizeConfig) -> dict[str, Any]:
         "quantizer": [f"roundwise:{__version__}"],
         "method": config.method,
         "order": config.order,
-        **({"damp_percent": "auto"} if config.damp_percent == "auto" else {}),
         **({"prescale": "awq"} if config.prescales else {}),
         **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
     }

@@ -105,9 +105,9 @@ class LayerRecord(Record):
     """Tokens whose gradients weigh its outputs."""
     prescale: PrescaleRecord | None = None
     """Set only with --prescale; None: no scales were better."""
-    damp_losses: dict[str, float] | None = None
-    """Damping -> loss on held-out tokens. Set only with damp_percent=auto; None: no held-out token
-    reached the layer."""
+    confirmed_drift: float | None = None
+    """Part, 0 to 1, of the correction for earlier layers that held-out calibration tokens confirm, and
+    that was made. Set only where there was something to correct."""
 
 
 class SavedActivations(Record):
@@ -119,30 +119,12 @@ class SavedActivations(Record):
     """Length of the tuple that the block returned; None: a tensor."""
 
 
-class CurvePoint(Record):
-    """Error of codes that were solved from so many tokens, on other tokens."""
-
-    tokens: int
-    relative_error: float
-
-
-class LearningCurveRecord(Record):
-    """Learning curve of a layer: its error by the number of calibration tokens."""
-
-    name: str
-    held_out_tokens: int
-    rtn: float
-    """Error of rounding to nearest."""
-    points: list[CurvePoint]
-
-
 class BlockSummary(Record):
     """One block as a whole."""
 
     name: str
     depth_error: float | None
     """‖h - h̃‖² / ‖h̃‖² of the hidden states after it; None: the original model did not run."""
-    saturation: LearningCurveRecord | None
 
 
 class BlockRecord(BlockSummary):
@@ -163,9 +145,7 @@ class BlockRecord(BlockSummary):
 
     def summary(self) -> BlockSummary:
         """The part of it that the manifest keeps."""
-        return BlockSummary(
-            name=self.name, depth_error=self.depth_error, saturation=self.saturation
-        )
+        return BlockSummary(name=self.name, depth_error=self.depth_error)
 
 
 class Shard(Record):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from roundwise.checkpoint.untrusted import check_links, file_digest
 from roundwise.errors import CheckpointError, quoted
+from roundwise.system.activity import announce
 
 #: Files that a run writes about itself: manifest, timings, report.
 OWN_FILES = ("roundwise.json", "roundwise-run.json", "roundwise-report.html")
@@ -163,7 +164,8 @@ def changed_files(
     """
     evidence: list[str] = []
     notes: list[str] = []
-    for name, digest in files.items():
+    for index, (name, digest) in enumerate(files.items()):
+        announce("checking files", index, len(files))
         file = folder / (config_file if name == "config.json" else name)
         if not file.is_file():
             evidence.append(f"{name} is missing")

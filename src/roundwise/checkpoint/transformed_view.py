@@ -1,4 +1,4 @@
-"""A view of a checkpoint that scales or rotates tensors while they are read.
+"""Tensors that are computed while they are read, and a view of a checkpoint that scales or rotates some.
 
 Everything that reads a checkpoint reads this view the same way, so the rest of a run does not depend on
 it, and only one block's weights are in memory at a time. `model/rotate.py` and `model/norm_scaling.py`
@@ -7,9 +7,10 @@ decide which tensors are transformed.
 
 from __future__ import annotations
 
+import math
 import mmap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +28,65 @@ from roundwise.errors import CheckpointError
 
 #: Numbers transformed at a time, in float64: few enough for the processor's cache.
 CHUNK_NUMEL = 1 << 18
+
+
+@dataclass(frozen=True)
+class ComputedInfo(TensorInfo):
+    """A tensor that is computed whenever it is read; its location is that of a tensor it is made of."""
+
+    compute: Callable[[], torch.Tensor]
+    origins: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """The tensors of the files that hold its values, by name, to write them unchanged; empty: it has
+    none, so its computed value is written."""
+    select_rows: Callable[[int, int], TensorInfo] | None = None
+    """Returns `count` rows from row `start` on without computing the others; None: not possible."""
+
+    @classmethod
+    def from_source(
+        cls, source: TensorInfo, shape: tuple[int, ...], dtype: torch.dtype,
+        compute: Callable[[], torch.Tensor], *, origins: Mapping[str, TensorInfo] | None = None,
+        select_rows: Callable[[int, int], TensorInfo] | None = None,
+    ) -> ComputedInfo:  # fmt: skip
+        """Returns the info of a computed tensor.
+
+        Args:
+            source: a tensor that it is computed from.
+            shape: shape of the result.
+            dtype: dtype of the result.
+            compute: returns the result, in any floating point dtype.
+            origins: the tensors of the files that hold its values, by name.
+            select_rows: returns some of its rows.
+        """
+        nbytes = math.prod(shape) * dtype.itemsize
+        return ComputedInfo(
+            source.path, DTYPE_CODES[dtype], shape, source.start, nbytes, compute, origins or {},
+            select_rows,
+        )  # fmt: skip
+
+    def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
+        """Returns the tensor and None: it is computed, so it has no memory map."""
+        value = self.compute().to(DTYPES[self.dtype])
+        return value.clone(memory_format=torch.contiguous_format), None
+
+    def prefetch(self) -> None:
+        """Asks the operating system to read what the tensor is computed from in the background."""
+        for info in self.origins.values():
+            info.prefetch()
+
+    def rows(self, start: int, count: int) -> TensorInfo:
+        """Returns `count` rows of the tensor, from row `start` on; reading them may compute all rows."""
+        if self.select_rows is not None:
+            return self.select_rows(start, count)
+        return ComputedInfo.from_source(
+            self, (count, *self.shape[1:]), DTYPES[self.dtype],
+            lambda: self.compute()[start : start + count],
+        )  # fmt: skip
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yields the tensor's bytes, at most `CHUNK` at a time."""
+        data = self.read().reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(data), CHUNK):
+            yield bytes(data[start : start + CHUNK])
 
 
 @dataclass(frozen=True, eq=False)

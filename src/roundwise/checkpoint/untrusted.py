@@ -24,7 +24,7 @@ from roundwise.errors import CheckpointError
 
 #: Names of settings that count parts of a model, except for those that match `SIZE_NAMES`.
 COUNT_NAMES = "layer|block|depth|expert|stage|stack|codebook"
-SIZE_NAMES = "size|dim|width|len|capacity|token"
+SIZE_NAMES = "size|dim|width|len|capacity|token|theta"
 #: Largest accepted count: Doge has 16384 experts, each a row of a table.
 MAX_COUNT = 20_000
 #: Largest accepted number of classes: transformers makes a list of their names.

@@ -28,9 +28,12 @@ from roundwise.cli.commands import (
     serve,
     verify,
 )
+from roundwise.cli.logs import with_log_options
 from roundwise.cli.options import SettingsCommand
-from roundwise.cli.progress import console, print_note
+from roundwise.cli.output import print_note
 from roundwise.errors import Interrupted, RoundwiseError, StorageError, UsageError, quoted
+from roundwise.settings import Panel
+from roundwise.system.console import console
 from roundwise.version import __version__
 
 app = typer.Typer(
@@ -40,19 +43,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.command)
-app.command("plan", cls=SettingsCommand)(plan.command)
-app.command("quantize", cls=SettingsCommand)(quantize.command)
-app.command("inspect")(inspect.command)
-app.command("verify")(verify.command)
-app.command("eval")(evaluate.command)
-app.command("compare")(compare.command)
-app.command("report")(report.command)
-app.command("convert")(convert.command)
-app.command("generate")(generate.command)
-app.command("bench")(bench.command)
-app.command("serve")(serve.command)
-app.command("doctor")(doctor.command)
+app.command("demo")(with_log_options(demo.command))
+app.command("plan", cls=SettingsCommand)(with_log_options(plan.command, Panel.RUN))
+app.command("quantize", cls=SettingsCommand)(with_log_options(quantize.command, Panel.RUN))
+app.command("inspect")(with_log_options(inspect.command))
+app.command("verify")(with_log_options(verify.command))
+app.command("eval")(with_log_options(evaluate.command))
+app.command("compare")(with_log_options(compare.command))
+app.command("report")(with_log_options(report.command))
+app.command("convert")(with_log_options(convert.command))
+app.command("generate")(with_log_options(generate.command))
+app.command("bench")(with_log_options(bench.command))
+app.command("serve")(with_log_options(serve.command))
+app.command("doctor")(with_log_options(doctor.command))
 
 
 def _print_version(is_given: bool) -> None:
@@ -104,6 +107,7 @@ def _report(error: RoundwiseError) -> int:
     if "--json" in sys.argv:
         print(json.dumps({"error": str(error), "kind": type(error).__name__}))
     label = f"rank {rank}: error:" if rank else "error:"
+    console.quiet = False  # --quiet is for everything but errors
     print_note(" ".join(str(error).split()), label=label, style="bold red")
     if isinstance(error, Interrupted):
         again = [word for word in sys.argv[1:] if word != "--restart"]

@@ -212,6 +212,7 @@ def _setting_parameters(kind: type[Settings], expand: Expand) -> Iterator[inspec
                 help=expand.help.get(name, option.help),
                 show_default=_default_text(name, info) or True,
                 rich_help_panel=next(m for m in info.metadata if isinstance(m, Panel)),
+                autocompletion=_completion(info.annotation),
             )
             optional_type = value_type | None if default is None else value_type
             yield inspect.Parameter(
@@ -230,6 +231,15 @@ def _value_type(annotation: Any) -> Any:
     if get_origin(members[0]) is Literal:
         return type(get_args(members[0])[0])
     return {dict: list[str], tuple: str}.get(get_origin(members[0]), members[0])
+
+
+def _completion(annotation: Any) -> Callable[[str], list[str]] | None:
+    """Returns what completes an option's value in the shell; None: any value may follow."""
+    members = _union_members(annotation)
+    if get_origin(members[0]) is not Literal:
+        return None
+    values = [str(value) for value in get_args(members[0])]
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
 
 
 def _union_members(annotation: Any) -> list[Any]:

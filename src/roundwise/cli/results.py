@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roundwise.cli.progress import print_line, print_note
+from roundwise.cli.output import print_line, print_note
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:

@@ -10,19 +10,32 @@ with another target,
 writes into the residual stream can also correct the drift of the stream from R̃ to R: Y gains
 β · (R̃ - R)ᵀX/n. In both cases the target shift Y = (wanted output - present output)ᵀX/n is all that the
 solver needs to know.
+
+This is a regression of the lost output Z on X. With few tokens for the width of X it also fits noise,
+and costs on other text. So a part of the tokens is held out, and says with which ridge λ it is to be
+fitted, D = Y (H + λ)⁻¹, and how far it is to be trusted: on tokens that D is not fitted to, the loss of
+a part s of it is
+
+    ||s X Dᵀ - Z||² / n = s² tr(D H Dᵀ) - 2 s tr(D Yᵀ) + const
+
+with the moments H and Y of those tokens; it is least at s = tr(D Yᵀ) / tr(D H Dᵀ), cut to 0 … 1. That is
+e / (e + v) for a true effect e and noise v, and v falls as 1/n. The shift that is used in the end is
+fitted to all tokens, m instead of n: its best part is e / (e + v n/m) = 1 / (1 + (1/s - 1) n/m).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from roundwise.core.linalg import Factor, add_matmul, permuted_columns
+from roundwise.core.linalg import Factor, add_matmul, factor, permuted_columns
 
 #: Rows of a weight converted at a time.
 ROWS = 512
+#: Ridges λ of the regression, in parts of mean(diag H), that held-out tokens choose from.
+RIDGES = (0.01, 0.1, 1.0)
 
 
 @dataclass
@@ -39,6 +52,11 @@ class Drift:
     in the original model, and X Wᵀ is subtracted at the end as W H (`subtract_output`).
     """
 
+    @property
+    def is_empty(self) -> bool:
+        """True if there is nothing to correct."""
+        return self.input is None and self.residual is None
+
     def subtract_output(self, W: torch.Tensor, H: torch.Tensor, ratio: float) -> None:
         """Subtracts ratio · W H from `residual` in place, which turns X̃ Wᵀ in it into (X̃ - X) Wᵀ.
 
@@ -50,6 +68,19 @@ class Drift:
         if self.residual is not None:
             for rows, part in _row_parts(self.residual, W):
                 add_matmul(rows, part.to(H.dtype), H, -ratio)
+
+    def shrink(self, F: Factor, by: float) -> None:
+        """Turns the moments Y into those whose correction Y (H + μ)⁻¹ is Y (H + λ)⁻¹, in place.
+
+        That is Y (H + λ)⁻¹ (H + μ) = Y - (λ - μ) Y (H + λ)⁻¹.
+
+        Args:
+            F: factor of H + λ, columns in natural order.
+            by: λ - μ.
+        """
+        for moment in (self.input, self.residual):
+            for rows in torch.split(moment, ROWS) if moment is not None else ():
+                rows.sub_(F.solve(rows.T.contiguous()).T, alpha=by)
 
     def rows(self, rows: slice) -> Drift:
         """Returns the drift for some rows of the weight; `residual` is a copy, `input` is shared."""
@@ -128,6 +159,70 @@ def corrected_target(
         rows.copy_(part)
         rows[:, perm] += correction.T
     return Y
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """Rows of a weight that stand for all when its correction is judged, and its strengths."""
+
+    W: torch.Tensor
+    """[rows, in], any float dtype."""
+    rows: slice
+    """Which rows of the weight these are."""
+    alpha: float
+    beta: float
+
+
+def confirm(
+    weights: Mapping[str, SampledRows], fit: Moments, held: Moments
+) -> tuple[float, dict[str, float]]:
+    """Returns the ridge, and the part s of each weight's correction, that are best on other tokens.
+
+    Args:
+        weights: name -> rows of a weight; all read the same input.
+        fit: moments of the tokens that the correction is fitted to; not changed.
+        held: moments of the held-out tokens; not changed.
+
+    Returns:
+        One of `RIDGES`; name -> s, 0 to 1, for the weights that have something to correct.
+
+    Raises:
+        SingularError: H of `fit` is zero, or no damping makes it definite.
+    """
+    best_gain, best = -1.0, (RIDGES[0], dict[str, float]())
+    for ridge in RIDGES:
+        F = factor(fit.H, torch.arange(len(fit.H), device=fit.H.device), ridge)
+        found = {name: _confirmed(sample, fit, held, F) for name, sample in weights.items()}
+        gain = sum(each[0] for each in found.values() if each is not None)
+        if gain > best_gain:
+            best_gain = gain
+            best = ridge, {name: each[1] for name, each in found.items() if each is not None}
+    return best
+
+
+def _confirmed(
+    sample: SampledRows, fit: Moments, held: Moments, F: Factor
+) -> tuple[float, float] | None:
+    """Returns the loss that a correction takes away, as a part of the output's energy, and its part s.
+
+    None: there is nothing to correct.
+    """
+    W = sample.W.to(torch.float32)
+    Y, held_Y = (
+        part.drift.rows(sample.rows).take_target_shift(W, sample.alpha, sample.beta)
+        for part in (fit, held)
+    )
+    if Y is None or held_Y is None:
+        return None
+    H = held.H.to(torch.float32)
+    D = F.solve(Y.to(torch.float32).T.contiguous()).T
+    confirmed, size = float((D * held_Y).sum()), float(((D @ H) * D).sum())
+    if confirmed <= 0 or size <= 0:
+        return 0.0, 0.0
+    energy = float(((W @ H) * W).sum()) or 1.0
+    part = min(1.0, confirmed / size)
+    noise = (1 / part - 1) * fit.tokens / (fit.tokens + held.tokens)
+    return (2 * part * confirmed - part**2 * size) / energy, 1 / (1 + noise)
 
 
 def _row_parts(Y: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -69,15 +69,9 @@ def prepare_hessian(H: torch.Tensor, config: QuantizeConfig) -> PreparedHessian:
         config: `group_size`, `desc_act`, `order` and `damp_percent` are used.
 
     Raises:
-        ConfigError: `damp_percent` is "auto".
         SingularError: H is zero, or no damping makes it definite.
         NumericalError: NaN or infinity in H.
     """
-    if config.damp_percent == "auto":
-        raise ConfigError(
-            "damp_percent=auto is settled by a run, on calibration tokens that it holds out: "
-            "give a number, or compare with core.held_out_damping.held_out_losses"
-        )
     order = processing_order(H.diagonal(), config)
     return PreparedHessian(H, order, factor(H, order.perm, config.damp_percent))
 

@@ -30,9 +30,16 @@ from roundwise.errors import CalibrationError, CheckpointError, RunError
 from roundwise.evaluation.divergence import divergence
 from roundwise.evaluation.perplexity import perplexity
 from roundwise.evaluation.tasks import evaluate_tasks
-from roundwise.evaluation.verdict import TaskChange, degradation, task_changes, verdict
+from roundwise.evaluation.verdict import (
+    TaskChange,
+    Verdict,
+    advice,
+    degradation,
+    task_changes,
+    verdict,
+)
 from roundwise.inference.load import load, require_tokenizer
-from roundwise.model.build import context_length
+from roundwise.model.build import context_length, text_config
 from roundwise.run.api import quantize
 from roundwise.system.hub import local_folder
 
@@ -109,10 +116,13 @@ class Comparison:
     speed: Pair[SpeedSummary] | None
     warnings: list[str]
 
+    advice: str | None
+    """What to try next if it lost too much; None: it is not a GPTQ checkpoint."""
+
     @property
-    def verdict(self) -> str:
-        """safe, acceptable, investigate, or failed."""
-        return verdict(self.perplexity, self.tasks)
+    def verdict(self) -> Verdict:
+        """safe, acceptable, investigate, or failed, and why."""
+        return verdict(self.perplexity, self.kl_divergence, self.tasks)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the JSON of `compare --json`."""
@@ -132,7 +142,9 @@ class Comparison:
             ],
             "speed": speed,
             "degradation_percent": degradation(self.perplexity, self.tasks),
-            "verdict": self.verdict,
+            "verdict": self.verdict.name,
+            "reasons": [*self.verdict.reasons],
+            "advice": self.advice if self.verdict.lost_too_much else None,
             "warnings": self.warnings,
         }
 
@@ -161,12 +173,12 @@ def compare(
     if not protocol.ids and not protocol.tasks:
         raise CalibrationError("nothing to compare on: give a text, tasks, or both")
     original = _load(base, protocol)
-    vocabulary = original.model.config.get_text_config().vocab_size
+    vocabulary = text_config(original.model.config).vocab_size
     base_measurements = _measure(original, protocol, progress)
     comparisons = []
     for name in quantized:
         loaded = _load(name, protocol)
-        if loaded.model.config.get_text_config().vocab_size != vocabulary:
+        if text_config(loaded.model.config).vocab_size != vocabulary:
             raise CheckpointError(f"{name} has another vocabulary than {base}")
         comparisons.append(_compare_pair(original, base_measurements, loaded, protocol, progress))
     return comparisons
@@ -250,7 +262,15 @@ def _compare_pair(
         tasks=task_changes(base.tasks, own.tasks),
         speed=Pair(base.speed, own.speed) if base.speed and own.speed else None,
         warnings=_contamination_warnings(loaded.name, protocol.ids),
+        advice=_advice(loaded.name),
     )
+
+
+def _advice(model: str | os.PathLike[str]) -> str | None:
+    """Returns what to try next, by the settings of most layers; None: it is not a GPTQ checkpoint."""
+    settings = Checkpoint(local_folder(model)).config.get("quantization_config") or {}
+    bits, group_size = settings.get("bits"), settings.get("group_size", -1)
+    return advice(bits, group_size) if isinstance(bits, int) else None
 
 
 def _measure_speed(folder: Path, model: Any, protocol: Protocol) -> SpeedSummary:

@@ -18,7 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from roundwise.errors import ConfigError
 from roundwise.inference.quant_linear import QuantLinear
-from roundwise.model.build import context_length
+from roundwise.model.build import context_length, text_config
 from roundwise.system.device import peak_memory, synchronize
 from roundwise.system.memory import peak_rss
 
@@ -88,7 +88,7 @@ def speed(
             than the model's context.
     """
     _check(model, prompt_tokens, generated_tokens, batch_size, repetitions)
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.vocab_size, (batch_size, prompt_tokens), generator=generator)
     ids = ids.to(model.device)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from roundwise.errors import ConfigError, RunError, first_line
+from roundwise.version import install_command
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def evaluate_tasks(
         RunError: the data of a task is unavailable.
     """
     if find_spec("lm_eval") is None:
-        raise ConfigError("tasks need lm-eval: pip install 'roundwise[eval]'")
+        raise ConfigError(f"tasks need lm-eval: {install_command('eval')}")
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"--include-path {include_path}: this folder does not exist")
 

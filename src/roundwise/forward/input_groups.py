@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,14 +21,6 @@ from roundwise.errors import RunError
 from roundwise.model.blocks import Block, weight_of
 from roundwise.system.distributed import Ranks
 from roundwise.system.timer import timer
-
-
-class BatchObserver(Protocol):
-    """Sees each batch of a group's input right after it was added to the Hessian."""
-
-    def add(self, x: torch.Tensor, mask: torch.Tensor | None, hessian: Hessian) -> None:
-        """Called with the batch `x` [..., in], its mask, and the sum that it is in by now."""
-
 
 #: Reason that is recorded for a layer without drift.
 OTHER_TOKENS = (
@@ -79,7 +71,6 @@ class InputGroup:
     """Factor of X̃Wᵀ in `residual_drift`: α/β."""
     held: InputGroup | None = None
     """Sums over the batches that are held out."""
-    observer: BatchObserver | None = None
     sees_other_tokens: bool = False
     """The original model sends other tokens here than the quantized one, so there is no drift."""
     fallback: str | None = None
@@ -102,8 +93,6 @@ class InputGroup:
         if self.hessian is None:
             self.hessian = Hessian(x.shape[-1], device=x.device)
         self.hessian.add(x, mask)
-        if self.observer is not None:
-            self.observer.add(x, mask, self.hessian)
 
     def add_drift(
         self,
@@ -197,7 +186,7 @@ class InputGroup:
     def clear(self) -> None:
         """Drops all sums and frees their memory."""
         self.hessian = self.input_drift = self.residual_drift = None
-        self.held = self.observer = self.linear = None
+        self.held = self.linear = None
 
 
 @dataclass

@@ -32,7 +32,7 @@ from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import write_json, write_safetensors
 from roundwise.errors import first_line
 from roundwise.model.blocks import Block, wrapped_forwards
-from roundwise.model.build import forward_kwargs
+from roundwise.model.build import embedding_shape, forward_kwargs
 from roundwise.model.streamed import StreamedModel
 from roundwise.system.activity import announce
 from roundwise.system.device import HOST
@@ -74,7 +74,7 @@ class OutputGradients:
         """
         if self._is_complete(first):
             return None
-        parts = _split_batches(batches, tokens, streamed.model.config.get_text_config().vocab_size)
+        parts = _split_batches(batches, tokens, embedding_shape(streamed.model)[0])
         digests: dict[str, str] = {}
 
         def write(part: int, index: int, gradients: dict[str, torch.Tensor]) -> None:

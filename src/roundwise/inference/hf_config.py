@@ -7,8 +7,6 @@ a model without weights if the config is in quantize_config.json.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,6 @@ from roundwise.checkpoint.quantization_config import (
 )
 from roundwise.checkpoint.reader import read_header
 from roundwise.checkpoint.untrusted import read_json
-
-#: Module of transformers that has its own reference to `get_hf_quantizer` once it is imported.
-MODELING_MODULE = "transformers.modeling_utils"
 
 
 class GPTQConfig(hf.GPTQConfig):  # type: ignore[misc]  # untyped there
@@ -93,20 +88,19 @@ def patch_config_loading(module: Any) -> None:
     configs["gptq"] = GPTQConfig
     if not getattr(configs[METHOD], "makes_packed_configs", False):
         configs[METHOD] = _packed_or_other(configs[METHOD])
-    if getattr(module.get_hf_quantizer, "reads_old_configs", False):
+    if getattr(module.AutoQuantizationConfig.from_dict, "is_ours", False):
         return
     from_dict = module.AutoQuantizationConfig.from_dict
     supports = module.AutoHfQuantizer.supports_quant_method
-    module.AutoQuantizationConfig.from_dict = staticmethod(
-        lambda raw: from_dict(_standard_spelling(raw))
-    )
+
+    def read_config(raw: Any) -> Any:
+        return from_dict(_standard_spelling(raw))
+
+    read_config.is_ours = True  # type: ignore[attr-defined]
+    module.AutoQuantizationConfig.from_dict = staticmethod(read_config)
     module.AutoHfQuantizer.supports_quant_method = staticmethod(
         lambda raw: supports(_standard_spelling(raw))
     )
-    module.get_hf_quantizer = _reading_old_configs(module.get_hf_quantizer)
-    modeling: Any = sys.modules.get(MODELING_MODULE)
-    if modeling is not None and hasattr(modeling, "get_hf_quantizer"):
-        modeling.get_hf_quantizer = module.get_hf_quantizer
 
 
 def _standard_spelling(raw: Any) -> Any:
@@ -118,17 +112,33 @@ def _standard_spelling(raw: Any) -> Any:
     return parse_quantization_config(raw, "the checkpoint").as_json()
 
 
-def _reading_old_configs(get_hf_quantizer: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `get_hf_quantizer` that also looks for a quantize_config.json."""
+def read_old_files(kind: Any) -> None:
+    """Makes a class of configs read quantize_config.json where config.json has no quantization config.
 
-    def wrapped(config: Any, *args: Any, **kwargs: Any) -> Any:
-        folder = Path(getattr(config, "_name_or_path", "") or "")
-        has_config = getattr(config, "quantization_config", None) is not None
-        if not has_config and folder.is_dir() and (folder / OLD_FILE).is_file():
-            files = folder.glob("*.safetensors")
+    May be called again.
+
+    Args:
+        kind: transformers' class of all configs.
+    """
+    read = kind.get_config_dict.__func__
+    if getattr(read, "reads_old_files", False):
+        return
+
+    def get_config_dict(cls: Any, folder: Any, /, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        config, others = read(cls, folder, **kwargs)
+        has_config = any(
+            "quantization_config" in each for each in (config, config.get("text_config") or {})
+        )
+        if (
+            config
+            and not has_config
+            and Path(folder).is_dir()
+            and (Path(folder) / OLD_FILE).is_file()
+        ):
+            files = Path(folder).glob("*.safetensors")
             if any(is_packed(read_header(file)) for file in files):
-                config.quantization_config = read_json(folder / OLD_FILE)
-        return get_hf_quantizer(config, *args, **kwargs)
+                config["quantization_config"] = read_json(Path(folder) / OLD_FILE)
+        return config, others
 
-    wrapped.reads_old_configs = True  # type: ignore[attr-defined]
-    return wrapped
+    get_config_dict.reads_old_files = True  # type: ignore[attr-defined]
+    kind.get_config_dict = classmethod(get_config_dict)

@@ -6,6 +6,8 @@ Importing transformers or PEFT takes seconds, so `import roundwise` only adds im
     transformers.quantizers.auto    the quantizer of gptq and compressed-tensors is ours
                                     (hf_quantizer.py), and so is the reader of their configs
                                     (hf_config.py)
+    transformers.configuration_utils
+                                    settings in quantize_config.json are found (hf_config.py)
     peft.tuners.lora.model          LoRA adapters accept QuantLinear layers (peft_patch.py)
 
 A module that is imported already is patched at once.
@@ -22,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 TRANSFORMERS_MODULE = "transformers.quantizers.auto"
+CONFIG_MODULE = "transformers.configuration_utils"
 PEFT_MODULE = "peft.tuners.lora.model"
 
 #: A function that patches a module after its import.
@@ -34,6 +37,7 @@ def register() -> None:
     Takes effect now for modules that are imported, otherwise at their import. May be called again.
     """
     _patch_after_import(TRANSFORMERS_MODULE, _register_quantizer)
+    _patch_after_import(CONFIG_MODULE, _read_old_files)
     _patch_after_import(PEFT_MODULE, _patch_peft)
 
 
@@ -45,6 +49,12 @@ def _register_quantizer(module: ModuleType) -> None:
         if not isinstance(quantizers[method], QuantizerFactory):
             quantizers[method] = QuantizerFactory(quantizers[method])
     hf_config.patch_config_loading(module)
+
+
+def _read_old_files(module: ModuleType) -> None:
+    from roundwise.inference import hf_config
+
+    hf_config.read_old_files(module.PreTrainedConfig)
 
 
 class QuantizerFactory:

@@ -42,6 +42,9 @@ class QuantLinear(nn.Module):
         ConfigError: another width.
     """
 
+    #: Tells transformers not to initialize it: some of its functions go by the names of classes.
+    _is_hf_initialized = True
+
     def __init__(
         self,
         in_features: int,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from roundwise.checkpoint.formats import GPTQ
 from roundwise.checkpoint.quantized_layers import QuantizedLayer
@@ -18,14 +17,15 @@ from roundwise.errors import CheckpointError
 from roundwise.inference.packed_linear import PackedLinear
 from roundwise.inference.quant_linear import QuantLinear
 from roundwise.model.blocks import check_quantized_head, weight_of
+from roundwise.model.conversions import Conversions
 from roundwise.model.moe import (
     PROJECTION_ROLES,
-    LinearExperts,
     expert_count,
     expert_roles,
     is_fused_experts,
     parse_expert_name,
     projection_shape,
+    separate_experts,
 )
 
 
@@ -61,7 +61,23 @@ def replace_linears(model: PreTrainedModel, layers: Iterable[QuantizedLayer]) ->
     for target, members in experts.items():
         fused = model.get_submodule(target)
         _check_experts(target, fused, members)
-        model.set_submodule(target, LinearExperts(fused, {**members}))
+        model.set_submodule(target, separate_experts(fused, {**members}))
+    _mark_initialized(model)
+
+
+def _mark_initialized(model: nn.Module) -> None:
+    """Tells transformers not to initialize modules around quantized layers.
+
+    Some classes initialize the weights of layers below them, which are not there. Modules with buffers
+    that are computed instead of stored are not marked.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            path = name.split(".")
+            for end in range(len(path)):
+                parent: Any = model.get_submodule(".".join(path[:end]))
+                if not parent._non_persistent_buffers_set:
+                    parent._is_hf_initialized = True
 
 
 def _check_experts(name: str, fused: nn.Module, layers: dict[tuple[int, str], QuantLinear]) -> None:
@@ -82,9 +98,7 @@ class _NameResolver:
     """Finds the module of a layer whose name in the files can be outdated or lack the model's prefix."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.prefix = model, f"{model.base_model_prefix}."
-        transforms = get_model_conversion_mapping(model)
-        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.model, self.conversions = model, Conversions(model)
 
     def resolve(self, name: str) -> tuple[str, tuple[int, str] | None]:
         """Finds the module of a layer.
@@ -99,16 +113,15 @@ class _NameResolver:
         Raises:
             CheckpointError: the model has no such layer.
         """
-        renamed = rename_source_key(f"{name}.weight", self.renamings, [])[0].removesuffix(".weight")
-        for candidate in (renamed, name):
-            for full in (candidate, self.prefix + candidate, candidate.removeprefix(self.prefix)):
-                module = self._module(full)
-                if module is not None and hasattr(module, "weight"):
-                    return full, None
-                parts = parse_expert_name(full)
-                experts = self._module(parts[0]) if parts else None
-                if parts and experts is not None and is_fused_experts(experts):
-                    return parts
+        for tensor in self.conversions.candidates(f"{name}.weight"):
+            full = tensor.removesuffix(".weight")
+            module = self._module(full)
+            if module is not None and hasattr(module, "weight"):
+                return full, None
+            parts = parse_expert_name(full)
+            experts = self._module(parts[0]) if parts else None
+            if parts and experts is not None and is_fused_experts(experts):
+                return parts
         raise CheckpointError(
             f"the files have packed codes of {name}, but the model has no such layer"
         )

@@ -65,6 +65,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature {self.temperature}: must be 0 or a positive number")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p {self.top_p}: must be above 0 and at most 1")
+        if self.top_k is not None and self.top_k < 0:
+            raise ConfigError(f"top_k {self.top_k}: must be 0 (all tokens) or a number of tokens")
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
             raise ConfigError(
                 f"repetition_penalty {self.repetition_penalty}: must be a positive number"

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.checkpoint.reader import Checkpoint, CheckpointView
 from roundwise.errors import CheckpointError, ConfigError
+from roundwise.model.build import text_config
 from roundwise.model.expert_weights import router_linears
 from roundwise.model.moe import LinearExperts
 
@@ -72,18 +73,25 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """
     blocks = []
     for stack, root in enumerate(_search_roots(model)):
-        name = _largest_module_list(model, root)
-        if name is not None:
+        for name in _module_lists(model, root):
             modules = model.get_submodule(name)
             assert isinstance(modules, nn.ModuleList)
-            blocks += [
-                _make_block(f"{name}.{i}", module, stack) for i, module in enumerate(modules)
-            ]
+            blocks += [_make_block(*named, stack) for named in _flat_list(name, modules)]
     if not any(block.linears for block in blocks):
         raise ConfigError(
             f"{type(model).__name__} has no repeated blocks with linear layers: nothing to quantize"
         )
     return blocks
+
+
+def _flat_list(name: str, modules: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
+    """Yields (name, module) of a list's modules; lists of modules in it are not called themselves."""
+    for index, module in enumerate(modules):
+        holds_linears = any(isinstance(child, nn.Linear | Conv1D) for child in module.children())
+        if isinstance(module, nn.ModuleList) and not holds_linears:
+            yield from _flat_list(f"{name}.{index}", module)
+        else:
+            yield f"{name}.{index}", module
 
 
 @contextmanager
@@ -123,7 +131,7 @@ def _search_roots(model: nn.Module) -> list[str]:
     names: dict[nn.Module | None, str] = {m: name for name, m in model.named_modules()}
     if getattr(config, "is_encoder_decoder", False):
         return [names[model.get_encoder()], names[model.get_decoder()]]
-    text = config.get_text_config()
+    text = text_config(config)
     if text is config:
         return [""]
     text_models = [
@@ -134,18 +142,43 @@ def _search_roots(model: nn.Module) -> list[str]:
     return text_models[:1] or [""]
 
 
-def _largest_module_list(model: nn.Module, root: str) -> str | None:
-    """Returns the name of the outermost ModuleList below `root` with most linear weights."""
-    best, best_size = None, 0
+def _module_lists(model: nn.Module, root: str) -> list[str]:
+    """Returns the name of the outermost ModuleList below `root` with most linear weights.
+
+    Others of the same length whose modules are of the same classes (HRM has two) are returned too.
+    """
+    sizes: dict[str, int] = {}
+    kinds: dict[str, list[type]] = {}
+    towers = tuple(f"{name}." for name in _towers(model))
     outermost: set[str] = set()
     for name, module in model.get_submodule(root).named_modules(prefix=root):
         nested = any(name.startswith(f"{outer}.") for outer in outermost)
-        if isinstance(module, nn.ModuleList) and not nested:
+        if isinstance(module, nn.ModuleList) and not nested and not name.startswith(towers):
             outermost.add(name)
-            size = sum(linear.weight.numel() for _, linear in _named_linears(module))
-            if size > best_size:
-                best, best_size = name, size
-    return best
+            kinds[name] = [type(child) for child in module]
+            sizes[name] = sum(linear.weight.numel() for _, linear in _named_linears(module))
+    best = max(sizes, key=sizes.__getitem__, default=None)
+    if best is None or not sizes[best]:
+        return []
+    return [name for name in sizes if name == best or kinds[name] == kinds[best]]
+
+
+def _towers(model: nn.Module) -> list[str]:
+    """Returns the parts of a text model that are models of pictures or sound."""
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return []
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and not _takes_text(module)
+    ]
+
+
+def _takes_text(model: PreTrainedModel) -> bool:
+    """Tells whether the forward of a part of a model may take tokens."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    passes_on = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return passes_on or any(p.name == "input_ids" for p in parameters)
 
 
 def _make_block(name: str, module: nn.Module, stack: int) -> Block:
@@ -249,7 +282,7 @@ def output_head_name(model: PreTrainedModel) -> str:
 
 def is_tied(config: Any) -> bool:
     """Tells whether a transformers config says that output head and embedding share one weight."""
-    return bool(getattr(config, TIED, False) or getattr(config.get_text_config(), TIED, False))
+    return bool(getattr(config, TIED, False) or getattr(text_config(config), TIED, False))
 
 
 def quantized_head(layers: Iterable[str]) -> str | None:
@@ -279,7 +312,7 @@ def check_quantized_head(config: Callable[[], Any], layers: Iterable[str]) -> No
 
 def untie(config: Any) -> None:
     """Changes a transformers config so that the output head has its own weight."""
-    for part in (config, config.get_text_config()):
+    for part in (config, text_config(config)):
         if hasattr(part, TIED):
             setattr(part, TIED, False)
 

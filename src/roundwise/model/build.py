@@ -78,13 +78,45 @@ def _named_classes(config: Any) -> Iterator[type[transformers.PreTrainedModel]]:
             yield named
 
 
+def text_config(config: Any) -> Any:
+    """Returns the part of a transformers config that is about the language model."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # there are several, such as an encoder's and a decoder's
+        return config.get_text_config(decoder=True)
+
+
+def config_size(model: Any, name: str) -> int | None:
+    """Returns a size from the config of a model's text part; None: it has none, or one per layer.
+
+    Args:
+        model: a model.
+        name: such as hidden_size; transformers knows other spellings of it.
+    """
+    try:
+        value = getattr(text_config(model.config), name, None)
+    except RuntimeError:  # transformers raises it if layers differ
+        return None
+    return int(value) if isinstance(value, int) else None
+
+
+def embedding_shape(model: Any) -> tuple[int, int]:
+    """Returns (vocabulary, hidden size) of a model; 0: neither its config nor its embedding has it."""
+    try:
+        weight = model.get_input_embeddings().weight
+        rows, width = (int(size) for size in weight.shape)
+    except (AttributeError, NotImplementedError, ValueError):  # such as hashed characters
+        rows = width = 0
+    return config_size(model, "vocab_size") or rows, config_size(model, "hidden_size") or width
+
+
 def context_length(model: Any) -> int | None:
     """Returns the maximum number of tokens of a model's input; None if its config sets no limit.
 
     Args:
         model: a model; or transformers' config of it, whose limit may be a few tokens too large.
     """
-    config = getattr(model, "config", model).get_text_config()
+    config = text_config(getattr(model, "config", model))
     limit = int(getattr(config, "max_position_embeddings", None) or 0)
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         # RoBERTa and its kin count positions from the one after padding.
@@ -111,21 +143,39 @@ def build(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
     what = f"transformers cannot build the {kind} of config.json"
     with foreign_errors(what), torch.device("meta"):
         model = cls._from_config(config, dtype=dtype)
+    for module in model.modules():
+        for key, weight in module._parameters.items():
+            if (
+                weight is not None and not weight.is_meta
+            ):  # XLNet makes some regardless of the device
+                module._parameters[key] = nn.Parameter(weight.to("meta"), requires_grad=False)
     check_computed_buffers(model)
-    computed = {name for name, _ in model.named_non_persistent_buffers()}
-    uninitialized = {""}
-    for name, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and f"{name}.{key}".lstrip(".") in computed:
-                module._buffers[key] = torch.empty_like(buffer, device="cpu")
-                parts = name.split(".")
-                uninitialized |= {".".join(parts[:end]) for end in range(len(parts) + 1)}
+    initialize_tensors(model, {name for name, _ in model.named_non_persistent_buffers()})
+    return model.eval()
+
+
+def initialize_tensors(model: transformers.PreTrainedModel, names: set[str]) -> None:
+    """Computes parameters and buffers that are not in the files, as transformers initializes them.
+
+    Args:
+        model: a model whose other parameters are on the meta device.
+        names: full names of the tensors.
+    """
+    uninitialized = {""} if names else set()
+    for path, module in model.named_modules():
+        for tensors in (module._buffers, module._parameters):
+            for key, tensor in tensors.items():
+                if tensor is not None and f"{path}.{key}".lstrip(".") in names:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[key] = nn.Parameter(empty, False) if is_parameter else empty
+                    parts = path.split(".")
+                    uninitialized |= {".".join(parts[:end]) for end in range(len(parts) + 1)}
     # transformers fills computed buffers when it initialises their module or one of its parents, so only
     # these are marked as uninitialised.
-    for name, module in model.named_modules():
-        module._is_hf_initialized = name not in uninitialized
+    for path, module in model.named_modules():
+        module._is_hf_initialized = path not in uninitialized
     model.initialize_weights()
-    return model.eval()
 
 
 def forward_kwargs(

@@ -6,9 +6,7 @@ weight is in memory at a time; layers that a run skips are written dequantized.
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,14 +21,8 @@ from roundwise.checkpoint.quantization_config import (
     without_quantization_config,
 )
 from roundwise.checkpoint.quantized_layers import QuantizedLayer, quantized_layers
-from roundwise.checkpoint.reader import (
-    CHUNK,
-    DTYPE_CODES,
-    DTYPES,
-    Checkpoint,
-    CheckpointView,
-    TensorInfo,
-)
+from roundwise.checkpoint.reader import Checkpoint, CheckpointView, TensorInfo
+from roundwise.checkpoint.transformed_view import ComputedInfo
 from roundwise.errors import CheckpointError, ConfigError, quoted
 from roundwise.model.blocks import check_quantized_head
 from roundwise.model.build import build, config_dtype, load_config
@@ -39,50 +31,6 @@ from roundwise.model.build import build, config_dtype, load_config
 SCALES_SUFFIX = "_scale_inv"
 #: Suffix of scales of activations, which are not needed.
 ACTIVATION_SUFFIX = "input_scale"
-
-
-@dataclass(frozen=True)
-class DequantizedInfo(TensorInfo):
-    """A tensor that is computed whenever it is read; its location is that of the quantized tensor."""
-
-    compute: Callable[[], torch.Tensor]
-
-    @classmethod
-    def from_source(
-        cls, source: TensorInfo, shape: tuple[int, ...], dtype: torch.dtype,
-        compute: Callable[[], torch.Tensor],
-    ) -> DequantizedInfo:  # fmt: skip
-        """Returns the info of a computed tensor.
-
-        Args:
-            source: the quantized tensor that it is computed from.
-            shape: shape of the result.
-            dtype: dtype of the result.
-            compute: returns the result, in any floating point dtype.
-        """
-        count = 1
-        for size in shape:
-            count *= size
-        return cls(
-            source.path, DTYPE_CODES[dtype], shape, source.start, count * dtype.itemsize, compute
-        )
-
-    def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
-        """Returns the tensor and None: it is computed, so it has no memory map."""
-        return self.compute().to(DTYPES[self.dtype]).contiguous(), None
-
-    def rows(self, start: int, count: int) -> TensorInfo:
-        """Returns `count` rows of the tensor, from row `start` on; reading them computes all rows."""
-        shape = (count, *self.shape[1:])
-        return DequantizedInfo.from_source(
-            self, shape, DTYPES[self.dtype], lambda: self.compute()[start : start + count]
-        )
-
-    def chunks(self) -> Iterator[bytes]:
-        """Yields the tensor's bytes, at most `CHUNK` at a time."""
-        data = self.read().reshape(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(data), CHUNK):
-            yield bytes(data[start : start + CHUNK])
 
 
 def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
@@ -148,7 +96,7 @@ def _from_fp8(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Ten
                 f"{name}{SCALES_SUFFIX} has shape {list(scales.shape)}; blocks of "
                 f"{block_size[0]} x {block_size[1]} require {list(blocks)}"
             )
-        tensors[name] = DequantizedInfo.from_source(
+        tensors[name] = ComputedInfo.from_source(
             info, info.shape, dtype, _dequantize_blocks(info, scales, block_size, dtype)
         )
     return tensors
@@ -192,5 +140,5 @@ def _from_packed(checkpoint: Checkpoint, quantized: list[QuantizedLayer]) -> dic
 
             shape = (layer.out_features, layer.in_features)
             shape = shape[::-1] if is_conv1d else shape
-            tensors[f"{stem}.weight"] = DequantizedInfo.from_source(info, shape, dtype, compute)
+            tensors[f"{stem}.weight"] = ComputedInfo.from_source(info, shape, dtype, compute)
     return tensors

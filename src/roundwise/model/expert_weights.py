@@ -2,13 +2,12 @@
 
 Most families store one matrix per expert and projection. Some store what transformers computes with: one
 tensor for all experts with gate and up in one, sometimes transposed or interleaved.
-`install_linear_experts` detects which, puts `LinearExperts` into the model and splits fused tensors into
+`install_linear_experts` detects which, puts separate layers into the model and splits fused tensors into
 `ExpertSlice`s.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from roundwise.checkpoint.reader import CHUNK, Checkpoint, CheckpointView, TensorInfo
+from roundwise.checkpoint.reader import Checkpoint, CheckpointView, TensorInfo
+from roundwise.checkpoint.transformed_view import ComputedInfo
 from roundwise.errors import CheckpointError
+from roundwise.model.conversions import Conversions
 from roundwise.model.moe import (
     PROJECTION_ROLES,
     LinearExperts,
@@ -28,8 +27,10 @@ from roundwise.model.moe import (
     expert_count,
     expert_roles,
     is_fused_experts,
+    is_transposed,
     parse_expert_name,
     projection_shape,
+    separate_experts,
 )
 
 #: Path of each module of experts -> names of its projections.
@@ -37,17 +38,8 @@ ExpertLayout = dict[str, ProjectionNames]
 
 
 @dataclass(frozen=True)
-class ExpertSlice(TensorInfo):
+class ExpertSlice(ComputedInfo):
     """One expert's matrix or bias within a fused tensor of all experts; it is copied when it is read."""
-
-    whole: TensorInfo
-    """The fused tensor, [experts, …]."""
-    whole_name: str
-    expert: int
-    half: int | None
-    """Rows of a fused gate and up: 0 for the gate, 1 for up; None: all rows."""
-    transposed: bool
-    """The file stores the matrix as [in, out]."""
 
     @classmethod
     def from_whole(
@@ -74,50 +66,43 @@ class ExpertSlice(TensorInfo):
             shape.reverse()
         if half is not None:
             shape[0] //= 2
+
+        def compute() -> torch.Tensor:
+            matrix = whole.rows(expert, 1).read()[0]
+            matrix = matrix.T if transposed else matrix
+            return matrix if half is None else matrix[half * shape[0] :][: shape[0]]
+
         nbytes = whole.nbytes // whole.shape[0] // (1 if half is None else 2)
+        origins = whole.origins if isinstance(whole, ComputedInfo) else {}
         return cls(
-            whole.path, whole.dtype, tuple(shape), whole.start, nbytes, whole=whole,
-            whole_name=whole_name, expert=expert, half=half, transposed=transposed,
+            whole.path, whole.dtype, tuple(shape), whole.start, nbytes, compute,
+            origins or {whole_name: whole},
         )  # fmt: skip
-
-    def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
-        """Returns a contiguous copy of the slice and None: a copy has no memory map."""
-        matrix = self.whole.rows(self.expert, 1).read()[0]
-        if self.transposed:
-            matrix = matrix.T
-        if self.half is not None:
-            matrix = matrix[self.half * self.shape[0] :][: self.shape[0]]
-        return matrix.clone(memory_format=torch.contiguous_format), None
-
-    def prefetch(self) -> None:
-        """Asks the operating system to read the expert's part of the tensor in the background."""
-        self.whole.rows(self.expert, 1).prefetch()
-
-    def rows(self, start: int, count: int) -> TensorInfo:
-        """Raises CheckpointError: rows of a slice are not contiguous in the file."""
-        raise CheckpointError(f"single rows of an expert in {self.whole_name} cannot be read")
-
-    def chunks(self) -> Iterator[bytes]:
-        """Yields the slice's bytes, at most `CHUNK` at a time."""
-        data = self.read().reshape(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(data), CHUNK):
-            yield bytes(data[start : start + CHUNK])
 
 
 def unquantized_tensors(tensors: Mapping[str, Any], quantized: set[str]) -> dict[str, Any]:
-    """Returns the tensors to write beside the quantized layers, fused again if they were split.
+    """Returns the tensors to write beside the quantized layers: as the files hold them, if possible.
+
+    Tensors that were split or converted while reading are written under the names and with the bytes
+    that they had, unless a layer made of the same tensors is quantized.
 
     Args:
         tensors: tensors of a checkpoint, or some of them, by name.
         quantized: names of the quantized layers, whose weights are left out.
     """
+    used = {
+        origin
+        for name, info in tensors.items()
+        if isinstance(info, ComputedInfo) and name.rpartition(".")[0] in quantized
+        for origin in info.origins
+    }
     unquantized: dict[str, Any] = {}
     for name, info in tensors.items():
         stem, _, kind = name.rpartition(".")
         if stem in quantized and kind == "weight":
             continue
-        if isinstance(info, ExpertSlice) and stem not in quantized:
-            unquantized[info.whole_name] = info.whole
+        if isinstance(info, ComputedInfo) and info.origins and not used & {*info.origins}:
+            unquantized |= info.origins
         else:
             unquantized[name] = info
     return unquantized
@@ -126,7 +111,7 @@ def unquantized_tensors(tensors: Mapping[str, Any], quantized: set[str]) -> dict
 def install_linear_experts(
     model: PreTrainedModel, checkpoint: Checkpoint
 ) -> tuple[Checkpoint, ExpertLayout]:
-    """Puts `LinearExperts` into a model for every module of experts that the checkpoint stores.
+    """Puts separate layers into a model for every module of experts that the checkpoint stores.
 
     Args:
         model: a model on the meta device; it is changed.
@@ -165,7 +150,7 @@ def install_linear_experts(
 
 
 def replace_fused_experts(model: nn.Module, layout: ExpertLayout) -> None:
-    """Replaces modules of fused experts by `LinearExperts` whose layers are on the meta device.
+    """Replaces modules of fused experts by separate layers on the meta device.
 
     Args:
         model: a model on the meta device; it is changed.
@@ -182,7 +167,7 @@ def replace_fused_experts(model: nn.Module, layout: ExpertLayout) -> None:
                     columns, rows, bias=getattr(original, "has_bias", False),
                     device="meta", dtype=dtype,
                 )  # fmt: skip
-        model.set_submodule(path, LinearExperts(original, layers).train(original.training))
+        model.set_submodule(path, separate_experts(original, layers).train(original.training))
 
 
 def router_linears(block: nn.Module) -> dict[str, str]:
@@ -236,14 +221,12 @@ def fused_expert_tensors(
         model: model with transformers' own modules of experts.
         layer_names: names of the layers of a checkpoint that stores experts separately.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    conversions = Conversions(model)
     layers_of: dict[str, dict[tuple[int, str], str]] = {}  # module -> (expert, role) -> layer
     for layer_name in layer_names:
-        name, converter = rename_source_key(f"{layer_name}.weight", renamings, converters)
+        name, pattern = conversions.place(f"{layer_name}.weight")
         # A converter means that transformers itself reads separate experts of this family.
-        parsed = parse_expert_name(name.removesuffix(".weight")) if converter is None else None
+        parsed = parse_expert_name(name.removesuffix(".weight")) if pattern is None else None
         if parsed is not None:
             path, (expert, projection) = parsed
             layers_of.setdefault(path, {})[expert, PROJECTION_ROLES[projection]] = layer_name
@@ -264,7 +247,7 @@ def fused_expert_tensors(
             fused_tensors.append(
                 FusedExpertTensor(
                     f"{path}.{parameter}", members,
-                    transposed=getattr(module, "is_transposed", False) and not is_bias,
+                    transposed=is_transposed(module) and not is_bias,
                 )
             )  # fmt: skip
     return fused_tensors
@@ -284,11 +267,9 @@ def _expert_tensors(
         (name in the checkpoint, (module of experts, place)); place is the name of a fused parameter or
         (expert, projection) of a separate one.
     """
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    base = f"{model.base_model_prefix}."
+    conversions = Conversions(model)
     for key in checkpoint.tensors:
-        name = rename_source_key(key, renamings, [])[0]
-        for full_name in (name, base + name, name.removeprefix(base)):
+        for full_name in conversions.candidates(key):
             path, _, parameter = full_name.rpartition(".")
             parsed = parse_expert_name(path) if parameter in ("weight", "bias") else None
             if parsed is not None and is_experts(parsed[0]):
@@ -331,7 +312,7 @@ def _slice_experts(
         yield key, whole
         return
     expected = tuple(fused.get_parameter(parameter).shape)
-    transposed = bool(getattr(fused, "is_transposed", False)) and len(expected) == 3
+    transposed = is_transposed(fused) and len(expected) == 3
     if whole.shape != expected:
         if whole.shape != (expected[0], *reversed(expected[1:])):
             raise CheckpointError(

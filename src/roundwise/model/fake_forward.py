@@ -29,6 +29,8 @@ class CallTrace:
     """Each called layer -> the first layer that reads the same tensor."""
     repeated: tuple[str, ...] = ()
     """Layers that were called more than once."""
+    repeated_in_block: frozenset[str] = frozenset()
+    """Layers that were called more than once in one call of their block."""
 
 
 def drop_uncalled_linears(streamed: StreamedModel, config: QuantizeConfig) -> CallTrace:
@@ -52,6 +54,9 @@ def drop_uncalled_linears(streamed: StreamedModel, config: QuantizeConfig) -> Ca
                 if called_linears
                 else "the model does not call its block for text alone"
             )
+        for name in calls.repeated_in_block & block.linears.keys():
+            del block.linears[name]
+            block.skipped_linears[name] = "its block calls it more than once, with other inputs"
     streamed.skip_blocks([block for block in streamed.blocks if called and not block.linears])
     return calls
 
@@ -76,9 +81,17 @@ def trace_calls(streamed: StreamedModel, config: QuantizeConfig) -> CallTrace:
     def hook(name: str) -> Any:
         return lambda _, args: inputs.append((name, args[0]))
 
+    calls: Counter[tuple[str, int]] = Counter()  # by linear and call of its block
     for block in streamed.blocks:
+        entries: list[None] = []
+        module = model.get_submodule(block.name)
+        module.register_forward_pre_hook(lambda *_, entries=entries: entries.append(None))
         for name in block.linears:
-            model.get_submodule(name).register_forward_pre_hook(hook(name))
+            linear = model.get_submodule(name)
+            linear.register_forward_pre_hook(hook(name))
+            linear.register_forward_pre_hook(
+                lambda *_, name=name, entries=entries: calls.update([(name, len(entries))])
+            )
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             for module in model.modules():
@@ -98,4 +111,8 @@ def trace_calls(streamed: StreamedModel, config: QuantizeConfig) -> CallTrace:
         key = (x.untyped_storage()._cdata, x.numel(), x._version)
         first_reader.setdefault(name, reader_of.setdefault(key, name))
     counts = Counter(name for name, _ in inputs)
-    return CallTrace(first_reader, tuple(name for name, count in counts.items() if count > 1))
+    return CallTrace(
+        first_reader,
+        tuple(name for name, count in counts.items() if count > 1),
+        frozenset(name for (name, _), count in calls.items() if count > 1),
+    )

@@ -60,9 +60,23 @@ def parse_expert_name(name: str) -> tuple[str, tuple[int, str]] | None:
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Tells whether a module holds all experts in one tensor per projection, as transformers does."""
-    return isinstance(getattr(module, "down_proj", None), nn.Parameter) and hasattr(
-        module, "_apply_gate"
-    )
+    if not isinstance(getattr(module, "down_proj", None), nn.Parameter):
+        return False
+    return hasattr(module, "_apply_gate") or is_batched_experts(module)
+
+
+def is_batched_experts(module: nn.Module) -> bool:
+    """Tells whether a module's own forward multiplies all experts at once with `torch.bmm` (Llama 4)."""
+    weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    if not all(isinstance(W, nn.Parameter) and W.ndim == 3 for W in weights):
+        return False
+    names = type(module).forward.__code__.co_names
+    return "bmm" in names and not hasattr(module, "_apply_gate")
+
+
+def is_transposed(fused: nn.Module) -> bool:
+    """Tells whether a module of fused experts stores each matrix as [in, out]."""
+    return is_batched_experts(fused) or bool(getattr(fused, "is_transposed", False))
 
 
 def expert_roles(module: nn.Module) -> tuple[str, ...]:
@@ -83,9 +97,96 @@ def projection_shape(fused: nn.Module, role: str) -> tuple[int, int]:
         role: gate, up or down.
     """
     _, hidden, inner = fused.get_parameter("down_proj").shape
-    if getattr(fused, "is_transposed", False):
+    if is_transposed(fused):
         hidden, inner = inner, hidden
     return (hidden, inner) if role == "down" else (inner, hidden)
+
+
+def separate_experts(original: nn.Module, layers: dict[tuple[int, str], nn.Module]) -> nn.Module:
+    """Returns a module that computes what a module of fused experts does, with one layer per projection.
+
+    Args:
+        original: the module of fused experts.
+        layers: all layers, by expert and name of the projection.
+    """
+    kind = BatchedExperts if is_batched_experts(original) else LinearExperts
+    return kind(original, layers)
+
+
+def _add_layers(module: nn.Module, layers: dict[tuple[int, str], nn.Module]) -> None:
+    """Adds each expert's layers to a module, by expert and in order of computation."""
+    roles = list(dict.fromkeys(PROJECTION_ROLES.values()))
+    for (expert, name), layer in sorted(
+        layers.items(), key=lambda item: (item[0][0], roles.index(PROJECTION_ROLES[item[0][1]]))
+    ):
+        if str(expert) not in module._modules:
+            module.add_module(str(expert), nn.Module())
+        module.get_submodule(str(expert)).add_module(name, layer)
+
+
+def _layer_of(module: nn.Module, expert: int, role: str) -> Any:
+    """Returns the layer of one expert with a role: gate, up or down."""
+    layers = module.get_submodule(str(expert))._modules
+    return next(layer for name, layer in layers.items() if PROJECTION_ROLES[name] == role)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchedWeights:
+    """Stands for fused weights in `torch.bmm`: calls each expert's layers with its tokens instead."""
+
+    module: nn.Module
+    """The module of experts with its layers."""
+    roles: tuple[str, ...]
+    """Roles of the layers whose outputs are concatenated."""
+    shape: torch.Size
+    """Shape of the fused weights: [experts, in, out]."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        """Returns x W [experts, n, out] of tokens x [experts, n, in] for `torch.bmm(x, W)`."""
+        if func is not torch.bmm or kwargs:
+            raise TypeError(f"fused experts are separate layers here: {func} cannot be computed")
+        x, weights = args
+        outputs = [
+            torch.cat([_layer_of(weights.module, e, role)(part) for role in weights.roles], dim=-1)
+            for e, part in enumerate(x.unbind())
+        ]
+        return torch.stack(outputs)
+
+
+class BatchedExperts(nn.Module):
+    """Mixture of experts whose original forward is kept; only its fused weights are separate layers.
+
+    Args:
+        original: the module of fused experts, see `is_batched_experts`.
+        layers: all layers, by expert and name of the projection.
+    """
+
+    _is_hf_initialized = True
+
+    def __init__(self, original: nn.Module, layers: dict[tuple[int, str], nn.Module]) -> None:
+        super().__init__()
+        _copy_settings(self, original)
+        _add_layers(self, layers)
+        for name, roles in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+            weights = BatchedWeights(self, roles, original.get_parameter(name).shape)
+            setattr(self, name, weights)
+        self._forward = type(original).forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the original module's forward computes."""
+        return self._forward(self, *args, **kwargs)
+
+
+def _copy_settings(module: nn.Module, original: nn.Module) -> None:
+    """Gives a module the settings and submodules of another one."""
+    for key, value in vars(original).items():
+        if not key.startswith("_") and key not in vars(module):
+            setattr(module, key, value)
+    for key, child in original.named_children():
+        module.add_module(key, child)
 
 
 def dispatch_to_all(
@@ -113,24 +214,16 @@ class LinearExperts(nn.Module):
     #: Replaces `dispatch_by_router` during calibration: (hidden states, the router's choice) ->
     #: dispatch, possibly of more tokens than the router chose; those do not change the output.
     dispatch: Callable[[torch.Tensor, torch.Tensor], ExpertDispatch] | None = None
+    #: Tells transformers not to initialize it: some of its functions go by the names of classes.
+    _is_hf_initialized = True
 
     def __init__(self, original: nn.Module, layers: dict[tuple[int, str], nn.Module]) -> None:
         super().__init__()
         self.count, self.roles = expert_count(original), expert_roles(original)
         self.has_post_expert_norm: bool = getattr(original, "has_post_expert_norm", False)
-        for key, value in vars(original).items():
-            if not key.startswith("_") and key not in vars(self):
-                setattr(self, key, value)
-        for key, child in original.named_children():
-            self.add_module(key, child)
+        _copy_settings(self, original)
         self._gate = type(original)._apply_gate  # type: ignore[attr-defined]
-        order = {key: index for index, key in enumerate(self.projections())}
-        for (expert, name), layer in sorted(
-            layers.items(), key=lambda item: order[item[0][0], PROJECTION_ROLES[item[0][1]]]
-        ):
-            if str(expert) not in self._modules:
-                self.add_module(str(expert), nn.Module())
-            self.get_submodule(str(expert)).add_module(name, layer)
+        _add_layers(self, layers)
 
     def projections(self) -> list[tuple[int, str]]:
         """Returns (expert, role) of each layer, in order of computation."""
@@ -176,5 +269,4 @@ class LinearExperts(nn.Module):
 
     def layer(self, expert: int, role: str) -> Any:
         """Returns the layer of one expert with a role: gate, up or down."""
-        layers = self.get_submodule(str(expert))._modules
-        return next(layer for name, layer in layers.items() if PROJECTION_ROLES[name] == role)
+        return _layer_of(self, expert, role)

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.errors import ConfigError
 from roundwise.model.blocks import Block, output_head_name, wrapped_forwards
-from roundwise.model.build import forward_kwargs
+from roundwise.model.build import embedding_shape, forward_kwargs
 from roundwise.model.foreign_errors import foreign_errors
 from roundwise.model.streamed import StreamedModel
 
@@ -109,7 +109,7 @@ def trace_residual_stream(streamed: StreamedModel) -> ResidualTrace:
         ConfigError: the blocks do not pass hidden states to each other, or are not called once each.
     """
     model, head = streamed.model, output_head_name(streamed.model)
-    trace = ResidualTrace(int(model.config.get_text_config().hidden_size))
+    trace = ResidualTrace(embedding_shape(model)[1])
     inside = {id(module) for block in streamed.blocks for module in block.module.modules()}
     outside = {name: m for name, m in model.named_modules() if id(m) not in inside}
 

@@ -26,6 +26,7 @@ from roundwise.config import QuantizeConfig
 from roundwise.core.hadamard import Rotation
 from roundwise.errors import CheckpointError, ConfigError
 from roundwise.model.blocks import Block, output_head_name
+from roundwise.model.build import text_config
 from roundwise.model.finite import check_finite
 from roundwise.model.residual_trace import (
     Norm,
@@ -159,7 +160,7 @@ class _RotationPlan:
     def _untie_head(self) -> None:
         """Gives the output head its own tensor if it shares the embedding's."""
         streamed = self.streamed
-        if streamed.model.config.get_text_config().tie_word_embeddings:
+        if text_config(streamed.model.config).tie_word_embeddings:
             self.overrides = {"tie_word_embeddings": False}
         head = f"{output_head_name(streamed.model)}.weight"
         stored = streamed.checkpoint_name_of[head]

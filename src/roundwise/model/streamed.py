@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +20,19 @@ from torch import nn
 from roundwise.checkpoint.reader import Checkpoint, TensorInfo
 from roundwise.checkpoint.untrusted import limit_module_count, parse_model_dtype
 from roundwise.model.blocks import Block, find_blocks, head_block, is_tied, untie, untied_checkpoint
-from roundwise.model.build import build, load_config
+from roundwise.model.build import build, initialize_tensors, load_config, text_config
+from roundwise.model.conversions import (
+    converted_checkpoint,
+    ignored_modules,
+    map_tensor_names,
+    stored_tensors,
+)
 from roundwise.model.dequantized_view import dequantized_checkpoint
 from roundwise.model.expert_weights import (
     ExpertLayout,
     install_linear_experts,
     replace_fused_experts,
 )
-from roundwise.model.tensor_names import ignored_modules, map_tensor_names
 from roundwise.system.device import HOST, keep_embedding_on_host
 
 
@@ -45,7 +51,7 @@ class StreamedModel:
     skipped_blocks: list[Block] = field(default_factory=list)
     """Blocks that are not quantized because a forward with text does not call them."""
     expert_layout: ExpertLayout = field(default_factory=dict)
-    """Modules of experts that are `LinearExperts`, with the names of their projections."""
+    """Modules of experts that are separate layers, with the names of their projections."""
     warnings: list[str] = field(default_factory=list)
     """Warnings about the checkpoint, for the user."""
     _block_of: dict[str, int] = field(default_factory=dict)
@@ -115,8 +121,11 @@ class StreamedModel:
                 or current.device.type != "meta"
                 or key not in self.checkpoint_name_of
             ):
-                if name in owner._buffers and current is not None and not current.is_meta:
-                    owner._buffers[name] = current.to(device)  # computed, not in the checkpoint
+                if current is not None and not current.is_meta:  # computed, not in the checkpoint
+                    if name in owner._buffers:
+                        owner._buffers[name] = current.to(device)
+                    else:
+                        owner._parameters[name] = nn.Parameter(current.to(device), False)
                 continue
             info = self.checkpoint.tensors[self.checkpoint_name_of[key]]
             value, view = info.memory_mapped(aligned=aligned and device == HOST)
@@ -157,7 +166,8 @@ class StreamedModel:
         for path, owner in self.model.named_modules():
             inside = any(path == name or path.startswith(f"{name}.") for name in names)
             # The paused forward ends after the last block, so a head that is not a block is not called.
-            if not inside and owner is not head:
+            is_head = owner is head and not isinstance(owner, nn.Embedding)
+            if not inside and not is_head:
                 self.load(owner, path, recurse=False, aligned=False)
                 self._outside.append(path)
                 if _is_outer_embedding(owner, recurse=False) and self.device != HOST:
@@ -210,6 +220,7 @@ def open_streamed_model(
     dtype = dtype or _model_dtype(config, checkpoint)
     with limit_module_count(len(checkpoint.tensors)):
         model = build(config, dtype)
+    checkpoint = converted_checkpoint(model, checkpoint)
     checkpoint, expert_layout = install_linear_experts(model, checkpoint)
     checkpoint_name_of = map_tensor_names(model, checkpoint)
     if lm_head:
@@ -219,7 +230,10 @@ def open_streamed_model(
             model = build(config, dtype)
             replace_fused_experts(model, expert_layout)
         checkpoint = untied_checkpoint(checkpoint, model, checkpoint_name_of)
+    if computed := {*stored_tensors(model)} - {*checkpoint_name_of}:
+        initialize_tensors(model, computed)
     blocks = find_blocks(model)
+    _skip_shared_linears(blocks, checkpoint_name_of)
     if lm_head:
         blocks.append(head_block(model))
     streamed = StreamedModel(
@@ -228,6 +242,16 @@ def open_streamed_model(
     )  # fmt: skip
     streamed._block_of = dict(_blocks_of_tensors(streamed))
     return streamed
+
+
+def _skip_shared_linears(blocks: list[Block], checkpoint_name_of: dict[str, str]) -> None:
+    """Skips the linears of several blocks that share one weight: each would need codes of its own."""
+    linears = [(block, name) for block in blocks for name in block.linears]
+    uses = Counter(checkpoint_name_of[f"{name}.weight"] for _, name in linears)
+    for block, name in linears:
+        if uses[checkpoint_name_of[f"{name}.weight"]] > 1:
+            del block.linears[name]
+            block.skipped_linears[name] = "it shares its weight with a layer of another block"
 
 
 def unfused_checkpoint(checkpoint: Checkpoint, layers: set[str], *, lm_head: bool) -> Checkpoint:
@@ -263,7 +287,7 @@ def _named_tensors(
 
 def _model_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
     """Returns the dtype that the model computes in: the config's, else that of its largest tensor."""
-    text = config.get_text_config()
+    text = text_config(config)
     for value in (getattr(config, "dtype", None), getattr(text, "dtype", None)):
         if value is not None:
             return parse_model_dtype(value)

@@ -17,6 +17,7 @@ from roundwise.core.linalg import matmul
 from roundwise.core.solver import workspace
 from roundwise.forward.output_gradients import tokens_at_a_time
 from roundwise.model.blocks import Block, weight_of
+from roundwise.model.build import config_size, embedding_shape
 from roundwise.model.moe import PROJECTION_ROLES
 from roundwise.model.streamed import StreamedModel
 from roundwise.system.device import HOST, synchronize
@@ -86,8 +87,8 @@ def block_shapes(streamed: StreamedModel, config: QuantizeConfig) -> list[BlockS
         sum(info.nbytes for info in streamed.block_tensors(index).values())
         for index in range(len(streamed.blocks))
     ]
-    text_config = streamed.model.config.get_text_config()
-    experts_per_token = getattr(text_config, "num_experts_per_tok", None)
+    hidden = embedding_shape(streamed.model)[1]
+    experts_per_token = config_size(streamed.model, "num_experts_per_tok")
     shapes = []
     for is_head in (False, True):
         indexes = [i for i, block in enumerate(streamed.blocks) if block.is_head is is_head]
@@ -98,7 +99,7 @@ def block_shapes(streamed: StreamedModel, config: QuantizeConfig) -> list[BlockS
         if linears:
             shapes.append(
                 BlockShapes(
-                    linears, inputs, sizes[largest], int(text_config.hidden_size),
+                    linears, inputs, sizes[largest], hidden,
                     streamed.dtype.itemsize, len(indexes), streamed.device,
                 )
             )  # fmt: skip
@@ -177,12 +178,17 @@ def memory_bytes(
         parts["drift"] = 4 * sum(min(x.rows, x.columns) * x.columns for x in summed)
     parts["solver"] = 4 * workspace(shapes.device) * (REFINING if config.refine else SOLVING)
     parts["codes and weights of a layer"] = (2 + size + 4) * entries
+    solving = ("factor", "output weighting", "solver", "codes and weights of a layer")
+    if config.needs_reference:
+        # Sums over the batches that are held out, until a group is solved.
+        held = parts["hessian"] + parts["drift"]
+        during = 0 if offloaded else sum(parts.get(name, 0) for name in solving[1:])
+        parts["held-out sums"] = max(0, held - during)
     if keeps_freed:
         parts["allocator cache"] = int(sum(parts[name] * part for name, part in HOLES.items()))
     if offloaded:
         # A batch that runs and a layer that is solved are never in memory at the same time.
-        running = ("paused activations", "forward of a batch")
-        solving = ("factor", "output weighting", "solver", "codes and weights of a layer")
+        running = ("paused activations", "forward of a batch", "held-out sums")
         smaller = min(running, solving, key=lambda names: sum(parts.get(n, 0) for n in names))
         parts = {name: part for name, part in parts.items() if name not in smaller}
     return parts

@@ -18,6 +18,7 @@ from roundwise.checkpoint.sharding import divide_into_shards
 from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import OutputError
 from roundwise.model.blocks import Block, weight_of
+from roundwise.model.build import embedding_shape
 from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.streamed import StreamedModel
 from roundwise.plan import cost_model
@@ -86,7 +87,7 @@ def plan_memory(
     """
     shapes, device = cost_model.block_shapes(streamed, config), streamed.device
     held = resident_bytes() if device == HOST else 0
-    vocabulary = int(streamed.model.config.get_text_config().vocab_size or 0)
+    vocabulary = embedding_shape(streamed.model)[0]
     budget = budget or int(0.9 * available_memory(device)) // sharing + held
     keep_choices = (True, False) if device == HOST and tokens else (False,)
     tried: list[MemoryPlan] = []

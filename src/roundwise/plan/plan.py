@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.pytorch_utils import Conv1D
 
+from roundwise.calibration.held_out import windows_per_batch
 from roundwise.checkpoint import engines
 from roundwise.checkpoint.engines import ServedLayer, conflicting_packed_modules
 from roundwise.checkpoint.formats import shape_problem
@@ -18,9 +19,10 @@ from roundwise.config import Mode, QuantizeConfig
 from roundwise.errors import ConfigError
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import is_tied, weight_of
-from roundwise.model.build import context_length
+from roundwise.model.build import config_size, context_length, embedding_shape
 from roundwise.model.expert_weights import ExpertSlice
 from roundwise.model.fake_forward import drop_uncalled_linears
+from roundwise.model.moe import parse_expert_name
 from roundwise.model.streamed import StreamedModel
 from roundwise.plan import cost_model
 from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_shapes
@@ -110,7 +112,6 @@ def plan(
         samples, seq_len, batch_size: calibration windows, as for `quantize`.
         mode, budget: as for `plan_memory`.
     """
-    text_config = streamed.model.config.get_text_config()
     limit = context_length(streamed.model) or seq_len
     config, group_note = fit_group_size(layer_shapes(streamed.blocks), config)
     warnings = [*streamed.warnings, *streamed.ignored_note(), *([group_note] if group_note else [])]
@@ -128,9 +129,8 @@ def plan(
         if config.target_bpw and not config.is_overridden(module.name)
     }
     warnings += _warnings(streamed, config, modules, part, undecided)
-    memory = plan_memory(
-        streamed, config, tokens=tokens, batch=batch_size * seq_len, mode=mode, budget=budget
-    )
+    batch = windows_per_batch(config, samples, batch_size) * seq_len
+    memory = plan_memory(streamed, config, tokens=tokens, batch=batch, mode=mode, budget=budget)
     if not memory.fits:
         warnings.append(over_budget_message(memory))
     after, stored = bytes_after(streamed, config, undecided)
@@ -138,7 +138,7 @@ def plan(
     served = engines.served_by(_served_layers(streamed, config))
     if problems:  # nothing serves the result of a run that is refused
         served = dict.fromkeys(served, "the run would be refused")
-    heads = int(getattr(text_config, "num_attention_heads", 1) or 1)
+    heads = config_size(streamed.model, "num_attention_heads") or 1
     return Plan(
         modules=modules,
         quantized_part=part,
@@ -154,8 +154,8 @@ def plan(
         served_by=served,
         tensor_parallel=engines.tensor_parallel_degrees(
             [(*module.shape, module.group_size or -1) for module in quantized],
-            hidden=int(text_config.hidden_size), heads=heads,
-            kv_heads=int(getattr(text_config, "num_key_value_heads", None) or heads),
+            hidden=embedding_shape(streamed.model)[1], heads=heads,
+            kv_heads=config_size(streamed.model, "num_key_value_heads") or heads,
         ),
         problems=problems,
         warnings=warnings,
@@ -231,7 +231,7 @@ def _phases(
 def _served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[ServedLayer]:
     """Yields the settings of each quantized layer as engines see them, conflicts between layers too."""
     for block in streamed.blocks:
-        expert_settings = {path: set[ServedLayer]() for path in block.experts}
+        expert_settings: dict[str, set[ServedLayer]] = {}
         layers: list[ServedLayer] = []
         for name in block.linears:
             settings = config.for_module(name)
@@ -242,12 +242,12 @@ def _served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[
                 desc_act=settings.desc_act, format=settings.format, is_head=block.is_head,
                 is_conv1d=isinstance(block.linears[name], Conv1D),
             )  # fmt: skip
-            path = next((path for path in expert_settings if name.startswith(f"{path}.")), None)
-            if path is not None:
-                expert_settings[path].add(layer)
+            expert = parse_expert_name(name)
+            if expert is not None:
+                expert_settings.setdefault(expert[0], set()).add(layer)
                 info = streamed.checkpoint.tensors[streamed.checkpoint_name_of[f"{name}.weight"]]
                 naming = engines.expert_naming(
-                    name.rpartition(".")[2], fused=isinstance(info, ExpertSlice),
+                    expert[1][1], fused=isinstance(info, ExpertSlice),
                     family=str(streamed.model.config.model_type),
                 )  # fmt: skip
                 layer = replace(layer, expert_naming=naming)

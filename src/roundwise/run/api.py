@@ -18,6 +18,7 @@ from roundwise.errors import Interrupted, RunError
 from roundwise.run.journal import read_journal
 from roundwise.run.loop import Progress, Run
 from roundwise.run.prepare import RunPlan, prepare
+from roundwise.run.reporter import reporting
 from roundwise.run.resume import begin_run, broadcast_record, finished_manifest, lock_output_dir
 from roundwise.run.strict import layer_issues, raise_if_layers_strict, raise_if_strict
 from roundwise.system.activity import logger
@@ -82,7 +83,7 @@ def quantize(
     device: str = "auto",
     restart: bool = False,
     strict: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
 ) -> QuantizeResult:
     """Quantizes a Hugging Face checkpoint into a checkpoint in the standard GPTQ format.
 
@@ -95,7 +96,7 @@ def quantize(
             text that the model writes. Needed unless the method is rtn.
         samples, seq_len, batch_size, seed, only, special_tokens: see `CalibrationConfig`.
         mode, max_memory, device, restart, strict: see `RunConfig`.
-        progress: called after each layer and each block.
+        progress: called after each layer and each block; True: shows a bar on stderr, or in a notebook.
 
     Raises:
         UsageError: input or settings that cannot work; nothing has been written.
@@ -109,8 +110,9 @@ def quantize(
     options = RunConfig(
         mode=mode, max_memory=max_memory, device=device, restart=restart, strict=strict
     )
-    plan = prepare(model, out, config or QuantizeConfig(), calibration, windows, options)
-    return execute(plan, Path(out), options, progress)
+    with reporting(progress) as report:
+        plan = prepare(model, out, config or QuantizeConfig(), calibration, windows, options)
+        return execute(plan, Path(out), options, report)
 
 
 def execute(

@@ -41,8 +41,6 @@ from roundwise.system.timer import timer
 QUICK = {
     "grid": "minmax", "grid_candidates": 1, "alpha": 0.0, "beta": 0.0, "refine": 0, "exchange": 1,
 }  # fmt: skip
-#: Damping of candidates with damp_percent=auto, which is chosen for each layer later.
-DEFAULT_DAMPING = 0.01
 
 #: Returns the block's outputs, one tensor for each batch, with the weights that are in place.
 RunBlock = Callable[[], list[torch.Tensor]]
@@ -251,8 +249,7 @@ def _candidate_settings(
     weights: dict[str, torch.Tensor], config: QuantizeConfig
 ) -> Iterator[QuantizeConfig]:
     """Yields the settings that all layers of a group can be stored with."""
-    damping = DEFAULT_DAMPING if config.damp_percent == "auto" else config.damp_percent
-    quick = {**QUICK, "damp_percent": damping, "target_bpw": None}
+    quick = {**QUICK, "target_bpw": None}
     for bits in config.target_widths:
         for size in dict.fromkeys((config.group_size, *CANDIDATE_GROUP_SIZES)):
             settings = config.merged({**quick, "bits": bits, "group_size": size})

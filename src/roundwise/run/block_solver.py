@@ -7,7 +7,7 @@ its file. Of several ranks, each solves its share of the rows, which are indepen
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,14 +18,20 @@ from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.config import QuantizeConfig
 from roundwise.core.activation_scales import round_searched
 from roundwise.core.backends.dispatch import choose_backend
-from roundwise.core.drift import Drift, Moments
+from roundwise.core.drift import Drift, Moments, SampledRows, confirm
 from roundwise.core.hessian import Hessian
+from roundwise.core.linalg import factor
 from roundwise.core.quantized_weight import QuantizedWeight
-from roundwise.core.solver import PreparedHessian, prepare_hessian, round_to_nearest, solve
+from roundwise.core.solver import (
+    PreparedHessian,
+    prepare_hessian,
+    round_to_nearest,
+    sample_rows,
+    solve,
+)
 from roundwise.errors import NumericalError, SingularError
 from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import Block, set_weight, weight_of
-from roundwise.run.held_out_damping import Damping, choose_damping
 from roundwise.run.prescale import NormScaling, Prescaler
 from roundwise.system.device import HOST
 from roundwise.system.distributed import Ranks
@@ -35,12 +41,12 @@ from roundwise.system.timer import timer
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """Statistics that the linears of a group are solved with: moments of their input, and damping."""
+    """Statistics that the linears of a group are solved with."""
 
     moments: Moments | None
-    """None: no calibration token reached the group."""
-    damping: Damping | None = None
-    """None: the settings say it."""
+    """Moments of their input; None: no calibration token reached the group."""
+    confirmed: Mapping[str, float] = field(default_factory=dict)
+    """Linear -> part of its target shift that held-out tokens confirm; without it: all of it."""
     _factors: dict[tuple[Any, ...], PreparedHessian] = field(default_factory=dict)
 
     @property
@@ -66,8 +72,6 @@ class GroupStatistics:
             SingularError: see `prepare_hessian`, or there is no Hessian.
         """
         H = self.H
-        if self.damping is not None:
-            settings = self.damping.settle(settings)
         key = (settings.group_size, settings.desc_act, settings.order, settings.damp_percent)
         if key not in self._factors:
             self._factors.clear()  # a factor is as large as H: one at a time
@@ -76,12 +80,19 @@ class GroupStatistics:
         return self._factors[key]
 
     def take_target_shift(
-        self, W: torch.Tensor, settings: QuantizeConfig, rows: slice | None, *, last: bool
+        self,
+        name: str,
+        W: torch.Tensor,
+        settings: QuantizeConfig,
+        rows: slice | None,
+        *,
+        last: bool,
     ) -> torch.Tensor | None:
         """Returns the shift of the target that makes up for earlier layers, [out, in]; None: no shift.
 
         Args:
-            W: weight, or some rows of it.
+            name: the linear.
+            W: its weight, or some rows of it.
             settings: its `alpha` and `beta` count.
             rows: the rows of the whole weight that W has; None: all.
             last: the drift is dropped: a moment may be as large as H, whose factor is still to come.
@@ -91,9 +102,46 @@ class GroupStatistics:
         with timer.phase("drift"):
             drift = self.moments.drift if rows is None else self.moments.drift.rows(rows)
             Y = drift.take_target_shift(W, settings.alpha, settings.beta)
+            if Y is not None:
+                Y *= self.confirmed.get(name, 1.0)
         if last:
             self.moments.drift = Drift()
         return Y
+
+
+def group_statistics(
+    weights: Mapping[str, tuple[torch.Tensor, QuantizeConfig]],
+    fit: Moments | None,
+    held: Moments | None,
+) -> GroupStatistics:
+    """Returns the statistics over all tokens, with corrections as far as they are confirmed.
+
+    A correction is not used where no held-out token reached the group.
+
+    Args:
+        weights: linear -> its weight [out, in] and its settings.
+        fit: moments of the tokens that are not held out; `held` is added to them.
+        held: moments of those that are.
+    """
+    if fit is None or held is None:
+        moments = fit if fit is not None else held
+        corrected = moments is not None and not moments.drift.is_empty
+        return GroupStatistics(moments, dict.fromkeys(weights, 0.0) if corrected else {})
+    samples = {
+        name: SampledRows(W[sample_rows(W)], sample_rows(W), settings.alpha, settings.beta)
+        for name, (W, settings) in weights.items()
+    }
+    with timer.phase("drift"):
+        try:
+            ridge, confirmed = confirm(samples, fit, held)
+        except SingularError:  # the solver fails too, and reports it
+            ridge, confirmed = 0.0, {}
+        fit.join(held)
+        damping = next((settings.damp_percent for _, settings in weights.values()), ridge)
+        if confirmed and ridge != damping:
+            F = factor(fit.H, torch.arange(len(fit.H), device=fit.H.device), ridge)
+            fit.drift.shrink(F, (ridge - damping) * float(fit.H.diagonal().mean()))
+    return GroupStatistics(fit, confirmed)
 
 
 class BlockSolver:
@@ -143,15 +191,9 @@ class BlockSolver:
                 self._maps[name].madvise(mmap.MADV_DONTNEED)
         moments = group.take_moments()
         held = group.held.take_moments() if group.held is not None else None
-        if moments is None:
-            moments, held = held, None
         scaling = self._prescale(group, moments, held)
-        weights = self._weights(group, scaling)
-        damping = None
-        if self.config.damp_percent == "auto":
-            with timer.phase("choose"):
-                damping = choose_damping([*weights], moments, held)
-        statistics, left = GroupStatistics(moments, damping), len(group.names)
+        statistics = group_statistics(self._weights(group, scaling), moments, held)
+        left = len(group.names)
         for name in group.names:
             settings = self._settings[name]
             left -= 1
@@ -180,8 +222,8 @@ class BlockSolver:
             self.packed[name] = {suffix: tensor.to(HOST) for suffix, tensor in tensors}
         # Fields that only some settings have: those that are not set are not written.
         optional: dict[str, Any] = {}
-        if statistics.damping is not None:
-            optional |= statistics.damping.record(settings)
+        if name in statistics.confirmed:
+            optional["confirmed_drift"] = statistics.confirmed[name]
         if scaling is not None:
             optional["prescale"] = scaling.record(name)
         record = LayerRecord(
@@ -235,13 +277,15 @@ class BlockSolver:
 
     def _weights(
         self, group: InputGroup, scaling: NormScaling | None
-    ) -> Iterator[tuple[torch.Tensor, QuantizeConfig]]:
+    ) -> dict[str, tuple[torch.Tensor, QuantizeConfig]]:
         """The weights of a group that are quantized, and their settings."""
+        weights = {}
         for name in group.names:
             settings = self._settings[name]
             if settings is not None:
                 W = weight_of(self.block.linears[name])
-                yield W if scaling is None else scaling.apply(W), settings
+                weights[name] = W if scaling is None else scaling.apply(W), settings
+        return weights
 
     def _quantize(
         self, name: str, W: torch.Tensor, statistics: GroupStatistics, settings: QuantizeConfig,
@@ -255,18 +299,18 @@ class BlockSolver:
         try:
             if self.ranks.is_single or B is not None:
                 # Rows that are coupled by B are shared inside the solver, part by part.
-                return self._quantize_rows(W, statistics, settings, None, B, last=last)
+                return self._quantize_rows(name, W, statistics, settings, None, B, last=last)
             mine = self.ranks.row_range(len(W))
             count = mine.stop - mine.start
             # A rank that has no rows of a small weight solves the first one, and drops it.
             rows = mine if count else slice(0, 1)
-            q = self._quantize_rows(W[rows], statistics, settings, rows, None, last=last)
+            q = self._quantize_rows(name, W[rows], statistics, settings, rows, None, last=last)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
         return _gather_rows(q, count, len(W), self.ranks)
 
     def _quantize_rows(
-        self, W: torch.Tensor, statistics: GroupStatistics, settings: QuantizeConfig,
+        self, name: str, W: torch.Tensor, statistics: GroupStatistics, settings: QuantizeConfig,
         rows: slice | None, B: torch.Tensor | None, *, last: bool,
     ) -> QuantizedWeight:  # fmt: skip
         """Quantizes some rows; rounds them to nearest, with the reason, where they cannot be solved."""
@@ -275,7 +319,7 @@ class BlockSolver:
         try:
             if settings.method == "awq":
                 return round_searched(W, statistics.H, settings)
-            shift = statistics.take_target_shift(W, settings, rows, last=last)
+            shift = statistics.take_target_shift(name, W, settings, rows, last=last)
             B = None if B is None else B.to(W.device)
             return solve(
                 W, statistics.prepared(settings), settings, target_shift=shift, outputs=B,

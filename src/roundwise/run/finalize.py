@@ -30,9 +30,9 @@ from roundwise.checkpoint.sharding import divide_into_shards, write_index
 from roundwise.checkpoint.side_files import WORK
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import copy_side_files, sync_folder, write_json, write_safetensors
+from roundwise.model.conversions import dense_layers
 from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.streamed import StreamedModel
-from roundwise.model.tensor_names import dense_layers
 from roundwise.run.environment import platform_info
 from roundwise.run.journal import Journal, block_file, check_file
 from roundwise.run.prepare import RunPlan
@@ -59,15 +59,17 @@ def packed_block(
         streamed.checkpoint_name_of[f"{name}.weight"].removesuffix(".weight"): name
         for name in packed
     }
+    block = {name: scaled.get(name, info) for name, info in streamed.block_tensors(index).items()}
+    others = unquantized_tensors(block, {*stems})
     tensors: dict[str, Any] = {}
-    for tensor, info in streamed.block_tensors(index).items():
+    for tensor in block:
         stem, _, kind = tensor.rpartition(".")
         if stem in stems and kind == "weight":
             parts = packed[stems[stem]].items()
             tensors |= {f"{stem}.{suffix}": part for suffix, part in parts}
-        else:
-            tensors |= unquantized_tensors({tensor: scaled.get(tensor, info)}, {*stems})
-    return tensors
+        elif tensor in others:
+            tensors[tensor] = others[tensor]
+    return tensors | others
 
 
 def plan_shards(streamed: StreamedModel, done: list[BlockRecord]) -> list[Shard]:

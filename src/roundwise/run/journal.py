@@ -247,7 +247,7 @@ def save_outputs(
     rank: int,
     outputs: dict[str, Any],
     onloaded: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
-) -> SavedActivations:
+) -> SavedActivations | None:
     """Writes the outputs of a block for the batches of a rank.
 
     Args:
@@ -258,10 +258,10 @@ def save_outputs(
         onloaded: context manager that loads the tensors of a batch; see `ForwardScheduler.onloaded`.
 
     Returns:
-        The record from which `load_outputs` reads them.
+        The record from which `load_outputs` reads them; None: the block returns something else, such
+        as tuples in tuples (xLSTM), so a run cannot resume behind it.
 
     Raises:
-        RunError: the block returned something else.
         StorageError: the disk is full or failed.
     """
     tensors = _OffloadedTensors()
@@ -274,7 +274,7 @@ def save_outputs(
             if isinstance(value, torch.Tensor):
                 tensors[f"{key}.{place}"] = value
             elif value is not None:
-                raise RunError(f"block {index} returns a {type(value).__name__}, not a tensor")
+                return None
     name = f"activations-{index:05d}-{rank}.safetensors"
     digest = write_safetensors(out / WORK / name, tensors)
     return SavedActivations(files={name: digest}, places=places)

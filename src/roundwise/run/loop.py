@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from roundwise.calibration.held_out import held_out_batches
 from roundwise.checkpoint.manifest import (
     BlockRecord,
     LayerRecord,
-    LearningCurveRecord,
     Manifest,
     SavedActivations,
 )
@@ -30,9 +30,7 @@ from roundwise.forward.scheduler import ForwardScheduler
 from roundwise.run.block_solver import BlockSolver
 from roundwise.run.environment import torch_threads
 from roundwise.run.finalize import finalize, packed_block
-from roundwise.run.held_out_damping import held_out_batches
 from roundwise.run.journal import Journal, block_file
-from roundwise.run.learning_curve import LearningCurve, learning_curve_for
 from roundwise.run.prepare import RunPlan
 from roundwise.run.resume import Checkpointer, broadcast_record
 from roundwise.system.activity import announce, logger
@@ -61,7 +59,6 @@ class _BlockResult:
     activations: SavedActivations | None = None
     experts: dict[str, list[int]] | None = None
     depth_error: float | None = None
-    learning_curve: LearningCurveRecord | None = None
 
 
 class Run:
@@ -218,7 +215,7 @@ class Run:
         record = BlockRecord(
             block=index, name=block.name, sha256=digest, nbytes=nbytes, layers=solver.layers,
             activations=ran.activations, experts=ran.experts or {}, depth_error=ran.depth_error,
-            saturation=ran.learning_curve, seconds=self.take_seconds(),
+            seconds=self.take_seconds(),
         )  # fmt: skip
         checkpointer.block_finished(record, needs_activations=scheduler is not None)
         self._pace.end()
@@ -234,9 +231,6 @@ class Run:
         """Runs a block with all batches and solves its groups."""
         block = self.streamed.blocks[index]
         groups = scheduler.discover_groups(block)
-        curve = self._learning_curve(index, groups[0].names[0]) if groups else None
-        if curve is not None:
-            groups[0].observer = curve
         sequential = self.plan.mode == "true_sequential"
         experts = scheduler.run_block(block, groups, solver.solve, sequential=sequential)
         activations, error = None, None
@@ -244,16 +238,7 @@ class Run:
             with timer.phase("watch"):
                 error = depth_error(scheduler.quantized, self.ranks, scheduler.onloaded)
             activations = checkpointer.save(index, scheduler)
-        return _BlockResult(activations, experts, error, curve.record() if curve else None)
-
-    def _learning_curve(self, index: int, name: str) -> LearningCurve | None:
-        """Returns an observer of a linear's input, for a few blocks; None with several ranks."""
-        calibration = self.plan.calibration
-        if calibration is None or not self.ranks.is_single:
-            return None
-        total = len(calibration.batches)
-        batches = total - len(held_out_batches(self.config, total))
-        return learning_curve_for(self.streamed.blocks, index, name, self.config, batches)
+        return _BlockResult(activations, experts, error)
 
     def _report(self, index: int, first: int, layer: LayerRecord | None) -> None:
         blocks = len(self.streamed.blocks)

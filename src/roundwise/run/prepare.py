@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from roundwise.calibration.dataset import Calibration, load_calibration
+from roundwise.calibration.held_out import windows_per_batch
 from roundwise.calibration.self_generated import generate_windows
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
 from roundwise.errors import CalibrationError, ConfigError, OutputError, quoted
 from roundwise.forward.expert_tokens import check_experts
 from roundwise.model.blocks import weight_of
-from roundwise.model.build import context_length, forward_kwargs
+from roundwise.model.build import context_length, embedding_shape, forward_kwargs
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
 from roundwise.model.rotate import open_for_run
 from roundwise.model.streamed import StreamedModel
@@ -31,7 +32,6 @@ from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_
 from roundwise.plan.memory import MemoryPlan, plan_memory
 from roundwise.run.bit_allocation import allocate_bits
 from roundwise.run.environment import numeric_environment
-from roundwise.run.held_out_damping import held_out_batches
 from roundwise.run.prescale import Prescaler
 from roundwise.run.strict import check_run, memory_issues
 from roundwise.system.activity import announce
@@ -140,7 +140,6 @@ def prepare(
     announce("reading the calibration text")
     loaded = _calibration(streamed, config, calibration, windows, ranks)
     _check_ranks(ranks, streamed, loaded)
-    held_out_batches(config, len(loaded.batches) if loaded else 0)  # refuses one batch
     if loaded is not None and config.target_bpw is not None:
         announce("choosing the bits of every layer")
         earlier = None if options.restart else Path(out)
@@ -291,7 +290,10 @@ def _calibration(
     tokenizer = None
     if isinstance(source, str) or any(isinstance(item, str) for item in source):
         tokenizer = load_tokenizer(streamed.checkpoint)
-    fitting = windows.model_copy(update={"seq_len": min(windows.seq_len, limit)})
+    batch_size = windows_per_batch(config, windows.samples, windows.batch_size)
+    fitting = windows.model_copy(
+        update={"seq_len": min(windows.seq_len, limit), "batch_size": batch_size}
+    )
 
     def generate(count: int) -> list[list[int]]:
         wanted = fitting.model_copy(update={"samples": count})
@@ -300,7 +302,7 @@ def _calibration(
         )
 
     loaded = load_calibration(source, tokenizer, fitting, widest=widest, generate=generate)
-    _check_vocabulary(loaded, int(streamed.model.config.get_text_config().vocab_size))
+    _check_vocabulary(loaded, embedding_shape(streamed.model)[0])
     if windows.seq_len > limit:
         line = f"seq_len is {limit}, the longest text the model takes, not {windows.seq_len}"
         loaded = replace(loaded, not_as_asked=(*loaded.not_as_asked, line))
@@ -309,7 +311,7 @@ def _calibration(
 
 def _check_vocabulary(calibration: Calibration, vocabulary: int) -> None:
     ends = [int(end) for batch in calibration.batches for end in torch.aminmax(batch.input_ids)]
-    wrong = next((token for token in ends if not 0 <= token < vocabulary), None)
+    wrong = next((token for token in ends if not 0 <= token < (vocabulary or token + 1)), None)
     if wrong is not None:
         raise CalibrationError(
             f"calibration has token id {wrong}, but the model's vocabulary has {vocabulary} tokens: "

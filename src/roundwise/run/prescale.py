@@ -18,7 +18,6 @@ from roundwise.errors import SingularError
 from roundwise.model.blocks import Block, weight_of
 from roundwise.model.norm_scaling import ScalableNorm, scalable_norms
 from roundwise.model.streamed import StreamedModel
-from roundwise.run.held_out_damping import Damping
 from roundwise.system.device import HOST
 
 
@@ -93,9 +92,8 @@ class Prescaler:
         """
         norm = self._norms.get(frozenset(names))
         settings = [self._config.for_module(name) for name in names]
-        default = Damping()  # damp_percent=auto is chosen later, on the scaled input
         weights = [
-            (weight_of(block.linears[name]), default.settle(each))
+            (weight_of(block.linears[name]), each)
             for name, each in zip(names, settings, strict=True)
             if each is not None
         ]

@@ -25,6 +25,7 @@ from roundwise.run.api import QuantizeResult, execute
 from roundwise.run.environment import describe_difference, platform_info, torch_threads
 from roundwise.run.loop import Progress
 from roundwise.run.prepare import prepare
+from roundwise.run.reporter import reporting
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def reproduce(
     max_memory: str | int | None = None,
     restart: bool = False,
     strict: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
 ) -> Reproduction:
     """Quantizes as a manifest says, and compares.
 
@@ -95,7 +96,7 @@ def reproduce(
     options = recorded.options.model_copy(
         update={"max_memory": max_memory, "restart": restart, "strict": strict}
     )
-    with torch_threads(recorded.threads):
+    with torch_threads(recorded.threads), reporting(progress) as report:
         plan = prepare(
             model or recorded.model, out, recorded.config, calibration or recorded.calibration,
             recorded.windows, options,
@@ -108,7 +109,7 @@ def reproduce(
         if changed:
             issue = f"{changed}: the bytes may differ from those of {file}"
             plan = replace(plan, issues=(*plan.issues, issue))
-        result = execute(plan, Path(out), options, progress)
+        result = execute(plan, Path(out), options, report)
     written = read_manifest(Path(out))
     assert written is not None
     before, after = record.files, written.files

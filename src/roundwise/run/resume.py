@@ -288,6 +288,8 @@ class Checkpointer:
         with timer.phase("write"), self.pace.writing():
             rank, outputs = self.ranks.rank, scheduler.outputs()
             saved = save_outputs(self.out, index, rank, outputs, scheduler.onloaded)
+        if saved is None:
+            return None
         if from_file:
             scheduler.replace_outputs(load_outputs(self.out, saved))
         files = [

@@ -72,10 +72,6 @@ def layer_issue(layer: LayerRecord) -> str | None:
         )  # fmt: skip
     if len(layer.damp_tried) > 1:
         return f"damping raised to {layer.damp_percent:g}: the Hessian was indefinite with less"
-    if "damp_losses" in layer and layer.damp_losses is None:
-        return (
-            f"damping {layer.damp_percent:g}: no held-out token reached the layer to choose it by"
-        )
     return None
 
 

@@ -39,7 +39,8 @@ def test_options_of_quantize(commands: Commands, text_model: Path) -> None:
     assert rotated["bytes_after"] == usual["bytes_after"]
     assert rotated["tied_embeddings"] is False
     simple = commands.run(*options, "--alpha", 0, "--beta", 0, "--output-tokens", 0).json
-    assert simple["seconds"] < usual["seconds"]
+    # Seconds are measured on a machine that does other things too; phases are not.
+    assert usual["phases"].keys() - simple["phases"].keys() == {"drift", "gradients"}
     assert commands.run(*options, "--rotation-seed", -1).code == 2
 
 

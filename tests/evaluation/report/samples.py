@@ -28,10 +28,6 @@ def facts(
 ) -> Facts:
     cells = make_cells([*layers])
     blocks = list(dict.fromkeys(cell.block for cell in cells))
-    saturation = {
-        "name": layers[0].name, "held_out_tokens": 10, "rtn": 0.1,
-        "points": [{"tokens": n, "relative_error": 1 / n} for n in (10, 20, 40, 70)],
-    }  # fmt: skip
     calibration = {
         "source": "notes.txt", "samples": 5, "wanted": 5, "seq_len": 14, "batch_size": 1, "seed": 0,
         "tokens": 70, "sha256": "", "sketch": [1], "distinct": 9, "unique_share": 0.5,
@@ -45,7 +41,7 @@ def facts(
         "layers": [each.as_json() for each in layers], "experts": [*experts],
         "files": {"config.json": "abc"},
         "blocks": [
-            {"name": block, "depth_error": 1e-3 * (i + 1), "saturation": None if i else saturation}
+            {"name": block, "depth_error": 1e-3 * (i + 1)}
             for i, block in enumerate(blocks)
         ],
         "given": {"model": name, "calibration": "notes.txt"},

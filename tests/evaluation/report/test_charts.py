@@ -28,13 +28,13 @@ def drawn():
 
 
 def test_all_charts_with_data_are_drawn(drawn):
-    assert drawn.keys() == {"errors", "depth", "sizes", "saturation", "position", "phases"}
+    assert drawn.keys() == {"errors", "depth", "sizes", "position", "phases"}
 
 
 def test_charts_without_data_are_left_out():
     sample = facts([layer("model.layers.0.a", None)])
     changed = sample.manifest.as_json()
-    changed["blocks"] = [{"name": "model.layers.0", "depth_error": None, "saturation": None}]
+    changed["blocks"] = [{"name": "model.layers.0", "depth_error": None}]
     unknown = replace(sample, manifest=Manifest.model_validate(changed), run=None)
     assert charts(unknown).keys() == {"sizes"}
 
@@ -67,7 +67,6 @@ def test_labels(drawn):
     assert "4 bit" in texts(drawn["position"])
     assert "original" not in texts(drawn["position"])
     assert {"forward", "solve", "seconds", "2.0", "1.0"} <= {*texts(drawn["phases"])}
-    assert {"10", "20", "40", "70"} <= {*texts(drawn["saturation"])}
 
 
 def test_outliers_are_ringed():

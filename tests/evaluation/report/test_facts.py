@@ -5,13 +5,11 @@ import shutil
 import pytest
 
 import roundwise as rw
-from roundwise.checkpoint.manifest import CurvePoint, Manifest
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
 from roundwise.evaluation.report.facts import (
     Answers,
     find_outliers,
-    gain_of_doubling,
     make_cells,
     read_facts,
 )
@@ -69,19 +67,6 @@ def test_experts_share_a_cell_that_shows_the_worst():
     assert (cell.error, cell.worst.name) == (0.3, names[1])
 
 
-def test_gain_is_that_of_a_doubling():
-    def points(*pairs):
-        return [CurvePoint(tokens=n, relative_error=e) for n, e in pairs]
-
-    falling = points(*((n, 1 / n) for n in (100, 175)))
-    assert gain_of_doubling(falling) == pytest.approx(0.5)
-    assert gain_of_doubling(points((100, 2.0), (175, 2.0))) == 0.0
-    assert gain_of_doubling(points((100, 1.0), (200, 1.5))) == pytest.approx(-0.5)
-    assert gain_of_doubling(falling[:1]) is None
-    assert gain_of_doubling(points((100, 0.0), (175, 1.0))) is None
-    assert gain_of_doubling(points((100, 1.0), (100, 0.5))) is None
-
-
 def test_layers_outside_blocks_are_cells_of_their_own():
     (cell,) = make_cells([layer("lm_head")])
     assert (cell.block, cell.kind) == ("lm_head", "lm_head")
@@ -103,19 +88,10 @@ def test_the_name_of_the_original(given, shown):
     assert facts([layer("h.0.a")], name=given).model == shown
 
 
-def test_gain_from_more_text_is_a_median_of_curves():
-    sample = facts([layer(f"h.{i}.a") for i in range(3)])
-    changed = sample.manifest.as_json()
-    for block, power in zip(changed["blocks"], (1, 2, 1), strict=True):
-        points = [{"tokens": n, "relative_error": n**-power} for n in (10.0, 20.0)]
-        points = [{**point, "tokens": int(point["tokens"])} for point in points]
-        block["saturation"] = {"name": "a", "held_out_tokens": 1, "rtn": 1.0, "points": points}
-    manifest = Manifest.model_validate(changed)
-    assert facts([layer("h.0.a")], manifest=manifest).gain_from_more_text == pytest.approx(0.5)
-    for block in changed["blocks"]:
-        block["saturation"] = None
-    manifest = Manifest.model_validate(changed)
-    assert facts([layer("h.0.a")], manifest=manifest).gain_from_more_text is None
+def test_the_confirmed_part_is_a_median_of_layers():
+    layers = [layer(f"h.{i}.a", confirmed_drift=part) for i, part in enumerate((0.2, 0.9, 0.5))]
+    assert facts([*layers, layer("h.3.a")]).confirmed_drift == 0.5
+    assert facts([layer("h.0.a")]).confirmed_drift is None
 
 
 @pytest.mark.parametrize(

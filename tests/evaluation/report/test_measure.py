@@ -27,7 +27,7 @@ def test_the_command_measures_and_lets_both_models_answer(finished_run, commands
         assert f"{model['kl_divergence']:.5f}" in page
         assert f"{model['perplexity']['quantized']:.4f}" in page
     assert page.count('<div class="two">') == 2
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 5
 
 
 def test_other_folders_are_refused(finished_run, commands):

@@ -46,7 +46,7 @@ def test_quantize_writes_it_with_the_figures_of_the_run(finished_run):
         assert each["name"] in text
     assert "1,024 tokens in 16 windows" in text
     assert "16 calibration samples: 128 or more are advised" in text
-    assert page.count("<svg") == 5  # errors, depth, saturation, size, time
+    assert page.count("<svg") == 4  # errors, depth, size, time
 
 
 def test_it_loads_nothing_from_elsewhere(finished_run):

@@ -117,5 +117,5 @@ def test_an_address_that_is_taken() -> None:
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     launch.check_installed()
     monkeypatch.setattr(launch, "find_spec", lambda name: None if name == "uvicorn" else object())
-    with pytest.raises(ConfigError, match=r"uvicorn not installed: pip install 'roundwise\[serve"):
+    with pytest.raises(ConfigError, match=r"uvicorn not installed: pip install '\.\[serve"):
         launch.check_installed()

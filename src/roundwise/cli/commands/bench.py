@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from roundwise.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument
-from roundwise.cli.progress import count_of, print_json, print_labelled, steps
+from roundwise.cli.output import print_json, print_labelled
+from roundwise.system.console import count_of, steps
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:

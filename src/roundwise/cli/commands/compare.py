@@ -27,7 +27,8 @@ from roundwise.cli.options import (
     WindowOption,
     split_names,
 )
-from roundwise.cli.progress import print_json, print_note, stdout, steps
+from roundwise.cli.output import print_json, print_line, print_note
+from roundwise.system.console import stdout, steps
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
@@ -186,9 +187,13 @@ def _print_table(comparisons: list[Comparison]) -> None:
     )
     for row in _speed_rows(comparisons):
         table.add_row(*row)
-    table.add_row("[bold]verdict", "", *(f"[bold]{each.verdict}" for each in comparisons))
+    table.add_row("[bold]verdict", "", *(f"[bold]{each.verdict.name}" for each in comparisons))
     stdout.print(table)
     for each in comparisons:
+        if each.verdict.reasons:
+            print_line(f"{each.name}: {each.verdict}")
+        if each.verdict.lost_too_much and each.advice:
+            print_line(f"{each.name}: {each.advice}")
         for warning in each.warnings:
             print_note(f"{each.name}: {warning}")
 

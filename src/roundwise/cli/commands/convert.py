@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import print_json, print_line, print_note
+from roundwise.cli.output import print_json, print_line, print_note
+from roundwise.system.console import steps
 from roundwise.system.memory import format_size
 
 
@@ -40,10 +41,11 @@ def command(
     source = local_folder(checkpoint)
     for note in Checkpoint(source).left_out():
         print_note(note, label="note:", style="yellow")
-    written = convert(
-        source, out, to,  # type: ignore[arg-type]  # `convert` checks it
-        dtype=None if isinstance(dense_dtype, str) else dense_dtype,
-    )  # fmt: skip
+    with steps("converting", lines=False):
+        written = convert(
+            source, out, to,  # type: ignore[arg-type]  # `convert` checks it
+            dtype=None if isinstance(dense_dtype, str) else dense_dtype,
+        )  # fmt: skip
     nbytes = Checkpoint(written).nbytes()
     if as_json:
         print_json({"output": str(written), "to": to, "bytes": nbytes})

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import Reporter, print_json, print_line, print_note, stdout, steps
+from roundwise.cli.output import print_json, print_line, print_note
+from roundwise.system.console import stdout, steps
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def command(
 def _quantize(source: Path, out: Path, bits: int, method: str, samples: int) -> QuantizeResult:
     from roundwise.config import QuantizeConfig
     from roundwise.run.api import quantize
+    from roundwise.run.reporter import Reporter
 
     with steps(f"{method.upper()} {bits} bit") as shown:
         result = quantize(
@@ -157,7 +159,8 @@ def _write_report(
     ]  # fmt: skip
     evaluation = Evaluation(
         f"{len(ids):,} held-out tokens of Python's standard library, windows of {WINDOW}",
-        models, verdict((models[0].perplexity, models[1].perplexity), []),
+        models,
+        str(verdict((models[0].perplexity, models[1].perplexity), models[1].kl_divergence, [])),
     )  # fmt: skip
     quantized, _ = load(folder, dtype=torch.float32)
     continuations = [

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import count_of, print_json, print_labelled
+from roundwise.cli.output import print_json, print_labelled
+from roundwise.system.console import count_of
 from roundwise.system.memory import format_size
 
 

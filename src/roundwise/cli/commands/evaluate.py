@@ -23,7 +23,8 @@ from roundwise.cli.options import (
     WindowOption,
     split_names,
 )
-from roundwise.cli.progress import print_json, print_line, stdout, steps
+from roundwise.cli.output import print_json, print_line
+from roundwise.system.console import stdout, steps
 
 if TYPE_CHECKING:
     from roundwise.evaluation.tasks import TaskScores

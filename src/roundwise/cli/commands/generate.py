@@ -16,7 +16,8 @@ from roundwise.cli.options import (
     JsonOption,
     ModelArgument,
 )
-from roundwise.cli.progress import console, print_json, print_note, visible
+from roundwise.cli.output import print_json, print_note
+from roundwise.system.console import console, steps, visible
 
 if TYPE_CHECKING:
     from roundwise.inference.generation import Generated
@@ -43,6 +44,13 @@ def command(
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0: always the most likely token.", min=0)
     ] = 0.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the most likely tokens that have this probability together."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from this many most likely tokens; 0: all.")
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text at which the answer ends; can be repeated.")
     ] = None,
@@ -68,14 +76,17 @@ def command(
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty: give some text to continue")
-    loaded, tokenizer = load(model, dtype=parse_dtype(dtype), device=parse_device(device))
+    with steps(f"loading {model}", lines=False):
+        loaded, tokenizer = load(model, dtype=parse_dtype(dtype), device=parse_device(device))
     require_tokenizer(tokenizer, model)
     if unused := unsupported_fields(loaded.generation_config):
         print_note(f"note: generation_config.json: {', '.join(unused)} not used")
     if chat_template is not None:
         read_chat_template(tokenizer, chat_template)
     messages = [{"role": "system", "content": system}] if system else []
-    sampling = Sampling(max_new_tokens, temperature, seed=seed, stop=tuple(stop or ()))
+    sampling = Sampling(
+        max_new_tokens, temperature, top_p, top_k, seed=seed, stop=tuple(stop or ())
+    )
 
     def answer(ids: list[int], on_text: Callable[[str], None]) -> Generated:
         return generate(loaded, tokenizer, ids, sampling, on_text=on_text)

@@ -10,8 +10,9 @@ import typer
 from rich.table import Table
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import count_of, print_json, print_line, stdout, visible
+from roundwise.cli.output import print_json, print_line
 from roundwise.errors import MAX_QUOTED
+from roundwise.system.console import count_of, stdout, visible
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from roundwise.cli.options import SOURCE, Expand, JsonOption, settings_as_options
-from roundwise.cli.progress import print_json, print_labelled, print_note, stdout
+from roundwise.cli.output import print_json, print_labelled, print_note
 from roundwise.config import CalibrationConfig, QuantizeConfig, RunConfig
+from roundwise.system.console import stdout, steps
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
@@ -40,13 +41,15 @@ def command(
     from roundwise.system.hub import local_folder
     from roundwise.system.memory import parse_size
 
-    # Unchecked: that would read all weights, and the plan needs only names and shapes.
-    streamed = open_for_run(local_folder(model), config, parse_device(run.device), check=False)
-    planned = plan(
-        streamed, config,
-        samples=windows.samples, seq_len=windows.seq_len, batch_size=windows.batch_size,
-        mode=run.mode, budget=parse_size(run.max_memory),
-    )  # fmt: skip
+    with steps("opening the model", lines=False) as shown:
+        # Unchecked: that would read all weights, and the plan needs only names and shapes.
+        streamed = open_for_run(local_folder(model), config, parse_device(run.device), check=False)
+        shown.stage("measuring this machine")
+        planned = plan(
+            streamed, config,
+            samples=windows.samples, seq_len=windows.seq_len, batch_size=windows.batch_size,
+            mode=run.mode, budget=parse_size(run.max_memory),
+        )  # fmt: skip
     if as_json:
         print_json(planned.as_dict())
     else:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from roundwise.cli.options import SOURCE, JsonOption, settings_as_options
-from roundwise.cli.progress import Reporter, print_json, print_line, steps
+from roundwise.cli.output import print_json, print_line
+from roundwise.cli.recipe import read_recipe, recipe_text
 from roundwise.cli.results import print_result, write_run_report
 from roundwise.config import CalibrationConfig, QuantizeConfig, RunConfig
 from roundwise.errors import ConfigError
@@ -19,6 +20,20 @@ ALLOWED_WITH_MANIFEST = {
     "model", "out", "output", "from_manifest", "calibration", "max_memory", "restart", "strict",
     "as_json",
 }  # fmt: skip
+#: Options that a recipe file cannot have.
+NOT_IN_RECIPES = {"recipe_file", "print_config", "from_manifest", "output", "as_json", "help"}
+
+
+def _use_recipe(context: typer.Context, file: Path | None) -> Path | None:
+    """Makes the options of a recipe file the defaults of the command."""
+    if file is not None:
+        known = {
+            parameter.name: bool(parameter.multiple)
+            for parameter in context.command.params
+            if parameter.name not in NOT_IN_RECIPES and hasattr(parameter, "multiple")
+        }
+        context.default_map = read_recipe(file, known)
+    return file
 
 
 @settings_as_options
@@ -46,6 +61,18 @@ def command(
     output: Annotated[
         Path | None, typer.Option(help="Output folder (with --from-manifest).")
     ] = None,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            is_eager=True,
+            callback=_use_recipe,
+            help="YAML file of options, such as `group-size: 64`; those on the command line come first.",
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option(help="Print all options as a file for --config, and exit.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model into a checkpoint in the standard GPTQ format.
@@ -54,6 +81,9 @@ def command(
     Several processes, on one machine or many, can share a run:
     torchrun --nproc-per-node N -m roundwise quantize …
     """
+    if print_config:
+        print(recipe_text(calibration, [windows, config, run]), end="")
+        return
     folder = _output_folder(out, output)
     if from_manifest is not None:
         _refuse_other_options(context)
@@ -65,10 +95,10 @@ def command(
     from roundwise.run.api import quantize
     from roundwise.system.distributed import join_process_group
 
-    with join_process_group() as ranks, steps("quantizing", shown=ranks.is_first) as shown:
+    with join_process_group() as ranks:
         result = quantize(
             model, folder, config, calibration, **windows.model_dump(), **run.model_dump(),
-            progress=Reporter(shown),
+            progress=ranks.is_first,
         )  # fmt: skip
     if not ranks.is_first:
         return
@@ -126,11 +156,10 @@ def _repeat_run(
     """
     from roundwise.run.reproduce import reproduce
 
-    with steps("quantizing") as shown:
-        repeated = reproduce(
-            manifest, out, model=model, calibration=calibration, max_memory=run.max_memory,
-            restart=run.restart, strict=run.strict, progress=Reporter(shown),
-        )  # fmt: skip
+    repeated = reproduce(
+        manifest, out, model=model, calibration=calibration, max_memory=run.max_memory,
+        restart=run.restart, strict=run.strict, progress=True,
+    )  # fmt: skip
     if as_json:
         print_json(repeated.as_dict())
     else:

@@ -18,7 +18,8 @@ from roundwise.cli.options import (
     StrideOption,
     WindowOption,
 )
-from roundwise.cli.progress import print_json, print_line, steps
+from roundwise.cli.output import print_json, print_line
+from roundwise.system.console import steps
 from roundwise.system.memory import format_size
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from roundwise.cli.options import ChatTemplateOption, DtypeOption, JsonOption, ModelArgument
-from roundwise.cli.progress import console, print_json, print_note
+from roundwise.cli.output import print_json, print_note
+from roundwise.system.console import console
 
 if TYPE_CHECKING:
     from roundwise.inference.serving.engines.engine import Engine
@@ -231,7 +232,7 @@ def _serve_with_transformers(
             read_chat_template(tokenizer, chat_template)
         if unused := unsupported_fields(loaded.generation_config):
             print_note(f"note: generation_config.json: {', '.join(unused)} not used")
-        longest = context_length(loaded.config)
+        longest = context_length(loaded)
         if context is not None and longest is not None and context > longest:
             raise ConfigError(f"--max-model-len {context}: the model was made for {longest} tokens")
         local, api_key = launch.is_local(sock), endpoint.api_key

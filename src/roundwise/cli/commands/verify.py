@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.progress import count_of, print_json, print_line, print_note
+from roundwise.cli.output import print_json, print_line, print_note
+from roundwise.system.console import count_of, steps
 
 
 def command(
@@ -28,7 +29,8 @@ def command(
     source = Checkpoint(local_folder(against)) if against else None
     folder = local_folder(checkpoint)
     Checkpoint(folder)  # a folder without a checkpoint is bad input, not a failed check
-    report = audit(folder, against=source)
+    with steps("verifying", lines=False):
+        report = audit(folder, against=source)
     if as_json:
         print_json(
             {"checkpoint": checkpoint, "ok": not report.failures,

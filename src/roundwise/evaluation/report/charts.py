@@ -41,7 +41,7 @@ def charts(facts: Facts) -> dict[str, str]:
     """Draws every chart that has data.
 
     Returns:
-        Name of the chart -> SVG. Names: errors, depth, sizes, saturation, position, phases.
+        Name of the chart -> SVG. Names: errors, depth, sizes, position, phases.
     """
     import matplotlib as mpl
 
@@ -50,7 +50,6 @@ def charts(facts: Facts) -> dict[str, str]:
             "errors": _layer_errors(facts),
             "depth": _depth_errors(facts),
             "sizes": _bars(facts.sizes, 1e6, "MB"),
-            "saturation": _learning_curves(facts),
             "position": _kl_by_position(facts),
         }
         if facts.run is not None:
@@ -110,27 +109,6 @@ def _depth_errors(facts: Facts) -> str | None:
     axes.set_ylabel("relative error")
     _block_ticks(axes, len(values), 0)
     return _svg(figure, "depth", "Relative error of the hidden states after each block")
-
-
-def _learning_curves(facts: Facts) -> str | None:
-    """Lines: held-out error by calibration tokens, in percent above the error with most tokens."""
-    curves = [block.saturation for block in facts.manifest.blocks if block.saturation]
-    if not curves:
-        return None
-    figure, axes = _figure(9.5, 3.0)
-    for curve, (color, marker, dashes) in zip(curves, cycle(LINES), strict=False):
-        tokens = [point.tokens for point in curve.points]
-        errors = [point.relative_error for point in curve.points]
-        more = [100 * (error / errors[-1] - 1) for error in errors]
-        axes.plot(tokens, more, color=color, marker=marker, linestyle=dashes,
-                  label=_short(curve.name))  # fmt: skip
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
-    axes.minorticks_off()
-    axes.set_xlabel("calibration tokens")
-    axes.set_ylabel("% more held-out error")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _svg(figure, "saturation", "Error on held-out windows, by number of calibration tokens")
 
 
 def _kl_by_position(facts: Facts) -> str | None:

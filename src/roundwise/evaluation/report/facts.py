@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from math import log, log10
+from math import log10
 from pathlib import Path
 from statistics import median
 
 from roundwise.checkpoint.manifest import (
-    CurvePoint,
     LayerRecord,
     Manifest,
     RunRecord,
@@ -128,14 +127,11 @@ class Facts:
         return Path(given).name if Path(given).is_absolute() or given.startswith(".") else given
 
     @property
-    def gain_from_more_text(self) -> float | None:
-        """Fraction by which twice the calibration text would lower the error; None: unknown.
-
-        The median of all learning curves.
-        """
-        curves = [block.saturation for block in self.manifest.blocks if block.saturation]
-        gains = [gain for curve in curves if (gain := gain_of_doubling(curve.points)) is not None]
-        return median(gains) if gains else None
+    def confirmed_drift(self) -> float | None:
+        """Part of the correction for earlier layers that held-out text confirms, median of layers."""
+        parts = [layer.confirmed_drift for layer in self.manifest.layers]
+        known = [part for part in parts if part is not None]
+        return median(known) if known else None
 
     @property
     def outlier_names(self) -> set[str]:
@@ -224,27 +220,6 @@ def find_outliers(cells: list[Cell]) -> list[LayerRecord]:
     limit = max(OUTLIER_FACTOR * MAD_TO_STD * spread, DOUBLED)
     outliers = [layer for value, layer in deviations if value > limit]
     return sorted(outliers, key=lambda layer: -(layer.relative_error or 0.0))
-
-
-def gain_of_doubling(points: list[CurvePoint]) -> float | None:
-    """Returns the fraction by which the error falls when the number of tokens doubles.
-
-    Extrapolated from the last two points of a learning curve, as a power of the number of tokens:
-    1 - (e₂ / e₁)^(log 2 / log(n₂ / n₁)).
-
-    Args:
-        points: errors e by numbers of tokens n, in rising order.
-
-    Returns:
-        0 … 1, negative if the error rises; None if the points do not allow it.
-    """
-    if len(points) < 2:
-        return None
-    before, after = points[-2:]
-    if not before.relative_error or after.tokens <= before.tokens:
-        return None
-    ratio = after.relative_error / before.relative_error
-    return float(1 - ratio ** (log(2) / log(after.tokens / before.tokens)))
 
 
 def _sizes_by_purpose(checkpoint: Checkpoint) -> dict[str, int]:

@@ -61,7 +61,7 @@ def evaluate(
     return Evaluation(
         text=description,
         models=[original, *map(_metrics, comparisons)],
-        verdict=first.verdict,
+        verdict=str(first.verdict),
         warnings=first.warnings,
     )
 

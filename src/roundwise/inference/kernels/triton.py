@@ -28,6 +28,7 @@ from roundwise.inference.kernels.base import PackedWeight, kernel_width
 from roundwise.inference.kernels.triton_launch import (
     is_interpreted,
 )
+from roundwise.version import install_command
 
 
 class TritonKernel:
@@ -77,7 +78,7 @@ class TritonKernel:
         """Returns a reason if triton or a recent CUDA device is missing, and for huge weights."""
         device = weight.qweight.device
         if not _is_installed():
-            return "triton is not installed: pip install 'roundwise[triton]'"
+            return f"triton is not installed: {install_command('triton')}"
         if device.type == "cuda":
             if _compute_capability(device.index) < (8, 0):
                 return "it needs a GPU of compute capability 8.0 or newer"

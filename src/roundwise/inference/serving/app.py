@@ -39,6 +39,7 @@ from roundwise.inference.serving.middleware import (
 from roundwise.inference.serving.protocol import ChatRequest, CompletionRequest, Limits, Request
 from roundwise.inference.serving.responses import Choice, Piece, ResponseFormat, usage
 from roundwise.inference.serving.tool_calls import response_template
+from roundwise.model.build import text_config
 
 #: Host names accepted by a server for its own machine only. Others are refused: a web page could point a
 #: name of its own at this machine (DNS rebinding).
@@ -94,7 +95,7 @@ class Server:
         self.engine = engine or SingleEngine(model, tokenizer)
         self.queue = GenerationQueue(self.engine, limits.max_requests)
         self._model = model
-        vocabulary = model.config.get_text_config().vocab_size
+        vocabulary = text_config(model.config).vocab_size
         template = response_template(tokenizer, model.config.model_type)
         self._encoder = Encoder(tokenizer, name, vocabulary, limits, template)
         self._encoders = EncoderPool(self._encoder)

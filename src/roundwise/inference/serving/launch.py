@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from roundwise.errors import ConfigError
 from roundwise.inference.serving import vllm
+from roundwise.version import install_command
 
 if TYPE_CHECKING:
     from roundwise.inference.serving.app import Server
@@ -108,7 +109,7 @@ def check_installed() -> None:
         name for name in ("prometheus_client", "starlette", "uvicorn") if find_spec(name) is None
     ]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} not installed: pip install 'roundwise[serve]'")
+        raise ConfigError(f"{', '.join(missing)} not installed: {install_command('serve')}")
 
 
 def run_server(server: Server, sock: socket.socket, announce: Callable[[], None]) -> None:

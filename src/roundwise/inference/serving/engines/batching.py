@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import psutil
@@ -31,6 +31,7 @@ from roundwise.inference.sampling import Sampling, TokenLogprobs
 from roundwise.inference.serving.api_errors import stopping_error
 from roundwise.inference.serving.engines.engine import Item, Task, send_prompt
 from roundwise.inference.serving.responses import Piece
+from roundwise.model.build import text_config
 
 #: Tokens of keys and values that are stored together.
 PAGE = 64
@@ -42,6 +43,13 @@ CACHE_TOKENS = 65_536
 MEMORY_SHARE = 0.5
 #: Largest differences of log probabilities to the model alone, in float32 and in half precision.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.25
+#: What transformers does by itself, each from some version on, and must not do here.
+SWITCHED_OFF = (
+    "use_cuda_graph",
+    "use_async_batching",
+    "allow_block_sharing",
+    "auto_switch_to_flash",
+)
 #: Seconds in which a first request must be answered.
 PROBE_SECONDS = 600
 PROBE_SAMPLING = Sampling(8, logprobs=3)
@@ -68,7 +76,7 @@ class BatchedEngine:
         self._numbers = itertools.count()
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._attention = model.config._attn_implementation
-        vocabulary = model.config.get_text_config().vocab_size
+        vocabulary = text_config(model.config).vocab_size
         probe = [
             token % vocabulary
             for token in range(3, min(67, context - PROBE_SAMPLING.max_new_tokens))
@@ -86,10 +94,11 @@ class BatchedEngine:
     def _started(self) -> Any:
         """Returns a running manager of transformers."""
         self.model.set_attn_implementation("sdpa")  # ours does not know pages
+        names = {field.name for field in fields(ContinuousBatchingConfig)}
         config = ContinuousBatchingConfig(
             page_size=PAGE, num_blocks=self._pages, max_batch_tokens=STEP_TOKENS,
-            max_requests_per_batch=self.max_batch, use_cuda_graph=False, use_async_batching=False,
-            allow_block_sharing=False, auto_switch_to_flash=False,
+            max_requests_per_batch=self.max_batch,
+            **{name: False for name in SWITCHED_OFF if name in names},
         )  # fmt: skip
         # The end of an answer is found by `Answer`, so there is no end-of-text token here.
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -280,7 +289,7 @@ def _page_count(model: Any, max_batch: int, context: int) -> int:
     Raises:
         ConfigError: the memory has no room for that.
     """
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     page_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * PAGE

@@ -1,25 +1,24 @@
-"""Output of the commands: results on stdout, everything else (progress, notes, errors) on stderr."""
+"""The terminal: what is printed there is free of control characters, and progress has a bar.
+
+A bar is shown on terminals and in notebooks; elsewhere each part of the work is a line.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.errors import MarkupError
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from roundwise.system.activity import listening
-
-if TYPE_CHECKING:
-    from roundwise.checkpoint.manifest import LayerRecord
-    from roundwise.run.api import Progress as RunProgress
+from roundwise.system.activity import listening, logger
 
 #: Characters that a terminal may obey: control characters, and those that turn the direction of text.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -51,40 +50,22 @@ console: Console = SafeConsole(stderr=True)
 stdout: Console = SafeConsole()
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """Prints the one JSON object of a command."""
-    print(json.dumps(value))
-
-
-def print_line(text: str, *, label: str = "", style: str = "") -> None:
-    """Prints one line of a result on stdout.
-
-    Args:
-        text: the line; it has no markup.
-        label: word in front of it.
-        style: style of the label, such as "bold red".
-    """
-    stdout.print(_labelled(text, label, style), highlight=False, soft_wrap=True)
-
-
-def print_note(text: str, *, label: str = "", style: str = "") -> None:
-    """Prints one line on stderr; Args as for `print_line`."""
-    console.print(_labelled(text, label, style), highlight=False, soft_wrap=True)
-
-
-def _labelled(text: str, label: str, style: str) -> Text:
-    return Text.assemble((label, style), " " if label else "", visible(text))
-
-
-def print_labelled(lines: Mapping[str, str], width: int) -> None:
-    """Prints a result as lines of a label, padded to `width`, and a text."""
-    for label, text in lines.items():
-        print_line(f"{label:{width}} {text}")
-
-
 def count_of(number: int | None, noun: str) -> str:
     """Returns "1 thread" or "2 threads"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def is_verbose() -> bool:
+    """True if announcements reach the terminal as log lines, so that they need no lines of their own."""
+    return any(isinstance(handler, ConsoleHandler) for handler in logger.handlers)
+
+
+class ConsoleHandler(logging.Handler):
+    """Logging handler that prints on stderr, above the bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints the message of a record."""
+        console.print(Text(visible(self.format(record))), highlight=False, soft_wrap=True)
 
 
 class _Clock(ProgressColumn):
@@ -159,13 +140,19 @@ class Steps:
 
 
 @contextmanager
-def steps(title: str, *, shown: bool = True) -> Iterator[Steps]:
-    """Context manager: shows progress on stderr; without a bar if not `shown`, or not on a terminal."""
-    if not shown:
+def steps(title: str, *, shown: bool = True, lines: bool = True) -> Iterator[Steps]:
+    """Context manager: shows progress on stderr, as a bar on a terminal or in a notebook.
+
+    Args:
+        title: name of the work.
+        shown: False: shows nothing.
+        lines: elsewhere, each part of the work is a line; False: nothing is shown there.
+    """
+    if not (shown and (lines or console.is_terminal or console.is_jupyter)):
         yield Steps(None, title, speaks=False)
         return
-    if not console.is_terminal or os.environ.get("TERM") == "dumb":
-        plain = Steps(None, title)
+    if not (console.is_terminal or console.is_jupyter) or os.environ.get("TERM") == "dumb":
+        plain = Steps(None, title, speaks=not is_verbose())
         with listening(plain.listen):
             yield plain
         return
@@ -174,40 +161,3 @@ def steps(title: str, *, shown: bool = True) -> Iterator[Steps]:
         display = Steps(bar, title)
         with listening(display.listen):
             yield display
-
-
-class Reporter:
-    """Progress callback of a run: moves the bar with each layer and prints a line for each block."""
-
-    def __init__(self, shown: Steps) -> None:
-        self._shown = shown
-        self._layers: list[LayerRecord] = []
-
-    def __call__(self, step: RunProgress) -> None:
-        """Shows one step of the run: a layer, or a finished block."""
-        self._shown.time_left(step.seconds_left)
-        finished = (step.block + (step.layer is None) - step.resumed) / (step.blocks - step.resumed)
-        label = f"block {min(step.block + 1, step.blocks)}/{step.blocks}"
-        if step.layer is not None:
-            self._layers.append(step.layer)
-            self._shown.update(finished, f"{label} {step.layer.name.rpartition('.')[2]}")
-            return
-        self._shown.update(finished, label)
-        left = step.seconds_left
-        parts = [label, self._errors(), "" if left is None else f"{format_seconds(left)} left"]
-        self._shown.line("  ".join(part for part in parts if part))
-        self._layers = []
-
-    def _errors(self) -> str:
-        """Returns the number of layers of a block, and their mean and largest relative error."""
-        known = [
-            (layer.relative_error, layer.name)
-            for layer in self._layers
-            if layer.relative_error is not None
-        ]
-        text = count_of(len(self._layers), "layer")
-        if not known:
-            return text
-        largest, name = max(known)
-        mean = sum(error for error, _ in known) / len(known)
-        return f"{text}  error {mean:.1e}, max {largest:.1e} {name.rpartition('.')[2]}"
