@@ -1,4 +1,4 @@
-"""Measures the KL of the bundled model with rotation, activation-aware scales and other damping.
+"""Measures the KL of the bundled model with rotation and other damping.
 
     python benchmarks/folds.py                 all rows; an hour on two cores
     python benchmarks/folds.py --only rotate   rows whose name contains this
@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 
 import roundwise as rw
 from roundwise.calibration.sources import read_text
-from roundwise.checkpoint.reader import Checkpoint
 from roundwise.evaluation.divergence import divergence
-from roundwise.model.norm_scaling import scalable_norms
+from roundwise.model.residual_trace import trace_residual_stream
+from roundwise.model.streamed import open_streamed_model
 from roundwise.system.hub import bundled_model
 
 TOKENS = 20_480
@@ -37,7 +37,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     " rotate": {"rotate": True},
     " rotate, seed 1": {"rotate": True, "rotation_seed": 1},
-    " prescale": {"prescale": "awq"},
     " damp 0.003": {"damp_percent": 0.003},
     " damp 0.03": {"damp_percent": 0.03},
     " damp 0.1": {"damp_percent": 0.1},
@@ -49,7 +48,6 @@ def rows(bits: int) -> dict[str, dict[str, Any]]:
     settings: dict[str, dict[str, Any]] = {
         "rtn": {"method": "rtn"},
         "rtn rotate": {"method": "rtn", "rotate": True},
-        "awq": {"method": "awq"},
     }
     for recipe in ("textbook", "best"):
         settings |= {
@@ -63,12 +61,14 @@ def lopsided(source: Path, out: Path) -> Path:
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    for norm in scalable_norms(Checkpoint(source)):
-        factor = torch.ones(len(tensors[norm.weight]))
+    trace = trace_residual_stream(open_streamed_model(source, dtype=torch.float32))
+    for norm in (norm for block in trace.blocks for norm in block.norms):
+        gains = f"{norm.name}.weight"
+        factor = torch.ones(len(tensors[gains]))
         chosen = torch.randperm(len(factor), generator=generator)[:16]
         factor[chosen[:8]], factor[chosen[8:]] = 32.0, 1 / 32
-        tensors[norm.weight] = tensors[norm.weight] * factor.to(torch.bfloat16)
-        for weight, _ in norm.readers.values():
+        tensors[gains] = tensors[gains] * factor.to(torch.bfloat16)
+        for weight in (f"{reader}.weight" for reader in norm.readers):
             tensors[weight] = tensors[weight] / factor.to(torch.bfloat16)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out

@@ -104,7 +104,7 @@ class TestRefused:
             ({"target_bpw": 0}, "target_bpw=0"),
             ({"target_widths": ()}, r"target_widths=\(\)"),
             ({"method": "rtn", "target_bpw": 4}, "target_bpw needs activations, .*: use method=gptq"),
-            ({"method": "rtn", "prescale": "awq"}, "prescale=awq needs activations, .*: use method=awq"),
+            ({"method": "awq"}, "method='awq' is not supported: use 'gptq' or 'rtn'"),
             ({"dynamic": {"(": None}}, r"'\(' is not a regular expression"),
             ({"dynamic": {"q": {"alpha": 1}}}, "'q' changes alpha; an override may change bits"),
             ({"dynamic": {"q": {"bits": 1}}}, "bits=1 is not supported"),

@@ -60,11 +60,9 @@ RISKS: dict[str, Settings] = {
     "best, outputs alike": {"output_tokens": 0},
     "best, no refinement": {"refine": 0},
     "best, rotated": {"rotate": True},
-    "best, prescaled": {"prescale": "awq"},
     "best, damping 0.05": {"damp_percent": 0.05},
     "best, block mode": {"mode": "block"},
     "textbook, rotated": {"recipe": "textbook", "rotate": True},
-    "textbook, prescaled": {"recipe": "textbook", "prescale": "awq"},
 }
 GPTAQ, FOEM = {"alpha": 0.25}, {"alpha": 0.0, "beta": 0.2}
 PEERS: dict[str, dict[str, Settings]] = {

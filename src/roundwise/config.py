@@ -16,8 +16,7 @@ from roundwise.settings import Flags, Panel, Settings
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Order = Literal["natural", "static", "group_aware"]
-Method = Literal["gptq", "rtn", "awq"]
-Prescale = Literal["none", "awq"]
+Method = Literal["gptq", "rtn"]
 Format = Literal["gptq", "gptq_v2", "compressed-tensors"]
 Experts = Literal["routed", "all"]
 Mode = Literal["true_sequential", "block"]
@@ -128,13 +127,7 @@ class QuantizeConfig(Settings):
     )
     method: Annotated[Method, Panel.RECIPE] = Field(
         "gptq",
-        description="Quantization method: gptq; awq (activation-aware scales, then round to nearest on "
-        "searched grids); rtn (round to nearest, the baseline).",
-    )
-    prescale: Annotated[Prescale, Panel.RECIPE] = Field(
-        "none",
-        description="Scaling before quantizing: none; awq (input channels with large activations are "
-        "scaled up and the norm in front of them down; the model computes the same function).",
+        description="Quantization method: gptq, or rtn (round to nearest, the baseline).",
     )
     format: Annotated[Format, Panel.FORMAT] = Field(
         "gptq",
@@ -296,14 +289,7 @@ class QuantizeConfig(Settings):
         needs = "needs activations, which rtn does not use: use method="
         if self.method == "rtn" and self.target_bpw is not None:
             raise ValueError(f"target_bpw {needs}gptq")
-        if self.method == "rtn" and self.prescale != "none":
-            raise ValueError(f"prescale=awq {needs}awq")
         return self
-
-    @property
-    def prescales(self) -> bool:
-        """True if activation-aware scales are folded into norms before quantizing."""
-        return self.prescale == "awq" or self.method == "awq"
 
     @property
     def chooses_group_size(self) -> bool:

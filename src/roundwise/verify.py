@@ -21,7 +21,6 @@ from roundwise.model.blocks import check_quantized_head, quantized_head
 from roundwise.model.build import load_config
 from roundwise.model.dequantized_view import dequantized_checkpoint
 from roundwise.model.expert_weights import unquantized_tensors
-from roundwise.model.norm_scaling import apply_recorded_scales
 from roundwise.model.rotate import apply_recorded_rotation
 from roundwise.model.streamed import unfused_checkpoint
 from roundwise.system.activity import announce
@@ -96,8 +95,6 @@ def audit(
                     lm_head=quantized_head(layers) is not None,
                 )  # fmt: skip
                 against = apply_recorded_rotation(against, config.raw)
-                records = manifest.layers if manifest else []
-                against = apply_recorded_scales(against, checkpoint, records)
             _check_layers(report, checkpoint, against, manifest)
             if against is not None:
                 _check_rest(report, checkpoint, against)

@@ -204,10 +204,8 @@ class TestSettings:
             (["--damp-percent", "much"], ["damp_percent='much': must be a number"]),
             (
                 ["--method", "magic"],
-                ["method='magic' is not supported: use 'gptq', 'rtn' or 'awq'"],
+                ["method='magic' is not supported: use 'gptq' or 'rtn'"],
             ),
-            (["--prescale", "all"], ["prescale='all' is not supported: use 'none' or 'awq'"]),
-            (["--method", "rtn", "--prescale", "awq"], ["use method=awq"]),
             (["--rotation-seed", -1], ["rotation_seed=-1"]),
             (["--format", "ggml"], ["format='ggml' is not supported"]),
             (["--order", "best"], ["order='best' is not supported"]),

@@ -112,18 +112,6 @@ def test_joined_moments_are_those_of_all_tokens() -> None:
     assert parts[0].tokens == 500
 
 
-def test_divided_moments_are_those_of_divided_inputs() -> None:
-    X, original = inputs()
-    s = torch.rand(64) + 0.5
-    divided = moments(X, original)
-    divided.drift.residual = original[:, :10].T @ X / len(X)
-    divided.divide(s.double())
-    expected = moments(X / s, original / s)
-    torch.testing.assert_close(divided.H, expected.H)
-    torch.testing.assert_close(divided.drift.input, expected.drift.input)
-    torch.testing.assert_close(divided.drift.residual, original[:, :10].T @ (X / s) / len(X))
-
-
 class TestConfirmedPart:
     """The part of a correction that is right for tokens to which it was not fitted."""
 

@@ -17,7 +17,7 @@ from roundwise.model.finite import first_not_finite
 from tests.helpers import windows
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "best": {}, "textbook": {"recipe": "textbook"}, "rtn": {"method": "rtn"}, "awq": {"method": "awq"},
+    "best": {}, "textbook": {"recipe": "textbook"}, "rtn": {"method": "rtn"},
     "rotated": {"rotate": True, "recipe": "textbook"}, "head": {"lm_head": True, "recipe": "textbook"},
 }  # fmt: skip
 PLACES = {

@@ -53,13 +53,13 @@ TEXTBOOK = {"recipe": "textbook", "group_size": 32}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": ({**QUICK, "damp_percent": 0.02}, {"mode": "true_sequential"}),
     "gpt2": ({**QUICK, "sym": False, "desc_act": True}, {"mode": "block"}),
-    "tied": ({**TEXTBOOK, "lm_head": True, "prescale": "awq", "rotate": True}, {}),
+    "tied": ({**TEXTBOOK, "lm_head": True, "rotate": True}, {}),
     "qwen3_moe": (
         TEXTBOOK,
         {"mode": "block", "max_memory": 1},
     ),  # batches are offloaded to the host
     "deepseek_v3": ({**TEXTBOOK, "alpha": 1.0, "experts": "all"}, {"mode": "true_sequential"}),
-    "t5": ({"method": "awq", "group_size": 32}, {}),
+    "t5": (QUICK, {}),
     "qwen3": ({**TEXTBOOK, "target_bpw": 6, "target_widths": (4, 8)}, {}),
     "opt": ({"method": "rtn", "group_size": 32}, {}),
 }

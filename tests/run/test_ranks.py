@@ -26,8 +26,7 @@ from tests.run.ranks_script import exact_sums, quantize
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", {"bits": 3}, {}),
     ("llama", {"sym": False, "desc_act": True, "damp_percent": 0.02}, {"mode": "block"}),
-    ("llama", {"method": "awq"}, {"batch_size": 1}),
-    ("gpt2", {"recipe": "textbook", "prescale": "awq"}, {}),
+    ("gpt2", {"recipe": "textbook"}, {"batch_size": 1}),
     ("mixtral", {"expert_tokens": 8}, {}),
     ("mixtral", {"experts": "all"}, {"mode": "block"}),
     ("llama", {"method": "rtn"}, {}),

@@ -54,11 +54,6 @@ def with_patterns(**dynamic: Any) -> rw.QuantizeConfig:
             {"config": with_patterns(self_attn={"bits": 8}, q_proj=None)},
             "'q_proj' (--override, --skip) decides about no layer",
         ),
-        (
-            {"config": rw.QuantizeConfig(group_size=32, method="awq", dynamic={"k_proj": None})},
-            "q_proj, model.layers.0.self_attn.v_proj not prescaled: model.layers.0.self_attn.k_proj "
-            "has the same input",
-        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -157,7 +157,6 @@ def run_meta(config: QuantizeConfig) -> dict[str, Any]:
         "quantizer": [f"roundwise:{__version__}"],
         "method": config.method,
         "order": config.order,
-        **({"prescale": "awq"} if config.prescales else {}),
         **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
     }
 

@@ -70,20 +70,6 @@ class Record(BaseModel):
         return getattr(self, key) if key in self.model_fields_set else default
 
 
-class PrescaleRecord(Record):
-    """The scales that a linear shares with the norm in front of it; names are those of tensors."""
-
-    ratio: float
-    """Exponent of the activation sizes."""
-    norm: str
-    bias: str | None
-    offset: float
-    """The norm's gains are its tensor plus this."""
-    weight: str
-    axis: int
-    """Axis of the input channels in `weight`."""
-
-
 class LayerRecord(Record):
     """One quantized linear layer."""
 
@@ -103,8 +89,6 @@ class LayerRecord(Record):
     """Reason why it was rounded to nearest, or its Hessian is not that of its own tokens; None."""
     gradients: int = 0
     """Tokens whose gradients weigh its outputs."""
-    prescale: PrescaleRecord | None = None
-    """Set only with --prescale; None: no scales were better."""
     confirmed_drift: float | None = None
     """Part, 0 to 1, of the correction for earlier layers that held-out calibration tokens confirm, and
     that was made. Set only where there was something to correct."""

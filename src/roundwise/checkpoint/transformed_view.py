@@ -1,8 +1,8 @@
 """Tensors that are computed while they are read, and a view of a checkpoint that scales or rotates some.
 
 Everything that reads a checkpoint reads this view the same way, so the rest of a run does not depend on
-it, and only one block's weights are in memory at a time. `model/rotate.py` and `model/norm_scaling.py`
-decide which tensors are transformed.
+it, and only one block's weights are in memory at a time. `model/rotate.py` decides which tensors are
+transformed.
 """
 
 from __future__ import annotations
@@ -100,14 +100,12 @@ class TensorTransform:
     rotation: Rotation | None = None
     fill: float | None = None
     """Value of the whole tensor; None: the tensor is transformed instead."""
-    offset: float = 0.0
-    """Added before scaling and subtracted after it."""
 
     def apply(self, X: torch.Tensor) -> torch.Tensor:
         """Returns the transformed rows X [rows, channels] of any dtype, in float64."""
         X = X.to(torch.float64)
         if self.gain is not None:
-            X = (X + self.offset) * self.gain - self.offset
+            X = X * self.gain
         return X if self.rotation is None else self.rotation.rows(X)
 
 

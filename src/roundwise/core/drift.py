@@ -120,15 +120,6 @@ class Moments:
     tokens: int
     """Number n of tokens."""
 
-    def divide(self, s: torch.Tensor) -> None:
-        """Turns these into the moments of X diag(1/s), in place, for s [in]."""
-        s = s.to(self.H.dtype)
-        for square in (self.H, self.drift.input):
-            if square is not None:
-                square.div_(s).div_(s[:, None])
-        if self.drift.residual is not None:
-            self.drift.residual.div_(s)
-
     def join(self, other: Moments) -> None:
         """Turns these into the moments over both sets of tokens, in place."""
         part = other.tokens / (self.tokens + other.tokens)

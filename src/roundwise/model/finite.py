@@ -27,7 +27,7 @@ def check_finite(streamed: StreamedModel, config: QuantizeConfig) -> None:
         f"{name}.weight"
         for block in streamed.blocks
         for name in block.linears
-        if config.for_module(name) is not None and not (config.rotate or config.prescales)
+        if config.for_module(name) is not None and not config.rotate
     }
     parameters = {name for name, _ in streamed.model.named_parameters(remove_duplicate=False)}
     names = {

@@ -16,7 +16,6 @@ import torch
 from roundwise.checkpoint.formats import encode
 from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.config import QuantizeConfig
-from roundwise.core.activation_scales import round_searched
 from roundwise.core.backends.dispatch import choose_backend
 from roundwise.core.drift import Drift, Moments, SampledRows, confirm
 from roundwise.core.hessian import Hessian
@@ -32,7 +31,6 @@ from roundwise.core.solver import (
 from roundwise.errors import NumericalError, SingularError
 from roundwise.forward.input_groups import InputGroup
 from roundwise.model.blocks import Block, set_weight, weight_of
-from roundwise.run.prescale import NormScaling, Prescaler
 from roundwise.system.device import HOST
 from roundwise.system.distributed import Ranks
 from roundwise.system.memory import reuse_small_blocks
@@ -150,7 +148,6 @@ class BlockSolver:
     Args:
         block: its weights are loaded.
         config: settings.
-        prescaler: finds scales for groups; None: not wanted.
         ranks: the processes of the run, which share the rows.
         maps: linear -> memory map of its weight; its pages are released once it is solved.
         gradients: linear -> gradients of its output; see `OutputGradients.of_block`.
@@ -163,7 +160,6 @@ class BlockSolver:
         block: Block,
         config: QuantizeConfig,
         *,
-        prescaler: Prescaler | None,
         ranks: Ranks,
         maps: Mapping[str, mmap.mmap],
         gradients: Mapping[str, list[torch.Tensor]],
@@ -171,15 +167,12 @@ class BlockSolver:
         device: torch.device = HOST,
     ) -> None:
         self.block, self.config, self.ranks = block, config, ranks
-        self._prescaler, self._on_layer = prescaler, on_layer
-        self._maps, self._gradients = maps, gradients
+        self._on_layer, self._maps, self._gradients = on_layer, maps, gradients
         self._settings = {name: config.for_module(name) for name in block.linears}
         self._needs_gradients = config.needs_gradients
         self._backend = choose_backend(torch.empty(0, dtype=torch.float32, device=device))
         self.packed: dict[str, dict[str, torch.Tensor]] = {}
         """Linear -> suffix -> tensor of the format."""
-        self.scaled: dict[str, torch.Tensor] = {}
-        """Tensors of norms that scales were moved into, by name."""
         self.layers: list[LayerRecord] = []
         """Records, in the order of solving."""
 
@@ -191,41 +184,36 @@ class BlockSolver:
                 self._maps[name].madvise(mmap.MADV_DONTNEED)
         moments = group.take_moments()
         held = group.held.take_moments() if group.held is not None else None
-        scaling = self._prescale(group, moments, held)
-        statistics = group_statistics(self._weights(group, scaling), moments, held)
+        statistics = group_statistics(self._weights(group), moments, held)
         left = len(group.names)
         for name in group.names:
             settings = self._settings[name]
             left -= 1
             if settings is not None:
-                self._solve_linear(name, group, settings, scaling, statistics, last=not left)
+                self._solve_linear(name, group, settings, statistics, last=not left)
 
     def quantize_remaining(self) -> None:
         """Quantizes linears that no group had: the forward never calls them, or there was none."""
         self.solve(InputGroup([name for name in self.block.linears if name not in self.packed]))
 
     def _solve_linear(
-        self, name: str, group: InputGroup, settings: QuantizeConfig, scaling: NormScaling | None,
-        statistics: GroupStatistics, *, last: bool,
+        self, name: str, group: InputGroup, settings: QuantizeConfig, statistics: GroupStatistics,
+        *, last: bool,
     ) -> None:  # fmt: skip
         """Quantizes one linear: solves it, replaces its weight in the model, packs and records it."""
         linear = self.block.linears[name]
         W = weight_of(linear)
         B, gradients = self._output_weights(name) if self._needs_gradients else (None, 0)
         with timer.phase("solve"):
-            scaled = W if scaling is None else scaling.apply(W)
-            q = self._quantize(name, scaled, statistics, settings, B, last=last)
+            q = self._quantize(name, W, statistics, settings, B, last=last)
         with timer.phase("pack"):
-            Q = q.dequantize(W.dtype)
-            set_weight(linear, Q if scaling is None else scaling.undo(Q))
+            set_weight(linear, q.dequantize(W.dtype))
             tensors = encode(q, settings).items()
             self.packed[name] = {suffix: tensor.to(HOST) for suffix, tensor in tensors}
         # Fields that only some settings have: those that are not set are not written.
         optional: dict[str, Any] = {}
         if name in statistics.confirmed:
             optional["confirmed_drift"] = statistics.confirmed[name]
-        if scaling is not None:
-            optional["prescale"] = scaling.record(name)
         record = LayerRecord(
             name=name,
             bits=q.bits,
@@ -257,35 +245,13 @@ class BlockSolver:
             tokens, B = moment.tokens, moment.take_mean()
         return (B, tokens) if float(B.diagonal().sum()) > 0 else (None, 0)
 
-    def _prescale(
-        self, group: InputGroup, moments: Moments | None, held: Moments | None
-    ) -> NormScaling | None:
-        """Scales for the group's input; the moments become those of the scaled input.
-
-        None: they are not wanted, or no token reached the group.
-        """
-        if self._prescaler is None or moments is None:
-            return None
-        with timer.phase("choose"):
-            scaling = self._prescaler.search(self.block, group.names, moments.H)
-        if scaling.s is not None:
-            for part in (moments, held):
-                if part is not None:
-                    part.divide(scaling.s)
-        self.scaled.update(scaling.tensors)
-        return scaling
-
-    def _weights(
-        self, group: InputGroup, scaling: NormScaling | None
-    ) -> dict[str, tuple[torch.Tensor, QuantizeConfig]]:
+    def _weights(self, group: InputGroup) -> dict[str, tuple[torch.Tensor, QuantizeConfig]]:
         """The weights of a group that are quantized, and their settings."""
-        weights = {}
-        for name in group.names:
-            settings = self._settings[name]
-            if settings is not None:
-                W = weight_of(self.block.linears[name])
-                weights[name] = W if scaling is None else scaling.apply(W), settings
-        return weights
+        return {
+            name: (weight_of(self.block.linears[name]), settings)
+            for name in group.names
+            if (settings := self._settings[name]) is not None
+        }
 
     def _quantize(
         self, name: str, W: torch.Tensor, statistics: GroupStatistics, settings: QuantizeConfig,
@@ -317,8 +283,6 @@ class BlockSolver:
         if settings.method == "rtn":
             return round_to_nearest(W, settings)
         try:
-            if settings.method == "awq":
-                return round_searched(W, statistics.H, settings)
             shift = statistics.take_target_shift(name, W, settings, rows, last=last)
             B = None if B is None else B.to(W.device)
             return solve(

@@ -45,7 +45,6 @@ def packed_block(
     streamed: StreamedModel,
     index: int,
     packed: dict[str, dict[str, torch.Tensor]],
-    scaled: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """The tensors of a finished block: quantized ones packed, all others as they were.
 
@@ -53,13 +52,12 @@ def packed_block(
         streamed: the model.
         index: number of the block.
         packed: linear -> suffix -> packed tensor.
-        scaled: tensors that scales were moved into, by name.
     """
     stems = {
         streamed.checkpoint_name_of[f"{name}.weight"].removesuffix(".weight"): name
         for name in packed
     }
-    block = {name: scaled.get(name, info) for name, info in streamed.block_tensors(index).items()}
+    block = streamed.block_tensors(index)
     others = unquantized_tensors(block, {*stems})
     tensors: dict[str, Any] = {}
     for tensor in block:

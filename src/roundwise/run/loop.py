@@ -193,7 +193,7 @@ class Run:
         announce("quantizing blocks", index, len(self.streamed.blocks))
         self._pace.begin()
         solver = BlockSolver(
-            block, self.config, prescaler=self.plan.prescaler, ranks=self.ranks,
+            block, self.config, ranks=self.ranks,
             maps=self.streamed.maps, gradients=self.gradients.of_block(index),
             on_layer=lambda layer: self._report(index, first, layer),
             device=self.streamed.device,
@@ -208,7 +208,7 @@ class Run:
         digest, nbytes = "", 0
         if checkpointer.journal is not None:
             with timer.phase("write"):
-                tensors = packed_block(self.streamed, index, solver.packed, solver.scaled)
+                tensors = packed_block(self.streamed, index, solver.packed)
                 digest = write_safetensors(self.out / WORK / block_file(index), tensors)
                 nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self.streamed.unload(block.module, block.prefix)

@@ -32,7 +32,6 @@ from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_
 from roundwise.plan.memory import MemoryPlan, plan_memory
 from roundwise.run.bit_allocation import allocate_bits
 from roundwise.run.environment import numeric_environment
-from roundwise.run.prescale import Prescaler
 from roundwise.run.strict import check_run, memory_issues
 from roundwise.system.activity import announce
 from roundwise.system.device import parse_device
@@ -58,7 +57,6 @@ class RunPlan:
     """Bytes of memory that the user allows; None: as there are."""
     given: GivenNames
     ranks: Ranks
-    prescaler: Prescaler | None
     threads: int
     warnings: tuple[str, ...]
     """Advice."""
@@ -144,7 +142,6 @@ def prepare(
         announce("choosing the bits of every layer")
         earlier = None if options.restart else Path(out)
         config = _allocate_bits(streamed, config, loaded, earlier, model, ranks)
-    prescaler = Prescaler(streamed, config) if config.prescales else None
     announce("planning memory")
     memory = _plan_memory(streamed, config, loaded, ranks, mode=options.mode, budget=budget)
     sequential = _plan_memory(
@@ -161,7 +158,6 @@ def prepare(
             model=model, calibration=calibration if isinstance(calibration, str) else None
         ),
         ranks=ranks,
-        prescaler=prescaler,
         threads=torch.get_num_threads(),
         warnings=(
             *(loaded.warnings if loaded else ()),
@@ -172,7 +168,6 @@ def prepare(
         issues=(
             *check_run(streamed, config, calls),
             *(loaded.not_as_asked if loaded else ()),
-            *(prescaler.issues() if prescaler else ()),
             *memory_issues(memory, options.mode, sequential),
         ),
         begun=begun,

@@ -139,6 +139,8 @@ def read_recorded_run(file: Path, record: Manifest) -> RecordedRun:
         if given is None:
             raise ValueError("given")
         settings = {**run.config, "dynamic": dict(run.config["dynamic"])}
+        if settings.get("prescale") == "none":  # earlier versions had this setting
+            del settings["prescale"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file} does not say how to do it again ({error}): it is damaged, or of another version"
