@@ -213,7 +213,7 @@ class TestSettings:
             (["--max-memory", "much"], ["'much' is not a size"]),
             (["--override", "q_proj"], ["--override 'q_proj'", "REGEX=bits:8"]),
             (["--override", "(=bits:8"], ["'(' is not a regular expression"]),
-            (["--override", "q_proj=bits:7"], ["bits=7 is not supported"]),
+            (["--override", "q_proj=bits:1"], ["bits=1 is not supported"]),
             (["--override", "q_proj=damp_percent:1"], ["an override may change bits"]),
             (["--skip", "."], ["every linear layer is skipped"]),
             (["--samples", 0], ["samples=0: must be at least 1"]),

@@ -14,11 +14,12 @@ from roundwise.evaluation.compare import (
     Pair,
     Protocol,
     SpeedSummary,
+    _advice,
     compare,
     means_by_part,
 )
 from roundwise.evaluation.perplexity import perplexity
-from roundwise.evaluation.verdict import TaskChange
+from roundwise.evaluation.verdict import TaskChange, advice
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +103,10 @@ def test_the_json_of_a_comparison():
     without = Comparison("q4", None, None, None, [], Pair(16, 4), comparison.tasks, None, [], None)
     assert without.as_dict()["perplexity"] is None
     assert without.as_dict()["speed"] is None
+
+
+@pytest.mark.parametrize("file_format", ["gptq", "compressed-tensors"])
+def test_advice_follows_the_settings_of_most_layers_in_either_format(file_format, quantized, llama):
+    options = {"method": "rtn", "bits": 4, "dynamic": {"up_proj": {"bits": 8}}}
+    assert _advice(quantized("llama", format=file_format, **options)) == advice(4, 32)
+    assert _advice(llama) is None

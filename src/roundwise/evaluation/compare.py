@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -23,7 +24,8 @@ import torch
 from roundwise.calibration.overlap import overlap
 from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
 from roundwise.checkpoint.manifest import read_manifest
-from roundwise.checkpoint.quantization_config import read_quantization_config
+from roundwise.checkpoint.quantization_config import is_packed, read_quantization_config
+from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.config import QuantizeConfig
 from roundwise.errors import CalibrationError, CheckpointError, RunError
@@ -117,7 +119,7 @@ class Comparison:
     warnings: list[str]
 
     advice: str | None
-    """What to try next if it lost too much; None: it is not a GPTQ checkpoint."""
+    """Settings to try next if it lost too much; None: it is not quantized in a format of ours."""
 
     @property
     def verdict(self) -> Verdict:
@@ -267,10 +269,15 @@ def _compare_pair(
 
 
 def _advice(model: str | os.PathLike[str]) -> str | None:
-    """Returns what to try next, by the settings of most layers; None: it is not a GPTQ checkpoint."""
-    settings = Checkpoint(local_folder(model)).config.get("quantization_config") or {}
-    bits, group_size = settings.get("bits"), settings.get("group_size", -1)
-    return advice(bits, group_size) if isinstance(bits, int) else None
+    """Returns what to try next, by the settings of most layers; None: it is in no format of ours."""
+    checkpoint = Checkpoint(local_folder(model))
+    if not is_packed(checkpoint.tensors):
+        return None
+    layers = quantized_layers(checkpoint)
+    settings = Counter(
+        (layer.bits, -1 if layer.groups == 1 else layer.group_size) for layer in layers
+    )
+    return advice(*settings.most_common(1)[0][0])
 
 
 def _measure_speed(folder: Path, model: Any, protocol: Protocol) -> SpeedSummary:

@@ -46,7 +46,7 @@ class Verdict:
     name: str
     """One of `VERDICTS`."""
     reasons: tuple[str, ...]
-    """What was lost and the limit that it broke, for each rule with this verdict; empty if safe."""
+    """One for each rule with this verdict: what was lost, and the limit that it broke; empty if safe."""
 
     @property
     def lost_too_much(self) -> bool:
