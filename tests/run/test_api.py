@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import transformers
 import roundwise as rw
 from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.core.drift import Drift
+from roundwise.core.solver import sample_rows
 from roundwise.model.blocks import weight_of
 from tests.conftest import BEST, QUICK
 from tests.helpers import (
@@ -64,17 +64,25 @@ class Plain:
         hook.remove()
         return torch.cat(seen)
 
-    def moments(self, prefix: str, linear: str, *, best: bool) -> tuple[torch.Tensor, Drift | None]:
-        """Hessian of a linear's input, and its drift from the original model."""
+    def moments(self, prefix: str, linear: str, *, best: bool) -> list[Part]:
+        """Moments of a linear's input over all tokens, those for the correction, and those held out."""
         X = self.inputs(self.model, prefix + linear)
-        H = (X.T @ X / len(X)).float()
-        if not best:
-            return H, None
-        drift = [(self.inputs(self.original, prefix + linear) - X).T @ X / len(X)]
-        if stream := STREAMS[self.name].get(linear):
-            R, before = (self.inputs(m, prefix + stream) for m in (self.model, self.original))
-            drift.append((before - R).T @ X / len(X))
-        return H, Drift(*(moment.float() for moment in drift))
+        lost, stream_lost = torch.zeros_like(X), None
+        if best:
+            lost = self.inputs(self.original, prefix + linear) - X
+            if stream := STREAMS[self.name].get(linear):
+                R, before = (self.inputs(m, prefix + stream) for m in (self.model, self.original))
+                stream_lost = before - R
+        held = 2 * len(self.rows[0])  # the last of eight batches of two windows
+        return [
+            Part(
+                X[rows].T @ X[rows] / len(X[rows]),
+                lost[rows].T @ X[rows] / len(X[rows]),
+                0.0 if stream_lost is None else stream_lost[rows].T @ X[rows] / len(X[rows]),
+                len(X[rows]),
+            )
+            for rows in (slice(None), slice(0, -held), slice(-held, None))
+        ]
 
     def run(
         self, ours: dict[str, rw.QuantizedWeight], config: rw.QuantizeConfig, *, sequential: bool
@@ -89,13 +97,56 @@ class Plain:
             before = {leader: self.moments(prefix, leader, best=best) for leader in leaders}
             for group in architecture.groups:
                 now = self.moments(prefix, group[0], best=best) if sequential else before[group[0]]
-                for linear in group:
-                    name = prefix + linear
-                    W = weight_of(self.model.get_submodule(name)).detach()
-                    target_shift = now[1] and now[1].take_target_shift(W, config.alpha, config.beta)
-                    solved[name] = rw.solve(W.clone(), now[0], config, target_shift=target_shift)
+                names = [prefix + linear for linear in group]
+                weights = [
+                    weight_of(self.model.get_submodule(name)).detach().double() for name in names
+                ]
+                shifts = corrections(weights, *now) if best else [None] * len(names)
+                for name, W, shift in zip(names, weights, shifts, strict=True):
+                    solved[name] = rw.solve(W.float(), now[0].H.float(), config, target_shift=shift)
                     assign(self.model, name, ours[name].dequantize())
         return solved
+
+
+class Part(NamedTuple):
+    """Moments of an input X over some tokens, in float64."""
+
+    H: torch.Tensor
+    lost: torch.Tensor
+    """(X̃ - X)ᵀX / n."""
+    stream_lost: torch.Tensor | float
+    """(R̃ - R)ᵀX / n; 0: the layer adds to no stream."""
+    tokens: int
+
+    def shift(self, W: torch.Tensor) -> torch.Tensor:
+        """(wanted output - present output)ᵀX / n."""
+        return W @ self.lost + self.stream_lost
+
+    def damped(self, ridge: float) -> torch.Tensor:
+        return self.H + ridge * self.H.diagonal().mean() * torch.eye(len(self.H))
+
+
+def corrections(
+    weights: list[torch.Tensor], whole: Part, fit: Part, held: Part
+) -> list[torch.Tensor]:
+    """The target shifts of linears that read one input, as docs/maths.md says it."""
+    best, ridge, parts = -1.0, 0.0, [0.0]
+    for candidate in (0.01, 0.1, 1.0):
+        gain, found = 0.0, []
+        for W in weights:
+            rows = sample_rows(W)
+            Z = held.shift(W)[rows]
+            D = fit.shift(W)[rows] @ torch.linalg.inv(fit.damped(candidate))
+            confirmed, size = float((D * Z).sum()), float((D @ held.H * D).sum())
+            s = min(1.0, max(0.0, confirmed / size)) if size else 0.0
+            gain += (2 * s * confirmed - s**2 * size) / float((W[rows] @ held.H * W[rows]).sum())
+            found.append(1 / (1 + (1 / s - 1) * fit.tokens / whole.tokens) if s else 0.0)
+        if gain > best:
+            best, ridge, parts = gain, candidate, found
+    to_target = torch.linalg.inv(whole.damped(ridge)) @ whole.damped(0.01)
+    return [
+        (part * whole.shift(W) @ to_target).float() for part, W in zip(parts, weights, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("mode", ["true_sequential", "block"])

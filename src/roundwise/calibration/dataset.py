@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from roundwise.calibration.held_out import windows_per_batch
 from roundwise.calibration.overlap import minhash
 from roundwise.calibration.records import Chat, Document
 from roundwise.calibration.self_generated import SELF
@@ -76,6 +77,7 @@ def load_calibration(
     *,
     widest: int = 0,
     generate: Callable[[int], list[list[int]]] | None = None,
+    hold_out: bool = False,
 ) -> Calibration:
     """Makes batches of token windows from a text, several texts, or a Python list.
 
@@ -87,6 +89,7 @@ def load_calibration(
         config: number of windows, their length, batch size and seed.
         widest: largest in_features of the model, for the warning about too few tokens.
         generate: returns this many windows of token ids that the model wrote, for the source `self`.
+        hold_out: makes at least eight batches, so that one can be held out.
 
     Raises:
         CalibrationError: no text, no tokens, or an invalid setting.
@@ -111,8 +114,11 @@ def load_calibration(
             f"the calibration text gives only {len(drawn.windows)} of {config.samples} windows"
         )
     record = _record(drawn, config)
+    size = config.batch_size
+    if hold_out:
+        size = windows_per_batch(len(drawn.windows), size)
     return Calibration(
-        batches=make_batches(drawn.windows, config.batch_size),
+        batches=make_batches(drawn.windows, size),
         record=record,
         warnings=(*_warnings(record, widest),),
         not_as_asked=(*issues,),

@@ -12,15 +12,14 @@ from roundwise.config import QuantizeConfig
 EVERY = 8
 
 
-def windows_per_batch(config: QuantizeConfig, samples: int, batch_size: int) -> int:
+def windows_per_batch(samples: int, batch_size: int) -> int:
     """Returns how many windows make a batch, so that one of eight batches can be held out.
 
     Args:
-        config: settings.
         samples: number of windows.
         batch_size: most windows of a batch.
     """
-    return max(1, min(batch_size, samples // EVERY)) if config.needs_reference else batch_size
+    return max(1, min(batch_size, samples // EVERY))
 
 
 def held_out_batches(config: QuantizeConfig, batches: int) -> frozenset[int]:

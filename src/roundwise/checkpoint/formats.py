@@ -5,7 +5,7 @@ Everything that writes layers asks here, so that a format is added in one place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from roundwise.checkpoint.compressed_tensors import G_IDX, PACKED, SCALE, SHAPE,
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import QuantizedWeight
 
+#: Turns a quantized weight with the settings of its layer into tensors, by suffix.
+Encoder = Callable[[QuantizedWeight, QuantizeConfig], dict[str, torch.Tensor]]
 FLOATS = ("F16", "BF16", "F32")
 COMPRESSED_TENSORS = "compressed-tensors"
 #: Suffixes of the tensors of a layer, in any format.
@@ -61,16 +63,15 @@ def scheme_of(config: QuantizeConfig) -> Scheme:
     return Scheme(config.bits, config.group_size, config.sym)
 
 
-def encode(q: QuantizedWeight, config: QuantizeConfig) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a quantized weight by suffix.
+def encoder(file_format: str) -> Encoder:
+    """Returns the function that turns a quantized weight into the tensors of a format, by suffix.
 
     Args:
-        q: the weight.
-        config: settings of the layer; `format` is the format.
+        file_format: gptq, gptq_v2 or compressed-tensors.
     """
-    if config.format == COMPRESSED_TENSORS:
-        return compressed_tensors.encode(q, sym=config.sym)
-    return gptq_format.encode(q, config)
+    if file_format == COMPRESSED_TENSORS:
+        return lambda q, config: compressed_tensors.encode(q, sym=config.sym)
+    return gptq_format.encode
 
 
 def packed_bytes(rows: int, columns: int, config: QuantizeConfig) -> int:

@@ -74,6 +74,8 @@ class BlockShapes:
     """Number of such blocks."""
     device: torch.device
     """Device that computes."""
+    experts: int = 0
+    """Most experts that one module of a block has."""
 
     @property
     def widest(self) -> int:
@@ -101,9 +103,14 @@ def block_shapes(streamed: StreamedModel, config: QuantizeConfig) -> list[BlockS
                 BlockShapes(
                     linears, inputs, sizes[largest], hidden,
                     streamed.dtype.itemsize, len(indexes), streamed.device,
+                    _expert_count(streamed, largest),
                 )
             )  # fmt: skip
     return shapes
+
+
+def _expert_count(streamed: StreamedModel, block: int) -> int:
+    return max((each.count for each in streamed.blocks[block].experts.values()), default=0)
 
 
 def _linear_shapes(
@@ -167,8 +174,10 @@ def memory_bytes(
     parts["paused activations"] = in_memory * _paused_values(shapes, config, mode) * size
     # One batch: gate, up and their product, or similar.
     parts["forward of a batch"] = 3 * batch * max(widest, 4 * shapes.hidden) * size
-    # True_sequential mode sums one Hessian at a time, block mode all Hessians of a block.
-    summed = [largest] if mode == "true_sequential" else shapes.inputs
+    # True_sequential mode sums one Hessian at a time, or those of all experts, which are reached
+    # together; block mode all Hessians of a block.
+    alone = [largest] * (max(1, shapes.experts) if largest.token_share < 1 else 1)
+    summed = alone if mode == "true_sequential" else shapes.inputs
     parts["hessian"] = 4 * sum(linear.columns**2 for linear in summed)
     # Only the CPU factors a matrix in place.
     parts["factor"] = 4 * largest.columns**2 * (1 if shapes.device == HOST else 2)
@@ -180,9 +189,10 @@ def memory_bytes(
     parts["codes and weights of a layer"] = (2 + size + 4) * entries
     solving = ("factor", "output weighting", "solver", "codes and weights of a layer")
     if config.needs_reference:
-        # Sums over the batches that are held out, until a group is solved.
+        # Sums over the batches that are held out, until their group is solved.
         held = parts["hessian"] + parts["drift"]
-        during = 0 if offloaded else sum(parts.get(name, 0) for name in solving[1:])
+        is_freed = len(summed) == 1 and not offloaded
+        during = sum(parts.get(name, 0) for name in solving[1:]) if is_freed else 0
         parts["held-out sums"] = max(0, held - during)
     if keeps_freed:
         parts["allocator cache"] = int(sum(parts[name] * part for name, part in HOLES.items()))

@@ -129,8 +129,11 @@ def plan(
         if config.target_bpw and not config.is_overridden(module.name)
     }
     warnings += _warnings(streamed, config, modules, part, undecided)
-    batch = windows_per_batch(config, samples, batch_size) * seq_len
-    memory = plan_memory(streamed, config, tokens=tokens, batch=batch, mode=mode, budget=budget)
+    if config.needs_reference:
+        batch_size = windows_per_batch(samples, batch_size)
+    memory = plan_memory(
+        streamed, config, tokens=tokens, batch=batch_size * seq_len, mode=mode, budget=budget
+    )
     if not memory.fits:
         warnings.append(over_budget_message(memory))
     after, stored = bytes_after(streamed, config, undecided)

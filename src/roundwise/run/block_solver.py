@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from roundwise.checkpoint.formats import encode
+from roundwise.checkpoint.formats import encoder
 from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.config import QuantizeConfig
 from roundwise.core.backends.dispatch import choose_backend
@@ -170,6 +170,7 @@ class BlockSolver:
         self._on_layer, self._maps, self._gradients = on_layer, maps, gradients
         self._settings = {name: config.for_module(name) for name in block.linears}
         self._needs_gradients = config.needs_gradients
+        self._encode = encoder(config.format)
         self._backend = choose_backend(torch.empty(0, dtype=torch.float32, device=device))
         self.packed: dict[str, dict[str, torch.Tensor]] = {}
         """Linear -> suffix -> tensor of the format."""
@@ -208,7 +209,7 @@ class BlockSolver:
             q = self._quantize(name, W, statistics, settings, B, last=last)
         with timer.phase("pack"):
             set_weight(linear, q.dequantize(W.dtype))
-            tensors = encode(q, settings).items()
+            tensors = self._encode(q, settings).items()
             self.packed[name] = {suffix: tensor.to(HOST) for suffix, tensor in tensors}
         # Fields that only some settings have: those that are not set are not written.
         optional: dict[str, Any] = {}

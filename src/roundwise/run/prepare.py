@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from roundwise.calibration.dataset import Calibration, load_calibration
-from roundwise.calibration.held_out import windows_per_batch
 from roundwise.calibration.self_generated import generate_windows
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
@@ -285,10 +284,7 @@ def _calibration(
     tokenizer = None
     if isinstance(source, str) or any(isinstance(item, str) for item in source):
         tokenizer = load_tokenizer(streamed.checkpoint)
-    batch_size = windows_per_batch(config, windows.samples, windows.batch_size)
-    fitting = windows.model_copy(
-        update={"seq_len": min(windows.seq_len, limit), "batch_size": batch_size}
-    )
+    fitting = windows.model_copy(update={"seq_len": min(windows.seq_len, limit)})
 
     def generate(count: int) -> list[list[int]]:
         wanted = fitting.model_copy(update={"samples": count})
@@ -296,7 +292,10 @@ def _calibration(
             lambda: generate_windows(streamed.checkpoint, tokenizer, wanted, device=streamed.device)
         )
 
-    loaded = load_calibration(source, tokenizer, fitting, widest=widest, generate=generate)
+    loaded = load_calibration(
+        source, tokenizer, fitting, widest=widest, generate=generate,
+        hold_out=config.needs_reference,
+    )  # fmt: skip
     _check_vocabulary(loaded, embedding_shape(streamed.model)[0])
     if windows.seq_len > limit:
         line = f"seq_len is {limit}, the longest text the model takes, not {windows.seq_len}"

@@ -32,6 +32,8 @@ WORK = [
     "measuring what errors of outputs cost",
     "quantizing blocks",
     "completing the checkpoint",
+    "checking files",
+    "checking layers",
 ]
 
 
