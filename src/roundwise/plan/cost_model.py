@@ -190,8 +190,7 @@ def memory_bytes(
     solving = ("factor", "output weighting", "solver", "codes and weights of a layer")
     if config.needs_reference:
         # Sums over the batches that are held out, until their group is solved.
-        held = parts["hessian"] + parts["drift"]
-        is_freed = len(summed) == 1 and not offloaded
+        held, is_freed = parts["hessian"] + parts["drift"], len(summed) == 1 and not offloaded
         during = sum(parts.get(name, 0) for name in solving[1:]) if is_freed else 0
         parts["held-out sums"] = max(0, held - during)
     if keeps_freed:
