@@ -103,14 +103,10 @@ def block_shapes(streamed: StreamedModel, config: QuantizeConfig) -> list[BlockS
                 BlockShapes(
                     linears, inputs, sizes[largest], hidden,
                     streamed.dtype.itemsize, len(indexes), streamed.device,
-                    _expert_count(streamed, largest),
+                    max((x.count for x in streamed.blocks[largest].experts.values()), default=0),
                 )
             )  # fmt: skip
     return shapes
-
-
-def _expert_count(streamed: StreamedModel, block: int) -> int:
-    return max((each.count for each in streamed.blocks[block].experts.values()), default=0)
 
 
 def _linear_shapes(
@@ -174,10 +170,14 @@ def memory_bytes(
     parts["paused activations"] = in_memory * _paused_values(shapes, config, mode) * size
     # One batch: gate, up and their product, or similar.
     parts["forward of a batch"] = 3 * batch * max(widest, 4 * shapes.hidden) * size
-    # True_sequential mode sums one Hessian at a time, or those of all experts, which are reached
-    # together; block mode all Hessians of a block.
-    alone = [largest] * (max(1, shapes.experts) if largest.token_share < 1 else 1)
-    summed = alone if mode == "true_sequential" else shapes.inputs
+    # Block mode sums all Hessians at the same time, true_sequential mode one, or those of all experts.
+    expert = max((x.columns for x in shapes.linears if x.token_share < 1), default=0)
+    if mode != "true_sequential":
+        summed = shapes.inputs
+    elif expert**2 * shapes.experts > largest.columns**2:
+        summed = [LinearShape(expert, expert)] * shapes.experts
+    else:
+        summed = [largest]
     parts["hessian"] = 4 * sum(linear.columns**2 for linear in summed)
     # Only the CPU factors a matrix in place.
     parts["factor"] = 4 * largest.columns**2 * (1 if shapes.device == HOST else 2)
