@@ -11,7 +11,7 @@ import roundwise as rw
 from roundwise.checkpoint.formats import (
     GPTQ,
     PACK_QUANTIZED,
-    encode,
+    encoder,
     layout_of,
     packed_bytes,
     quantization_config,
@@ -30,7 +30,7 @@ def test_the_size_is_that_of_the_tensors(
     file_format: str, bits: int, options: dict[str, Any]
 ) -> None:
     config = rw.QuantizeConfig(**{"group_size": 32, "bits": bits, "format": file_format, **options})
-    tensors = encode(round_to_nearest(torch.randn(64, 96), config), config)
+    tensors = encoder(file_format)(round_to_nearest(torch.randn(64, 96), config), config)
     assert packed_bytes(64, 96, config) == sum(t.nbytes for t in tensors.values())
     layout = layout_of(file_format)
     assert {*layout.required} <= {*tensors} <= {*layout.types}

@@ -206,6 +206,8 @@ class TestSizes:
         assert embedding_shape(model) == (0, 64)
 
     def test_several_text_configs(self) -> None:
+        if int(transformers.__version__.split(".")[1]) < 23:
+            pytest.skip("needs transformers 5.23, where a MusicgenConfig has defaults")
         config = tiny_model("MusicgenForConditionalGeneration").config
         assert text_config(config) is config.decoder
 
