@@ -59,7 +59,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"mode": "block", "max_memory": 1},
     ),  # batches are offloaded to the host
     "deepseek_v3": ({**TEXTBOOK, "alpha": 1.0, "experts": "all"}, {"mode": "true_sequential"}),
-    "t5": (QUICK, {}),
+    "t5": (TEXTBOOK, {}),
     "qwen3": ({**TEXTBOOK, "target_bpw": 6, "target_widths": (4, 8)}, {}),
     "opt": ({"method": "rtn", "group_size": 32}, {}),
 }
