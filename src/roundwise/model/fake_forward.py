@@ -54,7 +54,7 @@ def drop_uncalled_linears(streamed: StreamedModel, config: QuantizeConfig) -> Ca
                 if called_linears
                 else "the model does not call its block for text alone"
             )
-        for name in calls.repeated_in_block & block.linears.keys():
+        for name in [name for name in block.linears if name in calls.repeated_in_block]:
             del block.linears[name]
             block.skipped_linears[name] = "its block calls it more than once, with other inputs"
     streamed.skip_blocks([block for block in streamed.blocks if called and not block.linears])
