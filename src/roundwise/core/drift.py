@@ -180,40 +180,50 @@ def confirm(
     Raises:
         SingularError: H of `fit` is zero, or no damping makes it definite.
     """
+    lost = {name: _LostOutput.of(sample, fit, held) for name, sample in weights.items()}
+    corrected = {name: each for name, each in lost.items() if each is not None}
     best_gain, best = -1.0, (RIDGES[0], dict[str, float]())
-    for ridge in RIDGES:
+    for ridge in RIDGES if corrected else ():
         F = factor(fit.H, torch.arange(len(fit.H), device=fit.H.device), ridge)
-        found = {name: _confirmed(sample, fit, held, F) for name, sample in weights.items()}
-        gain = sum(each[0] for each in found.values() if each is not None)
+        found = {name: each.confirmed(F, fit, held) for name, each in corrected.items()}
+        gain = sum(each[0] for each in found.values())
         if gain > best_gain:
-            best_gain = gain
-            best = ridge, {name: each[1] for name, each in found.items() if each is not None}
+            best_gain, best = gain, (ridge, {name: part for name, (_, part) in found.items()})
     return best
 
 
-def _confirmed(
-    sample: SampledRows, fit: Moments, held: Moments, F: Factor
-) -> tuple[float, float] | None:
-    """Returns the loss that a correction takes away, as a part of the output's energy, and its part s.
+@dataclass(frozen=True)
+class _LostOutput:
+    """Target shifts Y of some rows of a weight, which no ridge changes, and their output's energy."""
 
-    None: there is nothing to correct.
-    """
-    W = sample.W.to(torch.float32)
-    Y, held_Y = (
-        part.drift.rows(sample.rows).take_target_shift(W, sample.alpha, sample.beta)
-        for part in (fit, held)
-    )
-    if Y is None or held_Y is None:
-        return None
-    H = held.H.to(torch.float32)
-    D = F.solve(Y.to(torch.float32).T.contiguous()).T
-    confirmed, size = float((D * held_Y).sum()), float(((D @ H) * D).sum())
-    if confirmed <= 0 or size <= 0:
-        return 0.0, 0.0
-    energy = float(((W @ H) * W).sum()) or 1.0
-    part = min(1.0, confirmed / size)
-    noise = (1 / part - 1) * fit.tokens / (fit.tokens + held.tokens)
-    return (2 * part * confirmed - part**2 * size) / energy, 1 / (1 + noise)
+    fit: torch.Tensor
+    held: torch.Tensor
+    energy: float
+    """tr(W H Wᵀ) on the held-out tokens."""
+
+    @staticmethod
+    def of(sample: SampledRows, fit: Moments, held: Moments) -> _LostOutput | None:
+        """Returns them for rows of a weight; None: there is nothing to correct."""
+        W = sample.W.to(torch.float32)
+        Y, held_Y = (
+            part.drift.rows(sample.rows).take_target_shift(W, sample.alpha, sample.beta)
+            for part in (fit, held)
+        )
+        if Y is None or held_Y is None:
+            return None
+        energy = float(((W @ held.H.to(torch.float32)) * W).sum()) or 1.0
+        return _LostOutput(Y.to(torch.float32), held_Y, energy)
+
+    def confirmed(self, F: Factor, fit: Moments, held: Moments) -> tuple[float, float]:
+        """Returns the loss that a correction takes away, as a part of the energy, and its part s."""
+        D = F.solve(self.fit.T.clone(memory_format=torch.contiguous_format)).T
+        confirmed = float((D * self.held).sum())
+        size = float(((D @ held.H.to(torch.float32)) * D).sum())
+        if confirmed <= 0 or size <= 0:
+            return 0.0, 0.0
+        part = min(1.0, confirmed / size)
+        noise = (1 / part - 1) * fit.tokens / (fit.tokens + held.tokens)
+        return (2 * part * confirmed - part**2 * size) / self.energy, 1 / (1 + noise)
 
 
 def _row_parts(Y: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
