@@ -167,10 +167,11 @@ class TestConfirmedPart:
         few, many = (self.confirm(drawn(n, 0), drawn(2000, 1)) for n in (80, 50_000))
         assert few[0] > many[0] == RIDGES[0]
 
-    def test_shrunk_moments_give_the_correction_with_the_ridge(self) -> None:
+    @pytest.mark.parametrize("rows", [1, 700, ROWS + 1])
+    def test_shrunk_moments_give_the_correction_with_the_ridge(self, rows: int) -> None:
         X, original = self.tokens(300, 0, 0.3)
         fit, mean = moments(X, original), float((X.T @ X / 300).diagonal().mean())
-        fit.drift.residual = torch.randn(700, 64, generator=torch.Generator().manual_seed(5))
+        fit.drift.residual = torch.randn(rows, 64, generator=torch.Generator().manual_seed(5))
         eye = torch.eye(64)
         expected = [
             Y @ torch.linalg.inv(fit.H + 0.5 * mean * eye)

@@ -80,7 +80,8 @@ class Drift:
         """
         for moment in (self.input, self.residual):
             for rows in torch.split(moment, ROWS) if moment is not None else ():
-                rows.sub_(F.solve(rows.T.contiguous()).T, alpha=by)
+                # A copy: the transpose of a single row is contiguous, and `solve` works in place.
+                rows.sub_(F.solve(rows.T.clone(memory_format=torch.contiguous_format)).T, alpha=by)
 
     def rows(self, rows: slice) -> Drift:
         """Returns the drift for some rows of the weight; `residual` is a copy, `input` is shared."""
