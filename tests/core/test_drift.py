@@ -112,6 +112,19 @@ def test_joined_moments_are_those_of_all_tokens() -> None:
     assert parts[0].tokens == 500
 
 
+@pytest.mark.parametrize("rows", [1, ROWS + 1])
+def test_the_target_of_a_single_row_in_natural_order(rows: int) -> None:
+    """The transpose of one row is contiguous: it must not be solved in its own memory."""
+    X, original = inputs()
+    W = torch.randn(rows, 64, generator=torch.Generator().manual_seed(2))
+    fit, perm = moments(X, original), torch.arange(64)
+    Y = fit.drift.take_target_shift(W, 1.0, 1.0)
+    assert Y is not None
+    expected = W.double() + Y.double() @ torch.linalg.inv(damped(fit.H.double(), 0.01))
+    T = corrected_target(W, Y, perm, factor(fit.H, perm, 0.01))
+    torch.testing.assert_close(T.double(), expected, rtol=1e-3, atol=1e-3)
+
+
 class TestConfirmedPart:
     """The part of a correction that is right for tokens to which it was not fitted."""
 

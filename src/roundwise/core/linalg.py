@@ -35,7 +35,8 @@ MAX_DAMP = 10.0
 
 def permuted_columns(W: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Returns the columns of W [rows, in] in an order, each contiguous: [in, rows]."""
-    columns = W.T.contiguous()
+    # A copy, also of a single row: what it is solved with works in place.
+    columns = W.T.clone(memory_format=torch.contiguous_format)
     return columns if is_identity(order) else columns.index_select(0, order)
 
 
