@@ -124,10 +124,10 @@ def _check_layers(
         report.check("layers", None)
         record = next((v for k, v in recorded.items() if k.endswith(layer.name)), None)
         if against is not None:
-            report.check("weight errors", _weight_error_failure(layer.name, q, against, record))
+            report.check("weight errors", weight_error_failure(layer.name, q, against, record))
 
 
-def _weight_error_failure(
+def weight_error_failure(
     name: str, q: QuantizedWeight, against: Checkpoint, record: LayerRecord | None
 ) -> str | None:
     """Compares a layer's weight with the original.
