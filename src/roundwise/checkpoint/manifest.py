@@ -239,8 +239,10 @@ class Manifest(Record):
     layers: list[LayerRecord]
     blocks: list[BlockSummary] = []
     experts: list[ExpertCoverage] = []
+    served_by: dict[str, str | None] = {}
+    """Engine -> why it does not serve the result; None: it does. Missing in older manifests."""
     files: dict[RelativePath, str]
-    """File -> SHA-256."""
+    """File -> SHA-256; not the model card, which is written again when something was measured."""
 
 
 def widths(layers: list[LayerRecord]) -> dict[str, str]:

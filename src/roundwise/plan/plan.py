@@ -138,7 +138,7 @@ def plan(
         warnings.append(over_budget_message(memory))
     after, stored = bytes_after(streamed, config, undecided)
     problems = _problems(streamed, config)
-    served = engines.served_by(_served_layers(streamed, config))
+    served = engines.served_by(served_layers(streamed, config))
     if problems:  # nothing serves the result of a run that is refused
         served = dict.fromkeys(served, "the run would be refused")
     heads = config_size(streamed.model, "num_attention_heads") or 1
@@ -231,7 +231,7 @@ def _phases(
     return cost_model.phase_seconds(total, streamed.dtype, streamed.device) if total else {}
 
 
-def _served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[ServedLayer]:
+def served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[ServedLayer]:
     """Yields the settings of each quantized layer as engines see them, conflicts between layers too."""
     for block in streamed.blocks:
         expert_settings: dict[str, set[ServedLayer]] = {}
