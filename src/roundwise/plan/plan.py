@@ -25,7 +25,12 @@ from roundwise.model.fake_forward import drop_uncalled_linears
 from roundwise.model.moe import parse_expert_name
 from roundwise.model.streamed import StreamedModel
 from roundwise.plan import cost_model
-from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_shapes
+from roundwise.plan.layer_formats import (
+    fit_group_size,
+    format_problems,
+    layer_shapes,
+    tensor_parallel_degrees,
+)
 from roundwise.plan.memory import (
     MemoryPlan,
     bytes_after,
@@ -155,7 +160,7 @@ def plan(
         disk=plan_disk(streamed, config, memory, tokens=tokens),
         phases=_phases(streamed, config, tokens, memory.mode, surveyed=bool(undecided)),
         served_by=served,
-        tensor_parallel=engines.tensor_parallel_degrees(
+        tensor_parallel=tensor_parallel_degrees(
             [(*module.shape, module.group_size or -1) for module in quantized],
             hidden=embedding_shape(streamed.model)[1], heads=heads,
             kv_heads=config_size(streamed.model, "num_key_value_heads") or heads,
