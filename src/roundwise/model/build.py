@@ -38,8 +38,12 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype | None:
     """Returns the dtype that a model computes in according to its config.json; None if it has none."""
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    return dtype if isinstance(dtype, torch.dtype) else None
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        dtype = getattr(torch, str(part.get("dtype") or part.get("torch_dtype")), None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    return None
 
 
 def model_class(config: Any) -> type[transformers.PreTrainedModel]:
