@@ -13,7 +13,7 @@ import torch
 
 from roundwise.calibration.records import Chat, Document
 from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
-from roundwise.errors import CalibrationError
+from roundwise.errors import CalibrationError, first_line
 from roundwise.system.device import to_device
 
 #: Maximum tokens by which the rendered beginning of a chat may differ from the whole chat at its end: a
@@ -108,6 +108,7 @@ def _tokenize_document(
             f"only={only} is for chats, but the calibration contains plain text: {document[:60]!r}"
         )
     kind, begin = ("text", document) if isinstance(document, str) else ("chat", document.messages)
+    place = "" if isinstance(document, str) or not document.place else f" ({document.place})"
     try:
         if isinstance(document, str):
             encoded = tokenizer(document, add_special_tokens=False, verbose=False)
@@ -119,8 +120,8 @@ def _tokenize_document(
         raise
     except Exception as error:  # templates and tokenizers raise errors of any type
         raise CalibrationError(
-            f"a {kind} of the calibration cannot be tokenized ({error}): it begins with "
-            f"{str(begin)[:60]!r}"
+            f"a {kind} of the calibration{place} cannot be tokenized ({first_line(error)}): it begins "
+            f"with {str(begin)[:60]!r}"
         ) from error
 
 
