@@ -196,7 +196,8 @@ def test_a_published_model_gives_the_same_codes_as_its_dequantized_weights(
     published, dense = publish(folder_of(model), tmp_path, FORMATS[name])
     planned = plan(open_streamed_model(published), CONFIG, samples=4, seq_len=32)
     kind = "experts" if model == "deepseek_v3" else "layers"
-    assert planned.sources[0].startswith(f"{FORMATS[name].name} {kind} -> 4-bit GPTQ (")
+    line = f"{FORMATS[name].name} {kind} -> 4-bit GPTQ ("
+    assert any(source.startswith(line) for source in planned.sources)
     assert plan(open_streamed_model(dense), CONFIG, samples=4, seq_len=32).sources == []
     result = quantize(published, tmp_path / "a", config=QUICK)
     quantize(dense, tmp_path / "b", config=QUICK)
@@ -291,9 +292,7 @@ def test_settings_of_modelopt_in_a_file_of_their_own(llama: Path, tmp_path: Path
     published, dense = publish(llama, tmp_path, FORMATS["modelopt-nvfp4"])
     with edited_json(published / "config.json") as config:
         settings = config.pop("quantization_config")
-    with pytest.raises(
-        CheckpointError, match="has FP8 weights with scales: it has no quantization"
-    ):
+    with pytest.raises(CheckpointError, match="has quantized weights with scales: it has no quant"):
         open_streamed_model(published)
     file = published / "hf_quant_config.json"
     file.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": settings}))

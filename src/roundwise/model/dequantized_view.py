@@ -59,8 +59,8 @@ def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str
             read_quantization_config(checkpoint)  # raises: nothing says how to read them
         if has_scales(checkpoint.tensors):
             raise CheckpointError(
-                f"{checkpoint.folder} has FP8 weights with scales: it has no quantization_config that "
-                "says how to read them"
+                f"{checkpoint.folder} has quantized weights with scales: it has no quantization_config "
+                "that says how to read them"
             )
         return checkpoint, []
     method = quantization_method(settings)

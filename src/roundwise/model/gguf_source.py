@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
@@ -75,8 +76,9 @@ class GgufCheckpoint(Checkpoint):
     """
 
     def __init__(self, file: Path) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix=f"roundwise-{file.stem[:40]}-")
-        self.folder, self.config_file = Path(self._scratch.name), "config.json"
+        self.folder = Path(tempfile.mkdtemp(prefix=f"roundwise-{file.stem[:40]}-"))
+        self.config_file = "config.json"
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.files = [file]
         self._states = {file: file_state(file)}
         self._identity = None

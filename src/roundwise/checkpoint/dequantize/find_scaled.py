@@ -74,9 +74,10 @@ def find_scaled(
 
 
 def has_scales(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Tells whether some tensors are FP8 or FP4 numbers that need scales."""
+    """Tells whether some tensors are FP8, FP4 or INT8 numbers that need scales."""
     return any(
-        info.dtype.startswith("F8") and _Parts(name, tensors).find(*_scale_names(name)) is not None
+        _kind(name, info, tensors, "INT8") is not None
+        and _Parts(name, tensors).find(*_scale_names(name)) is not None
         for name, info in tensors.items()
     )
 
