@@ -170,9 +170,8 @@ class Conversion:
 
         return ComputedInfo.from_source(
             self.sources[0][2], tuple(meta.shape), meta.dtype,
-            lambda: self.run(TensorInfo.read)[name],
-            origins=self.origins, select_rows=rows if self.keeps_rows() else None,
-            stored_as=stored_as(self.sources[0][2]),
+            lambda: self.run(TensorInfo.read)[name], origins=self.origins,
+            select_rows=rows if self.keeps_rows() else None, stored_as=stored_as(self.sources[0][2]),
         )  # fmt: skip
 
 

@@ -214,7 +214,8 @@ def _converted(
         for pattern, key in parts:
             converter.add_tensor(name, key, pattern, stored[key][...])
         made = converter.convert(name, model=model, config=model.config)[name]
-        return made[0] if isinstance(made, list) else made
+        tensor: torch.Tensor = made[0] if isinstance(made, list) else made
+        return tensor
 
     return [
         _Made(name, [key for _, key in parts], partial(compute, name, parts))

@@ -82,12 +82,12 @@ class ScaledWeight:
         codes = self.codes.rows(start, count)
         if len(codes.shape) == 2:
             return replace(self, codes=codes, first_row=self.first_row + start).dense()
-        parts = {
-            name: info.rows(start, count)
-            for name, info in (("scales", self.scales), ("zeros", self.zeros))
-            if info is not None and info.shape[0] > 1
-        }
-        return replace(self, codes=codes, **parts).dense()
+
+        def part(info: TensorInfo) -> TensorInfo:  # a single value is for all of them
+            return info.rows(start, count) if info.shape[0] > 1 else info
+
+        zeros = None if self.zeros is None else part(self.zeros)
+        return replace(self, codes=codes, scales=part(self.scales), zeros=zeros).dense()
 
     def _compute(self) -> torch.Tensor:
         *leading, rows, width = self.codes.shape
