@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from roundwise.calibration.media import place_media
 from roundwise.errors import CalibrationError, first_line
 from roundwise.version import install_command
 
@@ -155,7 +156,7 @@ def read_records(path: Path, text: str) -> tuple[list[Document], list[str]]:
             documents.append(document)
         else:
             empty += not document.messages
-            documents.append(replace(document, place=f"{path.name}, {place}"))
+            documents.append(_with_place(document, record, path, place))
     if wrong and not documents:
         raise CalibrationError(f"{path}, {wrong[0]} has neither {KNOWN}")
     total = len(documents) + len(wrong)
@@ -165,6 +166,15 @@ def read_records(path: Path, text: str) -> tuple[list[Document], list[str]]:
             f"{path.name}: {len(wrong)} of {total} records are left out, {wrong[0]} has neither {KNOWN}"
         )
     return documents, notes
+
+
+def _with_place(chat: Chat, record: Any, path: Path, place: str) -> Chat:
+    """Returns a chat with the pictures and sounds of its record, and the place that it is from."""
+    try:
+        messages = place_media(chat.messages, record, path.parent)
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}, {place}: {error}") from None
+    return replace(chat, messages=messages, place=f"{path.name}, {place}")
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
