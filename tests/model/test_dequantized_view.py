@@ -31,8 +31,9 @@ from tests.helpers import (
     tensors_of,
     windows,
 )
+from tests.matrix.tiny import tiny_model
 from tests.mixtures import MIXTURES
-from tests.published import F8, FORMATS, pairs, publish, write_model
+from tests.published import F8, FORMATS, fp4_of_deepseek, fp8, pairs, publish, write_model
 
 CONFIG = rw.QuantizeConfig(group_size=32, expert_tokens=1)
 QUICK = CONFIG.merged({"recipe": "textbook"})
@@ -257,6 +258,34 @@ def test_experts_of_gpt_oss(square: bool, tmp_path: Path) -> None:
     quantize(twin, tmp_path / "b", config=QUICK)
     assert tensors_equal(tmp_path / "a", tmp_path / "b")
     assert audit(tmp_path / "a", against=Checkpoint(published)).failures == []
+
+
+def test_deepseek_v4_under_its_own_names(tmp_path: Path) -> None:
+    """FP4 experts, FP8 elsewhere, scales called `scale`; other parameters are called so too."""
+    tiny_model("DeepseekV4ForCausalLM").save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"dtype": "bfloat16"}
+    stored, dense = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, W in tensors_of(tmp_path / "model").items():
+        stored[name] = dense[name] = W.to(torch.bfloat16) if W.is_floating_point() else W
+        inside = name.endswith(".weight") and ".layers." in f".{name}"
+        if inside and W.ndim == 2 and not any(size % 32 for size in W.shape):
+            stem = name.removesuffix(".weight")
+            write = fp4_of_deepseek if ".experts." in name else fp8([32, 32], "ue8m0", "scale")
+            del stored[name]
+            made, dense[name] = write(stem, W.to(torch.bfloat16))
+            stored |= made
+    assert any(".experts." in name and T.dtype == torch.int8 for name, T in stored.items())
+    assert any(name.endswith("attn.wq_a.scale") for name in stored)
+    method = {"quantization_config": FORMATS["deepseek-v4"].settings, "expert_dtype": "fp4"}
+    published = write_model(tmp_path / "model", tmp_path / "p", stored, {**config, **method})
+    twin = write_model(tmp_path / "model", tmp_path / "d", dense, config)
+    planned = plan(open_streamed_model(published), CONFIG, samples=4, seq_len=32)
+    assert planned.sources[0].startswith("MXFP4 experts -> 4-bit GPTQ (")
+    assert any(line.startswith("FP8 layers -> 4-bit GPTQ (") for line in planned.sources)
+    quantize(published, tmp_path / "a", config=QUICK)
+    quantize(twin, tmp_path / "b", config=QUICK)
+    assert tensors_equal(tmp_path / "a", tmp_path / "b")
+    assert "expert_dtype" not in json.loads((tmp_path / "a" / "config.json").read_text())
 
 
 def test_a_mixed_checkpoint(llama: Path, tmp_path: Path) -> None:
