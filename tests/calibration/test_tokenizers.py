@@ -7,6 +7,7 @@ few words.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def tokenizers_of_the_matrix() -> dict[str, list[str]]:
     return found
 
 
-FAMILIES = tokenizers_of_the_matrix()
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of transformers' own modules
+    FAMILIES = tokenizers_of_the_matrix()
 
 
 def made(kind: str) -> Any:
