@@ -168,8 +168,8 @@ class TestModel:
 
     def test_quantized_already(self, quantize: Callable[..., Ended], model: Path) -> None:
         with edited_json(model / "config.json") as config:
-            config["quantization_config"] = {"quant_method": "awq", "bits": 4}
-        refused(quantize(), "is quantized already (awq): start from the original")
+            config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        refused(quantize(), "is quantized already (bitsandbytes): start from the original")
 
     def test_code_that_comes_with_the_model_is_not_run(
         self, quantize: Callable[..., Ended], model: Path, tmp_path: Path
