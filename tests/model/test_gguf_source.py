@@ -39,6 +39,19 @@ def gguf_name(name: str) -> str:
     return f"{NAMES[stem]}.weight"
 
 
+def add_tokenizer(writer: gguf.GGUFWriter, size: int, tiny: Path) -> None:
+    """Adds the first tokens of the bundled model's tokenizer."""
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text())["model"]
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)[:size]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    known, pairs = {*tokens}, (m if isinstance(m, list) else m.split() for m in tokenizer["merges"])
+    writer.add_token_merges([" ".join(m) for m in pairs if {*m, "".join(m)} <= known])
+    writer.add_token_types([1] * len(tokens))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+
 def write_llama(model: transformers.LlamaForCausalLM, file: Path, kind: Type, tiny: Path) -> None:
     """Writes a Llama as llama.cpp does: queries and keys in the order of its rotary embedding."""
     config, writer = model.config, gguf.GGUFWriter(file, "llama")
@@ -52,15 +65,7 @@ def write_llama(model: transformers.LlamaForCausalLM, file: Path, kind: Type, ti
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
-    tokenizer = json.loads((tiny / "tokenizer.json").read_text())["model"]
-    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)[: config.vocab_size]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    known, pairs = {*tokens}, (m if isinstance(m, list) else m.split() for m in tokenizer["merges"])
-    writer.add_token_merges([" ".join(m) for m in pairs if {*m, "".join(m)} <= known])
-    writer.add_token_types([1] * len(tokens))
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    add_tokenizer(writer, config.vocab_size, tiny)
     for name, tensor in model.state_dict().items():
         W = tensor.float().numpy()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -71,6 +76,10 @@ def write_llama(model: transformers.LlamaForCausalLM, file: Path, kind: Type, ti
             writer.add_tensor(gguf_name(name), W, raw_dtype=kind)
         else:
             writer.add_tensor(gguf_name(name), W)
+    close(writer)
+
+
+def close(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -155,3 +164,58 @@ def test_files_that_cannot_be_used(folder: Path, llama: Path, tmp_path: Path) ->
     both = Path(shutil.copytree(llama, tmp_path / "both"))
     shutil.copy(folder / "a.gguf", both)
     assert type(open_source(both)) is Checkpoint
+
+
+LFM2_NAMES = (
+    ("model.embed_tokens.", "token_embd."), ("model.embedding_norm.", "token_embd_norm."),
+    ("lm_head.", "output."), ("model.layers.", "blk."), (".operator_norm.", ".attn_norm."),
+    (".self_attn.q_proj.", ".attn_q."), (".self_attn.k_proj.", ".attn_k."),
+    (".self_attn.v_proj.", ".attn_v."), (".self_attn.out_proj.", ".attn_output."),
+    (".self_attn.q_layernorm.", ".attn_q_norm."), (".self_attn.k_layernorm.", ".attn_k_norm."),
+    (".feed_forward.w1.", ".ffn_gate."), (".feed_forward.w3.", ".ffn_up."),
+    (".feed_forward.w2.", ".ffn_down."), (".conv.", ".shortconv."),
+)  # fmt: skip
+
+
+def test_an_architecture_that_transformers_converts(tiny: Path, tmp_path: Path) -> None:
+    """LFM2, whose tensors go through converters instead of processors; in older versions they do not."""
+    sizes = {**LLAMA, "vocab_size": 512, "norm_eps": 1e-5, "block_auto_adjust_ff_dim": False}
+    config = transformers.Lfm2Config(
+        **sizes, conv_L_cache=3, conv_bias=False, layer_types=["conv", "full_attention"],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "lfm2")
+    writer.add_context_length(64)
+    writer.add_block_count(2)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv([0, config.num_key_value_heads])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_shortconv_l_cache(3)
+    writer.add_vocab_size(512)
+    add_tokenizer(writer, 512, tiny)
+    for key, tensor in random_model(config).state_dict().items():
+        name = key
+        for ours, theirs in LFM2_NAMES:
+            name = name.replace(ours, theirs)
+        W = tensor.float().numpy()
+        if W.ndim == 3:
+            writer.add_tensor(name, np.ascontiguousarray(W[:, 0]))
+        elif W.ndim == 2:
+            W = gguf.quants.quantize(np.ascontiguousarray(W), Type.Q8_0)
+            writer.add_tensor(name, W, raw_dtype=Type.Q8_0)
+        else:
+            writer.add_tensor(name, W)
+    close(writer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="a.gguf", dtype=torch.bfloat16,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )  # fmt: skip
+    opened = open_source(tmp_path)
+    for name, T in model.state_dict().items():
+        assert raw(opened.tensors[name].read()) == raw(T), name
+    quick = rw.QuantizeConfig(group_size=32, recipe="textbook")
+    rw.quantize(tmp_path, tmp_path / "out", quick, windows(), samples=4, seq_len=32)
+    assert audit(tmp_path / "out", against=open_source(tmp_path)).failures == []
