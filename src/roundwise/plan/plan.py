@@ -38,6 +38,7 @@ from roundwise.plan.memory import (
     plan_disk,
     plan_memory,
 )
+from roundwise.system.console import count_of
 
 #: Fraction of all parameters below which a warning says that little is quantized.
 ADVISED_PART = 0.8
@@ -198,8 +199,8 @@ def _warnings(
         )
     if undecided:
         warnings.append(
-            f"bits and groups of {len(undecided)} layers are chosen when the run begins: the ones "
-            f"shown are not final, and the size assumes {config.target_bpw:g} bits per weight"
+            f"bits and groups of {count_of(len(undecided), 'layer')} are chosen when the run begins: "
+            f"those shown are not final, and the size assumes {config.target_bpw:g} bits per weight"
         )
     return warnings
 
