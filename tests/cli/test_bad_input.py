@@ -337,6 +337,7 @@ class TestOutput:
 class TestDisk:
     """A write that fails ends the run in one sentence; with room again the same command goes on."""
 
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("largest", [700, 5_000, 30_000, 300_000])
     def test_files_that_must_not_grow(
         self,

@@ -181,6 +181,7 @@ def test_a_weight_is_what_the_package_of_its_format_makes_of_it(
     assert not {"quantization_config", "expert_dtype"} & {*view.config}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("model", "name"),
     [
@@ -331,6 +332,7 @@ def test_settings_of_modelopt_in_a_file_of_their_own(llama: Path, tmp_path: Path
     assert not (tmp_path / "a" / file.name).exists()  # it is not true of the result
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("settings", [{}, {"sym": False}, {"bits": 3, "desc_act": True}], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_oss"])
 def test_gptq_is_quantized_again_from_its_dequantized_weights(

@@ -51,6 +51,7 @@ SHAPES = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("name", "settings", "mode"),
     [
@@ -89,6 +90,7 @@ def run(model, out, settings, mode, rows, length, budget):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_offloaded_batches_are_not_in_memory(tmp_path):
     config = transformers.LlamaConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,

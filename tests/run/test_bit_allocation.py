@@ -115,6 +115,7 @@ def test_overrides_of_the_user_are_kept(tiny: Path, tmp_path: Path) -> None:
     assert {x["bits"] for x in result.layers if "down_proj" in x["name"]} == {8}
 
 
+@pytest.mark.slow
 def test_widths_are_chosen_once(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.sampled(5)
 @needs_native
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("sym", [True, False])
