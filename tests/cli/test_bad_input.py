@@ -371,6 +371,7 @@ class TestDisk:
         remount = ["mount", "-o", f"remount,size={kilobytes}k", str(disk)]
         subprocess.run(remount, check=True)
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("room", [4, 64, 400])
     def test_a_disk_that_fills_up(
         self, room: int, quantize: Callable[..., Ended], disk: Path, tmp_path: Path

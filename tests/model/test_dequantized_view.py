@@ -85,6 +85,7 @@ def pair(
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("rows", "columns"), [(32, 32), (128, 128), (40, 24)])
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 def test_fp8_gives_the_same_codes_as_its_dequantized_weights(

@@ -91,6 +91,7 @@ def test_all_other_tensors_are_copied_byte_for_byte(
         assert torch.equal(after["model.layers.1.mlp.experts.2.up_proj.bias"], fused[2, 96:])
 
 
+@pytest.mark.sampled(3)
 @MODES
 @NAMES
 def test_coverage_is_in_the_result_and_the_manifest(

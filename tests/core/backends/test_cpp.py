@@ -172,6 +172,7 @@ def test_wrong_arrays_are_refused() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("value", "expected"),
     [("off", "switched off"), ("pentium", "this processor has"), *[(name, name) for name in SETS]],
