@@ -57,6 +57,11 @@ class Chat:
 Document = str | Chat
 
 
+def holds_records(path: Path) -> bool:
+    """Tells from the name of a file whether it holds records, not plain text."""
+    return path.suffix.lower() in RECORDS
+
+
 def parse_record(record: Any) -> Document | None:
     """Returns the text or chat of a record; None: it has neither.
 

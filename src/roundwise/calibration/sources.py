@@ -13,7 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from roundwise.calibration.records import RECORDS, Document, is_json, parse_chat, read_records
+from roundwise.calibration.records import (
+    RECORDS,
+    Document,
+    holds_records,
+    is_json,
+    parse_chat,
+    read_records,
+)
 from roundwise.errors import CalibrationError, first_line
 from roundwise.version import install_command
 
@@ -145,7 +152,7 @@ def _read_file(path: Path) -> tuple[list[Document], list[str]]:
     if path.suffix.lower() == ".parquet":
         return read_records(path, "")
     text = _read_text(path)
-    if path.suffix.lower() in RECORDS:
+    if holds_records(path):
         return read_records(path, text)
     if is_json(text):
         return [text], [
