@@ -270,7 +270,7 @@ def _served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[
         yield from layers
         yield from (
             replace(layers[-1], conflicting_module=module)
-            for module in conflicting_packed_modules(config, block.linears)
+            for module in conflicting_packed_modules(config.for_module, block.linears)
         )
         yield from (
             replace(layers[-1], expert_naming="mixed")

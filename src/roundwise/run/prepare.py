@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -317,14 +317,8 @@ def _calibration(
 def _media_encoder(streamed: StreamedModel) -> Callable[[Chat], Window]:
     """Returns the function that encodes a chat with pictures or sounds."""
     accepted = inspect.signature(streamed.model.forward).parameters
-    processor: list[Any] = []  # it is loaded for the first chat
-
-    def encode(chat: Chat) -> Window:
-        if not processor:
-            processor.append(load_processor(streamed.checkpoint))
-        return encode_chat(chat, processor[0], accepted.__contains__)
-
-    return encode
+    processor = cache(lambda: load_processor(streamed.checkpoint))  # loaded for the first chat
+    return lambda chat: encode_chat(chat, processor(), accepted.__contains__)
 
 
 def _check_vocabulary(calibration: Calibration, vocabulary: int) -> None:
