@@ -32,8 +32,11 @@ def result(**values: Any) -> Any:
 def test_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     print_result(result(warnings=["few samples"], not_as_asked=["a.0.v: zero"]), Path("page.html"))
     assert capsys.readouterr().out.splitlines() == [
-        "3 layers in 12.3 s, 4.25 bits per weight, 1.0 GB -> 300.0 MB, peak memory 2.0 GB, mode block",
-        "relative output error: mean 2.00e-03, largest 3.00e-03 (a.0.k)",
+        "layers       3, 4.25 bits per weight",
+        "size         1.0 GB -> 300.0 MB",
+        "time         12.3 s, mode block",
+        "peak memory  2.0 GB",
+        "output error mean 2.00e-03, largest 3.00e-03 (a.0.k)",
         "note: few samples",
         "report: page.html",
         "verified, saved in out",
@@ -45,8 +48,8 @@ def test_an_accelerator_and_no_errors(capsys: pytest.CaptureFixture[str]) -> Non
     run = result(layers=[layer("a", None)], device="cuda:0", peak_device_bytes=10**9)
     print_result(run)
     lines = capsys.readouterr().out.splitlines()
-    assert "peak memory 1.0 GB on cuda:0 and 2.0 GB" in lines[0]
-    assert lines[1:] == ["verified, saved in out"]
+    assert lines[3] == "peak memory  1.0 GB on cuda:0 and 2.0 GB"
+    assert lines[4:] == ["verified, saved in out"]
 
 
 def test_tokens_of_experts() -> None:
@@ -54,3 +57,4 @@ def test_tokens_of_experts() -> None:
     assert expert_coverage(modules) == (
         "4 experts in 2 layers: 1 to 9 calibration tokens each, median 5"
     )
+    assert expert_coverage(modules[:1]).startswith("2 experts in 1 layer: 1 to 5")

@@ -41,16 +41,27 @@ class TestReporter:
         report(step(0, left=75.0))
         report(step(1, left=None))
         assert capsys.readouterr().err.splitlines() == [
-            "block 1/4  3 layers  error 2.2e-03, max 3.2e-03 k_proj  1:15 left",
-            "block 2/4  0 layers",
+            "block         layers  mean error  largest error, layer         time left",
+            "block 1/4          3  2.2e-03     3.2e-03 k_proj                    1:15",
+            "block 2/4          0",
         ]
+
+    def test_without_errors_there_is_no_header(self, capsys: pytest.CaptureFixture[str]) -> None:
+        report = Reporter(Steps(None, "quantizing"))
+        report(step(0, layer("model.layers.0.q_proj", None)))
+        report(step(0))
+        assert capsys.readouterr().err.splitlines() == ["block 1/4          1"]
 
     def test_a_line_fits_a_narrow_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
         report = Reporter(Steps(None, "quantizing"))
         for expert in range(384):
-            report(step(60, layer(f"model.layers.60.experts.{expert}.down_proj", 0.1), blocks=128))
-        report(step(60, blocks=128, left=36000.0))
-        assert len(capsys.readouterr().err.splitlines()[0]) < 80
+            name = f"model.layers.1060.experts.{expert}.a_projection_with_a_long_name"
+            report(step(1060, layer(name, 0.1), blocks=1280))
+        report(step(1060, blocks=1280, left=360000.0))
+        header, line = capsys.readouterr().err.splitlines()
+        assert len(header) < 80
+        assert len(line) < 80
+        assert line.startswith("block 1061/1280    384  1.0e-01     1.0e-01 ")
 
     def test_blocks_of_an_earlier_run_do_not_count(self) -> None:
         moves = []

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from roundwise.system import console
 from roundwise.system.activity import announce
-from roundwise.system.console import count_of, format_seconds, steps
+from roundwise.system.console import count_of, format_seconds, in_words, steps
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +30,18 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_counts(number: int | None, words: str) -> None:
     assert count_of(number, "check") == words
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (True, "yes"), (False, "no"), (None, "none"), (4, "4"), ("gptq", "gptq"), ([], "none"),
+        ({}, "none"),
+        ([4, True], "4, yes"), ({"a": {"b": None}, "c": [1]}, "a: b: none, c: 1"),
+    ],
+)  # fmt: skip
+def test_values_in_words(value: Any, words: str) -> None:
+    assert in_words(value) == words
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ or it was read from the engine's source code.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,17 +94,17 @@ def ignore_patterns(ignored: Iterable[str], quantized: Iterable[str]) -> dict[st
     return patterns
 
 
-def conflicting_packed_modules(config: QuantizeConfig, names: Iterable[str]) -> list[str]:
+def conflicting_packed_modules(settings: Callable[[str], Any], names: Iterable[str]) -> list[str]:
     """Returns the fused names whose members have different settings.
 
     Args:
-        config: settings of the run.
+        settings: returns the settings of a layer.
         names: all quantized layers.
     """
     return [
         packed
         for packed, members in packed_modules(names)
-        if any(config.for_module(member) != config.for_module(members[0]) for member in members)
+        if any(settings(member) != settings(members[0]) for member in members)
     ]
 
 
@@ -148,39 +148,37 @@ class Reading:
         """Tells whether a layer is in the format of this reading."""
         return self.format == layer.format.removesuffix("_v2")
 
-    def refusal(self, layer: ServedLayer) -> str | None:  # one for each reason
+    def refusal(self, layer: ServedLayer) -> str | None:
         """Returns why a layer cannot be read in this way, once it is in the format; None: it can."""
+        return next(self._refusals(layer), None)
+
+    def _refusals(self, layer: ServedLayer) -> Iterator[str]:
+        """Yields every reason why a layer cannot be read in this way."""
         if layer.bits not in self.bits:
             known = ", ".join(map(str, sorted(self.bits)))
-            return f"its kernels take {known} bits, not {layer.bits}"
+            yield f"its kernels take {known} bits, not {layer.bits}"
         if not layer.sym and not self.asymmetric:
-            return "it takes symmetric weights only, these are asymmetric"
+            yield "it takes symmetric weights only, these are asymmetric"
         # One group for all channels is the same group in any order.
         if layer.desc_act and layer.group_size != -1 and not self.act_order:
-            return "it takes no act-order files (desc_act)"
-        if self.format == "gguf" and (reason := _blocks_refusal(layer)):
-            return reason
+            yield "it takes no act-order files (desc_act)"
+        if self.format == "gguf" and layer.group_size % 32 and layer.group_size != -1:
+            yield f"groups of {layer.group_size} do not fill its blocks of 32 weights"
+        if self.format == "gguf" and layer.bits == 8 and not layer.sym:
+            yield "none of its types holds asymmetric codes of 8 bits exactly"
         if self.group_sizes is not None and layer.group_size not in self.group_sizes:
             sizes = ", ".join(str(size) for size in sorted(self.group_sizes) if size > 0)
-            return f"it has no kernel for groups of {layer.group_size} ({sizes} or -1)"
+            yield f"it has no kernel for groups of {layer.group_size} ({sizes} or -1)"
         if layer.is_conv1d and self.format == "compressed-tensors":
-            return "Conv1D layers cannot be stored as compressed-tensors"
-        return "it reads no quantized output head" if layer.is_head and not self.head else None
+            yield "Conv1D layers cannot be stored as compressed-tensors"
+        if layer.is_head and not self.head:
+            yield "it reads no quantized output head"
 
     def way(self, layer: ServedLayer) -> str:
         """Returns what a user must do so that a layer is read in this way."""
         command = "convert --to" if self.format == "gguf" else "--format"
         as_format = "" if self.takes_format(layer) else f"as {command} {self.format}"
         return " ".join(part for part in (as_format, self.option and f"with {self.option}") if part)
-
-
-def _blocks_refusal(layer: ServedLayer) -> str | None:
-    """Returns why the codes of a layer do not fit into GGUF's blocks (gguf/blocks.py); None: they do."""
-    if layer.group_size % 32 and layer.group_size != -1:
-        return f"groups of {layer.group_size} do not fill its blocks of 32 weights"
-    if layer.bits == 8 and not layer.sym:
-        return "none of its types holds asymmetric codes of 8 bits exactly"
-    return None
 
 
 @dataclass(frozen=True)

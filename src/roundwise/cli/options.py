@@ -146,6 +146,9 @@ def at_least(least: int) -> Callable[[typer.CallbackParam, int], int]:
     return check
 
 
+#: Environment variable with the API key of a server.
+API_KEY_VARIABLE = "ROUNDWISE_API_KEY"
+
 # Arguments and options that several commands share.
 SOURCE = typer.Argument(help="Model folder, or id on the Hugging Face hub.")
 ModelArgument = Annotated[
@@ -190,6 +193,21 @@ LimitOption = Annotated[
     int | None, typer.Option(help="Evaluate only the first documents of each task.", min=1)
 ]
 BatchSizeOption = Annotated[int, typer.Option(help="Sequences per forward pass.", min=1)]
+ServedModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="Model, quantized or not: folder or hub id; with --endpoint, the one it serves."
+    ),
+]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Measure through this server with OpenAI's API, such as http://127.0.0.1:8000."
+    ),
+]
+ApiKeyOption = Annotated[
+    str | None, typer.Option(envvar=API_KEY_VARIABLE, help="API key of the server (--endpoint).")
+]
 ChatTemplateOption = Annotated[
     Path | None, typer.Option(help="Jinja file to use instead of the model's own chat template.")
 ]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from rich.table import Table
 from rich.text import Text
 
 from roundwise.system.console import console, stdout, visible
@@ -37,6 +38,17 @@ def _labelled(text: str, label: str, style: str) -> Text:
 
 
 def print_labelled(lines: Mapping[str, str], width: int) -> None:
-    """Prints a result as lines of a label, padded to `width`, and a text."""
+    """Prints a result as lines of a label, padded to `width`, and a text.
+
+    On a terminal, a text that is too long goes on below itself; elsewhere each is one line.
+    """
+    if not stdout.is_terminal:
+        for label, text in lines.items():
+            print_line(f"{label:{width}} {text}")
+        return
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(min_width=width, no_wrap=True)
+    grid.add_column(overflow="fold")
     for label, text in lines.items():
-        print_line(f"{label:{width}} {text}")
+        grid.add_row(Text(visible(label)), Text(visible(text)))
+    stdout.print(grid)

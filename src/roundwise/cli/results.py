@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roundwise.cli.output import print_line, print_note
+from roundwise.cli.output import print_labelled, print_line, print_note
+from roundwise.system.console import count_of
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
@@ -23,15 +24,12 @@ def print_result(result: QuantizeResult, page: Path | None = None) -> None:
     """
     from roundwise.checkpoint.manifest import widths
 
-    print_line(
-        f"{len(result.layers)} layers in {result.seconds:.1f} s, {result.bits_per_weight:.2f} bits per "
-        f"weight, {format_size(result.bytes_before)} -> {format_size(result.bytes_after)}, "
-        f"peak memory {_peak_memory(result)}, mode {result.mode}"
-    )
-    for kind, text in widths(result.layers).items():
-        print_line(f"{kind}: {text}")
-    if result.experts:
-        print_line(expert_coverage(result.experts))
+    lines = {
+        "layers": f"{len(result.layers)}, {result.bits_per_weight:.2f} bits per weight",
+        "size": f"{format_size(result.bytes_before)} -> {format_size(result.bytes_after)}",
+        "time": f"{result.seconds:.1f} s, mode {result.mode}",
+        "peak memory": _peak_memory(result),
+    }
     errors = {
         layer.name: layer.relative_error
         for layer in result.layers
@@ -39,10 +37,13 @@ def print_result(result: QuantizeResult, page: Path | None = None) -> None:
     }
     if errors:
         worst = max(errors, key=errors.__getitem__)
-        print_line(
-            f"relative output error: mean {sum(errors.values()) / len(errors):.2e}, "
-            f"largest {errors[worst]:.2e} ({worst})"
-        )
+        mean = sum(errors.values()) / len(errors)
+        lines["output error"] = f"mean {mean:.2e}, largest {errors[worst]:.2e} ({worst})"
+    print_labelled(lines, width=12)
+    for kind, text in widths(result.layers).items():
+        print_line(f"{kind}: {text}")
+    if result.experts:
+        print_line(expert_coverage(result.experts))
     for warning in result.warnings:
         print_line(warning, label="note:", style="yellow")
     if page is not None:
@@ -63,8 +64,8 @@ def expert_coverage(experts: Sequence[ExpertCoverage]) -> str:
     """Returns one line on how many calibration tokens reached the experts."""
     counts = sorted(tokens for module in experts for tokens in module.tokens)
     return (
-        f"{len(counts)} experts in {len(experts)} layers: {counts[0]} to {counts[-1]} calibration "
-        f"tokens each, median {counts[len(counts) // 2]}"
+        f"{count_of(len(counts), 'expert')} in {count_of(len(experts), 'layer')}: {counts[0]} to "
+        f"{counts[-1]} calibration tokens each, median {counts[len(counts) // 2]}"
     )
 
 

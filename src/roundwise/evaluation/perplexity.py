@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,36 +61,25 @@ def perplexity(
         CalibrationError: nothing can be predicted: too few tokens, or too short a window or stride.
         NumericalError: the model's output is NaN or infinite.
     """
-    ids = (
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if isinstance(text, str)
-        else text
-    )
-    ids = torch.tensor(ids[:max_tokens])
     around = special_tokens(tokenizer) if special is None else special
-    size = min(window - around.count, len(ids))  # tokens of the text in a window
-    window = size + around.count
-    stride = size if stride is None else min(stride, size)
-    first = 0 if around.prefix else 1
-    if size <= first or stride < 1:
-        raise CalibrationError(
-            f"nothing to predict: {len(ids)} tokens, window {window}, stride {stride}; the minimum is "
-            f"{first + 1}, {around.count + first + 1} and 1"
-        )
-    spans = _spans(len(ids), size, stride, first)
+    windows = cut_windows(token_ids(tokenizer, text)[:max_tokens], window, stride, around)
+    spans = windows.spans
     total, count = 0.0, 0
     for start in range(0, len(spans), batch_size):
         batch = spans[start : start + batch_size]
         # The last window can be shorter than the others: it then gets a forward of its own.
         for equally_long in _by_length(batch):
-            nll, tokens = _score(model, ids, equally_long, around)
-            total, count = total + nll, count + tokens
+            for logits, tokens in predictions(model, windows, equally_long):
+                nll = functional.cross_entropy(logits, tokens, reduction="none")
+                total, count = total + float(nll.double().sum()), count + len(tokens)
         if progress is not None:
             progress(min(1.0, (start + len(batch)) / len(spans)))
-    return Perplexity(math.exp(total / count), count, window, stride)
+    if not math.isfinite(total):
+        raise NumericalError("the model's output is NaN or infinite")
+    return Perplexity(math.exp(total / count), count, windows.window, windows.stride)
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """A window: tokens begin … end - 1 of the text, of which those from `first` on are counted."""
 
     begin: int
@@ -98,7 +87,61 @@ class _Span(NamedTuple):
     end: int
 
 
-def _spans(length: int, size: int, stride: int, unpredicted: int) -> list[_Span]:
+@dataclass(frozen=True)
+class Windows:
+    """A text cut into windows, and the tokens of each that count."""
+
+    ids: list[int]
+    """Token ids of the text, without special tokens."""
+    special: SpecialTokens
+    """Special tokens around every window."""
+    window: int
+    """Tokens of a window, special ones included."""
+    stride: int
+    spans: list[Span]
+
+    def row(self, span: Span) -> list[int]:
+        """Returns the token ids of a window, with its special tokens."""
+        return self.special.around(self.ids[span.begin : span.end])
+
+    def counted(self, span: Span) -> slice:
+        """Returns the places in the window's row of the tokens that count."""
+        offset = len(self.special.prefix) - span.begin
+        return slice(offset + span.first, offset + span.end)
+
+
+def token_ids(tokenizer: Any, text: str | list[int]) -> list[int]:
+    """Returns the token ids of a text without special tokens; token ids are returned as they are."""
+    if not isinstance(text, str):
+        return text
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def cut_windows(ids: list[int], window: int, stride: int | None, special: SpecialTokens) -> Windows:
+    """Cuts a text into windows that overlap, each with the tokens that no earlier window has predicted.
+
+    Args:
+        ids: token ids of the text, without special tokens.
+        window: tokens of a window, special ones included; less if the text is shorter.
+        stride: tokens from one window to the next; None: windows do not overlap.
+        special: special tokens around every window.
+
+    Raises:
+        CalibrationError: nothing can be predicted: too few tokens, or too short a window or stride.
+    """
+    size = min(window - special.count, len(ids))  # tokens of the text in a window
+    stride = size if stride is None else min(stride, size)
+    first = 0 if special.prefix else 1
+    if size <= first or stride < 1:
+        raise CalibrationError(
+            f"nothing to predict: {len(ids)} tokens, window {size + special.count}, stride {stride}; "
+            f"the minimum is {first + 1}, {special.count + first + 1} and 1"
+        )
+    spans = _spans(len(ids), size, stride, first)
+    return Windows(ids, special, size + special.count, stride, spans)
+
+
+def _spans(length: int, size: int, stride: int, unpredicted: int) -> list[Span]:
     """Returns all windows of a text of `length` tokens that have a token to count.
 
     Args:
@@ -112,44 +155,38 @@ def _spans(length: int, size: int, stride: int, unpredicted: int) -> list[_Span]
         end = min(begin + size, length)
         first = max(counted, begin + unpredicted)
         if end > first:
-            spans.append(_Span(begin, first, end))
+            spans.append(Span(begin, first, end))
         counted = end
         if end == length:
             break
     return spans
 
 
-def _by_length(spans: list[_Span]) -> list[list[_Span]]:
-    groups: dict[int, list[_Span]] = {}
+def _by_length(spans: list[Span]) -> list[list[Span]]:
+    groups: dict[int, list[Span]] = {}
     for span in spans:
         groups.setdefault(span.end - span.begin, []).append(span)
     return list(groups.values())
 
 
 @torch.no_grad()
-def _score(
-    model: Any, ids: torch.Tensor, spans: list[_Span], special: SpecialTokens
-) -> tuple[float, int]:
-    """Returns the summed negative log-likelihood of the counted tokens, and their number.
+def predictions(
+    model: Any, windows: Windows, spans: list[Span]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields for each window the predictions of the tokens that count, and these tokens.
 
     Args:
         model: transformers causal language model.
-        ids: int64 [tokens], the text.
-        spans: windows of equal length, for one forward.
-        special: special tokens around every window.
+        windows: the text in windows.
+        spans: those of its windows that one forward computes; they have equal lengths.
+
+    Yields:
+        Float32 logits [tokens, vocabulary], and token ids [tokens].
     """
-    rows = [special.around(ids[begin:end].tolist()) for begin, _, end in spans]
-    inputs, prefix = torch.tensor(rows, device=model.device), len(special.prefix)
+    inputs = torch.tensor([windows.row(span) for span in spans], device=model.device)
     with cpu_half_matmul(), foreign_errors(f"{type(model).__name__} fails on the evaluation text"):
         logits = model(input_ids=inputs, use_cache=False).logits
-    total, count = 0.0, 0
-    for row, (begin, first, end) in enumerate(spans):
-        counted = slice(prefix + first - begin, prefix + end - begin)
+    for row, span in enumerate(spans):
+        counted = windows.counted(span)
         # Position p predicts token p + 1.
-        predictions = logits[row, counted.start - 1 : counted.stop - 1].float()
-        nll = functional.cross_entropy(predictions, inputs[row, counted], reduction="none")
-        total += float(nll.double().sum())
-        count += end - first
-    if not math.isfinite(total):
-        raise NumericalError("the model's output is NaN or infinite")
-    return total, count
+        yield logits[row, counted.start - 1 : counted.stop - 1].float(), inputs[row, counted]

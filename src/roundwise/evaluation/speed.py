@@ -122,18 +122,19 @@ def latency(runs: Sequence[Sequence[float]]) -> Latency:
     Args:
         runs: for each run, seconds from its start to each of its tokens; at least two tokens.
     """
-    steps = sorted(1e3 * (later - earlier) for run in runs for earlier, later in pairwise(run))
-
-    def percentile(p: int) -> float:
-        return steps[min(len(steps) - 1, len(steps) * p // 100)]
-
+    steps = [1e3 * (later - earlier) for run in runs for earlier, later in pairwise(run)]
     return Latency(
         first_token=1e3 * statistics.median(run[0] for run in runs),
         mean=statistics.mean(steps),
-        p50=percentile(50),
-        p90=percentile(90),
-        p99=percentile(99),
+        p50=percentile(steps, 50),
+        p90=percentile(steps, 90),
+        p99=percentile(steps, 99),
     )
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Returns the value that `percent` of some values are below, or the largest one."""
+    return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
 def kernel_counts(model: Any) -> dict[str, int]:

@@ -29,6 +29,7 @@ from roundwise.plan.layer_formats import (
     fit_group_size,
     format_problems,
     layer_shapes,
+    source_lines,
     tensor_parallel_degrees,
 )
 from roundwise.plan.memory import (
@@ -38,6 +39,7 @@ from roundwise.plan.memory import (
     plan_disk,
     plan_memory,
 )
+from roundwise.system.console import count_of
 
 #: Fraction of all parameters below which a warning says that little is quantized.
 ADVISED_PART = 0.8
@@ -87,6 +89,8 @@ class Plan:
     tensor_parallel: list[int]
     problems: list[str]
     """Reasons why a run would be refused."""
+    sources: list[str] = field(default_factory=list)
+    """From which format to which, if the source is quantized: "MXFP4 experts -> 4-bit GPTQ (192)"."""
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -166,6 +170,7 @@ def plan(
             kv_heads=config_size(streamed.model, "num_key_value_heads") or heads,
         ),
         problems=problems,
+        sources=source_lines(streamed, config),
         warnings=warnings,
     )  # fmt: skip
 
@@ -195,8 +200,8 @@ def _warnings(
         )
     if undecided:
         warnings.append(
-            f"bits and groups of {len(undecided)} layers are chosen when the run begins: the ones "
-            f"shown are not final, and the size assumes {config.target_bpw:g} bits per weight"
+            f"bits and groups of {count_of(len(undecided), 'layer')} are chosen when the run begins: "
+            f"those shown are not final, and the size assumes {config.target_bpw:g} bits per weight"
         )
     return warnings
 
@@ -266,7 +271,7 @@ def served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[S
         yield from layers
         yield from (
             replace(layers[-1], conflicting_module=module)
-            for module in conflicting_packed_modules(config, block.linears)
+            for module in conflicting_packed_modules(config.for_module, block.linears)
         )
         yield from (
             replace(layers[-1], expert_naming="mixed")

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 from roundwise.checkpoint.manifest import LayerRecord
 from roundwise.run.loop import Progress
-from roundwise.system.console import Steps, count_of, format_seconds, steps
+from roundwise.system.console import Steps, format_seconds, steps
+
+#: Longest name of a layer in a line.
+MAX_NAME = 20
 
 
 class Reporter:
@@ -16,6 +19,7 @@ class Reporter:
     def __init__(self, shown: Steps) -> None:
         self._shown = shown
         self._layers: list[LayerRecord] = []
+        self._has_header = False
 
     def __call__(self, step: Progress) -> None:
         """Shows one step of the run: a layer, or a finished block."""
@@ -27,24 +31,33 @@ class Reporter:
             self._shown.update(finished, f"{label} {step.layer.name.rpartition('.')[2]}")
             return
         self._shown.update(finished, label)
-        left = step.seconds_left
-        parts = [label, self._errors(), "" if left is None else f"{format_seconds(left)} left"]
-        self._shown.line("  ".join(part for part in parts if part))
+        errors = self._errors()
+        if errors and not self._has_header:
+            self._shown.line(
+                _row("block", "layers", "mean error", "largest error, layer", "time left")
+            )
+            self._has_header = True
+        left = "" if step.seconds_left is None else format_seconds(step.seconds_left)
+        self._shown.line(_row(label, str(len(self._layers)), *(errors or ("", "")), left))
         self._layers = []
 
-    def _errors(self) -> str:
-        """Returns the number of layers of a block, and their mean and largest relative error."""
+    def _errors(self) -> tuple[str, str] | None:
+        """Returns the mean relative output error of a block's layers, and the largest with its layer."""
         known = [
             (layer.relative_error, layer.name)
             for layer in self._layers
             if layer.relative_error is not None
         ]
-        text = count_of(len(self._layers), "layer")
         if not known:
-            return text
+            return None
         largest, name = max(known)
         mean = sum(error for error, _ in known) / len(known)
-        return f"{text}  error {mean:.1e}, max {largest:.1e} {name.rpartition('.')[2]}"
+        return f"{mean:.1e}", f"{largest:.1e} {name.rpartition('.')[2][-MAX_NAME:]}"
+
+
+def _row(block: str, layers: str, error: str, largest: str, left: str) -> str:
+    """Returns a line of the table of blocks, of less than 80 characters."""
+    return f"{block:13} {layers:>6}  {error:10}  {largest:28} {left:>9}".rstrip()
 
 
 @contextmanager

@@ -55,6 +55,17 @@ def count_of(number: int | None, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def in_words(value: Any) -> str:
+    """Returns a value of JSON for readers: "yes" instead of True, lists and objects without brackets."""
+    if isinstance(value, list):
+        return ", ".join(map(in_words, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {in_words(each)}" for key, each in value.items()) or "none"
+    if value is None or isinstance(value, bool):
+        return {True: "yes", False: "no", None: "none"}[value]
+    return str(value)
+
+
 def is_verbose() -> bool:
     """True if announcements reach the terminal as log lines, so that they need no lines of their own."""
     return any(isinstance(handler, ConsoleHandler) for handler in logger.handlers)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import roundwise as rw
+from roundwise.cli import output
+from roundwise.cli.commands import inspect
+from roundwise.cli.commands.inspect import summarize
+from roundwise.model.streamed import open_streamed_model
+from roundwise.plan.plan import plan
+from roundwise.system.console import SafeConsole
 from tests.cli.outputs import only_json
 from tests.helpers import Commands, Ended
 
@@ -33,10 +43,62 @@ class TestInspect:
         found = only_json(commands.run("inspect", text_model, "--json"))
         assert found["quantization"] is None
         assert found["layers"] == []
-        assert "quantized: no" in commands.run("inspect", text_model).stdout
+        assert found["served_by"] == {}
+        assert "quantized  no" in commands.run("inspect", text_model).stdout
 
     def test_words(self, commands: Commands, made: tuple[Path, Ended]) -> None:
         ended = commands.run("inspect", made[0])
         assert ended.code == 0
         assert "LlamaForCausalLM" in ended.stdout
-        assert "group_size: 32" in ended.stdout
+        assert re.search(r"^group size +32$", ended.stdout, re.MULTILINE)
+        assert re.search(r"^desc act +no$", ended.stdout, re.MULTILINE)
+        assert re.search(r"^vLLM, CPU +serves it$", ended.stdout, re.MULTILINE)
+        for representation in ("{", "[", "False", "True", "None", "'"):
+            assert representation not in ended.stdout
+
+
+SERVING = [
+    ({}, {"vLLM, CPU", "vLLM, GPU", "SGLang", "ExLlamaV2", "GPTQModel"}),
+    ({"bits": 3}, {"GPTQModel"}),
+    ({"sym": False}, {"ExLlamaV2", "GPTQModel"}),
+    ({"desc_act": True}, {"ExLlamaV2", "GPTQModel"}),
+    ({"dynamic": {"q_proj": {"bits": 8}}}, {"GPTQModel"}),
+    ({"format": "compressed-tensors", "sym": False}, {"vLLM, CPU", "vLLM, GPU", "SGLang"}),
+]
+
+
+@pytest.mark.parametrize(("settings", "engines"), SERVING, ids=[str(each) for each, _ in SERVING])
+def test_who_serves_a_finished_checkpoint(
+    settings: dict[str, Any], engines: set[str], quantized: Callable[..., Path],
+    commands: Commands,
+) -> None:  # fmt: skip
+    """The same as `plan` says before the run."""
+    folder = quantized("llama", **settings)
+    found = summarize(str(folder)).served_by
+    assert {name for name, reason in found.items() if reason is None} == {
+        *engines, "transformers with roundwise",
+    }  # fmt: skip
+
+
+def test_plan_and_inspect_say_the_same(
+    quantized: Callable[..., Path], folder_of: Callable[[str], Path]
+) -> None:
+    for name in ("llama", "gpt2", "mixtral"):
+        for settings in ({}, {"bits": 3}, {"sym": False}, {"dynamic": {"q_proj": {"bits": 8}}}):
+            config = rw.QuantizeConfig(group_size=32, **settings)
+            planned = plan(open_streamed_model(folder_of(name)), config)
+            assert summarize(str(quantized(name, **settings))).served_by == planned.served_by
+
+
+def test_long_values_continue_below_themselves_on_a_terminal(
+    quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = SafeConsole(force_terminal=True, width=80, record=True, file=io.StringIO())
+    for module in (inspect, output):
+        monkeypatch.setattr(module, "stdout", terminal)
+    inspect.command(str(quantized("llama", sym=False)))
+    lines = terminal.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    [at] = [i for i, line in enumerate(lines) if line.startswith("vLLM, CPU")]
+    assert lines[at].startswith("vLLM, CPU                    no: it takes symmetric weights only")
+    assert lines[at + 1].startswith(" " * 29)

@@ -200,3 +200,27 @@ def test_missing_values_are_explained():
     assert sentence in render(unknown)
     rounded = facts([layer("model.layers.0.mlp.up_proj", None)])
     assert "rounding to nearest uses no calibration inputs" in render(rounded)
+
+
+def test_options_to_copy_for_layers_that_lose_much():
+    layers = [
+        layer(f"model.layers.{i}.{kind}", 1e-3 * (1 + 0.02 * i) * (20 if i == 0 else 1))
+        for i in range(12)
+        for kind in KINDS
+    ]
+    page = render(facts(layers))
+    found = facts(layers)
+    [option] = {each.option for each in found.sensitive if each.is_notable}
+    text = "".join(Text(page).text)
+    assert option in text
+    assert found.outlier_override in text
+    assert "The first block of 12: 2.00e-02 on average" in text
+    assert "Query and key projections" in text
+    assert "Nothing needs to be done about them." in text
+    assert "REGEX" not in text
+
+
+def test_names_of_layers_break_behind_dots_only():
+    page = render(facts([layer("model.layers.0.mlp.up_proj")]))
+    assert '<td class="name">model.layers.0.mlp.up_proj</td>' in page
+    assert "<span>model.<wbr>layers.<wbr>0.<wbr>mlp.<wbr>up_proj</span>" in page

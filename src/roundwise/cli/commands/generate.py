@@ -17,7 +17,7 @@ from roundwise.cli.options import (
     ModelArgument,
 )
 from roundwise.cli.output import print_json, print_note
-from roundwise.system.console import console, steps, visible
+from roundwise.system.console import console, count_of, steps, visible
 
 if TYPE_CHECKING:
     from roundwise.inference.generation import Generated
@@ -148,9 +148,8 @@ def _print_piece(text: str) -> None:
 def _print_speed(result: Generated) -> None:
     speed = result.tokens_per_second
     rate = f", {speed:.1f} tokens/s after the first" if speed else ""
-    console.print(
-        f"{result.tokens} tokens in {result.seconds:.2f} s{rate}", style="dim", highlight=False
-    )
+    text = f"{count_of(result.tokens, 'token')} in {result.seconds:.2f} s{rate}"
+    console.print(text, style="dim", highlight=False)
 
 
 def _as_json(result: Generated) -> dict[str, Any]:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from roundwise.cli.options import JsonOption
-from roundwise.cli.output import print_json, print_line
+from roundwise.cli.output import print_json, print_labelled, print_line, print_note
 from roundwise.errors import MAX_QUOTED
-from roundwise.system.console import count_of, stdout, visible
+from roundwise.system.console import count_of, in_words, stdout, visible
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
+    from roundwise.checkpoint.engines import ServedLayer
     from roundwise.checkpoint.quantized_layers import QuantizedLayer
     from roundwise.checkpoint.reader import Checkpoint
+
+
+#: Families with Conv1D layers, whose weights are stored as [in, out].
+CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class CheckpointSummary:
     other_tensors: int
     """Number of tensors that are not quantized."""
     other_bytes: int
+    served_by: dict[str, str | None]
+    """Engine -> why it does not serve the checkpoint; None: it does. Empty: it is not quantized."""
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain JSON values."""
@@ -61,24 +70,38 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Show what is in a checkpoint, without loading it."""
+    from roundwise.model.moe import parse_expert_name
+
     summary = summarize(checkpoint)
     if as_json:
         print_json(summary.as_dict())
         return
     size = f" {format_size(summary.bytes)}, {count_of(summary.files, 'file')}"
     print_line(size, label=visible(summary.architecture[:MAX_QUOTED]), style="bold")
-    for key, value in (summary.quantization or {"quantized": "no"}).items():
-        print_line(f"  {key}: {value}")
+    settings = summary.quantization or {"quantized": False}
+    words = {key.replace("_", " "): in_words(value) for key, value in settings.items()}
+    print_labelled(words, width=max(map(len, words)) + 1)
     if summary.layers:
         stdout.print(_layer_table(summary.layers))
-    print_line(
-        f"{summary.other_tensors} tensors are not quantized ({format_size(summary.other_bytes)})"
-    )
+    others = count_of(summary.other_tensors, "tensor")
+    print_line(f"{others} not quantized ({format_size(summary.other_bytes)})")
+    serving = {
+        engine: "serves it" if reason is None else f"no: {reason}"
+        for engine, reason in summary.served_by.items()
+    }
+    print_labelled(serving, width=28)
+    if serving and any(parse_expert_name(layer.name) for layer in summary.layers):
+        print_note(
+            "experts count as stored one by one by the model's publisher too; `roundwise plan ORIGINAL` "
+            "checks that", label="note:", style="yellow",
+        )  # fmt: skip
 
 
 def _layer_table(layers: list[LayerSummary]) -> Table:
     """Returns a table with one row for all layers that are alike."""
-    table = Table("layers", "bits", "group", "in", "out", "act-order", "bits per weight")
+    table = Table(
+        "layers", "bits", "group", "in", "out", "act-order", "bits per weight", box=SIMPLE_HEAD
+    )
     alike = Counter(
         (
             layer.bits, layer.group_size, layer.in_features, layer.out_features, layer.act_order,
@@ -87,7 +110,7 @@ def _layer_table(layers: list[LayerSummary]) -> Table:
         for layer in layers
     )  # fmt: skip
     for values, count in alike.items():
-        table.add_row(str(count), *map(str, values))
+        table.add_row(str(count), *map(in_words, values))
     return table
 
 
@@ -97,6 +120,7 @@ def summarize(name: str) -> CheckpointSummary:
     Args:
         name: folder, or id on the Hugging Face hub.
     """
+    from roundwise.checkpoint.engines import served_by
     from roundwise.checkpoint.quantization_config import is_packed, read_quantization_config
     from roundwise.checkpoint.quantized_layers import find_layers
     from roundwise.checkpoint.reader import Checkpoint
@@ -123,6 +147,55 @@ def summarize(name: str) -> CheckpointSummary:
         layers=layers,
         other_tensors=len(others),
         other_bytes=sum(info.nbytes for info in others),
+        served_by=(
+            served_by(_served_layers(found, layers, str(checkpoint.config.get("model_type"))))
+            if found
+            else {}
+        ),
+    )
+
+
+def _served_layers(
+    found: list[QuantizedLayer], summaries: list[LayerSummary], family: str
+) -> Iterator[ServedLayer]:
+    """Yields the settings of each quantized layer as engines see them, conflicts between layers too.
+
+    Experts count as those of a family whose own files have one tensor for each: which family has not,
+    only `plan` finds out, from the original.
+
+    Args:
+        found: the quantized layers.
+        summaries: what is known of each.
+        family: `model_type` of the model.
+    """
+    from roundwise.checkpoint.engines import (
+        ServedLayer,
+        conflicting_packed_modules,
+        expert_naming,
+    )
+    from roundwise.model.moe import parse_expert_name
+
+    served: dict[str, ServedLayer] = {}
+    experts: dict[str, set[ServedLayer]] = {}
+    for layer, summary in zip(found, summaries, strict=True):
+        settings = ServedLayer(
+            bits=layer.bits, group_size=summary.group_size, sym=layer.config.sym is not False,
+            desc_act=summary.act_order, format=layer.checkpoint_format,
+            is_head=layer.name.endswith("head"), is_conv1d=family in CONV1D_FAMILIES,
+        )  # fmt: skip
+        expert = parse_expert_name(layer.name)
+        if expert is not None:
+            experts.setdefault(expert[0], set()).add(settings)
+            settings = replace(settings, expert_naming=expert_naming(expert[1][1], fused=False))
+        served[layer.name] = settings
+    yield from served.values()
+    last = [*served.values()][-1]
+    yield from (
+        replace(last, conflicting_module=module)
+        for module in conflicting_packed_modules(served.__getitem__, served)
+    )
+    yield from (
+        replace(last, expert_naming="mixed") for kinds in experts.values() if len(kinds) > 1
     )
 
 

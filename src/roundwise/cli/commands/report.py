@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from roundwise.cli.commands.compare import evaluation_tokens, fitting_window
+from roundwise.cli.evaluation_text import evaluation_tokens, fitting_window
 from roundwise.cli.options import (
     BatchSizeOption,
     DeviceOption,

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from roundwise.cli.options import ChatTemplateOption, DtypeOption, JsonOption, ModelArgument
+from roundwise.cli.options import (
+    API_KEY_VARIABLE,
+    ChatTemplateOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+)
 from roundwise.cli.output import print_json, print_note
 from roundwise.system.console import console
 
@@ -20,10 +26,6 @@ if TYPE_CHECKING:
 
 #: Tokens of prompt and answer if neither the user nor the model sets a limit.
 DEFAULT_CONTEXT = 2048
-
-
-#: Environment variable with the API key.
-API_KEY_VARIABLE = "ROUNDWISE_API_KEY"
 
 
 @dataclass(frozen=True)

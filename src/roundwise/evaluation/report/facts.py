@@ -22,6 +22,8 @@ from roundwise.checkpoint.manifest import (
 from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.errors import CheckpointError
+from roundwise.evaluation.reference_prompts import common_length
+from roundwise.evaluation.report.advice import SensitiveLayers, override, sensitive_layers
 from roundwise.run.strict import layer_issues
 
 #: A layer is an outlier if log10 of its error exceeds the median of its kind by more than OUTLIER_FACTOR
@@ -69,9 +71,7 @@ class Answers:
     @property
     def common_length(self) -> int:
         """Number of characters before the first difference."""
-        pairs = zip(self.original, self.quantized, strict=False)
-        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        return min(len(self.original), len(self.quantized)) if first is None else first
+        return common_length(self.original, self.quantized)
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,17 @@ class Facts:
     def outlier_names(self) -> set[str]:
         """Names of the outliers."""
         return {layer.name for layer in self.outliers}
+
+    @property
+    def outlier_override(self) -> str | None:
+        """Option that gives the outliers more bits; None: there are none, or they have them."""
+        return override(self.outliers, self.manifest.layers)
+
+    @property
+    def sensitive(self) -> list[SensitiveLayers]:
+        """Losses of the first blocks, and of query and key projections, compared with the others."""
+        blocks = [block for block in self.blocks if re.search(r"\.\d+$", block)]
+        return sensitive_layers(self.manifest.layers, blocks)
 
     @property
     def widths(self) -> dict[str, str]:

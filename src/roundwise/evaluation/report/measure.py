@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from roundwise.evaluation.compare import Comparison, Protocol, compare, round_to_nearest_like
+from roundwise.evaluation.perplexity import cut_windows
 from roundwise.evaluation.report.facts import Answers, Evaluation, ModelMetrics
 from roundwise.inference.generation import generate
 from roundwise.inference.load import load, require_tokenizer
@@ -47,9 +48,9 @@ def evaluate(
         comparisons = compare(model, [folder, rounded], protocol, progress=progress)
     first = comparisons[0]
     assert first.perplexity is not None, "the protocol has a text"
+    used = cut_windows(protocol.ids, protocol.window, protocol.stride, protocol.special)
     description = (
-        f"{text}: {len(protocol.ids):,} tokens, windows of {protocol.window:,}, stride "
-        f"{protocol.stride:,}"
+        f"{text}: {len(protocol.ids):,} tokens, windows of {used.window:,}, stride {used.stride:,}"
     )
     original = ModelMetrics(
         name="original",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from roundwise.checkpoint.side_files import OWN_FILES
 from roundwise.checkpoint.writer import atomic_write
+from roundwise.evaluation.report.advice import MORE_BITS
 from roundwise.evaluation.report.charts import charts
 from roundwise.evaluation.report.facts import Answers, Evaluation, Facts, read_facts
+from roundwise.system.console import count_of, in_words
 from roundwise.system.memory import format_size
 
 #: File name of the page in the folder of its checkpoint.
@@ -57,12 +58,19 @@ def render(facts: Facts) -> str:
         "size": format_size,
         "error": _format_error,
         "seconds": _format_seconds,
-        "plain": _format_setting,
+        "plain": in_words,
+        "count_of": count_of,
+        "breakable": _breakable,
     }
     svgs = {name: Markup(svg) for name, svg in charts(facts).items()}  # noqa: S704  # already escaped
     return environment.get_template("page.html").render(
-        facts=facts, manifest=facts.manifest, run=facts.manifest.run, charts=svgs
+        facts=facts, manifest=facts.manifest, run=facts.manifest.run, charts=svgs, more_bits=MORE_BITS
     )  # fmt: skip
+
+
+def _breakable(name: str) -> Markup:
+    """Returns the name of a layer that is broken behind its dots only, if it must be."""
+    return escape(name).replace(".", Markup(".<wbr>"))
 
 
 def _format_error(value: float | None) -> str:
@@ -75,14 +83,3 @@ def _format_seconds(value: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
-
-
-def _format_setting(value: Any) -> str:
-    """Formats a value of JSON for readers."""
-    if isinstance(value, list):
-        return ", ".join(map(_format_setting, value)) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_format_setting(each)}" for key, each in value.items()) or "none"
-    if value is None or isinstance(value, bool):
-        return {True: "yes", False: "no", None: "none"}[value]
-    return str(value)
