@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from roundwise.checkpoint.manifest import LayerRecord, Manifest, read_manifest
+from roundwise.checkpoint.manifest import LayerRecord, Manifest, find_record, read_manifest
 from roundwise.checkpoint.quantization_config import read_quantization_config
 from roundwise.checkpoint.quantized_layers import find_layers, quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
@@ -122,8 +122,8 @@ def _check_layers(
             report.check("layers", str(error))
             continue
         report.check("layers", None)
-        record = next((v for k, v in recorded.items() if k.endswith(layer.name)), None)
         if against is not None:
+            record = find_record(recorded, layer.name)
             report.check("weight errors", weight_error_failure(layer.name, q, against, record))
 
 

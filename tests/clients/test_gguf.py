@@ -61,9 +61,8 @@ def own_q8(template: Path, tmp_path: Path) -> Path:
     """The tiny model as llama.cpp itself quantizes it to 8 bits."""
     python = ROOT / ".venv-clients" / "llamacpp" / "bin" / "python"
     out = tmp_path / "own-q8.gguf"
-    np.savez(tmp_path / "importance.npz")
-    line = [python, HERE / "run_llamacpp.py", "--quantize", "Q8_0", template]
-    subprocess.run([*line, tmp_path / "importance.npz", out], check=True, capture_output=True)
+    line = [python, HERE / "run_llamacpp.py", "--quantize", "Q8_0", template, "-", out]
+    subprocess.run(line, check=True, capture_output=True)
     return out
 
 

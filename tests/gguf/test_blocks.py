@@ -81,6 +81,10 @@ def test_what_is_not_in_blocks_is_said():
     assert "not in one group" in blocked_codes(act_order)
     large = QuantizedWeight(q.codes, q.scales.float() * 1e10, q.zeros, q.g_idx, 4)
     assert "float16 cannot hold" in blocked_codes(large)
+    small = QuantizedWeight(q.codes, q.scales.float() * 1e-10, q.zeros, q.g_idx, 4)
+    assert "float16 cannot hold" in blocked_codes(small)
+    q.scales[2] = 0  # a row without weights, as some tools write it
+    assert isinstance(blocked_codes(q), BlockedCodes)
 
 
 def test_columns_are_permuted_by_whole_blocks():

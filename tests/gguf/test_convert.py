@@ -171,6 +171,22 @@ def test_a_head_that_a_rotation_untied_has_no_place(quantized, folder_of, tmp_pa
         convert_to_gguf(out, tmp_path / "out.gguf", template=template)
 
 
+def test_a_rotated_model_is_not_mixed_with_matrices_that_are_not(tmp_path):
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False)
+    random_model(config).save_pretrained(tmp_path / "model")
+    out = tmp_path / "rotated"
+    settings = rw.QuantizeConfig(group_size=32, method="rtn", rotate=True)
+    rw.quantize(tmp_path / "model", out, settings, windows())
+    template = write_template(tmp_path / "model", tmp_path / "f16.gguf")
+    reader = gguf.GGUFReader(template, "r+")
+    for tensor in reader.tensors:
+        if tensor.name == "blk.0.ffn_up.weight":
+            tensor.data.reshape(-1)[0] *= 2
+    del reader, tensor
+    with pytest.raises(ConfigError, match=r"is rotated, and how blk.0.ffn_up.weight of"):
+        convert_to_gguf(out, tmp_path / "out.gguf", template=template)
+
+
 def test_a_tensor_whose_way_is_not_known_stays_and_is_named(quantized, llama, tmp_path):
     source = quantized("llama", recipe="textbook")
     template = write_template(llama, tmp_path / "f16.gguf")

@@ -1,6 +1,5 @@
 """The model card says what a checkpoint is; what others wrote, and their licence, is kept."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from roundwise.errors import CheckpointError
 from roundwise.publish.card import (
     BEGIN,
     END,
-    Measurement,
-    read_measurement,
     rewrite_card,
     write_card,
 )
+from roundwise.publish.measurement import Measurement
 from roundwise.verify import audit
 from tests.helpers import windows
 
@@ -118,6 +116,25 @@ def test_results_have_the_form_of_the_hub(folder):
     assert "| arc, acc | 0.5000 | 0.4900 |" in card.text
 
 
+def test_what_was_measured_stays_when_the_card_is_written_again(folder):
+    rewrite_card(folder, name="me/tiny-4bit", measurement=MEASURED)
+    once = (folder / "README.md").read_text()
+    rewrite_card(folder, name="you/tiny-4bit")
+    again = (folder / "README.md").read_text()
+    assert again == once.replace("me/tiny-4bit", "you/tiny-4bit")
+
+
+def test_results_of_others_are_not_kept(folder):
+    card = folder / "README.md"
+    card.write_text(THEIRS + "## Accuracy\n\n| theirs | 1 |\n")
+    rewrite_card(folder)
+    assert "model-index" not in front_matter(card)
+    assert card.read_text().split(END)[0].count("Accuracy") == 0
+    card.write_text(card.read_text().replace("tags:", "model-index: 5\ntags:"))
+    rewrite_card(folder)  # a damaged one neither
+    assert "model-index" not in front_matter(card)
+
+
 @pytest.mark.parametrize(
     "theirs", ["no metadata", "---\n- a list\n---\nword", "---\na: [\n---\nword"]
 )
@@ -127,24 +144,6 @@ def test_a_card_without_readable_metadata_is_text(theirs, copy_of, tmp_path):
     rw.quantize(source, out, rw.QuantizeConfig(method="rtn", group_size=32), windows())
     assert (out / "README.md").read_text().endswith(f"{END}\n{theirs}")
     assert front_matter(out / "README.md")["tags"] == ["gptq", "4-bit", "roundwise"]
-
-
-def test_what_compare_measured_is_read(tmp_path):
-    model = {
-        "name": "tiny-4bit", "perplexity": {"base": 20.5, "quantized": 21.25},
-        "kl_divergence": 0.0125, "top1_agreement": 0.975,
-        "tasks": [{"task": "arc", "metric": "acc", "base": 0.5, "quantized": 0.49}],
-    }  # fmt: skip
-    file = tmp_path / "compare.json"
-    file.write_text(json.dumps({"models": [model, {**model, "name": "other"}]}))
-    measured = read_measurement(file, "tiny-4bit")
-    assert (measured.perplexity, measured.tasks) == (MEASURED.perplexity, MEASURED.tasks)
-    with pytest.raises(CheckpointError, match="has no model mine: it is of tiny-4bit, other"):
-        read_measurement(file, "mine")
-    del model["kl_divergence"]
-    file.write_text(json.dumps({"models": [model]}))
-    with pytest.raises(CheckpointError, match="not what `roundwise compare --json` prints"):
-        read_measurement(file, "tiny-4bit")
 
 
 def test_cards_are_for_our_checkpoints(folder):

@@ -13,6 +13,8 @@ from huggingface_hub import constants
 import roundwise as rw
 from roundwise.checkpoint.manifest import read_manifest
 from roundwise.errors import CheckpointError, ConfigError, RunError
+from roundwise.publish.card import rewrite_card
+from roundwise.publish.measurement import Measurement
 from roundwise.publish.push import check_push, without_paths
 from tests.helpers import contents
 from tests.publish.hub import TOKEN, running_hub
@@ -57,6 +59,13 @@ def test_a_checkpoint_is_pushed(hub, checkpoint, llama):
     manifest = json.loads(files["roundwise.json"])
     assert manifest["given"]["model"] == llama.name
     assert manifest["files"] == json.loads((checkpoint / "roundwise.json").read_text())["files"]
+
+
+def test_what_was_measured_is_pushed(hub, checkpoint):
+    rewrite_card(checkpoint, measurement=Measurement((20.5, 21.25), 0.0125, 0.975))
+    rw.push(checkpoint, "me/tiny-4bit", token=TOKEN)
+    card = hub.files["me/tiny-4bit"]["README.md"].decode()
+    assert "| perplexity | 20.5000 | 21.2500 |" in card and "value: 21.25" in card
 
 
 def test_pushing_again_replaces_the_files(hub, checkpoint):

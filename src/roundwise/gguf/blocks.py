@@ -111,7 +111,7 @@ def blocked_codes(q: QuantizedWeight, columns: torch.Tensor | None = None) -> Bl
     if not bool((of_blocks == of_blocks[:, :1]).all()):
         return f"{BLOCK} neighbouring input channels are not in one group"
     scales = q.scales.to(torch.float16)
-    if not bool((torch.isfinite(scales) & (scales != 0)).all()):
+    if not bool((torch.isfinite(scales) & ((scales != 0) | (q.scales == 0))).all()):
         return "float16 cannot hold its scales"
     first = of_blocks[:, 0]
     codes = q.codes if columns is None else q.codes[:, columns]

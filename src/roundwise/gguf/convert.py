@@ -163,7 +163,7 @@ def _check_places(
     """Notes which tensors and layers have no known place.
 
     Raises:
-        ConfigError: none of the layers has one, or a tensor that was changed has none.
+        ConfigError: none of the layers has one, or one has none that a rotation changed.
     """
     placed = {source for origin in origins.values() for source in origin.sources}
     lost = [layer for layer in pair.layers if f"{layer}.weight" not in placed]
@@ -178,11 +178,17 @@ def _check_places(
             f"{changed[0]} differs from the original's, and its place in {file.path} is not known: the "
             "file would mix two models (a tied head that was untied by a rotation, for example)"
         )
+    unknown = [tensor for tensor in file.tensors.values() if tensor.name not in origins]
+    matrices = [tensor.name for tensor in unknown if len(tensor.shape) > 1]
+    if pair.is_rotated and matrices:
+        raise ConfigError(
+            f"{pair.checkpoint.folder} is rotated, and how {matrices[0]} of {file.path} is made from "
+            "the original is not known: quantize without --rotate for llama.cpp"
+        )
     for layer in lost:
         notes.issue("not found in the template", layer)
-    for name in file.tensors:
-        if name not in origins:
-            notes.note("not found in the original, so as in the template", name)
+    for tensor in unknown:
+        notes.note("not found in the original, so as in the template", tensor.name)
 
 
 def _plan(

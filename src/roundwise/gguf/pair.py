@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from roundwise.checkpoint.manifest import LayerRecord, Manifest, read_manifest
+from roundwise.checkpoint.manifest import LayerRecord, Manifest, find_record, read_manifest
 from roundwise.checkpoint.quantization_config import (
     raw_quantization_config,
     read_quantization_config,
@@ -37,13 +37,14 @@ class ModelPair:
     """Tensors of the original with one weight per layer: its values, dequantized without rounding."""
     quantized_from: Checkpoint
     """The original as it was quantized: rotated, if the checkpoint is."""
+    is_rotated: bool
     changed: Mapping[str, TensorInfo]
     """Tensors of the checkpoint that are not quantized and that differ from the original's."""
     manifest: Manifest | None
 
     @cached_property
-    def _records(self) -> list[LayerRecord]:
-        return self.manifest.layers if self.manifest else []
+    def _records(self) -> dict[str, LayerRecord]:
+        return {record.name: record for record in (self.manifest.layers if self.manifest else [])}
 
     def read(self, layer: str) -> QuantizedWeight:
         """Returns a layer's codes after comparing them with the original.
@@ -52,7 +53,7 @@ class ModelPair:
             CheckpointError: the layer is damaged or was not made from this original.
         """
         q = self.layers[layer].read()
-        record = next((r for r in self._records if r.name.endswith(layer)), None)
+        record = find_record(self._records, layer)
         failure = weight_error_failure(layer, q, self.quantized_from, record)
         if failure:
             raise CheckpointError(f"{self.quantized_from.folder} is not the original: {failure}")
@@ -85,8 +86,9 @@ def open_pair(folder: Path, original: Path | None) -> ModelPair:
         exact = _dense(
             CheckpointView(source, source.tensors, {**source.config, "dtype": "float32"}), layers
         )
+    quantized_from = apply_recorded_rotation(plain, config.raw)
     return ModelPair(
-        checkpoint, layers, exact.tensors, apply_recorded_rotation(plain, config.raw),
+        checkpoint, layers, exact.tensors, quantized_from, quantized_from is not plain,
         dict(_changed(checkpoint, plain, layers)), manifest,
     )  # fmt: skip
 

@@ -15,18 +15,21 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from roundwise.checkpoint.engines import ENGINES
 from roundwise.checkpoint.manifest import Manifest, read_manifest
 from roundwise.checkpoint.reader import Checkpoint
-from roundwise.checkpoint.untrusted import read_json
 from roundwise.checkpoint.writer import atomic_write
 from roundwise.errors import CheckpointError
+from roundwise.publish.measurement import Measurement
 from roundwise.system.memory import format_size
 
 CARD = "README.md"
 #: Comments around our part of a card.
 BEGIN, END = "<!-- written by roundwise -->", "<!-- end of what roundwise wrote -->"
+#: Heading of the part of ours that says what was measured.
+ACCURACY = "## Accuracy"
 #: Metadata of the original that do not hold for a quantized model.
 NOT_KEPT = ("base_model", "base_model_relation", "model-index", "eval_results", "model_name")
 #: Tags that say how a model is quantized.
@@ -38,55 +41,6 @@ PIPELINE_TAGS = {
     "ForMaskedLM": "fill-mask", "ForSequenceClassification": "text-classification",
     "Model": "feature-extraction",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Accuracy of a checkpoint, as `roundwise compare --json` measured it."""
-
-    perplexity: tuple[float, float] | None
-    """The original's and the checkpoint's; None, as the two below: there was no text."""
-    kl_divergence: float | None
-    top1_agreement: float | None
-    tasks: tuple[tuple[str, str, float, float], ...] = ()
-    """Task, metric, the original's value and the checkpoint's."""
-    text: str = "held-out text"
-    """Name of the text."""
-
-
-def read_measurement(file: Path, name: str) -> Measurement:
-    """Reads the output of `roundwise compare --json`.
-
-    Args:
-        file: the output, saved.
-        name: name of the checkpoint's folder; it tells which of several models is meant.
-
-    Raises:
-        CheckpointError: the file is something else, or has no model of this name.
-    """
-    value = read_json(file)
-    try:
-        models = [model for model in value["models"] if model["name"] == name]
-        if not models:
-            raise CheckpointError(
-                f"{file} has no model {name}: it is of {', '.join(m['name'] for m in value['models'])}"
-            )
-        model = models[0]
-        pair = model["perplexity"]
-        return Measurement(
-            perplexity=(float(pair["base"]), float(pair["quantized"])) if pair else None,
-            kl_divergence=model["kl_divergence"],
-            top1_agreement=model["top1_agreement"],
-            tasks=tuple(
-                (str(t["task"]), str(t["metric"]), float(t["base"]), float(t["quantized"]))
-                for t in model["tasks"]
-            ),
-            text=str(model.get("text") or "held-out text"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is not what `roundwise compare --json` prints: {error!r} is missing or wrong"
-        ) from None
 
 
 def write_card(
@@ -105,10 +59,11 @@ def write_card(
         folder: the checkpoint.
         manifest: its manifest.
         config: its config.json.
-        source: folder of the original, whose card is kept below ours; None: what is in `folder` is kept.
+        source: folder of the original, whose card is kept below ours; None: what is in `folder` is
+            kept, and so is an earlier measurement.
         base_model: hub id of the original; None: the one in the card that is kept, if it has one.
         name: name of the model in the card, such as its hub id; None: made of the original's.
-        measurement: accuracy to state; None: none.
+        measurement: accuracy to state; None: none, or the earlier one.
 
     Returns:
         The file.
@@ -116,17 +71,23 @@ def write_card(
     Raises:
         StorageError: the disk is full or failed.
     """
-    metadata, text = _read_card((source or folder) / CARD)
+    before = _read_card((source or folder) / CARD)
     if source is None:
-        base_model = base_model or metadata.get("base_model")
+        base_model = base_model or before.metadata.get("base_model")
     name = name or _default_name(manifest)
-    data = _metadata(metadata, manifest, config, base_model)
+    data = _metadata(before.metadata, manifest, config, base_model)
+    accuracy, results = "", list[EvalResult]()
     if measurement is not None:
-        data.model_name, data.eval_results = name, list(_results(measurement)) or None
-    own = "\n\n".join(_sections(name, base_model, manifest, config, measurement))
+        accuracy = _table((f"on {measurement.text}", "original", "this model"), measurement.rows())
+        results = [*measurement.results()]
+    elif source is None:
+        accuracy, results = before.accuracy(), before.results()
+    if results:
+        data.model_name, data.eval_results = name, results
+    own = "\n\n".join(_sections(name, base_model, manifest, config, accuracy))
     path = folder / CARD
     with atomic_write(path) as file:
-        file.write(f"---\n{data.to_yaml()}\n---\n{BEGIN}\n{own}\n{END}\n{text}".encode())
+        file.write(f"---\n{data.to_yaml()}\n---\n{BEGIN}\n{own}\n{END}\n{before.text}".encode())
     return path
 
 
@@ -154,10 +115,34 @@ def rewrite_card(
     )  # fmt: skip
 
 
-def _read_card(file: Path) -> tuple[dict[str, Any], str]:
-    """Returns metadata and text of a card without our part; metadata that are damaged stay text."""
+@dataclass(frozen=True)
+class _Card:
+    """A card as it was."""
+
+    metadata: Mapping[str, Any]
+    own: str
+    """Our part; empty: there is none."""
+    text: str
+    """All else."""
+
+    def accuracy(self) -> str:
+        """Returns the table of an earlier measurement; empty if there is none."""
+        section = self.own.partition(f"{ACCURACY}\n")[2].partition("\n## ")[0]
+        return section.strip()
+
+    def results(self) -> list[EvalResult]:
+        """Returns the results of an earlier measurement; those of others are not of this model."""
+        try:
+            index = self.metadata["model-index"] if self.accuracy() else []
+            return model_index_to_eval_results(index)[1] if index else []
+        except (KeyError, TypeError, ValueError):  # damaged
+            return []
+
+
+def _read_card(file: Path) -> _Card:
+    """Reads a card; metadata that are damaged stay text."""
     if not file.is_file():
-        return {}, ""
+        return _Card({}, "", "")
     content = file.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
     metadata: Any = None
     match = re.match(r"\s*---\n(.*?)\n---[ \t]*(?:\n|$)", content, re.DOTALL)
@@ -169,8 +154,10 @@ def _read_card(file: Path) -> tuple[dict[str, Any], str]:
     is_parsed = isinstance(metadata, dict)
     text = content[match.end() :] if match and is_parsed else content
     before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    return (metadata if is_parsed else {}), (before + after.lstrip("\n") if end else text)
+    own, end, after = rest.partition(END)
+    if end:
+        text = before + after.lstrip("\n")
+    return _Card(metadata if is_parsed else {}, own if end else "", text)
 
 
 def _metadata(
@@ -218,34 +205,14 @@ def _pipeline_tag(config: Mapping[str, Any]) -> str | None:
     return next((tag for end, tag in PIPELINE_TAGS.items() if str(names[0]).endswith(end)), None)
 
 
-def _results(measured: Measurement) -> Iterator[EvalResult]:
-    """Yields what was measured as the hub has it."""
-    values = (
-        ("perplexity", "perplexity", measured.perplexity and measured.perplexity[1]),
-        ("kl_divergence", "KL divergence to the original, nats per token", measured.kl_divergence),
-        ("top1_agreement", "top-1 agreement with the original", measured.top1_agreement),
-    )
-    for metric, title, value in values:
-        if value is not None:
-            yield EvalResult(
-                task_type="text-generation", dataset_type="text", dataset_name=measured.text,
-                metric_type=metric, metric_name=title, metric_value=value,
-            )  # fmt: skip
-    for task, metric, _, value in measured.tasks:
-        yield EvalResult(
-            task_type="text-generation", dataset_type=task, dataset_name=task,
-            metric_type=metric, metric_value=value,
-        )  # fmt: skip
-
-
 def _sections(
     name: str,
     base_model: str | None,
     manifest: Manifest,
     config: Mapping[str, Any],
-    measured: Measurement | None,
+    accuracy: str,
 ) -> Iterator[str]:
-    """Yields the parts of our text."""
+    """Yields the parts of our text; `accuracy` is the table of what was measured, or empty."""
     widths = sorted({layer.bits for layer in manifest.layers})
     original = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a model"
     yield f"# {name}"
@@ -254,9 +221,9 @@ def _sections(
         "with roundwise."
     )
     yield _table(("", ""), _recipe(manifest))
-    if measured is not None:
-        yield "## Accuracy"
-        yield _table((f"on {measured.text}", "original", "this model"), _accuracy(measured))
+    if accuracy:
+        yield ACCURACY
+        yield accuracy
     if manifest.served_by:
         yield "## Engines"
         yield _table(("engine", "serves this model"), _engines(manifest.served_by))
@@ -291,18 +258,6 @@ def _recipe(manifest: Manifest) -> Iterator[tuple[str, ...]]:
     errors = [layer.relative_error for layer in manifest.layers if layer.relative_error is not None]
     if errors:
         yield "error of layer outputs", f"{sum(errors) / len(errors):.2e} of their energy, mean"
-
-
-def _accuracy(measured: Measurement) -> Iterator[tuple[str, ...]]:
-    """Yields rows of metric, the original's value and the checkpoint's."""
-    if measured.perplexity is not None:
-        yield "perplexity", *(f"{value:.4f}" for value in measured.perplexity)
-    if measured.kl_divergence is not None:
-        yield "KL divergence, nats per token", "0", f"{measured.kl_divergence:.5f}"
-    if measured.top1_agreement is not None:
-        yield "top-1 agreement", "100%", f"{measured.top1_agreement:.2%}"
-    for task, metric, base, quantized in measured.tasks:
-        yield f"{task}, {metric}", f"{base:.4f}", f"{quantized:.4f}"
 
 
 def _engines(served_by: Mapping[str, str | None]) -> Iterator[tuple[str, ...]]:

@@ -21,6 +21,7 @@ def test_a_card_with_what_compare_measured(text_model, text, tmp_path, commands)
     card = (out / "README.md").read_text()
     assert "base_model: me/base" in card and "model-index:" in card
     assert f"| {json.loads(measured.stdout)['perplexity']['quantized']:.4f} |" in card
+    assert f"on {text.name}" in card
     assert commands.run("verify", out, "--against", text_model).code == 0
     shutil.copy(out / "config.json", tmp_path / "other.json")
     ended = commands.run("card", out, "--evaluation", tmp_path / "other.json")

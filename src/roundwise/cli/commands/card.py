@@ -34,7 +34,8 @@ def command(
 
     `quantize` writes the card too; what others wrote in it is kept.
     """
-    from roundwise.publish.card import read_measurement, rewrite_card
+    from roundwise.publish.card import rewrite_card
+    from roundwise.publish.measurement import read_measurement
     from roundwise.publish.push import check_push
     from roundwise.publish.push import push as push_folder
 
