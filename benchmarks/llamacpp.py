@@ -1,7 +1,6 @@
 """Compares our GGUF files with llama.cpp's own 4 bits of the same size, on a real model in llama.cpp.
 
-    python benchmarks/llamacpp.py --work DIR                      figures of docs/gguf.md; half an hour
-    python benchmarks/llamacpp.py --work DIR --recipe textbook    ten minutes
+    python benchmarks/llamacpp.py --work DIR       the figures of docs/gguf.md; half an hour on one core
 
 Model: SmolLM2-135M-Instruct (peers/published.py). Text: the prose of docstrings (peers/prose.py), 64
 windows of 512 tokens for calibration, for llama.cpp's importance matrix too. The template is made by
@@ -43,8 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--work", type=Path, required=True, help="folder of all files; 2 GB")
-    parser.add_argument("--recipe", default="best", choices=("best", "textbook"))
+    parser.add_argument("--work", type=Path, required=True, help="folder of all files; 1 GB")
+    parser.add_argument("--recipes", nargs="*", default=["best", "textbook"], help="of roundwise")
     parser.add_argument("--groups", type=int, default=32, help="group size")
     parser.add_argument("--seed", type=int, default=0, help="seed of the calibration windows")
     args = parser.parse_args()
@@ -57,12 +56,14 @@ def main() -> None:
     if not template.exists():
         convert_dense(dense, template)
     windows = evaluator.windows(args.seed)
-    ours = our_file(dense, template, windows, work, args.recipe, args.groups)
+    files = {
+        f"roundwise, {recipe}": our_file(dense, template, windows, work, recipe, args.groups)
+        for recipe in args.recipes
+    }
     importance = work / f"importance-{args.seed}.npz"
     if not importance.exists():
         np.savez(importance, **importance_matrix(dense, windows))
-    files = {
-        "roundwise": ours,
+    files |= {
         "llama.cpp": own_file(template, None, work / "own.gguf"),
         "llama.cpp, imatrix": own_file(template, importance, work / f"own-{args.seed}.gguf"),
         "llama.cpp, imatrix, mixed": own_file(
@@ -73,7 +74,7 @@ def main() -> None:
     line = [python_of("llamacpp"), CLIENT, "--compare", work / "held-out.npz", template]
     done = subprocess.run([*line, *files.values()], check=True, stdout=subprocess.PIPE, text=True)
     show(dict(zip(["dense, F16", *files], json.loads(done.stdout), strict=True)), files, template)
-    print(f"{args.recipe}, groups of {args.groups}, seed {args.seed}; {platform_info()}")
+    print(f"groups of {args.groups}, seed {args.seed}; {platform_info()}")
 
 
 def our_file(

@@ -66,14 +66,15 @@ def compare(source: Path, *files: Path) -> None:
     models = [load(file, windows.shape[1]) for file in files]
     sums = np.zeros((len(models), 3))  # negative log-likelihood, KL, agreements
     for window in windows:
-        base = None
+        base = likely = None
         for row, llm in zip(sums, models, strict=True):
             values = logits(llm, window).astype(np.float64)
             values -= values.max(1, keepdims=True)
             values -= np.log(np.exp(values).sum(1, keepdims=True))
-            base = values if base is None else base
+            if base is None:
+                base, likely = values, np.exp(values)
             row[0] -= values[np.arange(len(window) - 1), window[1:]].sum()
-            row[1] += (np.exp(base) * (base - values)).sum()
+            row[1] += (likely * (base - values)).sum()
             row[2] += (base.argmax(1) == values.argmax(1)).sum()
     figures = [
         {
