@@ -207,6 +207,30 @@ def test_a_tensor_whose_way_is_not_known_stays_and_is_named(quantized, llama, tm
         np.testing.assert_array_equal(after[name][1], before[name][1])
 
 
+def test_a_layer_of_which_only_a_part_is_found_is_named(quantized, llama, tmp_path):
+    source = quantized("llama", recipe="textbook")
+    template = write_template(llama, tmp_path / "f16.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "split.gguf", "llama")
+    for name, (kind, values) in read_gguf(template).items():
+        half = len(values) // 2
+        parts = {name: values}
+        if name == "blk.0.ffn_up.weight":
+            parts = {"first": values[:half], "second": values[half:] * 2}
+        for part, numbers in parts.items():
+            stored = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(part, gguf.quants.quantize(numbers, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    result = convert_to_gguf(source, tmp_path / "out.gguf", template=tmp_path / "split.gguf")
+    assert result.issues == [
+        "model.layers.0.mlp.up_proj: only a part of it was found in the template"
+    ]
+    written = read_gguf(result.output)
+    assert written["first"][0] == "Q4_0" and written["second"][0] == "F16"
+
+
 def test_bad_arguments_are_refused_before_work_starts(quantized, folder_of, llama, tmp_path):
     source = quantized("llama", recipe="textbook")
     template = write_template(llama, tmp_path / "f16.gguf")

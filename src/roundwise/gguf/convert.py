@@ -32,7 +32,7 @@ from roundwise.gguf.file import (
     fits_type,
     quantize_values,
 )
-from roundwise.gguf.origins import Origin, as_matrix, find_origins, rounded
+from roundwise.gguf.origins import Origin, as_matrix, find_origins, placed_rows, rounded
 from roundwise.gguf.pair import ModelPair, open_pair
 from roundwise.system.activity import announce
 
@@ -165,9 +165,9 @@ def _check_places(
     Raises:
         ConfigError: none of the layers has one, or one has none that a rotation changed.
     """
-    placed = {source for origin in origins.values() for source in origin.sources}
-    lost = [layer for layer in pair.layers if f"{layer}.weight" not in placed]
-    if len(lost) == len(pair.layers):
+    placed = placed_rows(origins.values())
+    rows = {layer: placed.get(f"{layer}.weight", 0) for layer in pair.layers}
+    if not any(rows.values()):
         raise ConfigError(
             f"no quantized layer was found in {file.path}: it must be made from the same model as "
             f"{pair.checkpoint.folder}, in F32, F16 or BF16"
@@ -185,8 +185,10 @@ def _check_places(
             f"{pair.checkpoint.folder} is rotated, and how {matrices[0]} of {file.path} is made from "
             "the original is not known: quantize without --rotate for llama.cpp"
         )
-    for layer in lost:
-        notes.issue("not found in the template", layer)
+    for layer, count in rows.items():
+        if count < pair.layers[layer].out_features:
+            part = "only a part of it was" if count else "not"
+            notes.issue(f"{part} found in the template", layer)
     for tensor in unknown:
         notes.note("not found in the original, so as in the template", tensor.name)
 

@@ -10,7 +10,7 @@ permuted columns. An origin counts only if the tensor that it makes equals the f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -101,6 +101,15 @@ class Origin:
     def _jumps(self) -> torch.Tensor:
         """Returns for each row but the first: it does not follow the one before it in their source."""
         return (self.row[1:] != self.row[:-1] + 1) & (self.source[1:] == self.source[:-1])
+
+
+def placed_rows(origins: Iterable[Origin]) -> dict[str, int]:
+    """Returns for each tensor of the original how many of its rows have a place."""
+    rows: dict[str, list[torch.Tensor]] = {}
+    for origin in origins:
+        for index, name in enumerate(origin.sources):
+            rows.setdefault(name, []).append(origin.row[origin.source == index])
+    return {name: len(torch.unique(torch.cat(parts))) for name, parts in rows.items()}
 
 
 def as_matrix(tensor: torch.Tensor, view: View = "plain") -> torch.Tensor:
