@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -28,13 +29,17 @@ from peers.environments import REQUIREMENTS, ROOT, python_of
 from peers.evaluator import Evaluator
 from peers.prose import write_prose
 from peers.published import CACHE, dense_checkpoint
+from peers.reader import read_dense
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import roundwise as rw
 from roundwise.gguf.convert import convert_to_gguf
+from roundwise.gguf.file import GgufFile, PlannedTensor
 from roundwise.run.environment import platform_info
 
 MODEL, SAMPLES, TOKENS, WINDOW = "smollm2-135m", 64, 12_288, 512
+#: Held-out windows whose logits are compared with torch's.
+LOGIT_WINDOWS = 2
 CLIENT = ROOT / "tests" / "clients" / "run_llamacpp.py"
 
 
@@ -42,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--work", type=Path, required=True, help="folder of all files; 1 GB")
+    parser.add_argument("--work", type=Path, required=True, help="folder of all files; 3 GB")
     parser.add_argument("--recipes", nargs="*", default=["best", "textbook"], help="of roundwise")
     parser.add_argument("--groups", type=int, default=32, help="group size")
     parser.add_argument("--seed", type=int, default=0, help="seed of the calibration windows")
@@ -74,6 +79,8 @@ def main() -> None:
     line = [python_of("llamacpp"), CLIENT, "--compare", work / "held-out.npz", template]
     done = subprocess.run([*line, *files.values()], check=True, stdout=subprocess.PIPE, text=True)
     show(dict(zip(["dense, F16", *files], json.loads(done.stdout), strict=True)), files, template)
+    for recipe in args.recipes:
+        compare_logits(work / f"{recipe}-{args.groups}", template, evaluator)
     print(f"groups of {args.groups}, seed {args.seed}; {platform_info()}")
 
 
@@ -165,6 +172,52 @@ def importance_matrix(folder: Path, windows: list[list[int]]) -> dict[str, np.nd
             model.model(input_ids=torch.tensor(windows[start : start + 4]), use_cache=False)
     tokens = sum(map(len, windows))
     return {name: (total / tokens).float().numpy() for name, total in sums.items()}
+
+
+def compare_logits(checkpoint: Path, template: Path, evaluator: Evaluator) -> None:
+    """Prints how far llama.cpp's logits are from those of the same weights in float32, in torch.
+
+    llama.cpp computes twice: from our blocks, for which it rounds activations to 8 bits, and from the
+    same weights in F32. The embedding has 16 bits in both.
+    """
+    file, plain = (checkpoint.with_name(f"{checkpoint.name}-{kind}.gguf") for kind in ("16", "f32"))
+    if not plain.exists():
+        file.unlink(missing_ok=True)
+        convert_to_gguf(checkpoint, file, template=template)
+        decode(file, plain)
+    windows = np.array(evaluator.ids).reshape(-1, WINDOW)[:LOGIT_WINDOWS]
+    np.savez(checkpoint.with_name("windows.npz"), input_ids=windows)
+    model = evaluator.load_dense(read_dense(checkpoint))
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(windows), use_cache=False).logits.numpy()
+    for name, path in (("from our blocks", file), ("from the same weights in F32", plain)):
+        out = checkpoint.with_name("logits.npz")
+        line = [python_of("llamacpp"), CLIENT, path, checkpoint.with_name("windows.npz"), out]
+        subprocess.run(line, check=True, capture_output=True)
+        logits = np.load(out)["logits"]
+        error = np.sqrt(np.square(logits - expected).mean()) / expected.std()
+        same = (logits.argmax(-1) == expected.argmax(-1)).mean()
+        print(
+            f"{checkpoint.name}, {name}: root mean square difference {error:.2e} of the logits' "
+            f"deviation, top-1 agreement {same:.2%}"
+        )
+
+
+def decode(file: Path, out: Path) -> None:
+    """Writes a GGUF file again with all its values in F32, decoded by the `gguf` package."""
+    source = GgufFile(file)
+    stored = {tensor.name: tensor for tensor in source.reader.tensors}
+
+    def values(name: str) -> torch.Tensor:
+        tensor = stored[name]
+        decoded = gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
+        return torch.from_numpy(np.ascontiguousarray(decoded, np.float32))
+
+    tensors = [
+        PlannedTensor(name, "F32", tensor.shape, partial(values, name))
+        for name, tensor in source.tensors.items()
+    ]
+    source.write_like(out, tensors, "F32")
 
 
 def show(figures: dict[str, dict[str, float]], files: dict[str, Path], template: Path) -> None:
