@@ -7,7 +7,6 @@ import pytest
 
 import roundwise as rw
 from roundwise.checkpoint.engines import (
-    ENGINES,
     ServedLayer,
     conflicting_packed_modules,
     expert_naming,
@@ -16,6 +15,7 @@ from roundwise.checkpoint.engines import (
     served_by,
     with_packed_names,
 )
+from tests.engine_answers import assert_answers
 
 #: The layer that every engine serves.
 COMMON = ServedLayer(bits=4, group_size=128, sym=True, desc_act=False, format="gptq")
@@ -49,13 +49,7 @@ def test_unsupported_settings_are_refused(changes, engines):
     assert refusing(**changes) == engines
 
 
-#: What a user must do; "": nothing.
-WAYS = {
-    "": "", "H": "with --quantization humming", "C": "as --format compressed-tensors",
-    "G": "as --format gptq", "L": "as convert --to gguf",
-}  # fmt: skip
-#: Settings -> for vLLM on a CPU, vLLM on a GPU, SGLang, llama.cpp, ExLlamaV2, GPTQModel and transformers
-#: with roundwise: yes; no; or the letters of the ways in which they take it after all.
+#: Settings -> answers, as `assert_answers` reads them.
 TRUTH = [
     ({}, "yes yes yes L yes yes yes"),
     ({"group_size": 32}, "yes yes yes L yes yes yes"),
@@ -95,17 +89,7 @@ TRUTH = [
 
 @pytest.mark.parametrize(("changes", "expected"), TRUTH, ids=[str(row[0]) for row in TRUTH])
 def test_which_engine_takes_which_settings_in_which_way(changes, expected):
-    answers = served_by([replace(COMMON, **changes)])
-    assert [*answers] == [*ENGINES] and len(TRUTH) >= 30
-    for (engine, reason), known in zip(answers.items(), expected.split(), strict=True):
-        ways = reason.partition("; it takes them ")[2] if reason else None
-        if known in ("yes", "no"):
-            assert ways == (None if known == "yes" else ""), (engine, reason)
-        else:
-            # "GH" is one way: another format and an option.
-            groups = ["GH"] if known == "GH" else [*known]
-            expected_ways = [" ".join(WAYS[letter] for letter in group) for group in groups]
-            assert ways == " or ".join(expected_ways), (engine, reason)
+    assert_answers(served_by([replace(COMMON, **changes)]), expected)
 
 
 def test_llama_cpp_says_what_does_not_fit_its_blocks():
