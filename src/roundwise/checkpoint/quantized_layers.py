@@ -90,6 +90,11 @@ class QuantizedLayer:
             _check_groups(self, self.tensors[self.layout.g_idx].read())
         _check_values(self, self.tensors[self.layout.scales].read(), self._zeros())
 
+    def is_act_order(self) -> bool:
+        """Tells whether groups are not of neighbouring input channels."""
+        g_idx = self.tensors.get(self.layout.g_idx)
+        return g_idx is not None and not _is_in_order(self, g_idx.read())
+
     def _zeros(self) -> torch.Tensor:
         info = self.tensors.get(self.layout.zeros)
         words = info.read() if info is not None else None
@@ -317,12 +322,15 @@ def _check_groups(layer: QuantizedLayer, g_idx: torch.Tensor) -> None:
         raise CheckpointError(
             f"{name}.g_idx puts {largest} channels into a group of {layer.group_size}"
         )
-    in_order = torch.arange(layer.in_features) // layer.group_size
-    if layer.config.desc_act is False and not bool((g_idx == in_order).all()):
+    if layer.config.desc_act is False and not _is_in_order(layer, g_idx):
         raise CheckpointError(
             f"{name}.g_idx is in act-order, but the config says desc_act is off: set desc_act to true "
             "if these are the right files"
         )
+
+
+def _is_in_order(layer: QuantizedLayer, g_idx: torch.Tensor) -> bool:
+    return torch.equal(g_idx.long(), torch.arange(layer.in_features) // layer.group_size)
 
 
 def _check_values(layer: QuantizedLayer, scales: torch.Tensor, zeros: torch.Tensor) -> None:

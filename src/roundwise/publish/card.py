@@ -32,8 +32,11 @@ BEGIN, END = "<!-- written by roundwise -->", "<!-- end of what roundwise wrote 
 ACCURACY = "## Accuracy"
 #: Metadata of the original that do not hold for a quantized model.
 NOT_KEPT = ("base_model", "base_model_relation", "model-index", "eval_results", "model_name")
-#: Tags that say how a model is quantized.
+#: Tags that say how a model is quantized, and those of them that say in which format.
 QUANTIZATION_TAG = re.compile(r"[2-8]-bit|gptq|compressed-tensors|roundwise")
+FORMAT_TAG = re.compile(r"gptq|compressed-tensors")
+#: Format of a checkpoint with dequantized weights.
+DENSE = "dense"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 #: Ending of a model class -> task of the hub.
 PIPELINE_TAGS = {
@@ -115,6 +118,31 @@ def rewrite_card(
     )  # fmt: skip
 
 
+def retag_card(folder: Path, file_format: str) -> None:
+    """Names another format in the tags of a card that roundwise did not write; a no-op without a card.
+
+    Args:
+        folder: the checkpoint.
+        file_format: gptq, compressed-tensors or dense; of a dense checkpoint no tag says that it is
+            quantized.
+
+    Raises:
+        StorageError: the disk is full or failed.
+    """
+    card = _read_card(folder / CARD)
+    tags = _tags(card.metadata)
+    if file_format == DENSE:
+        changed = [tag for tag in tags if not QUANTIZATION_TAG.fullmatch(tag)]
+    else:
+        changed = [file_format if FORMAT_TAG.fullmatch(tag) else tag for tag in tags]
+    if changed == tags:
+        return
+    metadata = {**card.metadata, "tags": changed}
+    text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
+    with atomic_write(folder / CARD) as file:
+        file.write(f"---\n{text}---\n{card.text}".encode())
+
+
 @dataclass(frozen=True)
 class _Card:
     """A card as it was."""
@@ -164,16 +192,16 @@ def _metadata(
     kept: Mapping[str, Any], manifest: Manifest, config: Mapping[str, Any], base_model: str | None
 ) -> ModelCardData:
     """Returns the metadata of the card: the original's, with what is different for this model."""
-    tags = kept.get("tags") or []
-    tags = [str(tag) for tag in (tags if isinstance(tags, list) else [tags])]
-    tags = [tag for tag in tags if not QUANTIZATION_TAG.fullmatch(tag)]
-    widths = [f"{bits}-bit" for bits in sorted({layer.bits for layer in manifest.layers})]
+    tags = [tag for tag in _tags(kept) if not QUANTIZATION_TAG.fullmatch(tag)]
+    if _format(manifest) != DENSE:
+        widths = sorted({layer.bits for layer in manifest.layers})
+        tags += [_format(manifest), *(f"{bits}-bit" for bits in widths)]
     own: dict[str, Any] = {
         "base_model": base_model,
         "base_model_relation": "quantized" if base_model else None,
         "library_name": kept.get("library_name") or "transformers",
         "pipeline_tag": kept.get("pipeline_tag") or _pipeline_tag(config),
-        "tags": [*tags, _format(manifest), *widths, "roundwise"],
+        "tags": [*tags, "roundwise"],
     }
     rest = {
         key: value
@@ -183,10 +211,15 @@ def _metadata(
     return ModelCardData(**own, **rest)
 
 
+def _tags(metadata: Mapping[str, Any]) -> list[str]:
+    """Returns the tags of a card; one tag may stand alone."""
+    tags = metadata.get("tags") or []
+    return [str(tag) for tag in (tags if isinstance(tags, list) else [tags])]
+
+
 def _format(manifest: Manifest) -> str:
-    """Returns the format of a checkpoint, whatever its version."""
-    is_gptq = str(manifest.run.config.get("format", "gptq")).startswith("gptq")
-    return "gptq" if is_gptq else "compressed-tensors"
+    """Returns the format of a checkpoint, whatever its version: gptq, compressed-tensors or dense."""
+    return str(manifest.run.config.get("format", "gptq")).removesuffix("_v2")
 
 
 def _default_name(manifest: Manifest) -> str:
@@ -218,11 +251,13 @@ def _sections(
     yield f"# {name}"
     yield (
         f"{original[0].upper() + original[1:]}, quantized to {' and '.join(map(str, widths))} bits "
-        "with roundwise."
+        f"with roundwise{', and dequantized' if _format(manifest) == DENSE else ''}."
     )
     yield _table(("", ""), _recipe(manifest))
     if accuracy:
         yield ACCURACY
+        if _format(manifest) == DENSE:
+            yield "This was measured before the weights were dequantized and rounded to their type."
         yield accuracy
     if manifest.served_by:
         yield "## Engines"
@@ -235,7 +270,8 @@ def _recipe(manifest: Manifest) -> Iterator[tuple[str, ...]]:
     """Yields how a checkpoint was made, as rows of label and value."""
     settings, calibration = manifest.run.config, manifest.run.calibration
     groups = {layer.group_size for layer in manifest.layers}
-    yield "bits per weight", f"{manifest.bits_per_weight:.2f}, with scales and zero points"
+    if _format(manifest) != DENSE:
+        yield "bits per weight", f"{manifest.bits_per_weight:.2f}, with scales and zero points"
     yield (
         "size",
         f"{format_size(manifest.bytes_after)}; the original has {format_size(manifest.bytes_before)}",
@@ -277,9 +313,11 @@ def _usage(name: str, manifest: Manifest, config: Mapping[str, Any]) -> Iterator
     architecture = str((config.get("architectures") or [""])[0])
     generates = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     loader = "AutoModelForCausalLM" if generates else "AutoModel"
+    plugin = "import roundwise  # transformers then computes from the packed weights\n"
+    if _format(manifest) == DENSE:
+        plugin = ""
     yield (
-        "```python\n"
-        "import roundwise  # transformers then computes from the packed weights\n"
+        f"```python\n{plugin}"
         f"from transformers import {loader}, AutoTokenizer\n\n"
         f"model = {loader}.from_pretrained({json.dumps(name)})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n"

@@ -1,5 +1,7 @@
 """`roundwise convert` as a command."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -27,6 +29,19 @@ def test_as_a_command(quantized, tmp_path, commands):
     ended = commands.run("convert", source, tmp_path / "v2", "--to", "gptq_v2", "--json")
     assert ended.code == 0, ended.stderr
     assert ended.json["bytes"] == Checkpoint(source).nbytes()
+
+
+def test_the_card_is_of_the_result(quantized, tmp_path, commands):
+    source, out = quantized("llama", recipe="textbook"), tmp_path / "packed"
+    assert commands.run("convert", source, out, "--to", "compressed-tensors").code == 0
+    direct = quantized("llama", recipe="textbook", format="compressed-tensors")
+    assert (out / "README.md").read_text() == (direct / "README.md").read_text()
+    damaged = tmp_path / "damaged"
+    shutil.copytree(source, damaged)
+    (damaged / "roundwise.json").write_text("{}")
+    ended = commands.run("convert", damaged, tmp_path / "out", "--to", "dense")
+    assert ended.code == 2 and "roundwise.json is damaged" in ended.sentence
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_command_takes_compressed_tensors(text_model, text, tmp_path, commands):

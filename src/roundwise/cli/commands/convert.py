@@ -51,12 +51,15 @@ def command(
     gptq and gptq_v2 differ in how zero points are stored.
     compressed-tensors (pack-quantized) is the format of llm-compressor and vLLM.
     dense is a plain checkpoint of the dequantized weights, for tools that read nothing else.
+    The model card says what the result is; what others wrote in it is kept.
     gguf is the file of llama.cpp, with the names and metadata of --template.
     """
+    from roundwise.checkpoint.manifest import read_manifest
     from roundwise.checkpoint.reader import Checkpoint
     from roundwise.convert import convert
     from roundwise.errors import ConfigError
     from roundwise.inference.load import parse_dtype
+    from roundwise.publish.converted import rewrite_converted_card
     from roundwise.system.hub import local_folder
 
     only_gguf = {"--template": template, "--original": original, "--rest": rest}
@@ -71,6 +74,7 @@ def command(
             )
         _to_gguf(source, out, template, original, rest, strict=strict, as_json=as_json)
         return
+    manifest = read_manifest(source)
     for note in Checkpoint(source).left_out():
         print_note(note, label="note:", style="yellow")
     with steps("converting", lines=False):
@@ -78,6 +82,7 @@ def command(
             source, out, to,  # type: ignore[arg-type]  # `convert` checks it
             dtype=None if isinstance(dense_dtype, str) else dense_dtype,
         )  # fmt: skip
+        rewrite_converted_card(written, to, manifest)
     nbytes = Checkpoint(written).nbytes()
     if as_json:
         print_json({"output": str(written), "to": to, "bytes": nbytes})

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,13 +17,8 @@ from roundwise.system.console import count_of, in_words, stdout, visible
 from roundwise.system.memory import format_size
 
 if TYPE_CHECKING:
-    from roundwise.checkpoint.engines import ServedLayer
     from roundwise.checkpoint.quantized_layers import QuantizedLayer
     from roundwise.checkpoint.reader import Checkpoint
-
-
-#: Families with Conv1D layers, whose weights are stored as [in, out].
-CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 @dataclass(frozen=True)
@@ -117,6 +111,9 @@ def _layer_table(layers: list[LayerSummary]) -> Table:
 def summarize(name: str) -> CheckpointSummary:
     """Returns what is in a checkpoint; reads headers, scales, zero points and g_idx, but no codes.
 
+    Experts count as those of a family whose own files have one tensor for each: which family has not,
+    only `plan` finds out, from the original.
+
     Args:
         name: folder, or id on the Hugging Face hub.
     """
@@ -124,6 +121,7 @@ def summarize(name: str) -> CheckpointSummary:
     from roundwise.checkpoint.quantization_config import is_packed, read_quantization_config
     from roundwise.checkpoint.quantized_layers import find_layers
     from roundwise.checkpoint.reader import Checkpoint
+    from roundwise.plan.stored_layers import stored_layers
     from roundwise.system.hub import local_folder
 
     checkpoint = Checkpoint(local_folder(name))
@@ -148,54 +146,10 @@ def summarize(name: str) -> CheckpointSummary:
         other_tensors=len(others),
         other_bytes=sum(info.nbytes for info in others),
         served_by=(
-            served_by(_served_layers(found, layers, str(checkpoint.config.get("model_type"))))
+            served_by(stored_layers(found, str(checkpoint.config.get("model_type"))))
             if found
             else {}
         ),
-    )
-
-
-def _served_layers(
-    found: list[QuantizedLayer], summaries: list[LayerSummary], family: str
-) -> Iterator[ServedLayer]:
-    """Yields the settings of each quantized layer as engines see them, conflicts between layers too.
-
-    Experts count as those of a family whose own files have one tensor for each: which family has not,
-    only `plan` finds out, from the original.
-
-    Args:
-        found: the quantized layers.
-        summaries: what is known of each.
-        family: `model_type` of the model.
-    """
-    from roundwise.checkpoint.engines import (
-        ServedLayer,
-        conflicting_packed_modules,
-        expert_naming,
-    )
-    from roundwise.model.moe import parse_expert_name
-
-    served: dict[str, ServedLayer] = {}
-    experts: dict[str, set[ServedLayer]] = {}
-    for layer, summary in zip(found, summaries, strict=True):
-        settings = ServedLayer(
-            bits=layer.bits, group_size=summary.group_size, sym=layer.config.sym is not False,
-            desc_act=summary.act_order, format=layer.checkpoint_format,
-            is_head=layer.name.endswith("head"), is_conv1d=family in CONV1D_FAMILIES,
-        )  # fmt: skip
-        expert = parse_expert_name(layer.name)
-        if expert is not None:
-            experts.setdefault(expert[0], set()).add(settings)
-            settings = replace(settings, expert_naming=expert_naming(expert[1][1], fused=False))
-        served[layer.name] = settings
-    yield from served.values()
-    last = [*served.values()][-1]
-    yield from (
-        replace(last, conflicting_module=module)
-        for module in conflicting_packed_modules(served.__getitem__, served)
-    )
-    yield from (
-        replace(last, expert_naming="mixed") for kinds in experts.values() if len(kinds) > 1
     )
 
 
@@ -208,12 +162,7 @@ def _check_head(checkpoint: Checkpoint, layers: list[QuantizedLayer]) -> None:
 
 
 def _summarize_layer(layer: QuantizedLayer) -> LayerSummary:
-    import torch
-
     layer.check()
-    stored_g_idx = layer.tensors.get(layer.layout.g_idx)
-    g_idx = stored_g_idx.read() if stored_g_idx is not None else None
-    in_order = torch.arange(layer.in_features) // layer.group_size
     stored = sum(info.nbytes for info in layer.tensors.values())
     return LayerSummary(
         name=layer.name,
@@ -221,6 +170,6 @@ def _summarize_layer(layer: QuantizedLayer) -> LayerSummary:
         group_size=-1 if layer.groups == 1 else layer.group_size,
         in_features=layer.in_features,
         out_features=layer.out_features,
-        act_order=g_idx is not None and not bool((g_idx == in_order).all()),
+        act_order=layer.is_act_order(),
         bits_per_weight=8 * stored / (layer.in_features * layer.out_features),
     )
