@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import modeling_layers
 
 import roundwise as rw
 from roundwise.checkpoint.reader import Checkpoint
@@ -23,7 +24,7 @@ from roundwise.model.build import build, load_config
 from roundwise.model.conversions import converted_checkpoint, dense_layers, map_tensor_names
 from roundwise.model.streamed import open_streamed_model
 from roundwise.verify import audit
-from tests.helpers import ARCHITECTURES, LLAMA, random_model, raw, tensors_of
+from tests.helpers import ARCHITECTURES, LLAMA, random_model, raw, tensors_of, windows
 from tests.matrix.tiny import find, tiny_model
 
 #: Classes whose files transformers cuts, joins, permutes, joins expert by expert, or computes parts of.
@@ -243,3 +244,45 @@ class TestLayersThatOnlyTheFilesHave:
         config = rw.QuantizeConfig(method="rtn", group_size=32, rotate=True)
         result = rw.quantize(model, tmp_path / "out", config)
         assert any("mtp is not rotated" in line for line in result.not_as_asked)
+
+    @pytest.mark.parametrize("file_format", ["gptq", "compressed-tensors"])
+    def test_transformers_runs_them_beside_the_quantized_model(
+        self,
+        file_format: Any,
+        copy_of: Callable[[str], Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        mtp_model = getattr(modeling_layers, "MtpModel", None)
+        if mtp_model is None:
+            pytest.skip(f"transformers {transformers.__version__} runs no draft layers")
+        # Where transformers looks for the draft layers: this model has 2 layers, not 61.
+        monkeypatch.setattr(
+            transformers.DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected",
+            [r"model\.layers\.2\..*"],
+        )  # fmt: skip
+        model, prefix = copy_of("deepseek_v3"), "model.layers.2."
+        tensors = load_file(model / "model.safetensors")
+        for key in [key for key in tensors if key.startswith("model.layers.1.")]:
+            tensors[prefix + key.removeprefix("model.layers.1.")] = tensors[key].clone()
+        tensors[f"{prefix}eh_proj.weight"] = torch.randn(64, 128)
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            tensors[f"{prefix}{norm}.weight"] = torch.rand(64)
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+        config = rw.QuantizeConfig(method="rtn", group_size=32, format=file_format)
+        rw.quantize(model, tmp_path / "out", config)
+        ids = torch.tensor(windows(1, 12))
+        drafts, answers = [], []
+        for folder in (model, tmp_path / "out"):
+            loaded = rw.load(folder, dtype=torch.float32)[0]
+            drafts.append(mtp_model.from_pretrained(loaded).layers.state_dict())
+            answers += [
+                loaded.generate(ids, max_new_tokens=8, do_sample=False, use_mtp=use_mtp)
+                for use_mtp in (False, True)
+            ]
+        assert drafts[0].keys() == drafts[1].keys() and "0.eh_proj.weight" in drafts[0]
+        assert all(torch.equal(drafts[0][key], drafts[1][key]) for key in drafts[0])
+        assert torch.equal(drafts[1]["0.eh_proj.weight"], tensors[f"{prefix}eh_proj.weight"])
+        # Drafts change the time, not the answer; the quantized model has one of its own.
+        assert torch.equal(answers[0], answers[1]) and torch.equal(answers[2], answers[3])
+        assert not torch.equal(answers[0], answers[2])
