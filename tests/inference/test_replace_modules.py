@@ -16,7 +16,7 @@ from roundwise.checkpoint.gptq_format import encode, quantization_config
 from roundwise.errors import CheckpointError
 from roundwise.inference.quant_linear import QuantLinear
 from roundwise.model.moe import LinearExperts
-from tests.helpers import LLAMA, edited_json, random_model
+from tests.helpers import LLAMA, edited_json, random_model, tensors_of
 from tests.inference.checkpoints import LAYER, logits, rewritten
 from tests.matrix.tiny import tiny_model
 
@@ -202,6 +202,21 @@ def test_a_layer_that_the_model_does_not_have(
     folder = rewritten(quantized("llama"), tmp_path / "out", change)
     with pytest.raises(CheckpointError, match=r"layers\.9\.mlp\.down_proj.*no such layer"):
         rw.load(folder)
+
+
+def test_draft_layers_of_other_tools_are_left_out(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """DeepSeek-V3's class ignores layer 61, the draft layer, whether it is dense or quantized."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith("model.layers.1.")]:
+            tensors[key.replace(".1.", ".61.", 1)] = tensors[key].clone()
+
+    plain = packed(folder("deepseek_v3"), tmp_path / "plain", linear)
+    drafted = rewritten(plain, tmp_path / "drafted", change)
+    assert any("layers.61.self_attn.o_proj.qweight" in key for key in tensors_of(drafted))
+    assert torch.equal(logits(rw.load(drafted)[0]), logits(rw.load(plain)[0]))
 
 
 RTN = rw.QuantizeConfig(method="rtn", group_size=32)

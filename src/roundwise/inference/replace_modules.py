@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -44,7 +45,10 @@ def replace_linears(model: PreTrainedModel, layers: Iterable[QuantizedLayer]) ->
     resolver = _NameResolver(model)
     experts: dict[str, dict[tuple[int, str], QuantLinear]] = defaultdict(dict)
     for quantized in layers:
-        target, expert = resolver.resolve(quantized.name)
+        place = resolver.resolve(quantized.name)
+        if place is None:
+            continue
+        target, expert = place
         module = model.get_submodule(target)
         if expert is None:
             weight = weight_of(module)
@@ -97,7 +101,7 @@ class _NameResolver:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.conversions = model, Conversions(model)
 
-    def resolve(self, name: str) -> tuple[str, tuple[int, str] | None]:
+    def resolve(self, name: str) -> tuple[str, tuple[int, str] | None] | None:
         """Finds the module of a layer.
 
         Args:
@@ -105,7 +109,7 @@ class _NameResolver:
 
         Returns:
             Name of the module, and None; for a layer of an expert, name of the module that holds all
-            experts, and the expert's (index, projection).
+            experts, and the expert's (index, projection). None: the class leaves the layer out.
 
         Raises:
             CheckpointError: the model has no such layer.
@@ -119,6 +123,10 @@ class _NameResolver:
             experts = self._module(parts[0]) if parts else None
             if parts and experts is not None and is_fused_experts(experts):
                 return parts
+        # Draft layers (MTP), which transformers does not load either if they are dense.
+        left_out = self.model._keys_to_ignore_on_load_unexpected or ()
+        if any(re.search(pattern, f"{name}.weight") for pattern in left_out):
+            return None
         raise CheckpointError(
             f"the files have packed codes of {name}, but the model has no such layer"
         )
