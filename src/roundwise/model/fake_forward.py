@@ -45,7 +45,8 @@ def drop_uncalled_linears(streamed: StreamedModel, config: QuantizeConfig) -> Ca
     """
     calls = trace_calls(streamed, config)
     called = calls.first_reader
-    for block in streamed.blocks if called else []:
+    blocks = [block for block in streamed.blocks if called and not block.is_tower]
+    for block in blocks:
         called_linears = called.keys() & block.linears.keys()
         for name in [name for name in block.linears if name not in called_linears]:
             del block.linears[name]
@@ -57,7 +58,7 @@ def drop_uncalled_linears(streamed: StreamedModel, config: QuantizeConfig) -> Ca
         for name in [name for name in block.linears if name in calls.repeated_in_block]:
             del block.linears[name]
             block.skipped_linears[name] = "its block calls it more than once, with other inputs"
-    streamed.skip_blocks([block for block in streamed.blocks if called and not block.linears])
+    streamed.skip_blocks([block for block in blocks if not block.linears])
     return calls
 
 

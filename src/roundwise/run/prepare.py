@@ -25,8 +25,8 @@ from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
 from roundwise.errors import CalibrationError, ConfigError, OutputError, quoted
 from roundwise.forward.expert_tokens import check_experts
-from roundwise.model.blocks import towers, weight_of
-from roundwise.model.build import context_length, embedding_shape, forward_kwargs
+from roundwise.model.blocks import weight_of
+from roundwise.model.build import context_length, embedding_shape, forward_kwargs, towers
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
 from roundwise.model.rotate import open_for_run
 from roundwise.model.streamed import StreamedModel
@@ -301,7 +301,13 @@ def _calibration(
         source, tokenizer, fitting, widest=widest, generate=generate,
         encode=_media_encoder(streamed) if parts else None, hold_out=config.needs_reference,
     )  # fmt: skip
-    if parts and not any(batch.inputs for batch in loaded.batches):
+    has_media = any(batch.inputs for batch in loaded.batches)
+    if config.towers and not has_media:
+        raise CalibrationError(
+            "--towers needs calibration records with pictures or sounds, but there is text alone: give "
+            "`images` or `audios` beside the messages, take --method rtn, or leave out --towers"
+        )
+    if parts and not has_media:
         line = (
             "the model takes pictures or sounds, but is calibrated with text alone: records with "
             "`images` beside their messages show the language model what it will see"
