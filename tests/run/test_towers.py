@@ -28,7 +28,8 @@ from roundwise.model.tokenizer import load_processor
 from roundwise.plan.plan import plan
 from roundwise.verify import audit
 from tests.calibration.test_encoded_media import save_model, write_records
-from tests.helpers import Stop, contents, run_blocks, stop_after
+from tests.helpers import Stop, contents, hidden, run_blocks, stop_after
+from tests.model.test_fake_forward import picture_inputs, save_seeing_model
 
 OPTIONS: dict[str, Any] = {"samples": 6, "seq_len": 128, "batch_size": 2}
 KINDS = pytest.mark.parametrize("kind", ["image", "audio"])
@@ -110,6 +111,29 @@ def test_hessians_are_those_of_the_plain_model(
         pass
     assert seen == {*names}
     assert sum("tower" in name for name in seen) == 12
+
+
+@torch.no_grad()
+def test_hidden_states_of_a_tower_that_reads_sizes_of_pictures(tmp_path: Path) -> None:
+    """Qwen2.5-VL: window attention, patches without a batch axis."""
+    model, inputs = save_seeing_model(tmp_path), picture_inputs()
+    streamed = open_streamed_model(model, include_towers=True)
+    plain = model_class(streamed.model.config).from_pretrained(model).eval()
+    seen: dict[str, torch.Tensor] = {}
+    for block in streamed.blocks:
+        plain.get_submodule(block.name).register_forward_hook(
+            lambda _m, _a, output, key=block.name: seen.update({key: hidden(output)})
+        )
+    plain(**inputs)
+    others = {name: x for name, x in inputs.items() if name != "input_ids"}
+    names = iter([block.name for block in streamed.blocks])
+    for _, scheduler in run_blocks(
+        streamed, [Batch(inputs["input_ids"], None, inputs=others)], reference=True
+    ):
+        name = next(names)
+        for batch in [*scheduler.quantized, *scheduler.references]:
+            assert torch.equal(hidden(batch.output), seen[name])
+    assert not [*names]
 
 
 @KINDS

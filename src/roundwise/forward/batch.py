@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from greenlet import getcurrent, greenlet
 
-from roundwise.calibration.windows import Batch
+from roundwise.calibration.windows import Batch, shortest_with_media
 from roundwise.errors import CheckpointError
 from roundwise.forward.expert_tokens import RoutedBatch
 from roundwise.forward.input_groups import ReferenceActivations
@@ -135,12 +135,7 @@ def probes(batches: Sequence[Batch], *, media: bool) -> list[PausedBatch]:
         batches: all calibration batches.
         media: some blocks are called for pictures or sounds only.
     """
-    shortest = {
-        tuple(batch.inputs): batch
-        for batch in sorted(batches, key=lambda batch: -batch.input_ids.numel())
-        if batch.inputs and media
-    }
-    chosen = [batches[0].probe(PROBE_TOKENS), *shortest.values()]
+    chosen = [batches[0].probe(PROBE_TOKENS), *(shortest_with_media(batches) if media else ())]
     return [PausedBatch(batch, -1 - i) for i, batch in enumerate(chosen)]
 
 

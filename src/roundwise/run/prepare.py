@@ -20,7 +20,7 @@ from roundwise.calibration.dataset import Calibration, load_calibration
 from roundwise.calibration.encoded_media import encode_chat
 from roundwise.calibration.records import Chat
 from roundwise.calibration.self_generated import generate_windows
-from roundwise.calibration.windows import Window
+from roundwise.calibration.windows import Window, shortest_with_media
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
 from roundwise.errors import CalibrationError, ConfigError, OutputError, quoted
@@ -141,6 +141,11 @@ def prepare(
     announce("reading the calibration text")
     loaded = _calibration(streamed, config, calibration, windows, ranks)
     _check_ranks(ranks, streamed, loaded)
+    if loaded is not None and config.towers:
+        media = shortest_with_media(loaded.batches)
+        drop_uncalled_linears(
+            streamed, config, [{"input_ids": batch.input_ids, **batch.inputs} for batch in media]
+        )
     if loaded is not None and config.target_bpw is not None:
         announce("choosing the bits of every layer")
         earlier = None if options.restart else Path(out)
