@@ -121,7 +121,11 @@ def summarize(name: str) -> CheckpointSummary:
         name: folder, or id on the Hugging Face hub.
     """
     from roundwise.checkpoint.engines import served_by
-    from roundwise.checkpoint.quantization_config import is_packed, read_quantization_config
+    from roundwise.checkpoint.quantization_config import (
+        is_packed,
+        quantizes_towers,
+        read_quantization_config,
+    )
     from roundwise.checkpoint.quantized_layers import find_layers
     from roundwise.checkpoint.reader import Checkpoint
     from roundwise.system.hub import local_folder
@@ -148,15 +152,22 @@ def summarize(name: str) -> CheckpointSummary:
         other_tensors=len(others),
         other_bytes=sum(info.nbytes for info in others),
         served_by=(
-            served_by(_served_layers(found, layers, str(checkpoint.config.get("model_type"))))
-            if found
+            served_by(
+                _served_layers(
+                    found,
+                    layers,
+                    str(checkpoint.config.get("model_type")),
+                    towers=quantizes_towers(config.raw),
+                )
+            )
+            if found and config is not None
             else {}
         ),
     )
 
 
 def _served_layers(
-    found: list[QuantizedLayer], summaries: list[LayerSummary], family: str
+    found: list[QuantizedLayer], summaries: list[LayerSummary], family: str, *, towers: bool
 ) -> Iterator[ServedLayer]:
     """Yields the settings of each quantized layer as engines see them, conflicts between layers too.
 
@@ -167,6 +178,7 @@ def _served_layers(
         found: the quantized layers.
         summaries: what is known of each.
         family: `model_type` of the model.
+        towers: layers of vision or audio towers are among them.
     """
     from roundwise.checkpoint.engines import (
         ServedLayer,
@@ -194,6 +206,7 @@ def _served_layers(
         replace(last, conflicting_module=module)
         for module in conflicting_packed_modules(served.__getitem__, served)
     )
+    yield from ([replace(last, is_tower=True)] if towers else [])
     yield from (
         replace(last, expert_naming="mixed") for kinds in experts.values() if len(kinds) > 1
     )
