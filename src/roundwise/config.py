@@ -199,6 +199,11 @@ class QuantizeConfig(Settings):
         False,
         description="Quantize the output head too; if it is tied to the embedding, it is untied first.",
     )
+    towers: Annotated[bool, Panel.FORMAT] = Field(
+        False,
+        description="Quantize the vision and audio towers too, calibrated with records that have "
+        "pictures or sounds; rtn needs none.",
+    )
     target_bpw: Annotated[float | None, Panel.FORMAT] = Field(
         None,
         gt=0.0,

@@ -25,6 +25,7 @@ from roundwise.checkpoint.gptq_format import (
     settings_from_weight,
 )
 from roundwise.checkpoint.quantization_config import (
+    quantizes_towers,
     read_quantization_config,
     without_quantization_config,
 )
@@ -106,6 +107,8 @@ def convert(source: Path, out: Path, to: Target, *, dtype: torch.dtype | None = 
     copy_side_files(checkpoint, out)
     config = without_quantization_config(checkpoint.config)
     if settings is not None:
+        if quantizes_towers(stated.raw):
+            settings = {**settings, "meta": {**settings.get("meta", {}), "towers": True}}
         config["quantization_config"] = settings
         if to != "compressed-tensors":
             write_json(out / "quantize_config.json", settings)

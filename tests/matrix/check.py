@@ -15,8 +15,8 @@ import roundwise as rw
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.convert import convert
 from roundwise.errors import ConfigError, RoundwiseError, VerificationError
-from roundwise.model.blocks import _search_roots, towers
-from roundwise.model.build import embedding_shape, forward_kwargs
+from roundwise.model.blocks import _search_roots
+from roundwise.model.build import embedding_shape, forward_kwargs, towers
 from roundwise.model.streamed import StreamedModel, open_streamed_model
 from roundwise.plan.plan import Plan, plan
 from roundwise.verify import audit

@@ -109,3 +109,64 @@ def test_a_forward_that_depends_on_values_tells_nothing(
     assert drop_uncalled_linears(streamed, CONFIG) == CallTrace()
     assert [list(block.linears) for block in streamed.blocks] == before
     assert streamed.skipped_blocks == []
+
+
+TEXT = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+}  # fmt: skip
+
+
+def picture_inputs() -> dict[str, torch.Tensor]:
+    """Tokens and pixels of one picture of 4 x 4 patches, whose sizes the tower reads as numbers."""
+    return {
+        "input_ids": torch.tensor([[1, 50, 51, 51, 51, 51, 52, 2]]),
+        "pixel_values": torch.randn(16, 2 * 3 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0]]),
+    }
+
+
+def save_seeing_model(folder: Path) -> Path:
+    """A small Qwen2.5-VL with random weights."""
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=TEXT,
+        vision_config={
+            "hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 64, "depth": 2,
+            "num_heads": 2, "fullatt_block_indexes": [1],
+        },
+        vision_start_token_id=50, image_token_id=51, video_token_id=53, vision_end_token_id=52,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+class TestTowers:
+    """Fake forwards with pictures: sizes and places of pictures have values, all else has none."""
+
+    @pytest.fixture
+    def model(self, tmp_path: Path) -> Path:
+        return save_seeing_model(tmp_path)
+
+    def test_every_linear_of_the_tower_is_called(self, model: Path) -> None:
+        streamed = open_streamed_model(model, include_towers=True)
+        calls = trace_calls(streamed, CONFIG, picture_inputs())
+        names = [name for block in streamed.blocks for name in block.linears]
+        assert {*calls.first_reader} == {*names}
+        first = next(name for name in names if name.endswith("gate_proj"))
+        assert calls.first_reader[first.replace("gate_proj", "up_proj")] == first
+        assert not trace_calls(streamed, CONFIG).first_reader.keys() & {
+            name for block in streamed.blocks if block.is_tower for name in block.linears
+        }
+
+    def test_linears_that_pictures_do_not_reach_are_skipped(self, model: Path) -> None:
+        streamed = open_streamed_model(model, include_towers=True)
+        text = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+        drop_uncalled_linears(streamed, CONFIG, [text])
+        assert not any(block.is_tower for block in streamed.blocks)
+        reasons = {r for block in streamed.skipped_blocks for r in block.skipped_linears.values()}
+        assert reasons == {
+            "the model does not call its block for the pictures or sounds of the calibration"
+        }

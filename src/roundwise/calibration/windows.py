@@ -6,7 +6,7 @@ For chats it can tell which tokens the assistant wrote.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +50,12 @@ class Batch:
     def counting(self) -> torch.Tensor | None:
         """Bool [windows, length], True for the tokens that count; None: all."""
         return self.mask if self.counted is None else self.counted
+
+
+def shortest_with_media(batches: Iterable[Batch]) -> list[Batch]:
+    """Returns the shortest batch for each set of further inputs, such as pictures."""
+    longest_first = sorted(batches, key=lambda batch: -batch.input_ids.numel())
+    return [*{tuple(batch.inputs): batch for batch in longest_first if batch.inputs}.values()]
 
 
 @dataclass(frozen=True)

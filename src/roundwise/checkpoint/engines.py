@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from roundwise.config import QuantizeConfig
@@ -123,6 +123,7 @@ class ServedLayer:
     conflicting_module: str | None = None
     """Name of a fused layer that this layer belongs to and whose members have different settings."""
     is_head: bool = False
+    is_tower: bool = False
     is_conv1d: bool = False
 
 
@@ -140,7 +141,8 @@ class Reading:
     """Option that the engine needs for it."""
     act_order: bool = False
     head: bool = True
-    """A quantized output head is read."""
+    """A quantized output head is read; `towers`: quantized vision and audio towers are."""
+    towers: bool = False
     seen: bool = False
     """True: tests/clients runs it; False: read from the engine's source code."""
 
@@ -198,6 +200,7 @@ _OURS = frozenset(WIDTHS)
 #: GPUs from SM75 on.
 _HUMMING = Reading(frozenset(range(1, 9)), True, None, option=HUMMING, head=False)
 _GPTQ_MARLIN = Reading(frozenset([4, 8]), False, _COMMON_GROUPS)
+_ROUNDWISE = Reading(_OURS, True, None, act_order=True, towers=True, seen=True)
 VLLM_CPU, VLLM_GPU = "vLLM, CPU", "vLLM, GPU"
 
 #: Engine -> what it reads. Versions of November 2026; rows that are not `seen` are from its source code.
@@ -232,11 +235,7 @@ ENGINES: dict[str, Engine] = {
         "7.7.0", (Reading(frozenset([2, 3, 4, 8]), True, None, act_order=True, seen=True),)
     ),
     "transformers with roundwise": Engine(
-        "5.23",
-        (
-            Reading(_OURS, True, None, act_order=True, seen=True),
-            Reading(_OURS, True, None, "compressed-tensors", act_order=True, seen=True),
-        ),
+        "5.23", (_ROUNDWISE, replace(_ROUNDWISE, format="compressed-tensors"))
     ),
 }
 
@@ -270,6 +269,8 @@ def _refusal_of_all(name: str, reading: Reading, layers: list[ServedLayer]) -> s
         reason = reading.refusal(layer)
         if reason is None and ENGINES[name].device:
             reason = _fusing_refusal(layer, gpu=ENGINES[name].device == "gpu")
+        if reason is None and layer.is_tower and not reading.towers:
+            reason = "it is not known to read quantized vision or audio towers"
         if reason is None and name == "GPTQModel":
             reason = _gptqmodel_refusal(layer)
         if reason is not None:

@@ -158,6 +158,7 @@ def run_meta(config: QuantizeConfig) -> dict[str, Any]:
         "method": config.method,
         "order": config.order,
         **({"rotate": {"seed": config.rotation_seed}} if config.rotate else {}),
+        **({"towers": True} if config.towers else {}),
     }
 
 

@@ -179,6 +179,12 @@ def without_quantization_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return rest
 
 
+def quantizes_towers(raw: Mapping[str, Any]) -> bool:
+    """Tells whether a quantization config says that vision or audio towers are quantized."""
+    meta = raw.get("meta")
+    return isinstance(meta, dict) and meta.get("towers") is True
+
+
 def is_packed(tensors: Mapping[str, object]) -> bool:
     """Tells whether some tensors hold packed codes: GPTQ, compressed-tensors or Marlin's layout."""
     return any(

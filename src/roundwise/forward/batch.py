@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from greenlet import getcurrent, greenlet
 
-from roundwise.calibration.windows import Batch
+from roundwise.calibration.windows import Batch, shortest_with_media
 from roundwise.errors import CheckpointError
 from roundwise.forward.expert_tokens import RoutedBatch
 from roundwise.forward.input_groups import ReferenceActivations
@@ -19,6 +19,8 @@ from roundwise.model.blocks import Block
 from roundwise.model.foreign_errors import raise_foreign
 from roundwise.system.distributed import Ranks
 
+#: Tokens of the text probe: enough for any local attention pattern to be well formed.
+PROBE_TOKENS = 8
 #: Tokens that are compared at a time in `depth_error`.
 ROWS = 1024
 
@@ -79,12 +81,14 @@ class PausedBatch:
 
     batch: Batch
     number: int
-    """Its number among all batches; -1 is the probe."""
+    """Its number among all batches; those of probes are negative."""
     reference: PausedBatch | None = None
     """The same batch in the other model: in the original one, or of a reference in the quantized one."""
     is_reference: bool = False
     """It runs through the original model, with the original weights."""
     task: greenlet | None = None
+    block: int = -1
+    """Number of the block that it is at, among all blocks of the model."""
     stopped_at: Stop = EXIT
     block_inputs: Any = None
     """Arguments of the block, while the batch is paused in front of it."""
@@ -107,16 +111,32 @@ class PausedBatch:
         self.counting = self.batch.counting
 
     @property
+    def is_probe(self) -> bool:
+        """It only shows which linears share an input: its activations count for nothing."""
+        return self.number < 0
+
+    @property
     def key(self) -> str:
         """Name of the batch in saved activations; the same on whichever rank it runs."""
-        if self.number < 0:
-            return "probe"
+        if self.is_probe:
+            return f"probe{self.number + 1 or ''}"
         return f"{'original' if self.is_reference else 'quantized'}-{self.number}"
 
     def clear_block(self) -> None:
         """Drops what was kept for the groups of the block that it has passed."""
         for kept in (self.reference_activations, self.residual_inputs, self.expert_tokens):
             kept.clear()
+
+
+def probes(batches: Sequence[Batch], *, media: bool) -> list[PausedBatch]:
+    """Returns the probes: a few tokens of text and, with `media`, one batch for each set of inputs.
+
+    Args:
+        batches: all calibration batches.
+        media: some blocks are called for pictures or sounds only.
+    """
+    chosen = [batches[0].probe(PROBE_TOKENS), *(shortest_with_media(batches) if media else ())]
+    return [PausedBatch(batch, -1 - i) for i, batch in enumerate(chosen)]
 
 
 class WeightSwap:

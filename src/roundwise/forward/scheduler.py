@@ -5,158 +5,67 @@ own that stops at the places of `forward.batch.Phase`. The scheduler resumes one
 so that all have reached the same place before a group is solved there. All run on one thread.
 
 The first batch is a probe of a few tokens: it shows which linears read the same input, and in which
-order. With a reference, each batch has a second one that runs through the original model in lock-step:
-its activations in front of a group show how far the quantized model has drifted.
+order. Blocks of towers are run with the batches that have pictures or sounds; all others wait in front
+of the first block that they call. With a reference, each batch has a second one that runs through the
+original model in lock-step: its activations in front of a group show how far the quantized model has
+drifted.
 
 This module handles hooks and their sums; it knows nothing of files, solving, or formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
-from torch import nn
 
-from roundwise.calibration.windows import Batch
-from roundwise.errors import RunError
 from roundwise.forward.batch import (
     COUNTED,
-    ENTER,
     EXIT,
     GATHERED,
-    PausedBatch,
-    Stop,
-    WeightSwap,
     at_experts,
     at_group,
     hidden,
-    pause,
-    run_block,
 )
-from roundwise.forward.expert_tokens import ExpertCalibration
-from roundwise.forward.hooks import CalibrationHooks, OutsideModel
 from roundwise.forward.input_groups import InputGroup, trace_block
-from roundwise.forward.offload import CpuOffload, DiskOffload
-from roundwise.model.blocks import Block, wrapped_forwards
-from roundwise.model.build import forward_kwargs
-from roundwise.model.foreign_errors import foreign_errors
+from roundwise.forward.paused_forwards import PausedForwards
+from roundwise.model.blocks import Block
 from roundwise.model.moe import dispatch_to_all
-from roundwise.system.device import HOST, to_device
-from roundwise.system.distributed import Ranks
-from roundwise.system.half_matmul import cpu_half_matmul, needs_half_matmul, outside_model
-from roundwise.system.timer import timer
-
-#: Tokens of the probe: enough for any local attention pattern to be well formed.
-PROBE_TOKENS = 8
 
 
-class ForwardScheduler:
-    """Runs all calibration batches through the blocks of a model; use it as a context manager.
+class ForwardScheduler(PausedForwards):
+    """Runs the groups of blocks with all calibration batches; see `PausedForwards` for its arguments."""
 
-    Args:
-        model: parameters outside the blocks are loaded; those of a block are loaded before it runs.
-        blocks: the repeated blocks, in the order in which the model calls them.
-        batches: all calibration batches; this rank runs its share of them.
-        reference: also run the original model.
-        skip: number of blocks that an earlier run has finished; they are not run again.
-        outputs: with `skip`, what the last finished block returned, by `Block.stack` and then by
-            `PausedBatch.key`.
-        held_out: numbers of the batches whose sums are kept apart (`InputGroup.held`).
-        ratio: factor of the original model's outputs; see `InputGroup.add_drift`.
-        policy: which tokens an expert's Hessian is made from.
-        ranks: the processes of the run, which share the batches.
-        device: where blocks are loaded and batches run.
-        offload: keeps paused batches that do not fit into memory: on the host of an accelerator (block
-            mode only), or in a file. None: they stay in memory.
-    """
+    def replay_block(self, use_quantized: Callable[[], None]) -> None:
+        """Runs the block that all batches have entered again, as an earlier run did that finished it.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: list[Block],
-        batches: list[Batch],
-        *,
-        reference: bool = False,
-        skip: int = 0,
-        outputs: dict[int, dict[str, Any]] | None = None,
-        held_out: frozenset[int] = frozenset(),
-        ratio: float | None = None,
-        policy: ExpertCalibration | None = None,
-        ranks: Ranks | None = None,
-        device: torch.device = HOST,
-        offload: CpuOffload | DiskOffload | None = None,
-    ) -> None:
-        self.model, self.blocks, self.skip = model, blocks, skip
-        self.policy, self.ranks = policy or ExpertCalibration(), ranks or Ranks()
-        self.device, self.offload = device, offload
-        dtypes = (parameter.dtype for parameter in model.parameters())
-        ragged = any(block.experts for block in blocks)
-        changed = needs_half_matmul(dtypes, device, ragged=ragged)
-        self._matmul = cpu_half_matmul if changed else nullcontext
-        self._outside: OutsideModel = outside_model if changed else nullcontext
-        self.hooks = CalibrationHooks(
-            self._current, self._outside, held_out=held_out, ratio=ratio, policy=self.policy
-        )
-        batches = [batch.to(device) for batch in batches]
-        self.probe = PausedBatch(batches[0].probe(PROBE_TOKENS), -1)
-        self.quantized = [PausedBatch(batch, i) for i, batch in self.ranks.shard(batches).items()]
-        if reference:
-            for batch in self.quantized:
-                batch.reference = PausedBatch(batch.batch, batch.number, batch, is_reference=True)
-        self.references = [batch.reference for batch in self.quantized if batch.reference]
-        self.batches = [self.probe, *self.references, *self.quantized]
-        for stack, saved in (outputs or {}).items():
-            for batch in self.batches:
-                batch.resumed_outputs[stack] = saved[batch.key]
-        self._trying = False
-        self._running: dict[greenlet, PausedBatch] = {}
-        self._weights = WeightSwap()
-        self._exit = ExitStack()
-
-    def __enter__(self) -> Self:
-        # Grad mode belongs to the thread, which all batches share: switched off here, once.
-        self._exit.enter_context(torch.no_grad())
-        self._exit.enter_context(wrapped_forwards(self.blocks, self._paused_forward))
-        for batch in self.batches:
-            batch.task = greenlet(self._run_model)
-            self._running[batch.task] = batch
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for batch in self.batches:
-            if batch.task:  # running: unwind its frames
-                batch.task.throw(GreenletExit)
-        self.hooks.remove()
-        if self.offload is not None:
-            self.offload.close()
-        self._exit.close()
-
-    def advance_to_block(self) -> None:
-        """Runs every batch to the entrance of the next block."""
-        self._weights = WeightSwap()
-        if self.offload is not None:
-            self.offload.mark_shared()
-        for batch in self.batches:
-            self._resume(batch)
-            if batch.stopped_at != ENTER:
-                raise RunError("the model does not call its blocks one after another, each once")
+        Args:
+            use_quantized: puts the quantized weights into the block; it has its own before.
+        """
+        self.hooks.sequential = True
+        self._advance([*self.probes, *self.references], EXIT)
+        use_quantized()
+        self._advance(self.quantized, EXIT)
 
     def discover_groups(self, block: Block) -> list[InputGroup]:
-        """Runs the probe through the block and returns its groups, in the order of their first use.
+        """Runs the probes through the block; returns its groups, in the order of their first use.
+
+        There are none if no batch calls the block.
 
         Raises:
             RunError: the block calls a linear more than once.
         """
         for experts in block.experts.values():
             experts.dispatch = partial(dispatch_to_all, experts, as_one=self.policy.gather == "all")
+        if not self.probes:
+            return []
+        first, *others = self.probes
         with trace_block(block) as trace:
-            self._advance([self.probe], EXIT)
-        trace.stream.append((block.name, hidden(self.probe.output)))
+            self._advance([first], EXIT)
+        self._advance(others, EXIT)
+        trace.stream.append((block.name, hidden(first.output)))
         return trace.groups()
 
     def run_block(
@@ -181,7 +90,7 @@ class ForwardScheduler:
             Module of experts -> how many tokens its router sent to each.
         """
         sequential = sequential or block.is_head
-        self.hooks.install(block, groups, sequential=sequential, drift=bool(self.references))
+        self.hooks.install(block, groups, sequential=sequential, drift=self._has_references)
         if not sequential:
             self._gather(groups)
         for index, group in enumerate(groups):
@@ -245,12 +154,6 @@ class ForwardScheduler:
         for batch in self.batches:
             batch.output = outputs[batch.key]
 
-    def onloaded(self, key: str) -> AbstractContextManager[None]:
-        """Context manager: the tensors of the batch with this key are in memory."""
-        if self.offload is None or key == self.probe.key:
-            return nullcontext()
-        return self.offload.onloaded(next(batch for batch in self.batches if batch.key == key))
-
     def _advance_to_group(self, index: int, groups: list[InputGroup]) -> None:
         """Sequential mode: runs all batches up to group number `index`."""
         batches = [*self.references, *self.quantized]
@@ -283,76 +186,5 @@ class ForwardScheduler:
         before: list[Any] = [linear.weight for linear in linears]
         solve(group)
         group.clear()
-        if self.references:
+        if self._has_references:
             self._weights.add(linears, before)
-
-    def _advance(self, batches: Sequence[PausedBatch], target: Stop) -> None:
-        """Resumes each batch until it has stopped at `target` or beyond."""
-        for batch in batches:
-            while batch.stopped_at < target:
-                self._resume(batch)
-
-    def _resume(self, batch: PausedBatch) -> None:
-        """Runs a batch up to its next stop."""
-        assert batch.task is not None
-        self._weights.use(original=batch.is_reference)
-        offload = self.offload if batch.number >= 0 else None
-        with timer.phase("forward"):
-            if offload is not None:
-                offload.onload(batch)
-            stopped = batch.task.switch() if batch.task else batch.task.switch(batch)
-            batch.stopped_at = EXIT if batch.task.dead else stopped
-            if offload is not None:
-                offload.offload(batch)
-
-    def _run_model(self, batch: PausedBatch) -> None:
-        """The body of a batch's greenlet: the whole forward, with its stops."""
-        given = batch.batch
-        kwargs = forward_kwargs(self.model, given.input_ids, given.mask, given.inputs)
-        what = f"{type(self.model).__name__} fails on calibration text outside blocks"
-        with self._matmul(), foreign_errors(what):
-            self.model(**kwargs)
-
-    def _paused_forward(
-        self, index: int, block: Block, original: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        """A block's forward with the stops around it."""
-
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            return run_block(block, original, args, kwargs)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            batch, tried = self._current(), False
-            if index < self.skip:
-                # An earlier run finished these blocks. Each returns the saved output of the last one:
-                # only that one is used.
-                return to_device(batch.resumed_outputs[block.stack], self.device)
-            batch.block_inputs, batch.output = (args, kwargs), None
-            self._pause(ENTER)
-            if batch.number >= 0 and not self.hooks.sequential:
-                if self.hooks.counting:
-                    compute(*args, **kwargs)
-                    self._pause(COUNTED)
-                batch.output = compute(*args, **kwargs)
-                tried = self._trying
-                self._pause(GATHERED)
-                while self._trying:
-                    batch.candidate_output = compute(*args, **kwargs)
-                    self._pause(GATHERED)
-            if batch.output is None or not (batch.is_reference or tried):
-                batch.output = compute(*args, **kwargs)
-            self._pause(EXIT)
-            output, batch.block_inputs, batch.output = batch.output, None, None
-            with self._outside():
-                return to_device(output, self.device)
-
-        return forward
-
-    def _pause(self, stop: Stop) -> None:
-        """Stops the running batch, in the wrapper of a block's forward."""
-        with self._outside():
-            pause(stop)
-
-    def _current(self) -> PausedBatch:
-        """The batch that is running."""
-        return self._running[getcurrent()]

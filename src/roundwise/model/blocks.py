@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.checkpoint.reader import Checkpoint, CheckpointView
 from roundwise.errors import CheckpointError, ConfigError
-from roundwise.model.build import text_config
+from roundwise.model.build import text_config, towers
 from roundwise.model.expert_weights import router_linears
 from roundwise.model.moe import LinearExperts
 
@@ -41,9 +41,11 @@ class Block:
     skipped_linears: dict[str, str] = field(default_factory=dict)
     """Full name of linears that are never quantized -> the reason."""
     stack: int = 0
-    """Index of the list of blocks it belongs to: 0 for an encoder's, 1 for the decoder's behind it."""
+    """Index of the list of blocks it belongs to, in call order: an encoder's, then the decoder's."""
     is_head: bool = False
     """The block is the output head; `module` is an `OutputHead`."""
+    is_tower: bool = False
+    """It belongs to a vision or audio tower: batches of text alone do not call it."""
 
     @property
     def prefix(self) -> str:
@@ -62,26 +64,43 @@ class Block:
         return {name: m for name, m in self.modules() if isinstance(m, LinearExperts)}
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
+def find_blocks(model: nn.Module, *, include_towers: bool = False) -> list[Block]:
     """Returns the repeated blocks: the outermost ModuleList that holds most linear weights.
 
-    An encoder-decoder has two such lists. If the model has vision or audio towers, only the list of the
-    language model is used.
+    An encoder-decoder has two such lists, and so has a model with vision or audio towers: theirs come
+    first, as in a forward.
+
+    Args:
+        model: the model.
+        include_towers: return the blocks of vision and audio towers too.
 
     Raises:
-        ConfigError: there are no repeated blocks with linear layers.
+        ConfigError: there are no repeated blocks with linear layers, or no towers.
     """
-    blocks = []
-    for stack, root in enumerate(_search_roots(model)):
-        for name in _module_lists(model, root):
-            modules = model.get_submodule(name)
-            assert isinstance(modules, nn.ModuleList)
-            blocks += [_make_block(*named, stack) for named in _flat_list(name, modules)]
-    if not any(block.linears for block in blocks):
+    outside = towers(model)
+    blocks = [*_blocks_below(model, outside, [])] if include_towers else []
+    if include_towers and not any(block.linears for block in blocks):
+        raise ConfigError(
+            f"{type(model).__name__} has no vision or audio tower to quantize: leave out --towers"
+        )
+    first = blocks[-1].stack + 1 if blocks else 0
+    text = [*_blocks_below(model, _search_roots(model), outside, first)]
+    if not any(block.linears for block in text):
         raise ConfigError(
             f"{type(model).__name__} has no repeated blocks with linear layers: nothing to quantize"
         )
-    return blocks
+    return [*(replace(block, is_tower=True) for block in blocks), *text]
+
+
+def _blocks_below(
+    model: nn.Module, roots: list[str], outside: list[str], first: int = 0
+) -> Iterator[Block]:
+    """Yields the blocks of each of `roots`, but not those `outside`; their stacks count from `first`."""
+    for stack, root in enumerate(roots, first):
+        for name in _module_lists(model, root, outside):
+            modules = model.get_submodule(name)
+            assert isinstance(modules, nn.ModuleList)
+            yield from (_make_block(*named, stack) for named in _flat_list(name, modules))
 
 
 def _flat_list(name: str, modules: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
@@ -142,18 +161,19 @@ def _search_roots(model: nn.Module) -> list[str]:
     return text_models[:1] or [""]
 
 
-def _module_lists(model: nn.Module, root: str) -> list[str]:
+def _module_lists(model: nn.Module, root: str, outside: list[str]) -> list[str]:
     """Returns the name of the outermost ModuleList below `root` with most linear weights.
 
     Others of the same length whose modules are of the same classes (HRM has two) are returned too.
+    Lists in the modules `outside` do not count.
     """
     sizes: dict[str, int] = {}
     kinds: dict[str, list[type]] = {}
-    outside = tuple(f"{name}." for name in towers(model))
+    skipped = tuple(f"{name}." for name in outside)
     outermost: set[str] = set()
     for name, module in model.get_submodule(root).named_modules(prefix=root):
         nested = any(name.startswith(f"{outer}.") for outer in outermost)
-        if isinstance(module, nn.ModuleList) and not nested and not name.startswith(outside):
+        if isinstance(module, nn.ModuleList) and not nested and not name.startswith(skipped):
             outermost.add(name)
             if all(isinstance(child, nn.Linear | Conv1D) for child in module):
                 continue  # several heads, or adapters
@@ -163,24 +183,6 @@ def _module_lists(model: nn.Module, root: str) -> list[str]:
     if best is None or not sizes[best]:
         return []
     return [name for name in sizes if name == best or kinds[name] == kinds[best]]
-
-
-def towers(model: nn.Module) -> list[str]:
-    """Returns the parts of a text model that are models of pictures or sound."""
-    if getattr(model, "main_input_name", None) != "input_ids":
-        return []
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and not _takes_text(module)
-    ]
-
-
-def _takes_text(model: PreTrainedModel) -> bool:
-    """Tells whether the forward of a part of a model may take tokens."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    passes_on = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-    return passes_on or any(p.name == "input_ids" for p in parameters)
 
 
 def _make_block(name: str, module: nn.Module, stack: int) -> Block:

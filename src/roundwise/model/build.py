@@ -114,6 +114,29 @@ def embedding_shape(model: Any) -> tuple[int, int]:
     return config_size(model, "vocab_size") or rows, config_size(model, "hidden_size") or width
 
 
+def towers(model: nn.Module) -> list[str]:
+    """Returns the outermost parts of a text model that are models of pictures or sound."""
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return []
+    found: list[str] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{tower}.") for tower in found)
+        if (
+            isinstance(module, transformers.PreTrainedModel)
+            and not nested
+            and not _takes_text(module)
+        ):
+            found.append(name)
+    return found
+
+
+def _takes_text(model: transformers.PreTrainedModel) -> bool:
+    """Tells whether the forward of a part of a model may take tokens."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    passes_on = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return passes_on or any(p.name == "input_ids" for p in parameters)
+
+
 def context_length(model: Any) -> int | None:
     """Returns the maximum number of tokens of a model's input; None if its config sets no limit.
 

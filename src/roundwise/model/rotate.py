@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def open_for_run(
 
     Args:
         folder: folder of the checkpoint.
-        config: `lm_head`, `rotate` and `rotation_seed` count.
+        config: `lm_head`, `towers`, `rotate` and `rotation_seed` count.
         device: device to compute on.
         check: read all weights once, to find those that are not finite and to check the rotation.
 
@@ -78,14 +79,16 @@ def open_for_run(
         CheckpointError: the model cannot be opened, or holds NaN or infinity.
         ConfigError: it cannot be rotated.
     """
-    streamed = open_streamed_model(folder, lm_head=config.lm_head, device=device)
+    opened = partial(
+        open_streamed_model, lm_head=config.lm_head, include_towers=config.towers, device=device
+    )
+    streamed = opened(folder)
     if check:
         check_finite(streamed, config)
     if not config.rotate:
         return streamed
     rotated = rotated_checkpoint(streamed.checkpoint, config.rotation_seed, check=check)
-    opened = open_streamed_model(rotated, lm_head=config.lm_head, device=device)
-    return replace(opened, warnings=streamed.warnings)
+    return replace(opened(rotated), warnings=streamed.warnings)
 
 
 def rotated_checkpoint(

@@ -200,6 +200,7 @@ def open_streamed_model(
     *,
     dtype: torch.dtype | None = None,
     lm_head: bool = False,
+    include_towers: bool = False,
     device: torch.device = HOST,
 ) -> StreamedModel:
     """Builds the model of a checkpoint on the meta device and finds its blocks and tensors.
@@ -208,12 +209,13 @@ def open_streamed_model(
         source: folder, GGUF file, or an open checkpoint.
         dtype: dtype to compute in; None: that of the config.
         lm_head: make the output head the last block, with its own weight.
+        include_towers: make the blocks of vision and audio towers the first ones.
         device: device that weights will be loaded to.
 
     Raises:
         CheckpointError: the architecture is unknown or needs custom code, or tensors are missing.
-        ConfigError: the model has no repeated blocks with linear layers, or is quantized in an
-            unsupported format.
+        ConfigError: the model has no repeated blocks with linear layers, or no towers, or is quantized
+            in an unsupported format.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
     checkpoint, warnings = dequantized_checkpoint(checkpoint)
@@ -233,7 +235,7 @@ def open_streamed_model(
         checkpoint = untied_checkpoint(checkpoint, model, checkpoint_name_of)
     if computed := {*stored_tensors(model)} - {*checkpoint_name_of}:
         initialize_tensors(model, computed)
-    blocks = find_blocks(model)
+    blocks = find_blocks(model, include_towers=include_towers)
     _skip_shared_linears(blocks, checkpoint_name_of)
     if lm_head:
         blocks.append(head_block(model))

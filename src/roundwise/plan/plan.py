@@ -253,7 +253,7 @@ def served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[S
             layer = ServedLayer(
                 bits=settings.bits, group_size=settings.group_size, sym=settings.sym,
                 desc_act=settings.desc_act, format=settings.format, is_head=block.is_head,
-                is_conv1d=isinstance(block.linears[name], Conv1D),
+                is_tower=block.is_tower, is_conv1d=isinstance(block.linears[name], Conv1D),
             )  # fmt: skip
             expert = parse_expert_name(name)
             if expert is not None:

@@ -14,7 +14,7 @@ CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 def stored_layers(
-    layers: list[QuantizedLayer], family: str, *, fused_experts: bool = False
+    layers: list[QuantizedLayer], family: str, *, fused_experts: bool = False, towers: bool = False
 ) -> Iterator[ServedLayer]:
     """Yields the settings of each quantized layer as engines see them, conflicts between layers too.
 
@@ -23,6 +23,7 @@ def stored_layers(
         family: `model_type` of the model.
         fused_experts: the files of the original have all experts in one tensor, which a quantized
             checkpoint does not show.
+        towers: layers of vision or audio towers are among them.
     """
     served: dict[str, ServedLayer] = {}
     experts: dict[str, set[ServedLayer]] = {}
@@ -46,6 +47,7 @@ def stored_layers(
         for layer in last
         for module in conflicting_packed_modules(served.__getitem__, served)
     )
+    yield from (replace(layer, is_tower=True) for layer in last if towers)
     yield from (
         replace(layer, expert_naming="mixed")
         for layer in last

@@ -45,11 +45,13 @@ def _of_result(manifest: Manifest, checkpoint: Checkpoint, file_format: str) -> 
     layers = quantized_layers(checkpoint) if is_packed(checkpoint.tensors) else []
     engines, bits_per_weight = dict[str, str | None](), manifest.bits_per_weight
     if layers:
-        family, fused = (
+        stored_settings = stored_layers(
+            layers,
             str(checkpoint.config.get("model_type")),
-            _has_fused_experts(checkpoint, layers),
+            fused_experts=_has_fused_experts(checkpoint, layers),
+            towers=bool(manifest.run.config.get("towers")),
         )
-        engines = served_by(stored_layers(layers, family, fused_experts=fused))
+        engines = served_by(stored_settings)
         stored = sum(info.nbytes for layer in layers for info in layer.tensors.values())
         weights = sum(layer.in_features * layer.out_features for layer in layers)
         bits_per_weight = 8 * stored / weights

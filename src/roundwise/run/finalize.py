@@ -25,12 +25,14 @@ from roundwise.checkpoint.manifest import (
     Shard,
     ShardRecord,
 )
-from roundwise.checkpoint.quantization_config import OLD_FILE
+from roundwise.checkpoint.quantization_config import OLD_FILE, parse_quantization_config
+from roundwise.checkpoint.quantized_layers import find_layers
 from roundwise.checkpoint.reader import INDEX_FILE, TensorInfo, read_header
 from roundwise.checkpoint.sharding import divide_into_shards, write_index
 from roundwise.checkpoint.side_files import WORK
 from roundwise.checkpoint.untrusted import file_digest
 from roundwise.checkpoint.writer import copy_side_files, sync_folder, write_json, write_safetensors
+from roundwise.core.quantized_weight import QuantizedWeight
 from roundwise.model.conversions import dense_layers
 from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.streamed import StreamedModel
@@ -71,6 +73,24 @@ def packed_block(
         elif tensor in others:
             tensors[tensor] = others[tensor]
     return tensors | others
+
+
+def read_block(plan: RunPlan, out: Path, record: BlockRecord) -> dict[str, QuantizedWeight]:
+    """Returns the quantized weights in the file of a finished block, by the names of its linears.
+
+    Args:
+        plan: of the run.
+        out: output folder.
+        record: the block's.
+    """
+    config = parse_quantization_config(_quantization_config(plan), str(out))
+    file = out / WORK / block_file(record.block)
+    stored = {layer.name: layer for layer in find_layers(read_header(file), config)}
+    names = plan.streamed.checkpoint_name_of
+    return {
+        layer.name: stored[names[f"{layer.name}.weight"].removesuffix(".weight")].read()
+        for layer in record.layers
+    }
 
 
 def plan_shards(streamed: StreamedModel, done: list[BlockRecord]) -> list[Shard]:

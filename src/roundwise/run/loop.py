@@ -27,9 +27,10 @@ from roundwise.forward.expert_tokens import ExpertCalibration
 from roundwise.forward.offload import CpuOffload, DiskOffload, choose_offload
 from roundwise.forward.output_gradients import OutputGradients
 from roundwise.forward.scheduler import ForwardScheduler
+from roundwise.model.blocks import set_weight, weight_of
 from roundwise.run.block_solver import BlockSolver
 from roundwise.run.environment import torch_threads
-from roundwise.run.finalize import finalize, packed_block
+from roundwise.run.finalize import finalize, packed_block, read_block
 from roundwise.run.journal import Journal, block_file
 from roundwise.run.prepare import RunPlan
 from roundwise.run.resume import Checkpointer, broadcast_record
@@ -135,12 +136,16 @@ class Run:
         self.streamed.load_outside_blocks()
         self._measure_gradients(first)
         trim_heap()
+        towers = sum(block.is_tower for block in self.streamed.blocks)
         with self._scheduler(first, checkpointer) as scheduler:
-            for index in range(first, blocks):
+            for index in scheduler.order:
                 scheduler.advance_to_block()
-                if index == first:
+                if index == max(first, towers):  # embeddings and projectors have been called
                     self.streamed.release_pages()
-                self._quantize_block(index, first, checkpointer, scheduler)
+                if index < first:
+                    self._replay_block(index, checkpointer.done[index], scheduler)
+                else:
+                    self._quantize_block(index, first, checkpointer, scheduler)
 
     def _scheduler(self, first: int, checkpointer: Checkpointer) -> ForwardScheduler:
         """Returns the scheduler that runs the calibration batches, from block `first` on."""
@@ -217,9 +222,25 @@ class Run:
             activations=ran.activations, experts=ran.experts or {}, depth_error=ran.depth_error,
             seconds=self.take_seconds(),
         )  # fmt: skip
-        checkpointer.block_finished(record, needs_activations=scheduler is not None)
+        needs_activations = scheduler is not None and not block.is_tower
+        checkpointer.block_finished(record, needs_activations=needs_activations)
         self._pace.end()
         self._report(index, first, None)
+
+    def _replay_block(self, index: int, record: BlockRecord, scheduler: ForwardScheduler) -> None:
+        """Runs a block of a tower again that an earlier run has finished."""
+        block = self.streamed.blocks[index]
+
+        def use_quantized() -> None:
+            weights = read_block(self.plan, self.out, record)
+            for name, q in weights.items():
+                W = weight_of(block.linears[name])
+                set_weight(block.linears[name], q.dequantize(W.dtype).to(W.device))
+
+        announce("running finished blocks of towers again", index, len(self.streamed.blocks))
+        self.streamed.load(block.module, block.prefix)
+        scheduler.replay_block(use_quantized)
+        self.streamed.unload(block.module, block.prefix)
 
     def _run_block(
         self,

@@ -20,13 +20,13 @@ from roundwise.calibration.dataset import Calibration, load_calibration
 from roundwise.calibration.encoded_media import encode_chat
 from roundwise.calibration.records import Chat
 from roundwise.calibration.self_generated import generate_windows
-from roundwise.calibration.windows import Window
+from roundwise.calibration.windows import Window, shortest_with_media
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
 from roundwise.errors import CalibrationError, ConfigError, OutputError, quoted
 from roundwise.forward.expert_tokens import check_experts
-from roundwise.model.blocks import towers, weight_of
-from roundwise.model.build import context_length, embedding_shape, forward_kwargs
+from roundwise.model.blocks import weight_of
+from roundwise.model.build import context_length, embedding_shape, forward_kwargs, towers
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
 from roundwise.model.rotate import open_for_run
 from roundwise.model.streamed import StreamedModel
@@ -141,6 +141,11 @@ def prepare(
     announce("reading the calibration text")
     loaded = _calibration(streamed, config, calibration, windows, ranks)
     _check_ranks(ranks, streamed, loaded)
+    if loaded is not None and config.towers:
+        media = shortest_with_media(loaded.batches)
+        drop_uncalled_linears(
+            streamed, config, [{"input_ids": batch.input_ids, **batch.inputs} for batch in media]
+        )
     if loaded is not None and config.target_bpw is not None:
         announce("choosing the bits of every layer")
         earlier = None if options.restart else Path(out)
@@ -301,7 +306,13 @@ def _calibration(
         source, tokenizer, fitting, widest=widest, generate=generate,
         encode=_media_encoder(streamed) if parts else None, hold_out=config.needs_reference,
     )  # fmt: skip
-    if parts and not any(batch.inputs for batch in loaded.batches):
+    has_media = any(batch.inputs for batch in loaded.batches)
+    if config.towers and not has_media:
+        raise CalibrationError(
+            "--towers needs calibration records with pictures or sounds, but there is text alone: give "
+            "`images` or `audios` beside the messages, take --method rtn, or leave out --towers"
+        )
+    if parts and not has_media:
         line = (
             "the model takes pictures or sounds, but is calibrated with text alone: records with "
             "`images` beside their messages show the language model what it will see"

@@ -211,8 +211,9 @@ def _check_finished(out: Path, plan: RunPlan, found: JournalContents) -> None:
         and all(layer.name in block.linears for layer in record.layers)
         for index, (block, record) in enumerate(zip(blocks, done, strict=False))
     ]
-    unfinished = bool(done) and len(done) < len(blocks)
-    # Batches run through the blocks: the outputs of the last finished block must have been saved.
+    # Batches run through the blocks: the outputs of the last finished block must have been saved, unless
+    # it is run again.
+    unfinished = 0 < len(done) < len(blocks) and not blocks[len(done) - 1].is_tower
     lost = plan.calibration is not None and unfinished and done[-1].activations is None
     planned = plan_shards(plan.streamed, [*done]) if len(done) == len(blocks) else []
     if len(done) > len(blocks) or not all(known) or lost or shards != planned[: len(shards)]:
@@ -275,9 +276,10 @@ class Checkpointer:
         On the CPU, and if batches are offloaded, they continue with the outputs in the file, which are
         memory-mapped and need no memory of their own. On an accelerator, writing every block would
         take longer than computing it: there outputs are saved at a `WritePace`, and at the end of each
-        stack of blocks, whose outputs all blocks of the next stack need.
+        stack of blocks, whose outputs all blocks of the next stack need. Blocks of towers are run again
+        instead: a model may use what any of them returned.
         """
-        if index == len(self.blocks) - 1:
+        if index == len(self.blocks) - 1 or self.blocks[index].is_tower:
             return None
         from_file = scheduler.device == HOST or scheduler.offload is not None
         ends = self.blocks[index].stack != self.blocks[index + 1].stack

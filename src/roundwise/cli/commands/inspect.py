@@ -118,7 +118,11 @@ def summarize(name: str) -> CheckpointSummary:
         name: folder, or id on the Hugging Face hub.
     """
     from roundwise.checkpoint.engines import served_by
-    from roundwise.checkpoint.quantization_config import is_packed, read_quantization_config
+    from roundwise.checkpoint.quantization_config import (
+        is_packed,
+        quantizes_towers,
+        read_quantization_config,
+    )
     from roundwise.checkpoint.quantized_layers import find_layers
     from roundwise.checkpoint.reader import Checkpoint
     from roundwise.plan.stored_layers import stored_layers
@@ -146,8 +150,14 @@ def summarize(name: str) -> CheckpointSummary:
         other_tensors=len(others),
         other_bytes=sum(info.nbytes for info in others),
         served_by=(
-            served_by(stored_layers(found, str(checkpoint.config.get("model_type"))))
-            if found
+            served_by(
+                stored_layers(
+                    found,
+                    str(checkpoint.config.get("model_type")),
+                    towers=quantizes_towers(config.raw),
+                )
+            )
+            if found and config is not None
             else {}
         ),
     )

@@ -22,6 +22,7 @@ from roundwise.checkpoint.quantization_config import (
     QuantizationConfig,
     parse_quantization_config,
     quantization_method,
+    quantizes_towers,
 )
 
 
@@ -98,7 +99,12 @@ def _served_layers(config: QuantizationConfig) -> list[engines.ServedLayer]:
         for each in every
         if each is not None and each.bits is not None
     ]  # fmt: skip
-    return [*layers, *(replace(layer, is_head=True) for layer in layers[:1] if head)]
+    towers = quantizes_towers(config.raw)
+    return [
+        *layers,
+        *(replace(layer, is_head=True) for layer in layers[:1] if head),
+        *(replace(layer, is_tower=True) for layer in layers[:1] if towers),
+    ]
 
 
 def supports_this_cpu() -> bool:
