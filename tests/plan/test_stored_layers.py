@@ -32,3 +32,10 @@ def test_the_same_as_before_the_run(name, settings, quantized, folder_of):
 
 def test_no_layers():
     assert [*stored_layers([], "llama")] == []
+
+
+def test_towers_are_a_layer_of_their_own(quantized):
+    layers = quantized_layers(Checkpoint(quantized("llama", recipe="textbook")))
+    stored = [*stored_layers(layers, "llama", towers=True)]
+    assert [layer.is_tower for layer in stored] == [False] * len(layers) + [True]
+    assert served_by(stored)["vLLM, GPU"]
