@@ -9,14 +9,12 @@ The checkpoints are those of Llama 3.1 in shape: headers in sparse files. `--doc
 from __future__ import annotations
 
 import argparse
-import json
-import struct
 import tempfile
 from pathlib import Path
 
-import torch
 import transformers
 from accuracy import insert
+from sparse import write_headers
 
 from roundwise.config import QuantizeConfig
 from roundwise.model.streamed import open_streamed_model
@@ -32,30 +30,12 @@ SHAPES = {
 SAMPLES, LENGTH, BATCH = 128, 2048, 8
 
 
-def write_headers(folder: Path, shape: dict[str, int]) -> None:
-    """Writes config.json and files that have headers and no weights.
-
-    Args:
-        folder: an empty folder.
-        shape: sizes of the model.
-    """
-    config = transformers.LlamaConfig(
+def config_of(shape: dict[str, int]) -> transformers.LlamaConfig:
+    """Returns the config of Llama 3.1 with these sizes."""
+    return transformers.LlamaConfig(
         **shape, num_key_value_heads=8, vocab_size=128_256, dtype="bfloat16",
         architectures=["LlamaForCausalLM"], max_position_embeddings=131_072,
     )  # fmt: skip
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    places = {}
-    for number, (name, weight) in enumerate(model.state_dict().items()):
-        places[name] = f"model-{number:05d}.safetensors"
-        size = weight.numel() * 2
-        entry = {"dtype": "BF16", "shape": [*weight.shape], "data_offsets": [0, size]}
-        header = json.dumps({name: entry}).encode()
-        with (folder / places[name]).open("wb") as file:
-            file.write(struct.pack("<Q", len(header)) + header)
-            file.truncate(8 + len(header) + size)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
 
 def main() -> None:
@@ -71,7 +51,7 @@ def main() -> None:
     ]
     for name, shape in SHAPES.items():
         with tempfile.TemporaryDirectory() as scratch:
-            write_headers(Path(scratch), shape)
+            write_headers(Path(scratch), config_of(shape))
             streamed = open_streamed_model(Path(scratch))
             for bits in (4, 3):
                 planned, block = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,20 @@ settings.load_profile("same")
 #: Settings of most tests: the quick recipe, and the default one.
 QUICK = rw.QuantizeConfig(group_size=32, recipe="textbook")
 BEST = rw.QuantizeConfig(group_size=32)
+
+
+@pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks all cases of a test but about every n-th as slow, if the test is marked `sampled(n)`."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None:
+            test = item.nodeid.partition("[")[0]
+            # Steps of the golden ratio: every n-th of a grid could have one value in common.
+            if seen[test] * 0.6180339887 % 1 >= 1 / mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 @pytest.fixture(autouse=True, scope="session")

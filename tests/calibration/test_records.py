@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import types
@@ -22,6 +23,10 @@ USER = {"role": "user", "content": "2 + 2?"}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
 RESULT = {"role": "tool", "content": "4"}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+def lines(*records: Any) -> str:
+    return "\n".join(json.dumps(record) for record in records)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +51,19 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
         ({"prompt": "a", "completion": "b"},
          Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
               plain="a\n\nb")),
+        ({"text": "", "messages": [USER]}, Chat([USER])),
+        ({"text": "", "id": 3}, ""),
+        ({"messages": [USER], "tools": json.dumps(TOOLS)}, Chat([USER], TOOLS)),
+        ({"messages": [USER], "tools": "no JSON"}, Chat([USER])),
+        ({"messages": [USER], "tools": None, "functions": TOOLS}, Chat([USER], TOOLS)),
+        # As Parquet has it: every message has all fields.
+        ({"messages": [{**USER, "tool_calls": None, "name": None}, {**CALL, "content": None}]},
+         Chat([USER, {**CALL, "content": None}])),
+        ({"system": "Be brief.", "conversations": [{"from": "human", "value": "a"}]},
+         Chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}])),
+        ({"system": "Be brief.", "messages": [{"role": "system", "content": "b"}, USER]},
+         Chat([{"role": "system", "content": "b"}, USER])),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, None),
         ({"body": "one"}, None),
         ({"messages": [{"role": "user"}]}, None),
         ({"conversations": [{"from": "nobody", "value": "a"}]}, None),
@@ -57,17 +75,15 @@ def test_forms_of_a_record(record: Any, document: Document | None) -> None:
     assert parse_record(record) == document
 
 
-def lines(*records: Any) -> str:
-    return "\n".join(json.dumps(record) for record in records)
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("a.jsonl", lines({"text": "one"}, {"text": "two"})),
         ("a.jsonl", "\ufeff" + lines({"text": "one"}, {"text": "two"})),
         ("a.ndjson", lines({"text": "one"}, {"text": "two"})),
+        ("A.JSONL", lines({"text": "one"}, {"text": "two"})),
         ("a.json", json.dumps([{"text": "one"}, {"text": "two"}])),
+        ("a.json", lines({"text": "one"}, {"text": "two"}) + "\r\n"),
         ("a.json", json.dumps({"version": 1, "data": [{"text": "one"}, {"text": "two"}]})),
         ("a.csv", "id,text\n1,one\n2,two\n"),
     ],
@@ -107,6 +123,44 @@ def test_parquet_needs_the_package_datasets(
     assert left_out[0].startswith("a.parquet: 1 of 2 records are left out, row 2 has neither")
 
 
+def test_a_parquet_file_as_it_is_on_disk(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    file = tmp_path / "a.parquet"
+    rows = [{"messages": [USER, CALL, RESULT], "tools": json.dumps(TOOLS)}, {"messages": [USER]}]
+    datasets.Dataset.from_list(rows).to_parquet(file)
+    first, second = read_documents(str(file)).documents
+    assert first == Chat([USER, {**CALL, "content": None}, RESULT], TOOLS)
+    assert second == Chat([USER])
+
+
+def test_long_fields_of_a_csv_file(tmp_path: Path) -> None:
+    text = "a line, with a comma\n" * 20_000
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "text"], ["1", text]])
+    assert read_documents(str(tmp_path / "a.csv")).documents == [text]
+
+
+def test_a_chat_that_the_template_refuses_is_named_with_its_line(
+    tiny: Path, tmp_path: Path
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('begin with user') }}{% endif %}"
+    )
+    file = tmp_path / "a.jsonl"
+    file.write_text(lines({"messages": [USER]}, {}, {"messages": [RESULT, USER]}))
+    with pytest.raises(
+        CalibrationError, match=r"a chat .* \(a.jsonl, line 3\) .* \(begin with user\)"
+    ):
+        load_calibration(str(file), tokenizer, CalibrationConfig(samples=2, seq_len=16))
+
+
+def test_empty_records_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(lines({"text": ""}, {"text": "x"}, {"messages": []}))
+    assert read_documents(str(file)) == SourceText(["x"], ["a.jsonl: 2 of 3 records are empty"])
+
+
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(lines({"text": "import os " * 50}, {"body": 1}, {"text": "x"}, {"id": 3}))
@@ -125,6 +179,8 @@ def test_json_that_is_read_as_plain_text_is_said(tmp_path: Path, tiny: Path) -> 
     config = CalibrationConfig(samples=2, seq_len=16, batch_size=2)
     found = load_calibration(str(file), tokenizer, config)
     assert "notes.txt is JSON and is read as plain text" in found.not_as_asked[0]
+    file.write_text(lines({"text": "import os"}, {"text": "import re"}))
+    assert "notes.txt is JSON and is read as plain" in read_documents(str(file)).left_out[0]
     file.write_text("[1] is a footnote, {x} a placeholder")
     assert read_documents(str(file)).left_out == []
 
@@ -134,6 +190,8 @@ def test_json_that_is_read_as_plain_text_is_said(tmp_path: Path, tiny: Path) -> 
     [
         ("[1]", True),
         (' {"a": 1}\n', True),
+        ('{"a": 1}\n\n{"a": 2}\n', True),
+        ('{"a": 1}\nand prose', False),
         ("[1", False),
         ("1", False),
         ("", False),

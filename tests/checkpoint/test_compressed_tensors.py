@@ -109,6 +109,7 @@ def test_a_run_writes_what_the_library_writes(bits, sym, quantized):
     assert not (packed / "quantize_config.json").exists()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group_size", [32, -1])
@@ -153,6 +154,7 @@ assert "roundwise" not in sys.modules
 
 # Asymmetric checkpoints cannot be tested: transformers with this release of the library expects zero
 # points that are not packed, so it cannot load even those that the library wrote.
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("bits", [3, 4])
 def test_transformers_loads_it(bits, quantized, tmp_path):
     packed = quantized(

@@ -127,7 +127,7 @@ def test_only_complete_fused_layers_count():
 def test_fused_layers_whose_members_differ_are_named():
     names = [f"{i}.{part}_proj" for i in range(2) for part in "qkv"]
     config = rw.QuantizeConfig(dynamic={r"1\.v_proj": {"bits": 8}})
-    assert conflicting_packed_modules(config, names) == ["1.qkv_proj"]
+    assert conflicting_packed_modules(config.for_module, names) == ["1.qkv_proj"]
 
 
 def test_naming_of_experts():

@@ -57,6 +57,7 @@ def test_the_textbook_recipe_is_the_published_algorithm(bits: int, group_size: i
     assert torch.equal(q.dequantize(torch.float64), Q)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group_size", [32, 128, -1])

@@ -48,6 +48,7 @@ def plain(model: Any, ids: list[int], window: int, stride: int) -> tuple[float, 
     return math.exp(total / count), count
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("window", "stride"),
     [(512, 512), (512, 128), (2048, 128), (2048, 512), (2048, 2048), (300, 133)],

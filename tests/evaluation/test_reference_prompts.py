@@ -118,8 +118,9 @@ def test_lines_of_a_text(tmp_path: Path) -> None:
     assert read_prompts(str(path)) == ["first", "second line"]
 
 
-def test_records(tmp_path: Path, tiny: Path, loaded: tuple[Any, Any]) -> None:
-    path = tmp_path / "prompts.jsonl"
+@pytest.mark.parametrize("name", ["prompts.jsonl", "PROMPTS.JSONL"])
+def test_records(name: str, tmp_path: Path, tiny: Path, loaded: tuple[Any, Any]) -> None:
+    path = tmp_path / name
     question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     records = [{"text": "two\nlines"}, {"messages": [question, answer]}, {"messages": [question]}]
     path.write_text("\n".join(map(json.dumps, records)))

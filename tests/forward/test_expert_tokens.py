@@ -68,6 +68,7 @@ def groups_of_run(
     return groups
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("reference", [False, True], ids=["alone", "with reference"])
 @MODES
 @POLICIES

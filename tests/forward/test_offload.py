@@ -47,6 +47,7 @@ def quantize(model, out, **options):
     return rw.quantize(model, out, config, windows(5), batch_size=2, **options)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_a_run_that_offloads_to_a_file_writes_the_same_bytes(name, tmp_path, transfers):
     random_model(CONFIGS[name]()).save_pretrained(tmp_path / "model")

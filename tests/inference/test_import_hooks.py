@@ -35,6 +35,7 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
     assert printed == "QuantLinear\n"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("order", [("peft", "roundwise"), ("roundwise", "peft")])
 def test_peft_is_patched(order: tuple[str, str]) -> None:
     pytest.importorskip("peft", reason="peft is not installed: pip install '.[peft]'")

@@ -37,6 +37,7 @@ def close(left: torch.Tensor, right: torch.Tensor) -> None:
     torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.sampled(3)
 @WIDTHS
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])

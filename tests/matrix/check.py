@@ -15,7 +15,7 @@ import roundwise as rw
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.convert import convert
 from roundwise.errors import ConfigError, RoundwiseError, VerificationError
-from roundwise.model.blocks import _search_roots, _towers
+from roundwise.model.blocks import _search_roots, towers
 from roundwise.model.build import embedding_shape, forward_kwargs
 from roundwise.model.streamed import StreamedModel, open_streamed_model
 from roundwise.plan.plan import Plan, plan
@@ -130,12 +130,12 @@ def last_line(error: Exception) -> str:
 def _matrices(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The matrices of a language model that are in lists of modules and are no embeddings."""
     roots = tuple(f"{root}." if root else "" for root in _search_roots(model))
-    towers = tuple(f"{tower}." for tower in _towers(model))
+    outside = tuple(f"{tower}." for tower in towers(model))
     others = [m for m in model.modules() if isinstance(m, torch.nn.Embedding | torch.nn.Conv1d)]
     kept = {id(weight) for module in others for weight in module.parameters()}
     for path, weight in model.named_parameters():
         in_list = re.search(r"\.\d+\.", f".{path}") and path.startswith(roots)
-        if weight.ndim > 1 and in_list and id(weight) not in kept and not path.startswith(towers):
+        if weight.ndim > 1 and in_list and id(weight) not in kept and not path.startswith(outside):
             yield path, weight
 
 

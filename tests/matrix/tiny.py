@@ -65,19 +65,28 @@ TOKENS = re.compile(
 
 #: model_type -> fields that have no default, or whose sizes depend on each other in a way of their own.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGAZ": 5}},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5, "<|visual token 000000|>": 6}},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "falcon_h1": {"mamba_d_head": 16},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 64}},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 96},
     "mamba2": {"num_heads": 8},
     "mistral4": {"head_dim": 32},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "pocket_tts": {"flow_head_config": {"condition_dim": 64}},
     "qwen4_exp_text": {
         "eos_token_id": 1, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32,
         "indexer_budget": 16, "indexer_compress_ratio": 4, "ple_layer_ids": [1],
@@ -186,7 +195,17 @@ def _shrink(data: dict[str, Any], *, sections: bool) -> None:
             part["num_key_value_heads"] = part["num_attention_heads"]
     if data.get("head_dim", 0) is None and "qk_rope_head_dim" not in data:
         data["head_dim"] = HEAD_DIM
-    data |= OVERRIDES.get(str(data.get("model_type")), {})
+    _override(data, OVERRIDES.get(str(data.get("model_type")), {}))
+
+
+def _override(data: dict[str, Any], values: dict[str, Any]) -> None:
+    """Replaces fields of a config, and single fields of the configs in it."""
+    for key, value in values.items():
+        part = data.get(key)
+        if isinstance(value, dict) and isinstance(part, dict) and "model_type" in part:
+            _override(part, value)
+        else:
+            data[key] = value
 
 
 def _of_layers(key: str, value: Any, count: int, chosen: list[int]) -> Any:

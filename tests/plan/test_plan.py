@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import struct
 import subprocess
 import sys
 import time
@@ -18,6 +17,10 @@ import roundwise as rw
 from roundwise.model.streamed import open_streamed_model
 from roundwise.plan.plan import plan
 from tests.helpers import ARCHITECTURES, windows
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from sparse import write_headers
 
 #: Runs in a process of its own, so that the peak memory is that of the run.
 RUN = """
@@ -51,6 +54,7 @@ SHAPES = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("name", "settings", "mode"),
     [
@@ -89,6 +93,7 @@ def run(model, out, settings, mode, rows, length, budget):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_offloaded_batches_are_not_in_memory(tmp_path):
     config = transformers.LlamaConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
@@ -149,19 +154,7 @@ def huge(folder: Path) -> Path:
         num_key_value_heads=8, vocab_size=128256, dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    places = {}
-    for number, (name, weight) in enumerate(model.state_dict().items()):
-        places[name] = f"model-{number:05d}.safetensors"
-        size = weight.numel() * 2
-        entry = {"dtype": "BF16", "shape": [*weight.shape], "data_offsets": [0, size]}
-        text = json.dumps({name: entry}).encode()
-        with (folder / places[name]).open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + size)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    write_headers(folder, config)
     return folder
 
 

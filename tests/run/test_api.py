@@ -149,6 +149,7 @@ def corrections(
     ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", ["true_sequential", "block"])
 @pytest.mark.parametrize(
     ("name", "config"),

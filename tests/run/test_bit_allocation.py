@@ -91,6 +91,7 @@ def test_layers_with_equal_settings_share_a_pattern() -> None:
     assert config.for_module("b.k").group_size == 128
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("target", [3.3, 4.5])
 def test_the_size_is_not_exceeded_and_fused_layers_agree(
     target: float, tiny: Path, tmp_path: Path
@@ -115,6 +116,7 @@ def test_overrides_of_the_user_are_kept(tiny: Path, tmp_path: Path) -> None:
     assert {x["bits"] for x in result.layers if "down_proj" in x["name"]} == {8}
 
 
+@pytest.mark.slow
 def test_widths_are_chosen_once(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

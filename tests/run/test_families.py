@@ -86,6 +86,7 @@ def test_hidden_states_equal_those_of_the_plain_model(
             assert torch.equal(hidden(batch.output), seen[name][batch.number])
 
 
+@pytest.mark.sampled(2)
 @MODES
 def test_an_encoder_decoder_run_resumes(
     mode: str, folder: Callable[[str], Path], tmp_path: Path

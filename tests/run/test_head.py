@@ -54,6 +54,7 @@ def saved(folder: Path, *, tied: bool) -> Path:
     return folder
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture(name: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder, head = folder_of(name), HEADS.get(name, "lm_head")
@@ -120,6 +121,7 @@ def test_the_head_is_fitted_to_inputs_of_the_quantized_model(tmp_path: Path) -> 
     assert result.layers[-1]["relative_error"] == pytest.approx(float(error), rel=1e-3)
 
 
+@pytest.mark.sampled(3)
 @MODES
 @pytest.mark.parametrize("count", [7, 8, 15, 16, 17])
 def test_a_stopped_run_resumes_and_gives_the_same_bytes(

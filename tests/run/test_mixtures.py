@@ -51,6 +51,7 @@ def check_logits(out: Path, scratch: Path) -> None:
     torch.testing.assert_close(logits(ours), logits(plain), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sampled(3)
 @MODES
 @NAMES
 def test_planned_quantized_verified_and_loaded(
@@ -90,6 +91,7 @@ def test_all_other_tensors_are_copied_byte_for_byte(
         assert torch.equal(after["model.layers.1.mlp.experts.2.up_proj.bias"], fused[2, 96:])
 
 
+@pytest.mark.sampled(3)
 @MODES
 @NAMES
 def test_coverage_is_in_the_result_and_the_manifest(
@@ -158,6 +160,7 @@ def test_an_expert_without_tokens_and_without_a_minimum_is_rounded_and_reported(
         assert (layer["relative_error"] is not None) == reached
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("changes", [{}, {"experts": "all"}], ids=["routed", "all"])
 @MODES
 def test_a_stopped_run_resumes_and_gives_the_same_bytes(

@@ -93,6 +93,7 @@ def best(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("count", range(1, EVENTS + 1))
 def test_stopped_after_any_layer_or_block(
     count: int, llama: Path, best: Path, tmp_path: Path
@@ -149,6 +150,7 @@ def test_stopped_at_any_write(
     assert stops > 2 * len(contents(whole)) - 4
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("mode", ["true_sequential", "block"])
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "opt", "gpt_neox", "falcon", "bloom"])
 def test_every_architecture_resumes_from_its_saved_activations(
@@ -224,6 +226,7 @@ class TestStoppedWhileShardsAreMade:
         assert [each.shard.blocks for each in read_journal(blocks_done).shards] == [[0]]
         return blocks_done
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize(
         ("owner", "name", "after"),
         [

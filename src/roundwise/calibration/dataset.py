@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from roundwise.calibration.held_out import windows_per_batch
+from roundwise.calibration.media import has_media
 from roundwise.calibration.overlap import minhash
 from roundwise.calibration.records import Chat, Document
 from roundwise.calibration.self_generated import SELF
@@ -77,6 +78,7 @@ def load_calibration(
     *,
     widest: int = 0,
     generate: Callable[[int], list[list[int]]] | None = None,
+    encode: Callable[[Chat], Window] | None = None,
     hold_out: bool = False,
 ) -> Calibration:
     """Makes batches of token windows from a text, several texts, or a Python list.
@@ -89,6 +91,7 @@ def load_calibration(
         config: number of windows, their length, batch size and seed.
         widest: largest in_features of the model, for the warning about too few tokens.
         generate: returns this many windows of token ids that the model wrote, for the source `self`.
+        encode: returns the window of a chat with pictures or sounds; None: the model takes none.
         hold_out: makes at least eight batches, so that one can be held out.
 
     Raises:
@@ -98,7 +101,7 @@ def load_calibration(
     _check_config(config, special)
     issues: list[str] = []
     if isinstance(source, str):
-        drawn = _windows_of_sources(source, tokenizer, config, special, generate)
+        drawn = _windows_of_sources(source, tokenizer, config, special, generate, encode)
         issues += drawn.left_out
     elif config.only is not None:
         raise CalibrationError(
@@ -147,6 +150,9 @@ def _record(drawn: _Windows, config: CalibrationConfig) -> CalibrationRecord:
         digest.update(torch.tensor([len(window.tokens), *window.tokens]).numpy().tobytes())
         if window.counted is not None:
             digest.update(bytes(window.counted))
+        for name, value in sorted(window.inputs.items()):
+            digest.update(name.encode())
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     ids = [window.tokens for window in drawn.windows]
     only: dict[str, Any] = {"only": config.only} if config.only else {}
     return CalibrationRecord(
@@ -173,6 +179,7 @@ def _windows_of_sources(
     config: CalibrationConfig,
     special: SpecialTokens,
     generate: Callable[[int], list[list[int]]] | None,
+    encode: Callable[[Chat], Window] | None,
 ) -> _Windows:
     """Draws windows from all sources of a mixture, in numbers that follow their weights."""
     generator, seq_len, drawn = random.Random(config.seed), config.seq_len, _Windows()
@@ -187,9 +194,17 @@ def _windows_of_sources(
             text, left_out = read_documents(name)
             drawn.left_out.extend(left_out)
             drawn.texts.append([Path(name).name, _digest(text)])
-            documents = _sample_documents(text, characters, generator)
-            stream = tokenize_documents(documents, tokenizer, config.only)
-            windows = sample_windows(stream, count, seq_len, generator, special)
+            pictured = [d for d in text if isinstance(d, Chat) and has_media(d.messages)]
+            windows, notes = _windows_of_media(
+                pictured, len(text), count, config, generator, encode
+            )
+            drawn.left_out.extend(notes)
+            rest = count - len(windows)
+            if rest and len(pictured) < len(text):
+                plain = [d for d in text if isinstance(d, str) or not has_media(d.messages)]
+                documents = _sample_documents(plain, characters, generator)
+                stream = tokenize_documents(documents, tokenizer, config.only)
+                windows += sample_windows(stream, rest, seq_len, generator, special)
         drawn.windows.extend(windows)
         number = "" if len(parts) == 1 else f": {len(windows)}"
         drawn.names.append(f"{Path(name).name}{number}")
@@ -198,12 +213,57 @@ def _windows_of_sources(
     return drawn
 
 
+def _windows_of_media(
+    chats: list[Chat],
+    documents: int,
+    count: int,
+    config: CalibrationConfig,
+    generator: random.Random,
+    encode: Callable[[Chat], Window] | None,
+) -> tuple[list[Window], list[str]]:
+    """Makes a window of each of some chats with pictures or sounds, which cannot be cut.
+
+    Args:
+        chats: the chats.
+        documents: number of documents of their source, with those of text alone.
+        count: number of windows of the source.
+        config: settings.
+        generator: source of random numbers.
+        encode: see `load_calibration`.
+
+    Returns:
+        The windows, and sentences about chats that are left out.
+    """
+    if not chats:
+        return [], []
+    if encode is None or config.only:
+        why = "only=assistant is for chats of text" if config.only else "the model takes text alone"
+        raise CalibrationError(f"{chats[0].place or 'a chat'} has a picture or a sound, but {why}")
+    wanted = max(1, round(count * len(chats) / documents))
+    chosen = generator.sample(chats, min(len(chats), wanted))
+    windows = [encode(chat) for chat in chosen]
+    fitting = [window for window in windows if len(window.tokens) <= config.seq_len]
+    longest = max(len(window.tokens) for window in windows)
+    if not fitting:
+        raise CalibrationError(
+            f"all chats with pictures or sounds are longer than seq_len={config.seq_len} tokens and "
+            f"cannot be cut: the longest has {longest}"
+        )
+    left_out = len(windows) - len(fitting)
+    note = (
+        f"{left_out} of {len(windows)} chats with pictures or sounds are left out: they are longer than "
+        f"seq_len={config.seq_len} tokens (up to {longest}) and cannot be cut"
+    )
+    return fitting, [note] * bool(left_out)
+
+
 def _digest(documents: Sequence[Any]) -> str:
     """Returns the SHA-256 of documents in their order."""
     digest = hashlib.sha256()
     for document in documents:
         value = document.as_json() if isinstance(document, Chat) else document
-        digest.update(json.dumps(value).encode() + b"\n")
+        # The bytes of pictures and sounds are in the hash of the windows.
+        digest.update(json.dumps(value, default=lambda part: type(part).__name__).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -2,7 +2,8 @@
 
 A record is a text (`text`), a chat (`messages` with `role` and `content`, as OpenAI has it, maybe with
 `tools`), a chat of ShareGPT (`conversations` with `from` and `value`), or a question and its answer
-(Alpaca: `instruction`, `input`, `output`; or `prompt` and `completion`). Other fields are not looked at.
+(Alpaca: `instruction`, `input`, `output`; or `prompt` and `completion`), each maybe with `system`. Other
+fields are not looked at.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from roundwise.calibration.media import place_media
 from roundwise.errors import CalibrationError, first_line
 from roundwise.version import install_command
 
@@ -43,6 +46,8 @@ class Chat:
     """Tools that the assistant may call; None: the record names none."""
     plain: str | None = None
     """The same as plain text, for models without a chat template; None: there is no such form."""
+    place: str = field(default="", compare=False)
+    """File and line that it is from, for error messages; empty: not known."""
 
     def as_json(self) -> Any:
         """Returns plain JSON values: the messages, with the tools if there are some."""
@@ -50,6 +55,11 @@ class Chat:
 
 
 Document = str | Chat
+
+
+def holds_records(path: Path) -> bool:
+    """Tells from the name of a file whether it holds records, not plain text."""
+    return path.suffix.lower() in RECORDS
 
 
 def parse_record(record: Any) -> Document | None:
@@ -62,15 +72,35 @@ def parse_record(record: Any) -> Document | None:
         return record
     if not isinstance(record, Mapping):
         return None
-    if isinstance(record.get("text"), str):
-        return str(record["text"])
+    text = record.get("text")
+    if isinstance(text, str) and text.strip():
+        return text
     chat = parse_chat(record.get("messages", record.get("conversation")))
     if chat is None:
         chat = parse_chat(record.get("conversations"))
-    if chat is not None:
-        tools = record.get("tools", record.get("functions"))
-        return Chat(chat.messages, tools) if isinstance(tools, list) and tools else chat
-    return _question(record)
+    if chat is None:
+        chat = _question(record)
+    if chat is None:
+        return text if isinstance(text, str) else None
+    system = record.get("system")
+    if isinstance(system, str) and system and chat.messages[:1] and not _has_system(chat):
+        chat = replace(chat, messages=[{"role": "system", "content": system}, *chat.messages])
+    tools = _parse_tools(record.get("tools") or record.get("functions"))
+    return replace(chat, tools=tools) if tools else chat
+
+
+def _has_system(chat: Chat) -> bool:
+    return any(message["role"] in ("system", "developer") for message in chat.messages)
+
+
+def _parse_tools(value: Any) -> list[Any] | None:
+    """Returns a list of tools, which may be written as JSON; None: there are none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, list) and value else None
 
 
 def parse_chat(value: Any) -> Chat | None:
@@ -79,10 +109,14 @@ def parse_chat(value: Any) -> Chat | None:
         return None
     messages: list[dict[str, Any]] = []
     for message in value:
+        role = ROLES.get(str(message.get("from")))
         if isinstance(message.get("role"), str) and {"content", "tool_calls"} & {*message}:
-            messages.append(dict(message))
-        elif message.get("from") in ROLES and isinstance(message.get("value"), str):
-            messages.append({"role": ROLES[message["from"]], "content": message["value"]})
+            # Parquet has all fields in every message. Templates ask which are there.
+            messages.append(
+                {key: part for key, part in message.items() if key == "content" or part is not None}
+            )
+        elif role is not None and isinstance(message.get("value"), str):
+            messages.append({"role": role, "content": message["value"]})
         else:
             return None
     return Chat(messages)
@@ -110,42 +144,59 @@ def read_records(path: Path, text: str) -> tuple[list[Document], list[str]]:
         text: its content; not used for Parquet.
 
     Returns:
-        The documents, and a sentence about records that are left out, if there are some.
+        The documents, and sentences about records that are empty or left out, if there are some.
 
     Raises:
         CalibrationError: the file is damaged, or no record has a text or a chat.
     """
     documents: list[Document] = []
     wrong: list[str] = []
+    empty = 0
     for place, record in _records(path, text):
         document = parse_record(record)
         if document is None:
             wrong.append(place)
-        else:
+        elif isinstance(document, str):
+            empty += not document.strip()
             documents.append(document)
+        else:
+            empty += not document.messages
+            documents.append(_with_place(document, record, path, place))
     if wrong and not documents:
         raise CalibrationError(f"{path}, {wrong[0]} has neither {KNOWN}")
-    if not wrong:
-        return documents, []
     total = len(documents) + len(wrong)
-    return documents, [
-        f"{path.name}: {len(wrong)} of {total} records are left out, {wrong[0]} has neither {KNOWN}"
-    ]
+    notes = [f"{path.name}: {empty} of {total} records are empty"] if empty else []
+    if wrong:
+        notes.append(
+            f"{path.name}: {len(wrong)} of {total} records are left out, {wrong[0]} has neither {KNOWN}"
+        )
+    return documents, notes
+
+
+def _with_place(chat: Chat, record: Any, path: Path, place: str) -> Chat:
+    """Returns a chat with the pictures and sounds of its record, and the place that it is from."""
+    try:
+        messages = place_media(chat.messages, record, path.parent)
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}, {place}: {error}") from None
+    return replace(chat, messages=messages, place=f"{path.name}, {place}")
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """Yields each record with its place in the file, in words."""
-    if path.suffix in JSON_LINES:
+    suffix = path.suffix.lower()
+    if suffix in JSON_LINES or (suffix == ".json" and _has_json_lines(text)):
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield f"line {number}", _parse_json(line, f"{path}, line {number}")
-    elif path.suffix == ".json":
+    elif suffix == ".json":
         value = _parse_json(text, str(path)) if text.strip() else []
         if isinstance(value, dict) and parse_record(value) is None:  # such as {"data": [...]}
             value = next((item for item in value.values() if isinstance(item, list)), value)
         values = value if isinstance(value, list) and parse_chat(value) is None else [value]
         yield from ((f"record {number}", item) for number, item in enumerate(values, start=1))
-    elif path.suffix == ".csv":
+    elif suffix == ".csv":
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a field may be a book
         rows = csv.DictReader(io.StringIO(text))
         try:
             yield from ((f"line {rows.line_num}", row) for row in rows)
@@ -178,10 +229,18 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def is_json(text: str) -> bool:
-    """Returns True if a whole text is one JSON array or object."""
-    begins = text.lstrip()[:1]
-    if begins not in ("[", "{"):
-        return False
+    """Returns True if a whole text is JSON: one array or object, or one in each line."""
+    return text.lstrip()[:1] in ("[", "{") and (_is_value(text) or _has_json_lines(text))
+
+
+def _has_json_lines(text: str) -> bool:
+    """Returns True if there are several lines, and the first and the last of them are JSON objects."""
+    lines = text.strip().split("\n")
+    ends = (lines[0].strip(), lines[-1].strip())
+    return len(lines) > 1 and all(end[:1] == "{" and _is_value(end) for end in ends)
+
+
+def _is_value(text: str) -> bool:
     try:
         json.loads(text)
     except (ValueError, RecursionError):

@@ -86,7 +86,8 @@ def _load_model(checkpoint: Checkpoint, model_config: Any, device: torch.device)
     kind = model_class(model_config)
     if not kind.can_generate() or getattr(model_config, "is_encoder_decoder", False):
         raise CalibrationError(f"{kind.__name__} cannot generate text: give a calibration file")
-    if raw_quantization_config(Checkpoint(checkpoint.folder)) is not None:
+    dense = any(checkpoint.folder.glob("*.safetensors"))  # and not a GGUF file
+    if not dense or raw_quantization_config(Checkpoint(checkpoint.folder)) is not None:
         raise CalibrationError(
             "a quantized model cannot generate its calibration text: give a calibration file"
         )

@@ -13,7 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from roundwise.calibration.records import RECORDS, Document, is_json, parse_chat, read_records
+from roundwise.calibration.records import (
+    RECORDS,
+    Document,
+    holds_records,
+    is_json,
+    parse_chat,
+    read_records,
+)
 from roundwise.errors import CalibrationError, first_line
 from roundwise.version import install_command
 
@@ -125,7 +132,9 @@ def _files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXTS and file.is_file())
+        files = sorted(
+            file for file in path.rglob("*") if file.suffix.lower() in TEXTS and file.is_file()
+        )
         if not files:
             raise CalibrationError(f"{source} holds no files that end in {', '.join(TEXTS)}")
         return files
@@ -140,15 +149,15 @@ def _has_content(document: Document) -> bool:
 
 def _read_file(path: Path) -> tuple[list[Document], list[str]]:
     """Returns the documents of a file, and sentences about what is left out."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return read_records(path, "")
     text = _read_text(path)
-    if path.suffix in RECORDS:
+    if holds_records(path):
         return read_records(path, text)
     if is_json(text):
         return [text], [
             f"{path.name} is JSON and is read as plain text, with its braces and field names: call it "
-            ".json if it holds records"
+            ".json or .jsonl if it holds records"
         ]
     return [text], []
 

@@ -8,7 +8,7 @@ activations that the model never has in use.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from roundwise.errors import CalibrationError
@@ -23,6 +23,8 @@ class SpecialTokens:
 
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
+    begin: int | None = field(default=None, compare=False)
+    """Token that a chat template may write in place of the prefix; None: there is none."""
 
     @property
     def count(self) -> int:
@@ -43,7 +45,9 @@ class SpecialTokens:
         Args:
             tokens: token ids of the text. A chat template, for example, writes <bos> itself.
         """
-        prefix = [] if tuple(tokens[: len(self.prefix)]) == self.prefix else self.prefix
+        begins = tuple(tokens[: len(self.prefix)]) == self.prefix
+        begins = begins or (self.begin is not None and [*tokens[:1]] == [self.begin])
+        prefix = () if begins else self.prefix
         ends = bool(self.suffix) and tuple(tokens[-len(self.suffix) :]) == self.suffix
         return [*prefix, *tokens, *([] if ends else self.suffix)]
 
@@ -69,7 +73,8 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
         for start in range(len(whole) - len(plain) + 1):
             end = start + len(plain)
             if plain and list(whole[start:end]) == list(plain):
-                return SpecialTokens(tuple(whole[:start]), tuple(whole[end:]))
+                begin = getattr(tokenizer, "bos_token_id", None)
+                return SpecialTokens(tuple(whole[:start]), tuple(whole[end:]), begin)
     raise CalibrationError(
         f"the special tokens of {type(tokenizer).__name__} cannot be told from those of a text: use "
         "--no-special-tokens"

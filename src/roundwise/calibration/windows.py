@@ -6,14 +6,15 @@ For chats it can tell which tokens the assistant wrote.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from roundwise.calibration.records import Chat, Document
 from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
-from roundwise.errors import CalibrationError
+from roundwise.errors import CalibrationError, first_line
 from roundwise.system.device import to_device
 
 #: Maximum tokens by which the rendered beginning of a chat may differ from the whole chat at its end: a
@@ -31,10 +32,19 @@ class Batch:
     """bool [windows, length], False for padding; None: there is no padding."""
     counted: torch.Tensor | None = None
     """bool [windows, length], True for the tokens that count as input of layers; None: as `mask`."""
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Further inputs of the model by name, such as pixel values; a batch with some has one window."""
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on a device."""
-        return Batch(*to_device([self.input_ids, self.mask, self.counted], device))
+        parts = [self.input_ids, self.mask, self.counted, dict(self.inputs)]
+        return Batch(*to_device(parts, device))
+
+    def probe(self, count: int) -> Batch:
+        """Returns a batch of a few tokens of text."""
+        if self.inputs:  # its tokens may stand for parts of a picture; the last one ends the text
+            return Batch(self.input_ids[:1, -1:].expand(1, count).contiguous(), None)
+        return Batch(self.input_ids[:1, :count], None)
 
     @property
     def counting(self) -> torch.Tensor | None:
@@ -49,6 +59,8 @@ class Window:
     tokens: list[int]
     counted: list[bool] | None = None
     """True for the tokens that count; None: all."""
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
+    """Further inputs of the model by name, such as pixel values."""
 
     def count(self) -> int:
         """Returns the number of tokens that count."""
@@ -108,6 +120,7 @@ def _tokenize_document(
             f"only={only} is for chats, but the calibration contains plain text: {document[:60]!r}"
         )
     kind, begin = ("text", document) if isinstance(document, str) else ("chat", document.messages)
+    place = "" if isinstance(document, str) or not document.place else f" ({document.place})"
     try:
         if isinstance(document, str):
             encoded = tokenizer(document, add_special_tokens=False, verbose=False)
@@ -119,8 +132,8 @@ def _tokenize_document(
         raise
     except Exception as error:  # templates and tokenizers raise errors of any type
         raise CalibrationError(
-            f"a {kind} of the calibration cannot be tokenized ({error}): it begins with "
-            f"{str(begin)[:60]!r}"
+            f"a {kind} of the calibration{place} cannot be tokenized ({first_line(error)}): it begins "
+            f"with {str(begin)[:60]!r}"
         ) from error
 
 
@@ -234,12 +247,18 @@ def sample_windows(
 def make_batches(windows: list[Window], batch_size: int) -> list[Batch]:
     """Batches windows of similar length, so that there is little or no padding.
 
+    Windows with pictures or sounds are batches of their own.
+
     Args:
         windows: all windows; those of equal length keep their order.
         batch_size: maximum windows per batch.
     """
-    ordered = sorted(windows, key=lambda window: len(window.tokens))
-    batches = []
+    ordered = sorted((w for w in windows if not w.inputs), key=lambda window: len(window.tokens))
+    batches = [
+        Batch(torch.tensor([window.tokens]), None, inputs=window.inputs)
+        for window in windows
+        if window.inputs
+    ]
     for start in range(0, len(ordered), batch_size):
         part = ordered[start : start + batch_size]
         length = len(part[-1].tokens)

@@ -97,7 +97,7 @@ def parse_targets(raw: Mapping[str, Any], folder: str) -> Targets:
         CheckpointError: the config is damaged.
         ConfigError: the format is not pack-quantized, or more than weights is quantized.
     """
-    groups = [*_config_groups(raw, folder)]
+    groups = [*config_groups(raw, folder)]
     formats = {word(group, "format", FORMAT) for group in (raw, *groups)}
     if formats != {FORMAT}:
         raise ConfigError(
@@ -126,7 +126,12 @@ def parse_targets(raw: Mapping[str, Any], folder: str) -> Targets:
     return Targets(default, names, rules)
 
 
-def _config_groups(raw: Mapping[str, Any], folder: str) -> Iterator[dict[str, Any]]:
+def config_groups(raw: Mapping[str, Any], folder: str) -> Iterator[dict[str, Any]]:
+    """Yields the groups of layers of a quantization config.
+
+    Raises:
+        CheckpointError: they are not JSON objects.
+    """
     groups = raw.get("config_groups") or {}
     for group in groups.values() if isinstance(groups, dict) else [None]:
         if not isinstance(group, dict):

@@ -10,7 +10,7 @@ or it was read from the engine's source code.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,17 +96,17 @@ def ignore_patterns(ignored: Iterable[str], quantized: Iterable[str]) -> dict[st
     return patterns
 
 
-def conflicting_packed_modules(config: QuantizeConfig, names: Iterable[str]) -> list[str]:
+def conflicting_packed_modules(settings: Callable[[str], Any], names: Iterable[str]) -> list[str]:
     """Returns the fused names whose members have different settings.
 
     Args:
-        config: settings of the run.
+        settings: returns the settings of a layer.
         names: all quantized layers.
     """
     return [
         packed
         for packed, members in packed_modules(names)
-        if any(config.for_module(member) != config.for_module(members[0]) for member in members)
+        if any(settings(member) != settings(members[0]) for member in members)
     ]
 
 

@@ -35,6 +35,8 @@ Format = Literal["gptq", "gptq_v2", "compressed-tensors"]
 
 #: Files of older tools that hold the settings if config.json does not.
 OLD_FILE = "quantize_config.json"
+#: File in which ModelOpt keeps its settings; newer versions write them to config.json too.
+MODELOPT, MODELOPT_FILE = "modelopt", "hf_quant_config.json"
 #: Names of AutoRound for itself, and its names of the layouts that are GPTQ's.
 AUTO_ROUND = ("auto-round", "auto_round", "autoround", "intel/auto-round")
 AUTO_ROUND_FORMATS: dict[str, GptqVersion] = {
@@ -146,7 +148,7 @@ def raw_quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Returns the quantization config as it is in the folder; None: nothing says that it is quantized.
 
     It is in config.json, there for the whole model or for its text part, or alone in
-    quantize_config.json if tensors are packed.
+    hf_quant_config.json, or in quantize_config.json if tensors are packed.
 
     Raises:
         CheckpointError: it is not a JSON object.
@@ -160,6 +162,10 @@ def raw_quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
             )
         if settings:
             return settings
+    if (checkpoint.folder / MODELOPT_FILE).is_file():
+        settings = read_json(checkpoint.folder / MODELOPT_FILE).get("quantization")
+        if isinstance(settings, dict) and settings.get("quant_algo"):
+            return {"quant_method": MODELOPT, **settings}
     if (checkpoint.folder / OLD_FILE).is_file() and is_packed(checkpoint.tensors):
         return read_json(checkpoint.folder / OLD_FILE)
     return None

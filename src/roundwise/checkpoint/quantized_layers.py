@@ -52,6 +52,11 @@ class QuantizedLayer:
         return layout_of(self.checkpoint_format)
 
     @property
+    def format(self) -> str:
+        """Usual name of the format."""
+        return f"{self.bits}-bit GPTQ" if self.layout is GPTQ else f"INT{self.bits}"
+
+    @property
     def groups(self) -> int:
         """Number of groups."""
         shape = self.tensors[self.layout.scales].shape

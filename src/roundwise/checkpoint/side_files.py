@@ -22,6 +22,8 @@ OWN_FILES = ("roundwise.json", "roundwise-run.json", "roundwise-report.html")
 WORK, JOURNAL = ".roundwise", "journal.jsonl"
 #: Files that are rewritten.
 REWRITTEN = ("config.json", "quantize_config.json", "model.safetensors.index.json")
+#: Settings of a quantized source, which are not true of its result.
+OUTDATED = ("hf_quant_config.json",)
 WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx",
 )  # fmt: skip
@@ -64,7 +66,7 @@ def find_side_files(folder: Path, weights: list[Path]) -> SideFiles:
     modules = _module_folders(folder)
     for path in sorted(folder.iterdir()):
         name = path.name
-        if _is_hidden(name) or name in (*OWN_FILES, *REWRITTEN) or path in weights:
+        if _is_hidden(name) or name in (*OWN_FILES, *REWRITTEN, *OUTDATED) or path in weights:
             continue
         if path.is_dir():
             files = None if path.is_symlink() else _files_below(path)

@@ -40,12 +40,14 @@ class ComputedInfo(TensorInfo):
     none, so its computed value is written."""
     select_rows: Callable[[int, int], TensorInfo] | None = None
     """Returns `count` rows from row `start` on without computing the others; None: not possible."""
+    stored_as: str = ""
+    """Format in which the files hold it quantized, such as FP8; empty: they hold it dense."""
 
     @classmethod
     def from_source(
         cls, source: TensorInfo, shape: tuple[int, ...], dtype: torch.dtype,
         compute: Callable[[], torch.Tensor], *, origins: Mapping[str, TensorInfo] | None = None,
-        select_rows: Callable[[int, int], TensorInfo] | None = None,
+        select_rows: Callable[[int, int], TensorInfo] | None = None, stored_as: str = "",
     ) -> ComputedInfo:  # fmt: skip
         """Returns the info of a computed tensor.
 
@@ -56,11 +58,12 @@ class ComputedInfo(TensorInfo):
             compute: returns the result, in any floating point dtype.
             origins: the tensors of the files that hold its values, by name.
             select_rows: returns some of its rows.
+            stored_as: format of a quantized tensor that it is made of.
         """
         nbytes = math.prod(shape) * dtype.itemsize
         return ComputedInfo(
             source.path, DTYPE_CODES[dtype], shape, source.start, nbytes, compute, origins or {},
-            select_rows,
+            select_rows, stored_as,
         )  # fmt: skip
 
     def memory_mapped(self, *, aligned: bool) -> tuple[torch.Tensor, mmap.mmap | None]:
@@ -191,6 +194,13 @@ class TransformedInfo(TensorInfo):
         step = max(1, CHUNK * self.shape[0] // max(1, self.nbytes))
         for start in range(0, self.shape[0], step):
             yield self.rows(start, min(step, self.shape[0] - start)).read()
+
+
+def stored_as(info: TensorInfo) -> str:
+    """Returns the format in which the files hold a tensor quantized; empty: they hold it dense."""
+    while isinstance(info, TransformedInfo):
+        info = info.source
+    return info.stored_as if isinstance(info, ComputedInfo) else ""
 
 
 class TransformedCheckpoint(CheckpointView):

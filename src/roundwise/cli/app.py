@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from types import FrameType
 from typing import Annotated
 
@@ -102,8 +103,8 @@ def main() -> None:
 def _report(error: RoundwiseError) -> int:
     """Prints an error, once for all ranks that have the same, and returns its exit code."""
     rank = _rank()
-    if rank and (error.exit_code == 2 or isinstance(error, Interrupted)):
-        return error.exit_code  # the same error on every rank: the first reports it
+    if rank and (error.exit_code == 2 or isinstance(error, Interrupted)) and _ended_by_first_rank():
+        return error.exit_code  # the same error on every rank: the first has reported it
     if "--json" in sys.argv:
         print(json.dumps({"error": str(error), "kind": type(error).__name__}))
     label = f"rank {rank}: error:" if rank else "error:"
@@ -128,6 +129,21 @@ def _file_error(error: OSError) -> RoundwiseError:
 def _rank() -> int:
     """Returns the rank of this process, which torchrun sets; 0 without torchrun."""
     return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
+
+
+def _ended_by_first_rank() -> bool:
+    """Waits until torchrun stops this process, which it does when another rank ends.
+
+    A rank that ended before the first one would have that stopped before it can report the error.
+
+    Returns:
+        False if nothing happened for ten seconds: the first rank does not have the error.
+    """
+    try:
+        time.sleep(10)
+    except KeyboardInterrupt:  # SIGTERM
+        return True
+    return False
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

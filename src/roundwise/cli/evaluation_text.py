@@ -22,15 +22,15 @@ def evaluation_tokens(
     from roundwise.calibration.sources import read_text
     from roundwise.calibration.special_tokens import NO_SPECIAL_TOKENS, special_tokens
     from roundwise.checkpoint.reader import Checkpoint
+    from roundwise.evaluation.perplexity import token_ids
     from roundwise.model.tokenizer import load_tokenizer
     from roundwise.system.hub import local_folder
 
     if text is None:
         return [], NO_SPECIAL_TOKENS
     tokenizer = load_tokenizer(Checkpoint(local_folder(model)))
-    ids = tokenizer(read_text(text), add_special_tokens=False, verbose=False)["input_ids"]
     around = special_tokens(tokenizer) if special else NO_SPECIAL_TOKENS
-    return list(ids[:max_tokens]), around
+    return token_ids(tokenizer, read_text(text))[:max_tokens], around
 
 
 def fitting_window(model: str, window: int) -> int:

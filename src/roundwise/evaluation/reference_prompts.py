@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from roundwise.calibration.records import RECORDS, Chat, Document
+from roundwise.calibration.records import Chat, Document, holds_records
 from roundwise.calibration.sources import read_documents
 from roundwise.errors import CalibrationError, CheckpointError
 from roundwise.evaluation.endpoint.client import Endpoint, first_choice
@@ -108,7 +108,7 @@ def read_prompts(source: str) -> list[Document]:
         CalibrationError: there is no such file, it is damaged, or it holds no prompt.
     """
     documents = read_documents(source).documents
-    if Path(source).suffix not in RECORDS:
+    if not holds_records(Path(source)):
         lines = [line for text in documents for line in str(text).splitlines() if line.strip()]
         documents = [*lines]
     prompts = [_without_answer(each) if isinstance(each, Chat) else each for each in documents]

@@ -153,7 +153,10 @@ def _split_batches(batches: list[Batch], tokens: int, vocabulary: int) -> list[B
             stop = min(start + step, start + -(-tokens // length))
             cut = (slice(start, stop), slice(0, length))
             mask = None if batch.mask is None else batch.mask[cut]
-            parts.append(Batch(batch.input_ids[cut], mask))
+            ids = batch.input_ids[cut]
+            if batch.inputs and ids.shape != batch.input_ids.shape:
+                continue  # a picture cannot be cut
+            parts.append(Batch(ids, mask, inputs=batch.inputs))
             tokens -= parts[-1].input_ids.numel()
     return parts
 
@@ -166,7 +169,7 @@ def _forward_backward(
     try:
         with torch.enable_grad():
             with cpu_half_matmul():
-                output = model(**forward_kwargs(model, batch.input_ids, batch.mask))
+                output = model(**forward_kwargs(model, batch.input_ids, batch.mask, batch.inputs))
             y = output["logits"] if "logits" in output else output[0]
             if not y.requires_grad:
                 return "its output does not depend on its blocks"

@@ -103,7 +103,7 @@ class ForwardScheduler:
             self._current, self._outside, held_out=held_out, ratio=ratio, policy=self.policy
         )
         batches = [batch.to(device) for batch in batches]
-        self.probe = PausedBatch(Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None), -1)
+        self.probe = PausedBatch(batches[0].probe(PROBE_TOKENS), -1)
         self.quantized = [PausedBatch(batch, i) for i, batch in self.ranks.shard(batches).items()]
         if reference:
             for batch in self.quantized:
@@ -307,7 +307,8 @@ class ForwardScheduler:
 
     def _run_model(self, batch: PausedBatch) -> None:
         """The body of a batch's greenlet: the whole forward, with its stops."""
-        kwargs = forward_kwargs(self.model, batch.batch.input_ids, batch.batch.mask)
+        given = batch.batch
+        kwargs = forward_kwargs(self.model, given.input_ids, given.mask, given.inputs)
         what = f"{type(self.model).__name__} fails on calibration text outside blocks"
         with self._matmul(), foreign_errors(what):
             self.model(**kwargs)

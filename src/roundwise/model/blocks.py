@@ -149,11 +149,11 @@ def _module_lists(model: nn.Module, root: str) -> list[str]:
     """
     sizes: dict[str, int] = {}
     kinds: dict[str, list[type]] = {}
-    towers = tuple(f"{name}." for name in _towers(model))
+    outside = tuple(f"{name}." for name in towers(model))
     outermost: set[str] = set()
     for name, module in model.get_submodule(root).named_modules(prefix=root):
         nested = any(name.startswith(f"{outer}.") for outer in outermost)
-        if isinstance(module, nn.ModuleList) and not nested and not name.startswith(towers):
+        if isinstance(module, nn.ModuleList) and not nested and not name.startswith(outside):
             outermost.add(name)
             if all(isinstance(child, nn.Linear | Conv1D) for child in module):
                 continue  # several heads, or adapters
@@ -165,7 +165,7 @@ def _module_lists(model: nn.Module, root: str) -> list[str]:
     return [name for name in sizes if name == best or kinds[name] == kinds[best]]
 
 
-def _towers(model: nn.Module) -> list[str]:
+def towers(model: nn.Module) -> list[str]:
     """Returns the parts of a text model that are models of pictures or sound."""
     if getattr(model, "main_input_name", None) != "input_ids":
         return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,8 +38,12 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype | None:
     """Returns the dtype that a model computes in according to its config.json; None if it has none."""
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    return dtype if isinstance(dtype, torch.dtype) else None
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        dtype = getattr(torch, str(part.get("dtype") or part.get("torch_dtype")), None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    return None
 
 
 def model_class(config: Any) -> type[transformers.PreTrainedModel]:
@@ -179,7 +183,10 @@ def initialize_tensors(model: transformers.PreTrainedModel, names: set[str]) -> 
 
 
 def forward_kwargs(
-    model: transformers.PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None = None
+    model: transformers.PreTrainedModel,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Returns the keyword arguments for a model's forward on some text.
 
@@ -189,6 +196,7 @@ def forward_kwargs(
         model: a transformers model.
         input_ids: int64 [batch, length].
         mask: bool [batch, length], False on padding; None: no padding.
+        inputs: further inputs by name, such as pixel values.
 
     Raises:
         ConfigError: the model's main input is not text.
@@ -205,4 +213,6 @@ def forward_kwargs(
         kwargs |= {
             f"decoder_{name}": value for name, value in kwargs.items() if name != "use_cache"
         }
+    for name, value in (inputs or {}).items():
+        kwargs[name] = value.to(model.dtype) if value.is_floating_point() else value
     return kwargs

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from roundwise.checkpoint.reader import DTYPES, Checkpoint, CheckpointView, TensorInfo
-from roundwise.checkpoint.transformed_view import ComputedInfo
+from roundwise.checkpoint.transformed_view import ComputedInfo, stored_as
 from roundwise.errors import CheckpointError
 from roundwise.model.foreign_errors import foreign_errors
 from roundwise.model.moe import is_fused_experts, parse_expert_name
@@ -170,8 +170,8 @@ class Conversion:
 
         return ComputedInfo.from_source(
             self.sources[0][2], tuple(meta.shape), meta.dtype,
-            lambda: self.run(TensorInfo.read)[name],
-            origins=self.origins, select_rows=rows if self.keeps_rows() else None,
+            lambda: self.run(TensorInfo.read)[name], origins=self.origins,
+            select_rows=rows if self.keeps_rows() else None, stored_as=stored_as(self.sources[0][2]),
         )  # fmt: skip
 
 

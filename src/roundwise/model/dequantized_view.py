@@ -1,36 +1,47 @@
 """A view of a quantized checkpoint that dequantizes weights while they are read.
 
-It supports FP8 with a scale per block (DeepSeek-V3 and others), GPTQ and compressed-tensors. One
-weight is in memory at a time; layers that a run skips are written dequantized.
+It supports the formats that models are published in: FP8, MXFP8, MXFP4, NVFP4 and INT8 with scales per
+block, row or tensor; GPTQ, AWQ and packed integers of compressed-tensors. One weight is in memory at a
+time; layers that a run skips are written dequantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from roundwise.checkpoint import compressed_tensors
+from roundwise.checkpoint.compressed_tensors import METHOD
+from roundwise.checkpoint.dequantize.awq import AwqLayer, awq_layers
+from roundwise.checkpoint.dequantize.find_scaled import find_scaled, has_scales
+from roundwise.checkpoint.dequantize.source_config import (
+    SCALED_METHODS,
+    packed_part,
+    source_blocks,
+)
 from roundwise.checkpoint.quantization_config import (
     is_packed,
+    parse_quantization_config,
     quantization_method,
     raw_quantization_config,
     read_quantization_config,
     without_quantization_config,
 )
-from roundwise.checkpoint.quantized_layers import QuantizedLayer, quantized_layers
+from roundwise.checkpoint.quantized_layers import QuantizedLayer, find_layers
 from roundwise.checkpoint.reader import Checkpoint, CheckpointView, TensorInfo
-from roundwise.checkpoint.transformed_view import ComputedInfo
+from roundwise.checkpoint.transformed_view import ComputedInfo, stored_as
 from roundwise.errors import CheckpointError, ConfigError, quoted
 from roundwise.model.blocks import check_quantized_head
 from roundwise.model.build import build, config_dtype, load_config
 
-#: Suffix of the tensor with an FP8 weight's scales, one per block.
-SCALES_SUFFIX = "_scale_inv"
-#: Suffix of scales of activations, which are not needed.
-ACTIVATION_SUFFIX = "input_scale"
+#: Methods whose models transformers can make dense.
+DENSE_IN_TRANSFORMERS = ("bitsandbytes", "higgs")
+#: Key outside the quantization config in which DeepSeek-V4 says how its experts are stored.
+EXPERT_DTYPE = "expert_dtype"
+
+PackedLayer = QuantizedLayer | AwqLayer
 
 
 def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
@@ -46,99 +57,93 @@ def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str
     if settings is None:
         if is_packed(checkpoint.tensors):
             read_quantization_config(checkpoint)  # raises: nothing says how to read them
+        if has_scales(checkpoint.tensors):
+            raise CheckpointError(
+                f"{checkpoint.folder} has quantized weights with scales: it has no quantization_config "
+                "that says how to read them"
+            )
         return checkpoint, []
     method = quantization_method(settings)
-    if method == "fp8":
-        tensors = _from_fp8(checkpoint, settings)
-        warnings = []
-    elif method in ("gptq", compressed_tensors.METHOD):
-        layers = quantized_layers(checkpoint)
-        check_quantized_head(lambda: load_config(checkpoint), [layer.name for layer in layers])
-        tensors = _from_packed(checkpoint, layers)
-        widths = sorted({layer.bits for layer in layers})
-        warnings = [
-            f"{checkpoint.folder} is quantized already, to {' and '.join(map(str, widths))} bits: its "
-            "weights are dequantized first and keep that loss of accuracy; start from the original if "
-            "you can"
-        ]
+    folder, tensors, layers = str(checkpoint.folder), checkpoint.tensors, list[PackedLayer]()
+    if method in SCALED_METHODS:
+        tensors = _without_scales(checkpoint, method, settings)
+        if method == METHOD:
+            packed = parse_quantization_config(packed_part(settings, folder), folder)
+            layers += find_layers(tensors, packed)
+    elif method == "gptq":
+        layers += find_layers(tensors, read_quantization_config(checkpoint))
+    elif method == "awq":
+        layers += awq_layers(tensors, settings, folder)
     else:
-        raise ConfigError(
-            f"{checkpoint.folder} is quantized already ({quoted(method)[1:-1]}): start from the original"
+        raise ConfigError(_refusal(folder, method))
+    if layers:
+        tensors = _without_codes(checkpoint, tensors, layers)
+    if not any(map(stored_as, tensors.values())):
+        raise CheckpointError(
+            f"{folder} has a quantization_config ({quoted(method)[1:-1]}), but no quantized "
+            "weights: remove it from config.json if these are the right files"
         )
     config = without_quantization_config(checkpoint.config)
-    return CheckpointView(checkpoint, tensors, config), warnings
+    config.pop(EXPERT_DTYPE, None)
+    return CheckpointView(checkpoint, tensors, config), _warnings(folder, layers)
 
 
-def _from_fp8(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, TensorInfo]:
-    """Returns the tensors of an FP8 checkpoint; each FP8 weight is multiplied by its blocks' scales."""
-    block_size = settings.get("weight_block_size")
-    if not (isinstance(block_size, list) and len(block_size) == 2):
-        raise ConfigError(
-            f"{checkpoint.folder} holds FP8 weights without weight_block_size: only FP8 with a scale per"
-            " block is supported; start from the original"
+def _warnings(folder: str, layers: Sequence[PackedLayer]) -> list[str]:
+    """Returns a warning if weights have lost accuracy already."""
+    widths = sorted({layer.bits for layer in layers})
+    return [
+        f"{folder} is quantized already, to {' and '.join(map(str, widths))} bits: its weights "
+        "are dequantized first and keep that loss of accuracy; start from the original if you can"
+    ] * bool(widths)
+
+
+def _refusal(folder: str, method: str) -> str:
+    """Returns why a method is not supported, and the way out."""
+    advice = "start from the original"
+    if method in DENSE_IN_TRANSFORMERS:
+        advice += (
+            ", or write its weights dense with transformers: from_pretrained(...).dequantize(), then "
+            "save_pretrained(...)"
         )
-    dtype = config_dtype(checkpoint.config) or torch.bfloat16
-    tensors: dict[str, TensorInfo] = {}
-    for name, info in checkpoint.tensors.items():
-        if name.endswith(SCALES_SUFFIX) and name.removesuffix(SCALES_SUFFIX) in checkpoint.tensors:
-            continue
-        if name.endswith(ACTIVATION_SUFFIX):
-            continue
-        if not info.dtype.startswith("F8"):
-            tensors[name] = info
-            continue
-        scales = checkpoint.tensors.get(name + SCALES_SUFFIX)
-        if scales is None:
-            raise CheckpointError(f"{name} is in FP8, but {name}{SCALES_SUFFIX} is missing")
-        blocks = tuple(-(-size // b) for size, b in zip(info.shape, block_size, strict=True))
-        if scales.shape != blocks:
-            raise CheckpointError(
-                f"{name}{SCALES_SUFFIX} has shape {list(scales.shape)}; blocks of "
-                f"{block_size[0]} x {block_size[1]} require {list(blocks)}"
-            )
-        tensors[name] = ComputedInfo.from_source(
-            info, info.shape, dtype, _dequantize_blocks(info, scales, block_size, dtype)
-        )
-    return tensors
+    return f"{folder} is quantized already ({quoted(method)[1:-1]}): {advice}"
 
 
-def _dequantize_blocks(
-    info: TensorInfo, scales: TensorInfo, block_size: list[int], dtype: torch.dtype
-) -> Callable[[], torch.Tensor]:
-    """Returns a function that reads an FP8 weight and multiplies each block by its scale."""
+def _without_scales(
+    checkpoint: Checkpoint, method: str, settings: dict[str, Any]
+) -> dict[str, TensorInfo]:
+    """Returns the tensors with dense weights in place of small numbers and their scales."""
+    folder, tensors = str(checkpoint.folder), checkpoint.tensors
+    scaled = find_scaled(
+        tensors, config_dtype(checkpoint.config) or torch.bfloat16,
+        bytes_are="FP4" if method == "fp8" else "INT8",
+        blocks=source_blocks(settings, method, folder),
+    )  # fmt: skip
+    rest = {name: info for name, info in tensors.items() if name not in scaled.used}
+    if clash := {*scaled.weights} & {*rest}:
+        raise CheckpointError(f"{folder} has {min(clash)} twice: dense, and quantized")
+    return rest | {name: weight.dense() for name, weight in scaled.weights.items()}
 
-    def compute() -> torch.Tensor:
-        W, s = info.read(), scales.read().to(torch.float32)
-        columns = s.repeat_interleave(block_size[1], dim=1)[:, : info.shape[1]]
-        out = torch.empty(info.shape, dtype=dtype)
-        for index, row_scales in enumerate(columns):
-            rows = slice(index * block_size[0], (index + 1) * block_size[0])
-            out[rows] = W[rows].to(torch.float32) * row_scales
-        return out
 
-    return compute
-
-
-def _from_packed(checkpoint: Checkpoint, quantized: list[QuantizedLayer]) -> dict[str, TensorInfo]:
-    """Returns the tensors of a checkpoint with each layer's weight in place of its packed codes."""
+def _without_codes(
+    checkpoint: Checkpoint, tensors: dict[str, TensorInfo], layers: Sequence[PackedLayer]
+) -> dict[str, TensorInfo]:
+    """Returns the tensors with each layer's weight in place of its packed codes."""
+    check_quantized_head(lambda: load_config(checkpoint), [layer.name for layer in layers])
     model = build(load_config(checkpoint), torch.float32)
     conv1d_names = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     dtype = config_dtype(checkpoint.config) or torch.float16
-    layers = {layer.name: layer for layer in quantized}
-    tensors: dict[str, TensorInfo] = {}
-    for name, info in checkpoint.tensors.items():
-        stem, _, suffix = name.rpartition(".")
-        layer = layers.get(stem)
-        if layer is None or suffix not in layer.tensors:
-            tensors[name] = info
-        elif suffix == layer.layout.codes:
-            is_conv1d = any(path.endswith(stem) for path in conv1d_names)
+    used = {f"{layer.name}.{suffix}" for layer in layers for suffix in layer.tensors}
+    dense: dict[str, TensorInfo] = {}
+    for layer in layers:
+        is_conv1d = any(path.endswith(layer.name) for path in conv1d_names)
 
-            def compute(layer: QuantizedLayer = layer, is_conv1d: bool = is_conv1d) -> torch.Tensor:
-                W = layer.read().dequantize(dtype)
-                return W.T if is_conv1d else W
+        def compute(layer: PackedLayer = layer, is_conv1d: bool = is_conv1d) -> torch.Tensor:
+            W = layer.read().dequantize(dtype)
+            return W.T if is_conv1d else W
 
-            shape = (layer.out_features, layer.in_features)
-            shape = shape[::-1] if is_conv1d else shape
-            tensors[f"{stem}.weight"] = ComputedInfo.from_source(info, shape, dtype, compute)
-    return tensors
+        shape = (layer.out_features, layer.in_features)
+        dense[f"{layer.name}.weight"] = ComputedInfo.from_source(
+            next(iter(layer.tensors.values())), shape[::-1] if is_conv1d else shape, dtype,
+            compute, stored_as=layer.format,
+        )  # fmt: skip
+    return {name: info for name, info in tensors.items() if name not in used} | dense

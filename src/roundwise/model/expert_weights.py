@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from roundwise.checkpoint.reader import Checkpoint, CheckpointView, TensorInfo
-from roundwise.checkpoint.transformed_view import ComputedInfo
+from roundwise.checkpoint.transformed_view import ComputedInfo, stored_as
 from roundwise.errors import CheckpointError
 from roundwise.model.conversions import Conversions
 from roundwise.model.moe import (
@@ -76,7 +76,7 @@ class ExpertSlice(ComputedInfo):
         origins = whole.origins if isinstance(whole, ComputedInfo) else {}
         return cls(
             whole.path, whole.dtype, tuple(shape), whole.start, nbytes, compute,
-            origins or {whole_name: whole},
+            origins or {whole_name: whole}, stored_as=stored_as(whole),
         )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from roundwise.model.expert_weights import (
     install_linear_experts,
     replace_fused_experts,
 )
+from roundwise.model.gguf_source import open_source
 from roundwise.system.device import HOST, keep_embedding_on_host
 
 
@@ -204,7 +205,7 @@ def open_streamed_model(
     """Builds the model of a checkpoint on the meta device and finds its blocks and tensors.
 
     Args:
-        source: folder, or an open checkpoint.
+        source: folder, GGUF file, or an open checkpoint.
         dtype: dtype to compute in; None: that of the config.
         lm_head: make the output head the last block, with its own weight.
         device: device that weights will be loaded to.
@@ -214,7 +215,7 @@ def open_streamed_model(
         ConfigError: the model has no repeated blocks with linear layers, or is quantized in an
             unsupported format.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
     checkpoint, warnings = dequantized_checkpoint(checkpoint)
     config = load_config(checkpoint)
     dtype = dtype or _model_dtype(config, checkpoint)

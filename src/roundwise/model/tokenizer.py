@@ -52,3 +52,21 @@ def _own_code(folder: Path) -> str | None:
         classes = classes.get("AutoTokenizer")
     names = classes if isinstance(classes, list) else [classes]
     return next((name for name in names if isinstance(name, str)), None)
+
+
+def load_processor(checkpoint: Checkpoint) -> Any:
+    """Returns transformers' processor of a checkpoint, which encodes texts with pictures or sounds.
+
+    Raises:
+        CheckpointError: the checkpoint has none, or its files are damaged.
+    """
+    with foreign_errors(f"{checkpoint.folder} has no usable processor for pictures or sounds"):
+        processor = transformers.AutoProcessor.from_pretrained(
+            checkpoint.folder, trust_remote_code=False
+        )
+    if not isinstance(processor, transformers.ProcessorMixin):  # a tokenizer alone
+        raise CheckpointError(
+            f"{checkpoint.folder} has no processor for pictures or sounds: copy the original model's "
+            "processor files to its folder, or give records of text alone"
+        )
+    return processor

@@ -6,7 +6,7 @@ Needs names and shapes only, so that a run is refused before any weight is read.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -14,9 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from roundwise.checkpoint.formats import COMPRESSED_TENSORS, fills_words
 from roundwise.checkpoint.gptq_format import group_size_divides
+from roundwise.checkpoint.transformed_view import stored_as
 from roundwise.config import QuantizeConfig
 from roundwise.core.quantized_weight import codes_per_block
 from roundwise.model.blocks import Block, weight_of
+from roundwise.model.moe import parse_expert_name
+from roundwise.model.streamed import StreamedModel
 
 #: Group sizes that are chosen from, best first: fewest bits for scales, and all engines take them.
 GROUP_SIZES = (128, 64, 32)
@@ -156,3 +159,28 @@ def _pattern_option(option: str, layers: list[LayerShape], change: str = "") -> 
     last = dict.fromkeys(re.escape(layer.name.rpartition(".")[2]) for layer in layers)
     pattern = f"({'|'.join(last)})$" if len(last) > 1 else f"{next(iter(last))}$"
     return f"{option} '{pattern}{change}'"
+
+
+def source_lines(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:
+    """Returns from which format to which the layers go, if the source is quantized already.
+
+    Args:
+        streamed: the model.
+        config: settings of the run.
+
+    Returns:
+        Lines such as "MXFP4 experts -> 4-bit GPTQ (192)"; none if the source is dense.
+    """
+    format_name = COMPRESSED_TENSORS if config.format == COMPRESSED_TENSORS else "GPTQ"
+    lines: Counter[str] = Counter()
+    for name, key in streamed.checkpoint_name_of.items():
+        info = streamed.checkpoint.tensors[key]
+        if stored := stored_as(info):
+            layer = name.removesuffix(".weight")
+            is_quantized = any(layer in block.linears for block in streamed.blocks)
+            settings = config.for_module(layer) if is_quantized else None
+            after = (
+                f"{settings.bits}-bit {format_name}" if settings else f"{info.dtype}, not quantized"
+            )
+            lines[f"{stored} {'experts' if parse_expert_name(layer) else 'layers'} -> {after}"] += 1
+    return [f"{line} ({count})" for line, count in lines.most_common()]

@@ -25,7 +25,12 @@ from roundwise.model.fake_forward import drop_uncalled_linears
 from roundwise.model.moe import parse_expert_name
 from roundwise.model.streamed import StreamedModel
 from roundwise.plan import cost_model
-from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_shapes
+from roundwise.plan.layer_formats import (
+    fit_group_size,
+    format_problems,
+    layer_shapes,
+    source_lines,
+)
 from roundwise.plan.memory import (
     MemoryPlan,
     bytes_after,
@@ -83,6 +88,8 @@ class Plan:
     tensor_parallel: list[int]
     problems: list[str]
     """Reasons why a run would be refused."""
+    sources: list[str] = field(default_factory=list)
+    """From which format to which, if the source is quantized: "MXFP4 experts -> 4-bit GPTQ (192)"."""
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -162,6 +169,7 @@ def plan(
             kv_heads=config_size(streamed.model, "num_key_value_heads") or heads,
         ),
         problems=problems,
+        sources=source_lines(streamed, config),
         warnings=warnings,
     )  # fmt: skip
 
@@ -262,7 +270,7 @@ def _served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[
         yield from layers
         yield from (
             replace(layers[-1], conflicting_module=module)
-            for module in conflicting_packed_modules(config, block.linears)
+            for module in conflicting_packed_modules(config.for_module, block.linears)
         )
         yield from (
             replace(layers[-1], expert_naming="mixed")

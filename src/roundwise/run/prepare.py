@@ -5,28 +5,32 @@ Nothing is written here, so that bad input leaves no trace.
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from roundwise.calibration.dataset import Calibration, load_calibration
+from roundwise.calibration.encoded_media import encode_chat
+from roundwise.calibration.records import Chat
 from roundwise.calibration.self_generated import generate_windows
+from roundwise.calibration.windows import Window
 from roundwise.checkpoint.manifest import Fingerprint, GivenNames, ModelIdentity
 from roundwise.config import CalibrationConfig, Mode, QuantizeConfig, RunConfig
 from roundwise.errors import CalibrationError, ConfigError, OutputError, quoted
 from roundwise.forward.expert_tokens import check_experts
-from roundwise.model.blocks import weight_of
+from roundwise.model.blocks import towers, weight_of
 from roundwise.model.build import context_length, embedding_shape, forward_kwargs
 from roundwise.model.fake_forward import CallTrace, drop_uncalled_linears
 from roundwise.model.rotate import open_for_run
 from roundwise.model.streamed import StreamedModel
-from roundwise.model.tokenizer import load_tokenizer
+from roundwise.model.tokenizer import load_processor, load_tokenizer
 from roundwise.plan.layer_formats import fit_group_size, format_problems, layer_shapes
 from roundwise.plan.memory import MemoryPlan, plan_memory
 from roundwise.run.bit_allocation import allocate_bits
@@ -292,15 +296,29 @@ def _calibration(
             lambda: generate_windows(streamed.checkpoint, tokenizer, wanted, device=streamed.device)
         )
 
+    parts = towers(streamed.model)
     loaded = load_calibration(
         source, tokenizer, fitting, widest=widest, generate=generate,
-        hold_out=config.needs_reference,
+        encode=_media_encoder(streamed) if parts else None, hold_out=config.needs_reference,
     )  # fmt: skip
+    if parts and not any(batch.inputs for batch in loaded.batches):
+        line = (
+            "the model takes pictures or sounds, but is calibrated with text alone: records with "
+            "`images` beside their messages show the language model what it will see"
+        )
+        loaded = replace(loaded, warnings=(*loaded.warnings, line))
     _check_vocabulary(loaded, embedding_shape(streamed.model)[0])
     if windows.seq_len > limit:
         line = f"seq_len is {limit}, the longest text the model takes, not {windows.seq_len}"
         loaded = replace(loaded, not_as_asked=(*loaded.not_as_asked, line))
     return loaded
+
+
+def _media_encoder(streamed: StreamedModel) -> Callable[[Chat], Window]:
+    """Returns the function that encodes a chat with pictures or sounds."""
+    accepted = inspect.signature(streamed.model.forward).parameters
+    processor = cache(lambda: load_processor(streamed.checkpoint))  # loaded for the first chat
+    return lambda chat: encode_chat(chat, processor(), accepted.__contains__)
 
 
 def _check_vocabulary(calibration: Calibration, vocabulary: int) -> None:

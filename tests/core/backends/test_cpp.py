@@ -46,6 +46,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.sampled(5)
 @needs_native
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("sym", [True, False])
@@ -171,6 +172,7 @@ def test_wrong_arrays_are_refused() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("value", "expected"),
     [("off", "switched off"), ("pentium", "this processor has"), *[(name, name) for name in SETS]],

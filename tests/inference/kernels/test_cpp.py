@@ -54,6 +54,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     module.use(SETS[0])
 
 
+@pytest.mark.sampled(5)
 @needs_native
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])

@@ -39,6 +39,7 @@ def error(y: torch.Tensor, x: torch.Tensor, packed: PackedWeight) -> float:
     return float(((y.double() - true).norm() - rounding) / true.norm())
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("group_size", [-1, 20, 32, 64])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])

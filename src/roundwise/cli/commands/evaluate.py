@@ -125,12 +125,16 @@ def _print(on_text: Perplexity | None, scores: TaskScores | None, *, as_json: bo
         )
         return
     if on_text is not None:
-        print_line(
-            f"perplexity {on_text.perplexity:.4f}  ({count_of(on_text.tokens, 'token')}, "
-            f"window {on_text.window}, stride {on_text.stride})"
-        )
+        _print_perplexity(on_text)
     if scores is not None:
         print_scores(scores)
+
+
+def _print_perplexity(result: Perplexity | ServedPerplexity) -> None:
+    print_line(
+        f"perplexity {result.perplexity:.4f}  ({count_of(result.tokens, 'token')}, window "
+        f"{result.window}, stride {result.stride})"
+    )
 
 
 def _measure_served(
@@ -186,10 +190,7 @@ def _print_served(result: ServedPerplexity, *, as_json: bool) -> None:
     if as_json:
         print_json(result.as_dict())
         return
-    print_line(
-        f"perplexity {result.perplexity:.4f}  ({count_of(result.tokens, 'token')}, window "
-        f"{result.window}, stride {result.stride})"
-    )
+    _print_perplexity(result)
     print_line(f"served as {result.model} by {result.endpoint}, scored by {result.scored_by}")
     if result.against is not None:
         other = result.against

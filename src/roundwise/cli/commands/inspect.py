@@ -168,7 +168,11 @@ def _served_layers(
         summaries: what is known of each.
         family: `model_type` of the model.
     """
-    from roundwise.checkpoint.engines import ServedLayer, expert_naming, packed_modules
+    from roundwise.checkpoint.engines import (
+        ServedLayer,
+        conflicting_packed_modules,
+        expert_naming,
+    )
     from roundwise.model.moe import parse_expert_name
 
     served: dict[str, ServedLayer] = {}
@@ -185,10 +189,11 @@ def _served_layers(
             settings = replace(settings, expert_naming=expert_naming(expert[1][1], fused=False))
         served[layer.name] = settings
     yield from served.values()
-    for module, members in packed_modules(served):
-        if any(served[member] != served[members[0]] for member in members):
-            yield replace(served[members[0]], conflicting_module=module)
     last = [*served.values()][-1]
+    yield from (
+        replace(last, conflicting_module=module)
+        for module in conflicting_packed_modules(served.__getitem__, served)
+    )
     yield from (
         replace(last, expert_naming="mixed") for kinds in experts.values() if len(kinds) > 1
     )

@@ -89,6 +89,7 @@ def _summary(planned: Plan) -> dict[str, str]:
     lines = {
         "size": f"{format_size(planned.bytes_before)} -> {format_size(planned.bytes_after)} "
         f"({planned.bits_per_weight:.2f} bits per quantized weight)",
+        **({"source": ", ".join(planned.sources)} if planned.sources else {}),
         "quantized": f"{planned.quantized_part:.1%} of all parameters",
         "peak memory": f"{format_size(memory.peak_bytes)} on {memory.device} in mode {memory.mode}"
         + (", activations offloaded: " if memory.offloaded else ": ")

@@ -23,10 +23,11 @@ def command(
     Exit code 1: a check failed.
     """
     from roundwise.checkpoint.reader import Checkpoint
+    from roundwise.model.gguf_source import open_source
     from roundwise.system.hub import local_folder
     from roundwise.verify import audit
 
-    source = Checkpoint(local_folder(against)) if against else None
+    source = open_source(local_folder(against)) if against else None
     folder = local_folder(checkpoint)
     Checkpoint(folder)  # a folder without a checkpoint is bad input, not a failed check
     with steps("verifying", lines=False):

@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 
 from roundwise.checkpoint.side_files import OWN_FILES
 from roundwise.checkpoint.writer import atomic_write
+from roundwise.evaluation.report.advice import MORE_BITS
 from roundwise.evaluation.report.charts import charts
 from roundwise.evaluation.report.facts import Answers, Evaluation, Facts, read_facts
 from roundwise.system.console import count_of, in_words
@@ -63,7 +64,7 @@ def render(facts: Facts) -> str:
     }
     svgs = {name: Markup(svg) for name, svg in charts(facts).items()}  # noqa: S704  # already escaped
     return environment.get_template("page.html").render(
-        facts=facts, manifest=facts.manifest, run=facts.manifest.run, charts=svgs
+        facts=facts, manifest=facts.manifest, run=facts.manifest.run, charts=svgs, more_bits=MORE_BITS
     )  # fmt: skip
 
 

@@ -241,6 +241,7 @@ def test_when_it_stops_running_answers_end_and_waiting_requests_fail(
     assert [str(error) for error in failed] == ["the server is stopping"] * 4
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name", ["llama", "qwen3", "mistral", "gemma3", "gpt2", "gpt_neox", "phi3"]
 )

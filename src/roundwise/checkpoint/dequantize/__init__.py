@@ -1,0 +1,1 @@
+"""Formats that models are published in, read as dense weights."""
