@@ -15,23 +15,22 @@ ROOT = HERE.parents[1]
 #: Peers that are also clients in the tests; their versions are pinned there.
 REQUIREMENTS = {
     tool: ROOT / "tests" / "clients" / f"requirements-{tool}.txt"
-    for tool in ("gptqmodel", "llmcompressor")
+    for tool in ("gptqmodel", "llamacpp", "llmcompressor")
 }
 
 
 def python_of(tool: str) -> Path:
     """Returns the interpreter that has `tool`; "roundwise": this source tree, no optional packages.
 
-    torch is installed first and alone, so that no other package chooses its version or build; then the
-    rest, which a peer's requirements file lists completely.
+    torch, if the peer needs it, is installed first and alone, so that no other package chooses its
+    version or build; then the rest, which a peer's requirements file lists completely.
     """
     if tool == "roundwise":
         return _our_python()
     requirements = REQUIREMENTS.get(tool, HERE / f"requirements-{tool}.txt")
-    torch = next(
-        line for line in requirements.read_text().splitlines() if line.startswith("torch==")
-    )
-    return _environment(tool, [requirements], [[torch], ["--no-deps", "-r", requirements]])
+    lines = requirements.read_text().splitlines()
+    torch = [[line] for line in lines if line.startswith("torch==")]
+    return _environment(tool, [requirements], [*torch, ["--no-deps", "-r", requirements]])
 
 
 def _our_python() -> Path:

@@ -94,7 +94,7 @@ class Evaluator:
     def evaluate(self, checkpoint: Path) -> dict[str, Any]:
         """Measures the divergence of a checkpoint's dense weights from the original, both in float32."""
         dense = read_dense(checkpoint)
-        quantized = self._load_dense(dense)
+        quantized = self.load_dense(dense)
         self._base = self._base or CachedModel(self.model)
         vocabulary = int(quantized.config.get_text_config().vocab_size)
         result = divergence(
@@ -110,7 +110,7 @@ class Evaluator:
             "file_bytes": sum(f.stat().st_size for f in checkpoint.glob("*.safetensors")),
         }
 
-    def _load_dense(self, dense: Dense) -> Any:
+    def load_dense(self, dense: Dense) -> Any:
         """Builds the original's architecture with these weights; every tensor must fit."""
         config = AutoConfig.from_pretrained(self.model)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

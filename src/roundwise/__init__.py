@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from roundwise.evaluation.perplexity import perplexity
     from roundwise.evaluation.report.page import write_report
     from roundwise.inference.load import load
+    from roundwise.publish.push import push
     from roundwise.run.api import QuantizeResult, quantize
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "RoundwiseError",
     "load",
     "perplexity",
+    "push",
     "quantize",
     "round_to_nearest",
     "solve",
@@ -52,6 +54,7 @@ _HOME = {
     "RoundwiseError": "roundwise.errors",
     "load": "roundwise.inference.load",
     "perplexity": "roundwise.evaluation.perplexity",
+    "push": "roundwise.publish.push",
     "quantize": "roundwise.run.api",
     "round_to_nearest": "roundwise.core.solver",
     "solve": "roundwise.core.solver",

@@ -78,7 +78,7 @@ def convert(source: Path, out: Path, to: Target, *, dtype: torch.dtype | None = 
         StorageError: the disk is full or failed.
     """
     if to not in TARGETS:
-        raise ConfigError(f"--to {to!r} is not supported: use {', '.join(TARGETS)}")
+        raise ConfigError(f"--to {to!r} is not supported: use {', '.join(TARGETS)} or gguf")
     if dtype is not None and to != "dense":
         raise ConfigError("--dtype is only for --to dense: codes and scales keep their types")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from roundwise.checkpoint.manifest import LayerRecord, Manifest, read_manifest
+from roundwise.checkpoint.manifest import LayerRecord, Manifest, find_record, read_manifest
 from roundwise.checkpoint.quantization_config import read_quantization_config
 from roundwise.checkpoint.quantized_layers import find_layers, quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
@@ -122,12 +122,12 @@ def _check_layers(
             report.check("layers", str(error))
             continue
         report.check("layers", None)
-        record = next((v for k, v in recorded.items() if k.endswith(layer.name)), None)
         if against is not None:
-            report.check("weight errors", _weight_error_failure(layer.name, q, against, record))
+            record = find_record(recorded, layer.name)
+            report.check("weight errors", weight_error_failure(layer.name, q, against, record))
 
 
-def _weight_error_failure(
+def weight_error_failure(
     name: str, q: QuantizedWeight, against: Checkpoint, record: LayerRecord | None
 ) -> str | None:
     """Compares a layer's weight with the original.

@@ -14,7 +14,6 @@ from roundwise.checkpoint.engines import (
     ignore_patterns,
     packed_modules,
     served_by,
-    tensor_parallel_degrees,
     with_packed_names,
 )
 
@@ -23,7 +22,10 @@ COMMON = ServedLayer(bits=4, group_size=128, sym=True, desc_act=False, format="g
 
 
 def refusing(**changes) -> set[str]:
-    return {engine for engine, why in served_by([replace(COMMON, **changes)]).items() if why}
+    """Engines that need something else; llama.cpp always needs its own format."""
+    answers = served_by([replace(COMMON, **changes)])
+    assert answers.pop("llama.cpp")
+    return {engine for engine, why in answers.items() if why}
 
 
 @pytest.mark.parametrize(
@@ -50,43 +52,44 @@ def test_unsupported_settings_are_refused(changes, engines):
 #: What a user must do; "": nothing.
 WAYS = {
     "": "", "H": "with --quantization humming", "C": "as --format compressed-tensors",
-    "G": "as --format gptq",
+    "G": "as --format gptq", "L": "as convert --to gguf",
 }  # fmt: skip
-#: Settings -> for vLLM on a CPU, vLLM on a GPU, SGLang, ExLlamaV2, GPTQModel and transformers with
-#: roundwise: yes; no; or the letters of the ways in which they take it after all.
+#: Settings -> for vLLM on a CPU, vLLM on a GPU, SGLang, llama.cpp, ExLlamaV2, GPTQModel and transformers
+#: with roundwise: yes; no; or the letters of the ways in which they take it after all.
 TRUTH = [
-    ({}, "yes yes yes yes yes yes"),
-    ({"group_size": 32}, "yes yes yes yes yes yes"),
-    ({"group_size": -1}, "yes yes yes yes yes yes"),
-    ({"group_size": 16}, "C HC H yes yes yes"),
-    ({"group_size": 256}, "C HC H yes yes yes"),
-    ({"format": "gptq_v2"}, "yes yes yes yes yes yes"),
-    ({"bits": 2}, "no HC H no yes yes"),
-    ({"bits": 3}, "no HC H no yes yes"),
-    ({"bits": 8}, "no yes yes no yes yes"),
-    ({"bits": 3, "group_size": 16}, "no HC H no yes yes"),
-    ({"sym": False}, "C HC HC yes no yes"),
-    ({"sym": False, "format": "gptq_v2"}, "C HC HC yes yes yes"),
-    ({"sym": False, "bits": 2, "format": "gptq_v2"}, "no HC H no yes yes"),
-    ({"sym": False, "bits": 8, "format": "gptq_v2"}, "no HC HC no yes yes"),
-    ({"desc_act": True}, "no no no yes yes yes"),
-    ({"desc_act": True, "bits": 3}, "no no no no yes yes"),
-    ({"desc_act": True, "group_size": -1}, "yes yes yes yes yes yes"),
-    ({"is_head": True}, "yes yes yes yes yes yes"),
-    ({"is_head": True, "bits": 3}, "no C no no yes yes"),
-    ({"is_conv1d": True, "bits": 3}, "no H H no yes yes"),
-    ({"format": "compressed-tensors"}, "yes yes yes G G yes"),
-    ({"format": "compressed-tensors", "bits": 2}, "no yes GH no G yes"),
-    ({"format": "compressed-tensors", "bits": 3}, "no yes GH no G yes"),
-    ({"format": "compressed-tensors", "bits": 8}, "no yes yes no G yes"),
-    ({"format": "compressed-tensors", "sym": False}, "yes yes yes G G yes"),
-    ({"format": "compressed-tensors", "sym": False, "bits": 3}, "no yes GH no G yes"),
-    ({"format": "compressed-tensors", "group_size": 16}, "yes yes GH G G yes"),
-    ({"expert_naming": "gate_proj", "bits": 3}, "no HC H no yes yes"),
-    ({"expert_naming": "w1"}, "no yes yes yes no yes"),
-    ({"expert_naming": "fused"}, "no no no yes yes yes"),
-    ({"expert_naming": "mixed", "format": "compressed-tensors"}, "no no no G G yes"),
-    ({"conflicting_module": "a.qkv_proj"}, "no no no yes yes yes"),
+    ({}, "yes yes yes L yes yes yes"),
+    ({"group_size": 32}, "yes yes yes L yes yes yes"),
+    ({"group_size": -1}, "yes yes yes L yes yes yes"),
+    ({"group_size": 16}, "C HC H no yes yes yes"),
+    ({"group_size": 256}, "C HC H L yes yes yes"),
+    ({"format": "gptq_v2"}, "yes yes yes L yes yes yes"),
+    ({"bits": 2}, "no HC H L no yes yes"),
+    ({"bits": 3}, "no HC H L no yes yes"),
+    ({"bits": 8}, "no yes yes L no yes yes"),
+    ({"bits": 3, "group_size": 16}, "no HC H no no yes yes"),
+    ({"sym": False}, "C HC HC L yes no yes"),
+    ({"sym": False, "format": "gptq_v2"}, "C HC HC L yes yes yes"),
+    ({"sym": False, "bits": 2, "format": "gptq_v2"}, "no HC H L no yes yes"),
+    ({"sym": False, "bits": 8, "format": "gptq_v2"}, "no HC HC no no yes yes"),
+    ({"desc_act": True}, "no no no no yes yes yes"),
+    ({"desc_act": True, "bits": 3}, "no no no no no yes yes"),
+    ({"desc_act": True, "group_size": -1}, "yes yes yes L yes yes yes"),
+    ({"sym": False, "bits": 6, "format": "gptq_v2"}, "no HC H L no no yes"),
+    ({"is_head": True}, "yes yes yes L yes yes yes"),
+    ({"is_head": True, "bits": 3}, "no C no L no yes yes"),
+    ({"is_conv1d": True, "bits": 3}, "no H H L no yes yes"),
+    ({"format": "compressed-tensors"}, "yes yes yes L G G yes"),
+    ({"format": "compressed-tensors", "bits": 2}, "no yes GH L no G yes"),
+    ({"format": "compressed-tensors", "bits": 3}, "no yes GH L no G yes"),
+    ({"format": "compressed-tensors", "bits": 8}, "no yes yes L no G yes"),
+    ({"format": "compressed-tensors", "sym": False}, "yes yes yes L G G yes"),
+    ({"format": "compressed-tensors", "sym": False, "bits": 3}, "no yes GH L no G yes"),
+    ({"format": "compressed-tensors", "group_size": 16}, "yes yes GH no G G yes"),
+    ({"expert_naming": "gate_proj", "bits": 3}, "no HC H L no yes yes"),
+    ({"expert_naming": "w1"}, "no yes yes L yes no yes"),
+    ({"expert_naming": "fused"}, "no no no L yes yes yes"),
+    ({"expert_naming": "mixed", "format": "compressed-tensors"}, "no no no L G G yes"),
+    ({"conflicting_module": "a.qkv_proj"}, "no no no L yes yes yes"),
 ]
 
 
@@ -103,6 +106,16 @@ def test_which_engine_takes_which_settings_in_which_way(changes, expected):
             groups = ["GH"] if known == "GH" else [*known]
             expected_ways = [" ".join(WAYS[letter] for letter in group) for group in groups]
             assert ways == " or ".join(expected_ways), (engine, reason)
+
+
+def test_llama_cpp_says_what_does_not_fit_its_blocks():
+    def reason(**changes) -> str:
+        return served_by([replace(COMMON, **changes)])["llama.cpp"]
+
+    assert "groups of 48 do not fill its blocks of 32" in reason(group_size=48)
+    assert "asymmetric codes of 8 bits" in reason(bits=8, sym=False, format="gptq_v2")
+    assert "no act-order files" in reason(desc_act=True)
+    assert reason() == "it does not read files in this format; it takes them as convert --to gguf"
 
 
 def test_a_way_must_help_all_layers():
@@ -135,21 +148,6 @@ def test_naming_of_experts():
     assert expert_naming("up_proj", fused=False) == "gate_proj"
     assert expert_naming("up_proj", fused=True) == "fused"
     assert expert_naming("up_proj", fused=True, family="qwen3_5_moe_text") == "gate_proj"
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "down", "group", "degrees"),
-    [
-        (32, 8, 14336, 128, [1, 2, 4, 8, 16]),  # Llama 3 8B: 14336 / 32 is not a multiple of 128
-        (32, 8, 14336, 64, [1, 2, 4, 8, 16, 32]),
-        (32, 32, 11008, 128, [1, 2]),  # Llama 2 7B: 11008 = 86 groups of 128
-        (12, 12, 14336, 128, [1, 2, 4]),
-        (32, 8, 14336, -1, [1, 2, 4, 8, 16, 32]),
-    ],
-)
-def test_tensor_parallelism_needs_whole_groups_and_heads(heads, kv_heads, down, group, degrees):
-    linears = [(4096, 4096, group), (1024, 4096, group), (down, 4096, group), (4096, down, group)]
-    assert tensor_parallel_degrees(linears, hidden=4096, heads=heads, kv_heads=kv_heads) == degrees
 
 
 def test_patterns_of_ignored_modules_match_no_quantized_layer():

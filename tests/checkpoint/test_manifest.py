@@ -18,6 +18,7 @@ from roundwise.checkpoint.manifest import (
     LayerRecord,
     Manifest,
     Shard,
+    find_record,
     read_manifest,
     read_run,
     validation_error,
@@ -34,6 +35,13 @@ LAYER: dict[str, Any] = {
 
 def layer(**changes: Any) -> LayerRecord:
     return LayerRecord(**{**LAYER, **changes})
+
+
+def test_records_are_found_under_the_names_that_files_have() -> None:
+    records = {name: layer(name=name) for name in ("model.10.q", "model.0.q", "head")}
+    assert find_record(records, "head") is records["head"]
+    assert find_record(records, "0.q") is records["model.0.q"]
+    assert find_record(records, "1.q") is None
 
 
 def test_only_fields_that_were_set_are_written() -> None:

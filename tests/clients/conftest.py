@@ -107,6 +107,12 @@ def llmcompressor(tmp_path: Path, windows: NDArray[np.int64]) -> Client:
 
 
 @pytest.fixture
+def llamacpp(tmp_path: Path, windows: NDArray[np.int64]) -> Client:
+    """What llama.cpp computes for a GGUF file: `logits`, `argmax`."""
+    return _evaluator("llamacpp", tmp_path, windows)
+
+
+@pytest.fixture
 def vllm(tmp_path: Path, windows: NDArray[np.int64]) -> Client:
     """What vLLM computes for a checkpoint: `logprobs`, `argmax`."""
     return _evaluator("vllm", tmp_path, windows)

@@ -65,6 +65,7 @@ def test_the_class_keeps_what_it_was_given() -> None:
         AutoQuantizationConfig.from_dict({"quant_method": "gptq", "bits": 9})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("first", ["roundwise", "transformers.modeling_utils"])
 @pytest.mark.parametrize("kind", ["AutoModelForCausalLM", "LlamaForCausalLM"])
 def test_an_old_config_is_found(first: str, kind: str, llama: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from roundwise.plan.layer_formats import (
     fit_group_size,
     format_problems,
     layer_shapes,
+    tensor_parallel_degrees,
 )
 from tests.helpers import windows
 
@@ -100,3 +101,20 @@ def test_a_run_takes_the_size_that_fits(llama: Path, tmp_path: Path) -> None:
     assert any(line.startswith("groups of 32: ") for line in made.warnings)
     layers = quantized_layers(Checkpoint(tmp_path / "out"))
     assert {len(layer.tensors["scales"].read()) for layer in layers} == {2, 3}  # 64 and 96 channels
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "down", "group", "degrees"),
+    [
+        (32, 8, 14336, 128, [1, 2, 4, 8, 16]),  # Llama 3 8B: 14336 / 32 is not a multiple of 128
+        (32, 8, 14336, 64, [1, 2, 4, 8, 16, 32]),
+        (32, 32, 11008, 128, [1, 2]),  # Llama 2 7B: 11008 = 86 groups of 128
+        (12, 12, 14336, 128, [1, 2, 4]),
+        (32, 8, 14336, -1, [1, 2, 4, 8, 16, 32]),
+    ],
+)
+def test_tensor_parallelism_needs_whole_groups_and_heads(
+    heads: int, kv_heads: int, down: int, group: int, degrees: list[int]
+) -> None:
+    linears = [(4096, 4096, group), (1024, 4096, group), (down, 4096, group), (4096, down, group)]
+    assert tensor_parallel_degrees(linears, hidden=4096, heads=heads, kv_heads=kv_heads) == degrees

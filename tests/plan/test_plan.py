@@ -208,6 +208,7 @@ def test_layers_that_vllm_fuses_must_agree(override, split, text_model):
     assert planned.served_by["GPTQModel"] is None
 
 
+@pytest.mark.slow
 def test_the_size_of_a_target_equals_that_of_the_run(tiny, tmp_path):
     config = rw.QuantizeConfig(target_bpw=3.5, target_widths=(2, 4))
     planned = plan(open_streamed_model(tiny), config, samples=4, seq_len=32)

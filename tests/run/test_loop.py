@@ -123,6 +123,7 @@ def test_each_file_operation_fails_once(
         assert contents(out) == whole, failure
 
 
+@pytest.mark.slow
 def test_each_file_operation_of_a_restart_of_an_unfinished_run_fails_once(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +228,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[lis
     return source, out, rows
 
 
+@pytest.mark.slow
 def test_depth_errors_equal_those_of_the_loaded_models(
     made: tuple[Path, Path, list[list[int]]],
 ) -> None:

@@ -91,6 +91,7 @@ def together(
     return [Path(case["out"]) for case in cases], printed
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_two_ranks_give_the_result_of_one(
     number: int,
@@ -156,6 +157,7 @@ def test_collectives(together: tuple[list[Path], list[dict[str, Any]]]) -> None:
         assert tools["shard"] == [[[0, "a"], [2, "c"], [4, "e"]], [[1, "b"], [3, "d"]]][rank]
 
 
+@pytest.mark.slow
 def test_errors_change_little_with_sums_in_float64(tiny: Path, tmp_path: Path) -> None:
     """The other tests sum in float64; float32 must give similar errors."""
     errors = []

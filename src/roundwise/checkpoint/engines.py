@@ -22,8 +22,6 @@ PACKED_MODULES_MAPPING = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-#: Degrees of tensor parallelism that `tensor_parallel_degrees` tries.
-TENSOR_PARALLEL_DEGREES = (1, 2, 4, 8, 16, 32)
 
 #: Families whose original files have fused experts, and whose publishers' own GPTQ files, with one layer
 #: per expert, are read by vLLM.
@@ -136,8 +134,8 @@ class Reading:
     asymmetric: bool
     group_sizes: frozenset[int] | None
     """None: all."""
-    compressed_tensors: bool = False
-    """True: files in the compressed-tensors format; False: GPTQ files."""
+    format: Literal["gptq", "compressed-tensors", "gguf"] = "gptq"
+    """Format of the files; gptq: of either version."""
     option: str = ""
     """Option that the engine needs for it."""
     act_order: bool = False
@@ -148,29 +146,38 @@ class Reading:
 
     def takes_format(self, layer: ServedLayer) -> bool:
         """Tells whether a layer is in the format of this reading."""
-        return self.compressed_tensors == (layer.format == "compressed-tensors")
+        return self.format == layer.format.removesuffix("_v2")
 
-    def refusal(self, layer: ServedLayer) -> str | None:  # one for each reason
+    def refusal(self, layer: ServedLayer) -> str | None:
         """Returns why a layer cannot be read in this way, once it is in the format; None: it can."""
+        return next(self._refusals(layer), None)
+
+    def _refusals(self, layer: ServedLayer) -> Iterator[str]:
+        """Yields every reason why a layer cannot be read in this way."""
         if layer.bits not in self.bits:
             known = ", ".join(map(str, sorted(self.bits)))
-            return f"its kernels take {known} bits, not {layer.bits}"
+            yield f"its kernels take {known} bits, not {layer.bits}"
         if not layer.sym and not self.asymmetric:
-            return "it takes symmetric weights only, these are asymmetric"
+            yield "it takes symmetric weights only, these are asymmetric"
         # One group for all channels is the same group in any order.
         if layer.desc_act and layer.group_size != -1 and not self.act_order:
-            return "it takes no act-order files (desc_act)"
+            yield "it takes no act-order files (desc_act)"
+        if self.format == "gguf" and layer.group_size % 32 and layer.group_size != -1:
+            yield f"groups of {layer.group_size} do not fill its blocks of 32 weights"
+        if self.format == "gguf" and layer.bits == 8 and not layer.sym:
+            yield "none of its types holds asymmetric codes of 8 bits exactly"
         if self.group_sizes is not None and layer.group_size not in self.group_sizes:
             sizes = ", ".join(str(size) for size in sorted(self.group_sizes) if size > 0)
-            return f"it has no kernel for groups of {layer.group_size} ({sizes} or -1)"
-        if layer.is_conv1d and self.compressed_tensors:
-            return "Conv1D layers cannot be stored as compressed-tensors"
-        return "it reads no quantized output head" if layer.is_head and not self.head else None
+            yield f"it has no kernel for groups of {layer.group_size} ({sizes} or -1)"
+        if layer.is_conv1d and self.format == "compressed-tensors":
+            yield "Conv1D layers cannot be stored as compressed-tensors"
+        if layer.is_head and not self.head:
+            yield "it reads no quantized output head"
 
     def way(self, layer: ServedLayer) -> str:
         """Returns what a user must do so that a layer is read in this way."""
-        other = "compressed-tensors" if self.compressed_tensors else "gptq"
-        as_format = "" if self.takes_format(layer) else f"as --format {other}"
+        command = "convert --to" if self.format == "gguf" else "--format"
+        as_format = "" if self.takes_format(layer) else f"as {command} {self.format}"
         return " ".join(part for part in (as_format, self.option and f"with {self.option}") if part)
 
 
@@ -199,13 +206,13 @@ ENGINES: dict[str, Engine] = {
         "0.32.0",
         (
             Reading(frozenset([4]), False, _COMMON_GROUPS, seen=True),
-            Reading(frozenset([4]), True, None, compressed_tensors=True, seen=True),
+            Reading(frozenset([4]), True, None, "compressed-tensors", seen=True),
         ),
         "cpu",
     ),
     VLLM_GPU: Engine(
         "0.33",
-        (_GPTQ_MARLIN, _HUMMING, Reading(_ALL_BITS, True, None, compressed_tensors=True)),
+        (_GPTQ_MARLIN, _HUMMING, Reading(_ALL_BITS, True, None, "compressed-tensors")),
         "gpu",
     ),
     "SGLang": Engine(
@@ -213,9 +220,12 @@ ENGINES: dict[str, Engine] = {
         (
             _GPTQ_MARLIN,
             _HUMMING,
-            Reading(frozenset([4, 8]), True, _COMMON_GROUPS, compressed_tensors=True),
+            Reading(frozenset([4, 8]), True, _COMMON_GROUPS, "compressed-tensors"),
         ),
         "gpu",
+    ),
+    "llama.cpp": Engine(
+        "0.3.36 of its Python package", (Reading(_OURS, True, None, "gguf", seen=True),)
     ),
     "ExLlamaV2": Engine("0.3.2", (Reading(frozenset([4]), True, None, act_order=True),)),
     "GPTQModel": Engine(
@@ -225,7 +235,7 @@ ENGINES: dict[str, Engine] = {
         "5.23",
         (
             Reading(_OURS, True, None, act_order=True, seen=True),
-            Reading(_OURS, True, None, compressed_tensors=True, act_order=True, seen=True),
+            Reading(_OURS, True, None, "compressed-tensors", act_order=True, seen=True),
         ),
     ),
 }
@@ -322,38 +332,6 @@ def _refusal_and_ways(name: str, layers: list[ServedLayer]) -> str | None:
             return None
         if refusal is None:
             ways.append(way)
-        elif not way:
+        elif not way or reading.format == "gguf":  # the only format of its engine
             reason = refusal
     return f"{reason}; it takes them {' or '.join(ways)}" if ways else reason
-
-
-def tensor_parallel_degrees(
-    linears: Iterable[tuple[int, int, int]], *, hidden: int, heads: int, kv_heads: int
-) -> list[int]:
-    """Returns the degrees of tensor parallelism at which every rank has whole heads and whole groups.
-
-    Layers that write to the residual stream are split along their input, so each part must be whole
-    groups (or 32-channel words without groups); the others are split along their output. Key and value
-    heads may be repeated on ranks that outnumber them.
-
-    Args:
-        linears: (out_features, in_features, group_size) of each quantized layer.
-        hidden: width of the residual stream.
-        heads: number of attention heads.
-        kv_heads: number of key and value heads.
-    """
-    layers = list(linears)
-
-    def fits(degree: int) -> bool:
-        if heads % degree or (kv_heads % degree and degree % kv_heads):
-            return False
-        for rows, columns, group_size in layers:
-            if rows == hidden:
-                divisor = group_size if group_size > 0 else 32
-                if columns % degree or (columns // degree) % divisor:
-                    return False
-            elif rows % degree:
-                return False
-        return True
-
-    return [degree for degree in TENSOR_PARALLEL_DEGREES if fits(degree)]

@@ -10,7 +10,7 @@ The files can be damaged, or somebody else's. Keys that are not named here are k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -239,8 +239,22 @@ class Manifest(Record):
     layers: list[LayerRecord]
     blocks: list[BlockSummary] = []
     experts: list[ExpertCoverage] = []
+    served_by: dict[str, str | None] = {}
+    """Engine -> why it does not serve the result; None: it does. Missing in older manifests."""
     files: dict[RelativePath, str]
-    """File -> SHA-256."""
+    """File -> SHA-256; not the model card, which is written again when something was measured."""
+
+
+def find_record(records: Mapping[str, LayerRecord], layer: str) -> LayerRecord | None:
+    """Returns the record of a layer as it is named in the files; names of records may have a prefix.
+
+    Args:
+        records: record of each layer by its name.
+        layer: name of the layer in the files.
+    """
+    if layer in records:
+        return records[layer]
+    return next((r for name, r in records.items() if name.endswith(f".{layer}")), None)
 
 
 def widths(layers: list[LayerRecord]) -> dict[str, str]:

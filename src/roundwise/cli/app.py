@@ -16,6 +16,7 @@ import typer
 
 from roundwise.cli.commands import (
     bench,
+    card,
     compare,
     convert,
     demo,
@@ -52,6 +53,7 @@ app.command("verify")(with_log_options(verify.command))
 app.command("eval")(with_log_options(evaluate.command))
 app.command("compare")(with_log_options(compare.command))
 app.command("report")(with_log_options(report.command))
+app.command("card")(with_log_options(card.command))
 app.command("convert")(with_log_options(convert.command))
 app.command("generate")(with_log_options(generate.command))
 app.command("bench")(with_log_options(bench.command))

@@ -25,6 +25,8 @@ from roundwise.model.streamed import StreamedModel
 GROUP_SIZES = (128, 64, 32)
 #: Group sizes that messages name.
 KNOWN_SIZES = (512, 256, 128, 64, 32, 16)
+#: Degrees of tensor parallelism that `tensor_parallel_degrees` tries.
+TENSOR_PARALLEL_DEGREES = (1, 2, 4, 8, 16, 32)
 
 
 class LayerShape(NamedTuple):
@@ -159,6 +161,38 @@ def _pattern_option(option: str, layers: list[LayerShape], change: str = "") -> 
     last = dict.fromkeys(re.escape(layer.name.rpartition(".")[2]) for layer in layers)
     pattern = f"({'|'.join(last)})$" if len(last) > 1 else f"{next(iter(last))}$"
     return f"{option} '{pattern}{change}'"
+
+
+def tensor_parallel_degrees(
+    linears: Iterable[tuple[int, int, int]], *, hidden: int, heads: int, kv_heads: int
+) -> list[int]:
+    """Returns the degrees of tensor parallelism at which every rank has whole heads and whole groups.
+
+    Layers that write to the residual stream are split along their input, so each part must be whole
+    groups (or 32-channel words without groups); the others are split along their output. Key and value
+    heads may be repeated on ranks that outnumber them.
+
+    Args:
+        linears: (out_features, in_features, group_size) of each quantized layer.
+        hidden: width of the residual stream.
+        heads: number of attention heads.
+        kv_heads: number of key and value heads.
+    """
+    layers = list(linears)
+
+    def fits(degree: int) -> bool:
+        if heads % degree or (kv_heads % degree and degree % kv_heads):
+            return False
+        for rows, columns, group_size in layers:
+            if rows == hidden:
+                divisor = group_size if group_size > 0 else 32
+                if columns % degree or (columns // degree) % divisor:
+                    return False
+            elif rows % degree:
+                return False
+        return True
+
+    return [degree for degree in TENSOR_PARALLEL_DEGREES if fits(degree)]
 
 
 def source_lines(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:

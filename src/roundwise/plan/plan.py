@@ -30,6 +30,7 @@ from roundwise.plan.layer_formats import (
     format_problems,
     layer_shapes,
     source_lines,
+    tensor_parallel_degrees,
 )
 from roundwise.plan.memory import (
     MemoryPlan,
@@ -146,7 +147,7 @@ def plan(
         warnings.append(over_budget_message(memory))
     after, stored = bytes_after(streamed, config, undecided)
     problems = _problems(streamed, config)
-    served = engines.served_by(_served_layers(streamed, config))
+    served = engines.served_by(served_layers(streamed, config))
     if problems:  # nothing serves the result of a run that is refused
         served = dict.fromkeys(served, "the run would be refused")
     heads = config_size(streamed.model, "num_attention_heads") or 1
@@ -163,7 +164,7 @@ def plan(
         disk=plan_disk(streamed, config, memory, tokens=tokens),
         phases=_phases(streamed, config, tokens, memory.mode, surveyed=bool(undecided)),
         served_by=served,
-        tensor_parallel=engines.tensor_parallel_degrees(
+        tensor_parallel=tensor_parallel_degrees(
             [(*module.shape, module.group_size or -1) for module in quantized],
             hidden=embedding_shape(streamed.model)[1], heads=heads,
             kv_heads=config_size(streamed.model, "num_key_value_heads") or heads,
@@ -240,7 +241,7 @@ def _phases(
     return cost_model.phase_seconds(total, streamed.dtype, streamed.device) if total else {}
 
 
-def _served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[ServedLayer]:
+def served_layers(streamed: StreamedModel, config: QuantizeConfig) -> Iterator[ServedLayer]:
     """Yields the settings of each quantized layer as engines see them, conflicts between layers too."""
     for block in streamed.blocks:
         expert_settings: dict[str, set[ServedLayer]] = {}

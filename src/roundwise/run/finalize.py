@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from roundwise.checkpoint.engines import served_by
 from roundwise.checkpoint.formats import COMPRESSED_TENSORS, SUFFIXES, quantization_config
 from roundwise.checkpoint.manifest import (
     MANIFEST,
@@ -33,6 +34,8 @@ from roundwise.checkpoint.writer import copy_side_files, sync_folder, write_json
 from roundwise.model.conversions import dense_layers
 from roundwise.model.expert_weights import unquantized_tensors
 from roundwise.model.streamed import StreamedModel
+from roundwise.plan.plan import served_layers
+from roundwise.publish.card import CARD, HUB_ID, write_card
 from roundwise.run.environment import platform_info
 from roundwise.run.journal import Journal, block_file, check_file
 from roundwise.run.prepare import RunPlan
@@ -175,10 +178,16 @@ def finalize(
             for record in done
             for name, tokens in record.experts.items()
         ],
+        served_by=served_by(served_layers(streamed, plan.config)),
         files=files,
     )
     source.check_unchanged()
     write_json(out / MANIFEST, manifest.as_json())
+    given = plan.given.model
+    is_id = not Path(given).exists() and HUB_ID.fullmatch(given) is not None
+    write_card(
+        out, manifest, source.config, source=source.folder, base_model=given if is_id else None
+    )
     draft = _draft(out)
     audit(out, against=source, config_file=draft.name).raise_on_failure()
     with timer.phase("write"):  # ends the phase around it, so that `lap` is complete
@@ -222,9 +231,9 @@ def _write_side_files(plan: RunPlan, out: Path, shards: list[str]) -> dict[str, 
     """Writes index, configs and the source's side files; file -> SHA-256."""
     source = plan.streamed.checkpoint
     write_index(out, shards)
-    copied = copy_side_files(source, out)
+    copied = [name for name in copy_side_files(source, out) if name != CARD]
     settings = _quantization_config(plan)
-    names = [*copied]
+    names = copied
     if plan.config.format != COMPRESSED_TENSORS:  # its readers look into config.json only
         write_json(out / OLD_FILE, settings)
         names.insert(0, OLD_FILE)

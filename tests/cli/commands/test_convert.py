@@ -6,11 +6,12 @@ import torch
 from roundwise.checkpoint.reader import Checkpoint
 from roundwise.convert import convert
 from roundwise.errors import ConfigError, OutputError
+from tests.gguf.templates import write_template
 
 
 def test_invalid_arguments_are_refused(quantized, llama, tmp_path, commands):
     source = quantized("llama", recipe="textbook")
-    with pytest.raises(ConfigError, match="use gptq, gptq_v2, compressed-tensors, dense"):
+    with pytest.raises(ConfigError, match="use gptq, gptq_v2, compressed-tensors, dense or gguf"):
         convert(source, tmp_path / "out", "awq")
     with pytest.raises(ConfigError, match="--dtype is only for --to dense"):
         convert(source, tmp_path / "out", "gptq", dtype=torch.float16)
@@ -57,3 +58,27 @@ def test_every_command_takes_compressed_tensors(text_model, text, tmp_path, comm
     again = commands.run("quantize", packed, tmp_path / "again", "--method", "rtn")
     assert again.code == 0
     assert "to 3 and 8 bits" in " ".join(again.stdout.split())
+
+
+def test_gguf_as_a_command(quantized, llama, tmp_path, commands):
+    source, out = quantized("llama", recipe="textbook"), tmp_path / "model.gguf"
+    template = write_template(llama, tmp_path / "f16.gguf")
+    line = ["convert", source, out, "--to", "gguf"]
+    ended = commands.run(*line)
+    assert ended.code == 2 and "convert_hf_to_gguf.py --outtype f16" in ended.sentence
+    line += ["--template", template, "--original", llama, "--rest", "q8_0"]
+    ended = commands.run(*line, "--json")
+    assert ended.code == 0, ended.stderr
+    assert ended.json["types"]["Q4_0"] == 14 and ended.json["bytes"] == out.stat().st_size
+    ended = commands.run(*line)
+    assert ended.code == 2 and "exists: choose another name" in ended.sentence
+    out.unlink()
+    ended = commands.run(*line)
+    assert "14 Q4_0" in ended.stdout and "bits per weight" in ended.stdout
+    ended = commands.run("convert", source, tmp_path / "v2", "--to", "gptq_v2", "--rest", "q8_0")
+    assert ended.code == 2 and "--rest is only for --to gguf" in ended.sentence
+    ended = commands.run(
+        "convert", source, tmp_path / "o.gguf", "--to", "gguf", "--template", template, "--dtype",
+        "float16",
+    )  # fmt: skip
+    assert ended.code == 2 and "--dtype is only for --to dense" in ended.sentence

@@ -53,7 +53,7 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch
     return W.to(DEVICE), (X.T @ X / len(X)).to(DEVICE)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -13,14 +13,14 @@ def test_the_command_measures_and_lets_both_models_answer(finished_run, commands
     out, _ = finished_run
     done = commands.run(
         "report", str(out), "--against", str(bundled_model()), "--text", "python-stdlib",
-        "--max-tokens", "2000", "--window", "128", "--prompt", "def f(x):", "--prompt", "import ",
+        "--max-tokens", "800", "--window", "128", "--prompt", "def f(x):", "--prompt", "import ",
         "--output", str(out.parent / "full.html"), "--json",
     )  # fmt: skip
     assert done.code == 0, done.stderr
     page = (out.parent / "full.html").read_text()
     assert done.json["bytes"] == len(page.encode())
     compared = commands.run(
-        "compare", str(bundled_model()), str(out), "--text", "python-stdlib", "--max-tokens", "2000",
+        "compare", str(bundled_model()), str(out), "--text", "python-stdlib", "--max-tokens", "800",
         "--window", "128", "--no-speed", "--baseline", "rtn", "--json",
     )  # fmt: skip
     for model in compared.json["models"]:

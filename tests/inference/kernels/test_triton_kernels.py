@@ -71,6 +71,7 @@ build(programs.sum_splits, {**scalars, "parts_ptr": "*fp32", "y_ptr": "*bf16"},
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_compiles_for_hopper(tmp_path: Path) -> None:
     compiles(COMPILED, tmp_path)

@@ -132,7 +132,7 @@ def command(
         *(reason for each in agreements for reason in limits.broken_by_answers(each)),
     ]
     if as_json:
-        print_json(_as_json(comparisons, agreements, failed, alone=len(folders) == 1))
+        print_json(_as_json(text, comparisons, agreements, failed, alone=len(folders) == 1))
     else:
         if comparisons:
             print_comparisons(comparisons)
@@ -247,6 +247,7 @@ def _compare_answers(
 
 
 def _as_json(
+    text: str | None,
     comparisons: list[Comparison],
     agreements: list[PromptAgreement],
     failed: list[str],
@@ -256,6 +257,7 @@ def _as_json(
     """Returns the JSON of the command.
 
     Args:
+        text: the text that was given.
         comparisons, agreements: the results.
         failed: a sentence for each broken limit.
         alone: only one model is compared: its values are at the top, too.
@@ -264,6 +266,7 @@ def _as_json(
     answers = [agreement.as_dict() for agreement in agreements]
     return {
         **(models[0] if models and alone else {}),
+        "text": None if text is None else Path(text).name,
         "models": models,
         "prompts": answers,
         "failed": failed,

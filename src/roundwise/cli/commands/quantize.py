@@ -21,7 +21,9 @@ ALLOWED_WITH_MANIFEST = {
     "as_json",
 }  # fmt: skip
 #: Options that a recipe file cannot have.
-NOT_IN_RECIPES = {"recipe_file", "print_config", "from_manifest", "output", "as_json", "help"}
+NOT_IN_RECIPES = {
+    "recipe_file", "print_config", "from_manifest", "output", "push", "as_json", "help",
+}  # fmt: skip
 
 
 def _use_recipe(context: typer.Context, file: Path | None) -> Path | None:
@@ -61,6 +63,13 @@ def command(
     output: Annotated[
         Path | None, typer.Option(help="Output folder (with --from-manifest).")
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            help="Push the result to this repository of the Hugging Face hub, owner/name; a new one is "
+            "private."
+        ),
+    ] = None,
     recipe_file: Annotated[
         Path | None,
         typer.Option(
@@ -92,9 +101,13 @@ def command(
     if model is None:
         raise ConfigError("which model? roundwise quantize MODEL OUT")
 
+    from roundwise.publish.push import check_push
+    from roundwise.publish.push import push as push_folder
     from roundwise.run.api import quantize
     from roundwise.system.distributed import join_process_group
 
+    if push is not None:
+        check_push(push)
     with join_process_group() as ranks:
         result = quantize(
             model, folder, config, calibration, **windows.model_dump(), **run.model_dump(),
@@ -103,10 +116,14 @@ def command(
     if not ranks.is_first:
         return
     page = write_run_report(result.output)
+    address = None if push is None else push_folder(result.output, push)
     if as_json:
-        print_json({**result.as_dict(), "report": str(page) if page else None})
+        pushed = {} if address is None else {"pushed_to": address}
+        print_json({**result.as_dict(), "report": str(page) if page else None, **pushed})
     else:
         print_result(result, page)
+        if address is not None:
+            print_line(f"pushed to {address}")
 
 
 def _output_folder(out: Path | None, output: Path | None) -> Path:
