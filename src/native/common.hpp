@@ -4,7 +4,6 @@
 #include "kernels.hpp"
 #include "threads.hpp"
 
-#include <cstdlib>
 #include <new>
 
 namespace roundwise {
@@ -12,20 +11,19 @@ namespace {
 
 inline Index least(Index a, Index b) { return a < b ? a : b; }
 
-// An uninitialised array of vectors.
+// An uninitialised array of vectors. std::aligned_alloc wants sizes that are multiples of the alignment.
 template <class V>
 class Scratch {
 public:
     explicit Scratch(Index count)
-        : data_(static_cast<V *>(std::aligned_alloc(64, static_cast<std::size_t>(count) * sizeof(V)))) {
-        if (data_ == nullptr) throw std::bad_alloc();
-    }
-    ~Scratch() { std::free(data_); }
+        : data_(static_cast<V *>(::operator new(static_cast<std::size_t>(count) * sizeof(V), alignment))) {}
+    ~Scratch() { ::operator delete(data_, alignment); }
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
     V *get() { return data_; }
 
 private:
+    static constexpr std::align_val_t alignment{64};
     V *data_;
 };
 

@@ -12,6 +12,7 @@ Names are resolved on first use, so that importing the package costs nothing; th
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,8 @@ _HOME = {
     "write_report": "roundwise.evaluation.report.page",
 }
 
+if sys.platform == "win32":  # locks, limits and maps of files are those of POSIX
+    raise ImportError("roundwise needs Linux or macOS: on Windows, install it in WSL2")
 import_hooks.register()
 
 

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import roundwise
 from roundwise.inference.generation import Sampling, generate
@@ -126,6 +128,58 @@ def test_vllm_answers_what_generate_answers(ours: Quantize, template: Path, tmp_
             pytest.raises(openai.AuthenticationError),
         ):
             other.models.list()
+
+
+@pytest.mark.usefixtures("vllm_kernels")
+def test_measured_through_vllm(ours: Quantize, windows: NDArray[np.int64], tmp_path: Path) -> None:
+    """`eval`, `compare` and `bench` with --endpoint: close to the same model in this process."""
+    checkpoint, text, prompts = (
+        ours(bits=4, group_size=128), tmp_path / "text.txt", tmp_path / "prompts.txt",
+    )  # fmt: skip
+    model, tokenizer = roundwise.load(checkpoint, dtype=torch.float32)
+    text.write_text(tokenizer.decode(windows[0]))
+    prompts.write_text("def read_file(path):\nimport os\n")
+    expected = roundwise.perplexity(
+        model, tokenizer, text.read_text(), window=100, stride=50, max_tokens=200
+    )
+
+    def measure(*arguments: str | Path) -> Any:
+        ended = subprocess.run(
+            [sys.executable, "-m", "roundwise", *arguments, "--json"],
+            capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        return json.loads(ended.stdout)
+
+    with served(
+        checkpoint, tmp_path / "log", "--dtype", "float16", "--max-model-len", "512",
+        "--", "--enforce-eager", "--max-num-seqs", "4",
+    ) as said:  # fmt: skip
+        endpoint = ["--endpoint", said["url"]]
+        # vLLM says which folder it serves, so that it need not be named.
+        found = measure(
+            "eval", *endpoint, "--text", text, "--window", "100", "--stride", "50",
+            "--max-tokens", "200", "--against", checkpoint, "--dtype", "float32",
+        )  # fmt: skip
+        assert found["scored_by"] == "prompt_logprobs"
+        assert found["tokens"] == expected.tokens
+        assert found["perplexity"] == pytest.approx(expected.perplexity, rel=0.01)
+        assert found["against"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+        assert 0 <= found["against"]["kl_divergence"] < 1e-3
+        assert found["against"]["top1_agreement"] > 0.97
+        [answers] = measure(
+            "compare", checkpoint, *endpoint, "--prompts", prompts, "--max-new-tokens", str(TOKENS),
+            "--dtype", "float16",
+        )["prompts"]  # fmt: skip
+        assert answers["agreement"] > 0.9
+        loads = measure(
+            "bench", *endpoint, "--concurrency", "1,4", "--prompt-tokens", "32",
+            "--generated-tokens", "16", "--repetitions", "2",
+        )["loads"]  # fmt: skip
+        assert [load["generated_tokens"] for load in loads] == [
+            2 * 16,
+            8 * 16,
+        ]  # it knows ignore_eos
 
 
 def test_what_vllm_refuses_goes_to_transformers(ours: Quantize, tmp_path: Path) -> None:
