@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.fuzz.run import CORPUS, MEMORY
 
 REPLAY = """
@@ -31,6 +33,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_every_input_kept_ends_well_or_in_an_error_of_ours(tmp_path: Path) -> None:
     command = [sys.executable, "-c", REPLAY, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True)

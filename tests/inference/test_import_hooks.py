@@ -20,6 +20,7 @@ def run(script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("first", ["roundwise", "transformers"])
 def test_transformers_loads_a_checkpoint(first: str, quantized: Callable[..., Path]) -> None:
     """Imported before roundwise or after it, and roundwise does not import it."""

@@ -17,7 +17,7 @@ from tests.helpers import Stop
 
 PACKAGE = Path(rw.__file__).parent
 #: Most files that solving one group of layers may enter, from one layer's record to the next.
-MOST = 20
+MOST = 21
 
 
 #: Layers of the second block, each of another group.

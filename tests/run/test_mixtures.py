@@ -205,14 +205,14 @@ def test_some_experts_of_a_block_cannot_be_skipped(
 @pytest.mark.parametrize(
     ("name", "dynamic", "refusing"),
     [
-        ("mixtral", {}, {"vLLM, CPU", "GPTQModel"}),
-        ("qwen3_moe", {}, {"vLLM, CPU"}),
-        ("gpt_oss", {}, {"vLLM, CPU", "vLLM, GPU", "SGLang"}),
-        ("gpt_oss", {"experts": None}, set()),
+        ("mixtral", {}, {"vLLM, CPU", "llama.cpp", "GPTQModel"}),
+        ("qwen3_moe", {}, {"vLLM, CPU", "llama.cpp"}),
+        ("gpt_oss", {}, {"vLLM, CPU", "vLLM, GPU", "SGLang", "llama.cpp"}),
+        ("gpt_oss", {"experts": None}, {"llama.cpp"}),
         (
             "qwen3_moe",
             {"down_proj": {"group_size": 16}},
-            {"vLLM, CPU", "vLLM, GPU", "SGLang"},
+            {"vLLM, CPU", "vLLM, GPU", "SGLang", "llama.cpp"},
         ),
     ],
 )

@@ -183,6 +183,7 @@ def _child(pid: int, rank: int) -> int:
     raise AssertionError("no such rank")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
 def test_a_killed_rank_ends_the_job_and_finished_blocks_are_kept(
     tiny: Path, text: Path, commands: Commands, tmp_path: Path

@@ -23,6 +23,7 @@ def other_text(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_one_table_for_several_with_a_baseline(
     commands, text_model, quantized_text_model, other_text
 ):

@@ -54,6 +54,7 @@ class TestDemo:
         yield run
         signal.signal(signal.SIGTERM, handler)
 
+    @pytest.mark.slow
     def test_json_then_words(self, demo: Callable[..., str], tmp_path: Path) -> None:
         found = json.loads(demo(tmp_path / "demo", "--samples", 2, "--json"))
         rows = {row["name"]: row for row in found["results"]}

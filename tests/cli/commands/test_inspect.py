@@ -80,6 +80,7 @@ def test_who_serves_a_finished_checkpoint(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_plan_and_inspect_say_the_same(
     quantized: Callable[..., Path], folder_of: Callable[[str], Path]
 ) -> None:

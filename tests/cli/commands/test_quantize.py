@@ -113,6 +113,7 @@ class TestQuantize:
         assert len(result["layers"]) == 21
 
 
+@pytest.mark.slow
 def test_a_fresh_process_writes_the_same_bytes(
     made: tuple[Path, Ended], text_model: Path, text: Path, tmp_path: Path
 ) -> None:

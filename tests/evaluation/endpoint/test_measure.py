@@ -29,6 +29,7 @@ def coarse(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return rw.load(out, dtype=torch.float32)[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("special", [NO_SPECIAL_TOKENS, BOS], ids=["plain", "bos"])
 @pytest.mark.parametrize(("window", "stride"), [(64, 64), (50, 20)])
 @pytest.mark.parametrize("form", FORMS)

@@ -76,6 +76,7 @@ def test_it_answers_what_the_encoder_answers(tiny: Path) -> None:
     assert run(pool, both) == [here.encode(*text()), here.encode(*text(["a"] * 64))]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_that_does_not_end_is_stopped(name: str, tiny: Path) -> None:
     pool = EncoderPool(encoder(tiny, ENDLESS[name]), seconds=0.5)
