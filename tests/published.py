@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -184,7 +185,10 @@ def compressed(file_format: str, activations: dict[str, Any] | None = None, **we
         )
         state |= {"weight_scale": scales.to(W.dtype), "weight_zero_point": zeros}
         packed = compressor.compress(state, scheme)
-        dense = compressor.decompress(dict(packed), scheme)["weight"]
+        try:
+            dense = compressor.decompress(dict(packed), scheme)["weight"]
+        except NotImplementedError as error:  # compressed-tensors before 0.18, for MXFP4
+            pytest.skip(f"the installed compressed-tensors has no reference: {error}")
         return {f"{stem}.{key}": value.contiguous() for key, value in packed.items()}, dense.to(
             W.dtype
         )
