@@ -148,41 +148,38 @@ def test_the_rest_is_quantized_as_asked(quantized, llama, tmp_path):
     assert written["blk.0.attn_norm.weight"][0] == "F32"
 
 
-def test_a_rotated_model_takes_its_other_tensors_along(quantized, folder_of, tmp_path):
-    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False)
-    random_model(config).save_pretrained(tmp_path / "model")
-    out = tmp_path / "rotated"
+def rotated_model(folder, *, tied):
+    """A rotated checkpoint of the model in `folder / "model"`, and a template of that model."""
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=tied)
+    random_model(config).save_pretrained(folder / "model")
     settings = rw.QuantizeConfig(group_size=32, method="rtn", rotate=True)
-    rw.quantize(tmp_path / "model", out, settings, windows())
-    template = write_template(tmp_path / "model", tmp_path / "f16.gguf")
+    rw.quantize(folder / "model", folder / "rotated", settings, windows())
+    return folder / "rotated", write_template(folder / "model", folder / "f16.gguf")
+
+
+def double_first_value(template, *names):
+    """Changes tensors of a template, so that nothing in the original makes them."""
+    for tensor in gguf.GGUFReader(template, "r+").tensors:
+        if tensor.name in names:
+            tensor.data.reshape(-1)[0] *= 2
+
+
+def test_a_rotated_model_takes_its_other_tensors_along(quantized, folder_of, tmp_path):
+    out, template = rotated_model(tmp_path, tied=False)
     result = convert_to_gguf(out, tmp_path / "out.gguf", template=template)
     assert not result.issues
     assert_exact(result.output, expected_values(out, tmp_path / "model", tmp_path), "Q4_0", 14)
 
 
 def test_a_head_that_a_rotation_untied_has_no_place(quantized, folder_of, tmp_path):
-    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
-    random_model(config).save_pretrained(tmp_path / "model")
-    out = tmp_path / "rotated"
-    settings = rw.QuantizeConfig(group_size=32, method="rtn", rotate=True)
-    rw.quantize(tmp_path / "model", out, settings, windows())
-    template = write_template(tmp_path / "model", tmp_path / "f16.gguf")
+    out, template = rotated_model(tmp_path, tied=True)
     with pytest.raises(ConfigError, match=r"lm_head.weight differs from the original's"):
         convert_to_gguf(out, tmp_path / "out.gguf", template=template)
 
 
 def test_a_rotated_model_is_not_mixed_with_matrices_that_are_not(tmp_path):
-    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False)
-    random_model(config).save_pretrained(tmp_path / "model")
-    out = tmp_path / "rotated"
-    settings = rw.QuantizeConfig(group_size=32, method="rtn", rotate=True)
-    rw.quantize(tmp_path / "model", out, settings, windows())
-    template = write_template(tmp_path / "model", tmp_path / "f16.gguf")
-    reader = gguf.GGUFReader(template, "r+")
-    for tensor in reader.tensors:
-        if tensor.name == "blk.0.ffn_up.weight":
-            tensor.data.reshape(-1)[0] *= 2
-    del reader, tensor
+    out, template = rotated_model(tmp_path, tied=False)
+    double_first_value(template, "blk.0.ffn_up.weight")
     with pytest.raises(ConfigError, match=r"is rotated, and how blk.0.ffn_up.weight of"):
         convert_to_gguf(out, tmp_path / "out.gguf", template=template)
 
@@ -190,11 +187,7 @@ def test_a_rotated_model_is_not_mixed_with_matrices_that_are_not(tmp_path):
 def test_a_tensor_whose_way_is_not_known_stays_and_is_named(quantized, llama, tmp_path):
     source = quantized("llama", recipe="textbook")
     template = write_template(llama, tmp_path / "f16.gguf")
-    reader = gguf.GGUFReader(template, "r+")
-    for tensor in reader.tensors:
-        if tensor.name in ("blk.0.ffn_up.weight", "blk.1.attn_norm.weight"):
-            tensor.data.reshape(-1)[0] *= 2
-    del reader, tensor
+    double_first_value(template, "blk.0.ffn_up.weight", "blk.1.attn_norm.weight")
     result = convert_to_gguf(source, tmp_path / "out.gguf", template=template)
     assert result.issues == ["model.layers.0.mlp.up_proj: not found in the template"]
     assert result.notes == [
