@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ def play(file: Path, seed: int, rate: int = RATE) -> None:
         out.writeframes((8000 * samples).astype("<i2").tobytes())
 
 
-def write_records(kind: str, folder: Path, count: int = 6) -> Path:
-    """A file of chats, each with a picture or a sound."""
+def write_records(kind: str, folder: Path, count: int = 6, texts: Sequence[str] = ()) -> Path:
+    """A file of chats, each with a picture or a sound, and then some of text alone."""
     folder.mkdir(exist_ok=True)
     lines = []
     for seed in range(count):
@@ -121,8 +122,24 @@ def write_records(kind: str, folder: Path, count: int = 6) -> Path:
         answer = {"role": "assistant", "content": f"os.walk({seed})"}
         messages = [{"role": "user", "content": content}, answer]
         lines.append(json.dumps({f"{kind}s": [name], "messages": messages, "id": seed}))
+    chats = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    lines += map(json.dumps, chats)
     (folder / "chats.jsonl").write_text("\n".join(lines))
     return folder / "chats.jsonl"
+
+
+def small_models(
+    tiny: Path, factory: pytest.TempPathFactory, texts: Sequence[str] = ()
+) -> Callable[[str], tuple[Path, Path]]:
+    """Returns a function: kind -> folder of its small model, and a file of its records."""
+
+    @cache
+    def get(kind: str) -> tuple[Path, Path]:
+        folder = factory.mktemp(kind)
+        records = write_records(kind, folder / "records", texts=texts)
+        return save_model(kind, folder / "model", tiny), records
+
+    return get
 
 
 @pytest.fixture(scope="module")
@@ -130,25 +147,16 @@ def model_of(
     tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, Path]]:
     """Folder of the small model of a kind, and a file of its records."""
-    made: dict[str, tuple[Path, Path]] = {}
-
-    def get(kind: str) -> tuple[Path, Path]:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            records = write_records(kind, folder / "records")
-            made[kind] = save_model(kind, folder / "model", tiny), records
-        return made[kind]
-
-    return get
+    return small_models(tiny, tmp_path_factory)
 
 
-def encoded(model: Path, records: Path) -> list[Batch]:
-    """The records as batches, each encoded by the processor itself."""
+def encoded(model: Path, records: Path, count: int | None = None) -> list[Batch]:
+    """The first records as batches, each encoded by the processor itself; None: all of them."""
     from roundwise.calibration.sources import read_documents
 
     processor = load_processor(Checkpoint(model))
     chats = [d for d in read_documents(str(records)).documents if isinstance(d, Chat)]
-    return make_batches([encode_chat(chat, processor) for chat in chats], 1)
+    return make_batches([encode_chat(chat, processor) for chat in chats[:count]], 1)
 
 
 KINDS = pytest.mark.parametrize("kind", ["image", "audio"])

@@ -11,10 +11,7 @@ import pytest
 import torch
 
 import roundwise as rw
-from roundwise.calibration.encoded_media import encode_chat
-from roundwise.calibration.records import Chat
-from roundwise.calibration.sources import read_documents
-from roundwise.calibration.windows import Batch, make_batches
+from roundwise.calibration.windows import Batch
 from roundwise.checkpoint.quantization_config import quantizes_towers, raw_quantization_config
 from roundwise.checkpoint.quantized_layers import quantized_layers
 from roundwise.checkpoint.reader import Checkpoint
@@ -24,15 +21,14 @@ from roundwise.errors import CalibrationError, ConfigError
 from roundwise.forward.input_groups import InputGroup
 from roundwise.model.build import forward_kwargs, model_class, towers
 from roundwise.model.streamed import open_streamed_model
-from roundwise.model.tokenizer import load_processor
 from roundwise.plan.plan import plan
 from roundwise.verify import audit
-from tests.calibration.test_encoded_media import save_model, write_records
+from tests.calibration.test_encoded_media import KINDS, small_models
+from tests.calibration.test_encoded_media import encoded as encoded_media
 from tests.helpers import Stop, contents, hidden, run_blocks, stop_after
 from tests.model.test_fake_forward import picture_inputs, save_seeing_model
 
 OPTIONS: dict[str, Any] = {"samples": 6, "seq_len": 128, "batch_size": 2}
-KINDS = pytest.mark.parametrize("kind", ["image", "audio"])
 MODES = pytest.mark.parametrize("mode", ["true_sequential", "block"])
 
 
@@ -41,25 +37,12 @@ def model_of(
     tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, Path]]:
     """Folder of the small model of a kind, and a file of its records, the last of text alone."""
-    made: dict[str, tuple[Path, Path]] = {}
-
-    def get(kind: str) -> tuple[Path, Path]:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            records = write_records(kind, folder / "records")
-            text = {"messages": [{"role": "user", "content": "import os, sys " * 40}]}
-            records.write_text(f"{records.read_text()}\n{json.dumps(text)}")
-            made[kind] = save_model(kind, folder / "model", tiny), records
-        return made[kind]
-
-    return get
+    return small_models(tiny, tmp_path_factory, texts=["import os, sys " * 40])
 
 
 def encoded(model: Path, records: Path) -> list[Batch]:
     """The records with pictures or sounds, and a batch of the words of one."""
-    processor = load_processor(Checkpoint(model))
-    chats = [d for d in read_documents(str(records)).documents if isinstance(d, Chat)]
-    media = make_batches([encode_chat(chat, processor) for chat in chats[:3]], 1)
+    media = encoded_media(model, records, 3)
     return [*media[:1], Batch(media[0].input_ids[:, -4:], None), *media[1:]]
 
 
