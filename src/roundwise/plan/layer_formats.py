@@ -207,12 +207,12 @@ def source_lines(streamed: StreamedModel, config: QuantizeConfig) -> list[str]:
     """
     format_name = COMPRESSED_TENSORS if config.format == COMPRESSED_TENSORS else "GPTQ"
     lines: Counter[str] = Counter()
+    quantized = {name for block in streamed.blocks for name in block.linears}
     for name, key in streamed.checkpoint_name_of.items():
         info = streamed.checkpoint.tensors[key]
         if stored := stored_as(info):
             layer = name.removesuffix(".weight")
-            is_quantized = any(layer in block.linears for block in streamed.blocks)
-            settings = config.for_module(layer) if is_quantized else None
+            settings = config.for_module(layer) if layer in quantized else None
             after = (
                 f"{settings.bits}-bit {format_name}" if settings else f"{info.dtype}, not quantized"
             )
